@@ -1,0 +1,195 @@
+"""Convolutional architectures: layers, shapes, activations, pooling and patches.  No parameters live here.
+
+Notation of the documentation: layer l has P_l output positions before pooling and S_l kernel offsets; the shift
+T_s picks, for every output position, the input value at offset s (one column of `Conv.patches`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as nn
+from torch import Tensor
+
+from meanfield.validation import integer, one_of, pair
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": nn.relu,
+    "tanh": torch.tanh,
+    "softplus": nn.softplus,
+    "gelu": nn.gelu,
+    "identity": lambda g: g,
+}
+BOUNDED_ACTIVATIONS = frozenset({"tanh"})
+POOLINGS = ("none", "average", "max")
+READOUTS = ("average", "flatten")
+
+
+@dataclass(frozen=True)
+class Conv:
+    """One convolutional layer: shifts, activation h, then pooling.
+
+    kernel_size, padding, stride and pool_size are integers or (height, width) pairs and are stored as pairs; padding
+    is with zeros.  pooling works on non-overlapping pool_size windows, incomplete windows are dropped.
+    """
+
+    kernel_size: int | tuple[int, int] = 3
+    padding: int | tuple[int, int] = 0
+    stride: int | tuple[int, int] = 1
+    activation: str = "relu"
+    pooling: str = "none"
+    pool_size: int | tuple[int, int] = 2
+    bias: bool = False
+
+    def __post_init__(self) -> None:
+        for name, minimum in (("kernel_size", 1), ("padding", 0), ("stride", 1), ("pool_size", 1)):
+            object.__setattr__(self, name, pair(getattr(self, name), name, minimum))
+        one_of(self.activation, ACTIVATIONS, "activation")
+        one_of(self.pooling, POOLINGS, "pooling")
+        if not isinstance(self.bias, bool):
+            raise ValueError(f"bias={self.bias!r} must be True or False")
+
+    @property
+    def kernel(self) -> tuple[int, int]:
+        """Kernel (height, width)."""
+        return self.kernel_size  # type: ignore[return-value]
+
+    @property
+    def offsets(self) -> int:
+        """S_l, the number of kernel offsets."""
+        return self.kernel[0] * self.kernel[1]
+
+    @property
+    def bounded(self) -> bool:
+        """Whether |h| is bounded."""
+        return self.activation in BOUNDED_ACTIVATIONS
+
+    def convolve(self, inputs: Tensor, kernels: Tensor, bias: Tensor | None = None) -> Tensor:
+        """sum_i sum_s kernels[j, i, s] T_s inputs[:, i]: (N, C, H, W), (M, C, kh, kw) -> (N, M, H', W')."""
+        return nn.conv2d(inputs, kernels, bias, stride=self.stride, padding=self.padding)  # type: ignore[arg-type]
+
+    def patches(self, inputs: Tensor) -> Tensor:
+        """The shifts T_s of every channel, (N, C, H, W) -> (N, P, C S), columns channel-major."""
+        columns = nn.unfold(inputs, self.kernel, padding=self.padding, stride=self.stride)  # type: ignore[arg-type]
+        return columns.transpose(1, 2)
+
+    def correlate(self, inputs: Tensor, responses: Tensor) -> Tensor:
+        """Adjoint of `convolve` in the kernels: sum_{n,q} responses[n, j, q] (T_s inputs[n, i])_q -> (M, C, kh, kw)."""
+        shape = (responses.shape[1], inputs.shape[1], *self.kernel)
+        return torch.nn.grad.conv2d_weight(inputs, shape, responses, stride=self.stride, padding=self.padding)  # type: ignore[arg-type]
+
+    def activate(self, preactivations: Tensor) -> Tensor:
+        """f = pool(h(g)), (N, M, H', W') -> (N, M, H'', W'')."""
+        features = ACTIVATIONS[self.activation](preactivations)
+        if self.pooling == "average":
+            return nn.avg_pool2d(features, self.pool_size)  # type: ignore[arg-type]
+        if self.pooling == "max":
+            return nn.max_pool2d(features, self.pool_size)  # type: ignore[arg-type]
+        return features
+
+    def sizes(self, height: int, width: int, where: str) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Spatial sizes (before pooling, after pooling) for an input of the given size."""
+        output: list[int] = []
+        for axis, size in enumerate((height, width)):
+            padded = size + 2 * self.padding[axis]  # type: ignore[index]
+            if self.kernel[axis] > padded:
+                raise ValueError(
+                    f"{where}: kernel_size={self.kernel} does not fit the padded input, {padded} along "
+                    f"{('height', 'width')[axis]} (input {size}, padding {self.padding[axis]}); "  # type: ignore[index]
+                    "use a smaller kernel or more padding"
+                )
+            output.append((padded - self.kernel[axis]) // self.stride[axis] + 1)  # type: ignore[index]
+        if self.pooling == "none":
+            return (output[0], output[1]), (output[0], output[1])
+        pooled = [size // step for size, step in zip(output, self.pool_size)]  # type: ignore[arg-type]
+        if min(pooled) < 1:
+            raise ValueError(f"{where}: pool_size={self.pool_size} leaves no position of the output {tuple(output)}")
+        return (output[0], output[1]), (pooled[0], pooled[1])
+
+
+class Geometry(NamedTuple):
+    """Spatial (height, width) of one layer: its input, its pre-activations g, its features f after pooling."""
+
+    input: tuple[int, int]
+    output: tuple[int, int]
+    pooled: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A continuous CNN without its measures: input shape (C_0, H, W), layers, readout rule and number of outputs K."""
+
+    input_shape: tuple[int, int, int]
+    layers: tuple[Conv, ...]
+    readout: str = "average"
+    outputs: int = 1
+
+    def __post_init__(self) -> None:
+        shape = tuple(self.input_shape) if isinstance(self.input_shape, Sequence) else (self.input_shape,)
+        if len(shape) != 3:
+            raise ValueError(f"input_shape={self.input_shape!r} must be (channels, height, width)")
+        object.__setattr__(self, "input_shape", tuple(integer(size, "input_shape") for size in shape))
+        layers = (self.layers,) if isinstance(self.layers, Conv) else tuple(self.layers)
+        if not layers or not all(isinstance(layer, Conv) for layer in layers):
+            raise ValueError(f"layers={self.layers!r} must be a non-empty sequence of Conv")
+        object.__setattr__(self, "layers", layers)
+        one_of(self.readout, READOUTS, "readout")
+        integer(self.outputs, "outputs")
+        _ = self.geometry  # shapes are checked at construction
+
+    @property
+    def depth(self) -> int:
+        """L, the number of convolutional layers."""
+        return len(self.layers)
+
+    @cached_property
+    def geometry(self) -> tuple[Geometry, ...]:
+        size = self.input_shape[1:]
+        result: list[Geometry] = []
+        for index, layer in enumerate(self.layers):
+            output, pooled = layer.sizes(*size, where=f"layers[{index}]")
+            result.append(Geometry(size, output, pooled))
+            size = pooled
+        return tuple(result)
+
+    @property
+    def readout_positions(self) -> int:
+        """Positions of the last layer after pooling."""
+        height, width = self.geometry[-1].pooled
+        return height * width
+
+    def kernel_shapes(self, widths: Sequence[int]) -> list[tuple[int, int, int, int]]:
+        """Shapes (M_l, M_{l-1}, kh, kw) of the kernels, target first; M_0 = C_0."""
+        sources = (self.input_shape[0], *widths[:-1])
+        return [(m, c, *layer.kernel) for m, c, layer in zip(widths, sources, self.layers, strict=True)]
+
+    def readout_shape(self, width: int) -> tuple[int, ...]:
+        """(K, M_L), or (K, M_L, positions) for the flattened readout."""
+        return (self.outputs, width) if self.readout == "average" else (self.outputs, width, self.readout_positions)
+
+    def readout_features(self, features: Tensor) -> Tensor:
+        """What the readout multiplies: mean_q f, (N, M), or f / positions, (N, M, positions)."""
+        flat = features.flatten(2)
+        return flat.mean(2) if self.readout == "average" else flat / self.readout_positions
+
+    def check_inputs(self, inputs: Tensor, argument: str = "inputs") -> Tensor:
+        if inputs.ndim != 4 or tuple(inputs.shape[1:]) != self.input_shape:
+            expected = f"(N, {', '.join(map(str, self.input_shape))})"
+            raise ValueError(f"{argument} has shape {tuple(inputs.shape)}; the architecture expects {expected}")
+        return inputs
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-ready description; `from_dict` inverts it."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, description: dict[str, Any]) -> Architecture:
+        try:
+            layers = tuple(Conv(**layer) for layer in description["layers"])
+            return cls(**{**description, "layers": layers})
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"architecture description {description!r} is not one written by to_dict: {error}") from error

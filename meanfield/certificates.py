@@ -1,0 +1,231 @@
+"""Judges any point of a convex program from outside its solver: dual value, duality gap, violation; in float64.
+
+The dual of the program (r(t) = t^2).  Multipliers r_n for the output and beta_j(n, q) for the realisation constraint
+of feature j of layers >= 2 give, for ANY values, the lower bound
+
+    -(1/N) sum_n loss*(N r_n) - sum_l mu_l,
+    mu_l = max_i (t_i^2 / (4 lambda_s) - gamma_i)  for l < L,   mu_L = max_j (|q_j|^2 / (4 lambda_u) - gamma_j),
+
+with q_j the readout's response to r, b_ij = (sum beta_j T_s f_i)_s, t_i = max_j (|b_ij|* - kappa_j)_+,
+gamma_i = lambda_1 |z_i|^2 on layer 1 and <beta_i, g_i> - B kappa_i - B |sum beta_i| on later ones.  mu and kappa are
+chosen here, as small as they can be: no solver grades itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from meanfield.program import ConvexProgram
+from meanfield.repopulation import ProgramPoint
+
+GOLDEN = 0.5 * (5**0.5 - 1)
+
+
+@dataclass(frozen=True, eq=False)
+class Multipliers:
+    """output r (N, K); realisation[l-1] beta (M_l, N, P_l) for layers l = 1..L-1 counted from 0."""
+
+    output: Tensor
+    realisation: tuple[Tensor, ...]
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Multipliers:
+        return Multipliers(function(self.output), tuple(map(function, self.realisation)))
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """What is proven of a point: value, a lower bound of the program on this support, their gap, the violation."""
+
+    value: float
+    dual_value: float
+    gap: float
+    violation: float
+
+    @property
+    def relative_gap(self) -> float:
+        """gap / |value|."""
+        return self.gap / max(abs(self.value), torch.finfo(torch.float64).tiny)
+
+
+def certify(program: ConvexProgram, point: ProgramPoint, *multipliers: Multipliers) -> Certificate:
+    """Value, best dual value and gap of a point, in float64.
+
+    Every given set of multipliers is tried, with those of a stationary network at the point
+    (`stationary_multipliers`) when none is given; the best bound counts.  A gap near zero proves optimality on this
+    support; a large one may also mean that the multipliers are poor.  The value is that of the point as it is: read
+    it together with the violation.
+    """
+    program, point = program.to(dtype=torch.float64), point.map(Tensor.double)
+    candidates = multipliers or (stationary_multipliers(program, point),)
+    value = float(program.value(point))
+    dual = max(dual_value(program, candidate) for candidate in candidates)
+    return Certificate(value, dual, value - dual, program.violation(point))
+
+
+def stationary_multipliers(program: ConvexProgram, point: ProgramPoint) -> Multipliers:
+    """r = d loss / d F and beta_j = -(1/p_j) d loss / d g_j: optimal where the network of the point is stationary.
+
+    Features without mass get beta_j = 0.
+    """
+    network = program.network(point).map(lambda tensor: tensor.detach().clone().requires_grad_())
+    with torch.enable_grad():
+        responses = network.responses(program.problem.inputs)
+        loss = program.problem.loss.value(responses.output, program.problem.targets).mean()
+        wanted = [responses.output, *responses.preactivations[1:]]
+        gradients = torch.autograd.grad(loss, wanted)
+    realisation = []
+    for layer, gradient in enumerate(gradients[1:], start=1):
+        alive = point.masses[layer] > 0
+        beta = gradient.new_zeros(len(alive), gradient.shape[0], gradient.shape[2] * gradient.shape[3])
+        beta[alive] = -gradient.movedim(1, 0).flatten(2) / network.masses[layer].detach()[:, None, None]
+        realisation.append(beta)
+    return Multipliers(gradients[0], tuple(realisation))
+
+
+def dual_value(program: ConvexProgram, multipliers: Multipliers) -> float:
+    """The best lower bound of the program that these multipliers give, after repair to feasibility; float64.
+
+    Repair: r is moved into the domain of the conjugate, beta is centred where a bias is free, and both are scaled by
+    the common factor that serves the bound best.
+    """
+    program = program.to(dtype=torch.float64)
+    dual = _PricedFeatures.of(program, multipliers.map(lambda t: t.to(program.features[0])))
+    return max(dual.value(1.0), _golden_maximum(dual.value, 0.0, 2.0))
+
+
+@dataclass(frozen=True, eq=False)
+class _PricedFeatures:
+    """What the dual value needs of multipliers, layer by layer, before the choice of mu and kappa.
+
+    norms[l-1] |b_ij|* (M_l, M_{l-1}); pairings[l-1] <beta_j, g_j> - B |sum beta_j| (M_l,); readout |q_j|^2 (M_L,).
+    """
+
+    program: ConvexProgram
+    output: Tensor
+    norms: list[Tensor]
+    pairings: list[Tensor]
+    readout: Tensor
+
+    @classmethod
+    def of(cls, program: ConvexProgram, multipliers: Multipliers) -> _PricedFeatures:
+        output = _repair_output(program, multipliers.output)
+        norms, pairings = [], []
+        for layer, beta in enumerate(multipliers.realisation, start=1):
+            norm, pairing = _price_layer(program, layer, beta)
+            norms.append(norm)
+            pairings.append(pairing)
+        response = torch.einsum("nk,nj...->j...k", output, program.readout_features)
+        return cls(program, output, norms, pairings, response.flatten(1).square().sum(1))
+
+    def value(self, scale: float) -> float:
+        """Dual value of the multipliers times `scale` >= 0."""
+        problem = self.program.problem
+        count = len(problem.inputs)
+        conjugate = float(problem.loss.conjugate(count * scale * self.output, problem.targets).mean())
+        if conjugate == torch.inf:
+            return -torch.inf
+        if self.program.depth > 1 and problem.penalty.amplitude_bound is not None:
+            return -conjugate - _least_total(lambda offsets: self._masses_bounded(scale, offsets), self.program.depth - 1)
+        return -conjugate - self._masses(scale)
+
+    def _masses(self, scale: float) -> float:
+        """sum_l mu_l without an amplitude bound."""
+        penalty, gamma, total = self.program.problem.penalty, self.program.feature_costs, 0.0
+        for norm, pairing in zip(self.norms, self.pairings):
+            load = scale * norm.amax(0)
+            total += float((_square_over(load, penalty.source) - gamma).max())
+            gamma = scale * pairing
+        return total + float((_square_over(scale * self.readout.sqrt(), penalty.readout) - gamma).max())
+
+    def _masses_bounded(self, scale: float, offsets: list[float]) -> float:
+        """sum_l mu_l when mu_l exceeds its least value max(-gamma) by a share `offsets[l]` of what kappa = 0 needs."""
+        penalty, gamma, total = self.program.problem.penalty, self.program.feature_costs, 0.0
+        bound = penalty.amplitude_bound or 0.0
+        for norm, pairing, offset in zip(self.norms, self.pairings, offsets):
+            least = float((-gamma).max())
+            need = float((_square_over(scale * norm.amax(0), penalty.source) - gamma).max()) if penalty.source else least
+            mu = least + offset * (need - least)
+            thresholds = (4 * penalty.source * (mu + gamma).clamp_min(0)).sqrt()
+            kappa = (scale * norm - thresholds).clamp_min(0).amax(1)
+            gamma, total = scale * pairing - bound * kappa, total + mu
+        return total + float((_square_over(scale * self.readout.sqrt(), penalty.readout) - gamma).max())
+
+
+def _price_layer(program: ConvexProgram, layer: int, beta: Tensor) -> tuple[Tensor, Tensor]:
+    problem = program.problem
+    conv, penalty = problem.architecture.layers[layer], problem.penalty
+    if penalty.source == 0 and penalty.amplitude_bound is None:
+        beta = torch.zeros_like(beta)  # b_ij must vanish: the trivial choice
+    if conv.bias and penalty.amplitude_bound is None:
+        beta = beta - beta.mean((1, 2), keepdim=True)
+    g = program.preactivations[layer]
+    shaped = beta.movedim(0, 1).reshape(g.shape)
+    norms = penalty.dual_norms(conv.correlate(program.features[layer - 1], shaped))
+    pairing = (shaped * g).sum((0, 2, 3))
+    if conv.bias and penalty.amplitude_bound is not None:
+        pairing = pairing - penalty.amplitude_bound * beta.sum((1, 2)).abs()
+    return norms, pairing
+
+
+def _repair_output(program: ConvexProgram, output: Tensor) -> Tensor:
+    problem = program.problem
+    count = len(problem.inputs)
+    if problem.penalty.readout == 0:  # q_j must vanish: drop what the features can see
+        rows = program.readout_features.flatten(1)
+        output = output - rows @ torch.linalg.lstsq(rows, output, driver="gelsd").solution
+    return problem.loss.feasible(count * output, problem.targets) / count
+
+
+def _square_over(amounts: Tensor, strength: float) -> Tensor:
+    """amounts^2 / (4 strength); for strength 0 it is 0 where the amount is rounding, else +inf."""
+    if strength > 0:
+        return amounts.square() / (4 * strength)
+    return torch.where(amounts <= 1e-10, 0.0, torch.inf)
+
+
+def _golden_maximum(function: Callable[[float], float], low: float, high: float, steps: int = 60) -> float:
+    """Largest value seen by golden-section search of a concave function (-inf allowed at the right end)."""
+    left, right = high - GOLDEN * (high - low), low + GOLDEN * (high - low)
+    at_left, at_right = function(left), function(right)
+    best = max(function(low), at_left, at_right)
+    for _ in range(steps):
+        if at_left >= at_right:
+            high, right, at_right = right, left, at_left
+            left = high - GOLDEN * (high - low)
+            at_left = function(left)
+        else:
+            low, left, at_left = left, right, at_right
+            right = low + GOLDEN * (high - low)
+            at_right = function(right)
+        best = max(best, at_left, at_right)
+    return best
+
+
+def _least_total(total: Callable[[list[float]], float], count: int) -> float:
+    """Least total over offsets in [0, 1]^count, one coordinate after the other (exact for one)."""
+    offsets, best = [1.0] * count, total([1.0] * count)
+    for _ in range(1 if count == 1 else 4):
+        for index in range(count):
+            def along(x: float, index: int = index) -> float:
+                return -total([*offsets[:index], x, *offsets[index + 1 :]])
+
+            offsets[index], found = _golden_argmax(along)
+            best = min(best, -found)
+    return best
+
+
+def _golden_argmax(function: Callable[[float], float]) -> tuple[float, float]:
+    trace: list[tuple[float, float]] = []
+
+    def traced(x: float) -> float:
+        trace.append((function(x), x))
+        return trace[-1][0]
+
+    _golden_maximum(traced, 0.0, 1.0, steps=40)
+    traced(1.0)
+    value, where = max(trace)
+    return where, value

@@ -1,0 +1,213 @@
+"""Particle measures: split, merge, mixture, selection and extension of particles; starting measures."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from meanfield import validation
+from meanfield.architecture import Architecture
+from meanfield.network import ParticleNetwork
+
+ANCHOR_ROWS = 1024
+STARTS = ("anchored", "low_rank")
+
+
+def select(network: ParticleNetwork, keep: Sequence[Tensor]) -> ParticleNetwork:
+    """The particles with the given indices, layer by layer; masses are taken as they are, not renormalised."""
+    masses = [p[k] for p, k in zip(network.masses, keep)]
+    kernels = [network.kernels[0][keep[0]]]
+    kernels += [w[k][:, s] for w, k, s in zip(network.kernels[1:], keep[1:], keep[:-1])]
+    biases = [None if b is None else b[k] for b, k in zip(network.biases, keep)]
+    return ParticleNetwork.unchecked(network.architecture, masses, kernels, network.readout[:, keep[-1]], biases)
+
+
+def permute(network: ParticleNetwork, orders: Sequence[Tensor]) -> ParticleNetwork:
+    """The same measures with their particles listed in another order."""
+    return select(network, orders)
+
+
+def drop_massless(network: ParticleNetwork) -> ParticleNetwork:
+    """Without the particles of zero mass, which carry no flow: output and value stay."""
+    return select(network, [torch.nonzero(p > 0).flatten() for p in network.masses])
+
+
+def split(network: ParticleNetwork, layer: int, particle: int, shares: Tensor) -> ParticleNetwork:
+    """Replace one particle by clones with the given shares of its mass (positive, summing to one)."""
+    validation.finite(shares, "shares")
+    if shares.ndim != 1 or bool((shares <= 0).any()) or abs(float(shares.sum()) - 1) > 1e-8:
+        raise ValueError(f"shares={shares.tolist()} must be positive and sum to 1")
+    if not 0 <= layer < network.architecture.depth or not 0 <= particle < network.widths[layer]:
+        raise ValueError(f"layer={layer}, particle={particle} is not a particle of widths {network.widths}")
+    keep = [torch.arange(width, device=network.device) for width in network.widths]
+    clones = torch.full((len(shares),), particle, device=network.device)
+    keep[layer] = torch.cat([keep[layer][:particle], clones, keep[layer][particle + 1 :]])
+    cloned = select(network, keep)
+    masses = list(cloned.masses)
+    masses[layer] = masses[layer].clone()
+    masses[layer][particle : particle + len(shares)] *= shares
+    return ParticleNetwork(network.architecture, masses, cloned.kernels, cloned.readout, cloned.biases)
+
+
+def merge(network: ParticleNetwork, layer: int, particles: Sequence[int]) -> ParticleNetwork:
+    """Replace particles by one: their masses add up; kernels and readout are mass averages.
+
+    For equal particles (clones) neither the output nor the value changes.  Outgoing kernels of clones may differ: only
+    their mass average acts.
+    """
+    chosen = torch.as_tensor(list(particles), device=network.device)
+    if len(set(particles)) < 2:
+        raise ValueError(f"particles={list(particles)} must name at least two different particles")
+    shares = network.masses[layer][chosen]
+    if float(shares.sum()) <= 0:
+        raise ValueError(f"particles={list(particles)} have no mass to merge")
+    shares = shares / shares.sum()
+    average = torch.eye(network.widths[layer], dtype=network.dtype, device=network.device)
+    average[chosen[0]] = 0
+    average[chosen[0], chosen] = shares
+    kernels, biases, readout = list(network.kernels), list(network.biases), network.readout
+    kernels[layer] = torch.einsum("ab,bchw->achw", average, kernels[layer])
+    if biases[layer] is not None:
+        biases[layer] = average @ biases[layer]
+    if layer + 1 < network.architecture.depth:
+        kernels[layer + 1] = torch.einsum("ab,cbhw->cahw", average, kernels[layer + 1])
+    else:
+        readout = torch.einsum("ab,kb...->ka...", average, readout)
+    masses = list(network.masses)
+    masses[layer] = masses[layer].clone()
+    masses[layer][chosen[0]] = network.masses[layer][chosen].sum()
+    merged = ParticleNetwork.unchecked(network.architecture, masses, kernels, readout, biases)
+    keep = [torch.arange(width, device=network.device) for width in network.widths]
+    keep[layer] = keep[layer][~torch.isin(keep[layer], chosen[1:])]
+    return select(merged, keep)
+
+
+def mixture(first: ParticleNetwork, second: ParticleNetwork, t: float) -> ParticleNetwork:
+    """(1 - t) first + t second, 0 < t < 1: the straight line of the convex program between two networks of any widths.
+
+    The union of the particles with masses (1-t) p_A and t p_B and block-diagonal kernels w_A/(1-t), w_B/t has the
+    output (1-t) F_A + t F_B and a value J <= (1-t) J_A + t J_B.
+    """
+    if not 0 < t < 1:
+        raise ValueError(f"t={t} must lie strictly between 0 and 1")
+    if first.architecture != second.architecture:
+        raise ValueError("first and second must have the same architecture")
+    masses = [torch.cat([(1 - t) * a, t * b]) for a, b in zip(first.masses, second.masses)]
+    kernels = [torch.cat([first.kernels[0], second.kernels[0]])]
+    for a, b in zip(first.kernels[1:], second.kernels[1:]):
+        upper = torch.cat([a / (1 - t), a.new_zeros(a.shape[0], b.shape[1], *a.shape[2:])], 1)
+        lower = torch.cat([b.new_zeros(b.shape[0], a.shape[1], *b.shape[2:]), b / t], 1)
+        kernels.append(torch.cat([upper, lower]))
+    biases = [None if a is None or b is None else torch.cat([a, b]) for a, b in zip(first.biases, second.biases)]
+    readout = torch.cat([first.readout, second.readout], 1)
+    return ParticleNetwork(first.architecture, masses, kernels, readout, biases)
+
+
+def interpolate(first: ParticleNetwork, second: ParticleNetwork, t: float) -> ParticleNetwork:
+    """The straight line in weights between two networks of equal widths: what the theory does NOT make convex."""
+    if first.widths != second.widths:
+        raise ValueError(f"widths differ, {first.widths} and {second.widths}: weights can only be averaged at equal widths")
+    blend = [a + t * (b - a) for a, b in zip(first.tensors(), second.tensors())]
+    return _with_tensors(first, blend)
+
+
+def _with_tensors(network: ParticleNetwork, tensors: Sequence[Tensor]) -> ParticleNetwork:
+    """The network with its tensors replaced, in the order of `ParticleNetwork.tensors`."""
+    depth, remaining = network.architecture.depth, list(tensors)
+    masses, kernels, readout, rest = remaining[:depth], remaining[depth : 2 * depth], remaining[2 * depth], remaining[2 * depth + 1 :]
+    biases = [None if bias is None else rest.pop(0) for bias in network.biases]
+    return ParticleNetwork.unchecked(network.architecture, masses, kernels, readout, biases)
+
+
+def extend(network: ParticleNetwork, copies: Sequence[int], noise: float, generator: torch.Generator) -> ParticleNetwork:
+    """Add, at zero mass, perturbed clones of the heaviest particles: copies[l] of them in layer l.
+
+    A clone's incoming kernel (and bias) is its parent's plus Gaussian noise of `noise` times the parent's root mean
+    square.  Zero mass leaves output and value as they are; the clones are candidates for the next convex program.
+    """
+    keep, fresh = [], []
+    for masses, count in zip(network.masses, copies):
+        heavy = masses.argsort(descending=True)[: min(count, int((masses > 0).sum()))]
+        keep.append(torch.cat([torch.arange(len(masses), device=network.device), heavy]))
+        fresh.append(torch.arange(len(masses), len(masses) + len(heavy), device=network.device))
+    grown = select(network, keep)
+    masses = [p.index_fill(0, new, 0.0) for p, new in zip(grown.masses, fresh)]
+    kernels = [_perturb(w, new, noise, generator) for w, new in zip(grown.kernels, fresh)]
+    biases = [None if b is None else _perturb(b, new, noise, generator) for b, new in zip(grown.biases, fresh)]
+    return ParticleNetwork.unchecked(network.architecture, masses, kernels, grown.readout, biases)
+
+
+def _perturb(tensor: Tensor, rows: Tensor, noise: float, generator: torch.Generator) -> Tensor:
+    chosen = tensor[rows]
+    scale = noise * chosen.flatten(1).square().mean(1).sqrt() if tensor.ndim > 1 else noise * chosen.abs()
+    draw = _normal(chosen.shape, generator, tensor)
+    return tensor.index_copy(0, rows, chosen + draw * scale.reshape(-1, *[1] * (tensor.ndim - 1)))
+
+
+def _normal(shape: Sequence[int], generator: torch.Generator, like: Tensor) -> Tensor:
+    """Gaussian draws on the generator's device, so that a seed gives one start on every device."""
+    return torch.randn(tuple(shape), generator=generator, dtype=torch.float64, device=generator.device).to(like)
+
+
+def start(
+    architecture: Architecture, widths: Sequence[int], inputs: Tensor, generator: torch.Generator, kind: str = "anchored"
+) -> ParticleNetwork:
+    """A random start with uniform masses that has a limit as the widths grow.
+
+    kind "anchored": pre-activations as a wide standard network would draw them, realised by the least-norm kernels on
+    the inputs (at most about 1,024 image positions of them serve as anchors); "low_rank": kernels
+    w(z', z) = sum_r a_r(z) phi_r(z') with random functions phi_r.  Both are scaled to pre-activations of unit root mean
+    square.  First-layer kernels, biases and readout are standard normal (biases of later layers start at zero).
+    dtype and device are those of `inputs`, (N, C_0, H, W).
+    """
+    widths = validation.widths(widths, architecture.depth)
+    validation.one_of(kind, STARTS, "kind")
+    architecture.check_inputs(inputs)
+    masses = [inputs.new_full((m,), 1 / m) for m in widths]
+    shapes = architecture.kernel_shapes(widths)
+    kernels = [_normal(shapes[0], generator, inputs) * math.sqrt(architecture.input_shape[0])]
+    biases = [inputs.new_zeros(m) if layer.bias else None for m, layer in zip(widths, architecture.layers)]
+    if biases[0] is not None:
+        biases[0] = _normal((widths[0],), generator, inputs)
+    signal = architecture.layers[0].activate(
+        architecture.layers[0].convolve(inputs, kernels[0] / architecture.input_shape[0], biases[0])
+    )
+    coordinates = kernels[0].flatten(1)
+    for layer, shape, mass in zip(architecture.layers[1:], shapes[1:], masses[:-1]):
+        if kind == "anchored":
+            kernel = _anchored(layer, signal, shape, mass, generator)
+        else:
+            kernel, coordinates = _low_rank(coordinates, shape, generator, inputs)
+        response = layer.convolve(signal, kernel * mass[None, :, None, None])
+        scale = 1 / response.square().mean().sqrt().clamp_min(torch.finfo(inputs.dtype).tiny)
+        kernels.append(kernel * scale)
+        signal = layer.activate(response * scale)
+    readout = _normal(architecture.readout_shape(widths[-1]), generator, inputs)
+    return ParticleNetwork(architecture, masses, kernels, readout, biases)
+
+
+def _anchored(layer, signal: Tensor, shape: tuple[int, ...], mass: Tensor, generator: torch.Generator) -> Tensor:
+    """w_j = A^T K^+ g_j on anchor rows, K = A diag(p) A^T, g_j = M^{-1/2} sum_i omega_ij * f_i."""
+    rows = layer.patches(signal).flatten(0, 1)  # (N P, M S)
+    omega = _normal(shape, generator, signal).flatten(1)  # (M', M S)
+    if rows.shape[0] > ANCHOR_ROWS:
+        chosen = torch.randperm(rows.shape[0], generator=generator, device=generator.device)[:ANCHOR_ROWS]
+        rows = rows[chosen.to(rows.device)]
+    target = rows @ omega.T / math.sqrt(shape[1])
+    weight = mass.repeat_interleave(layer.offsets)
+    gram = (rows * weight) @ rows.T
+    return (torch.linalg.pinv(gram, hermitian=True) @ target).T.matmul(rows).reshape(shape)
+
+
+def _low_rank(
+    coordinates: Tensor, shape: tuple[int, ...], generator: torch.Generator, like: Tensor, rank: int = 8
+) -> tuple[Tensor, Tensor]:
+    """w_ij = sum_r a_rj phi_r(i), phi_r = tanh of a random linear map of the source's own coordinates, kernel-valued."""
+    offsets = shape[2] * shape[3]
+    maps = _normal((coordinates.shape[1], rank * offsets), generator, like) / math.sqrt(coordinates.shape[1])
+    functions = torch.tanh(coordinates @ maps).reshape(shape[1], rank, offsets)
+    coefficients = _normal((shape[0], rank), generator, like)
+    return torch.einsum("jr,irs->jis", coefficients, functions).reshape(shape), coefficients

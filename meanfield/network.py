@@ -1,0 +1,201 @@
+"""The continuous CNN held as particles: masses, kernels, readout; its features and its output."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from meanfield.architecture import Architecture
+from meanfield.validation import finite, shaped
+
+MASS_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-8}
+
+
+class Responses(NamedTuple):
+    """What a network computes on inputs: per layer g^l (N, M_l, H', W') and f^l (N, M_l, H'', W''), and F (N, K)."""
+
+    preactivations: list[Tensor]
+    features: list[Tensor]
+    output: Tensor
+
+
+@dataclass(frozen=True, eq=False, init=False)
+class ParticleNetwork:
+    """A probability measure over features for every layer, as M_l particles with masses.
+
+    masses[l]   (M_l,) non-negative, sums to one
+    kernels[l]  (M_l, M_{l-1}, kh, kw), target first as in torch; M_0 = C_0.  kernels[0] IS the feature of layer 1
+    readout     (K, M_L), or (K, M_L, positions) for a flattened readout
+    biases[l]   (M_l,) where the layer has a bias, else None; None for no biases at all
+
+    Output, Gu et al. 2020 eqs. (1)-(3) on empirical measures: g^1 = mean over channels of z * x,
+    g^l_j = sum_i p_i w_ij * f^{l-1}_i, F = sum_j p_j <u_j, f^L_j>.  Dtype and device follow the tensors.
+    """
+
+    architecture: Architecture
+    masses: tuple[Tensor, ...]
+    kernels: tuple[Tensor, ...]
+    readout: Tensor
+    biases: tuple[Tensor | None, ...]
+
+    def __init__(
+        self,
+        architecture: Architecture,
+        masses: Sequence[Tensor],
+        kernels: Sequence[Tensor],
+        readout: Tensor,
+        biases: Sequence[Tensor | None] | None = None,
+    ) -> None:
+        self._assign(architecture, masses, kernels, readout, biases)
+        self._check()
+
+    def _assign(self, architecture, masses, kernels, readout, biases) -> None:
+        object.__setattr__(self, "architecture", architecture)
+        object.__setattr__(self, "masses", tuple(masses))
+        object.__setattr__(self, "kernels", tuple(kernels))
+        object.__setattr__(self, "readout", readout)
+        object.__setattr__(self, "biases", tuple(biases) if biases is not None else (None,) * architecture.depth)
+
+    @classmethod
+    def unchecked(
+        cls,
+        architecture: Architecture,
+        masses: Sequence[Tensor],
+        kernels: Sequence[Tensor],
+        readout: Tensor,
+        biases: Sequence[Tensor | None] | None = None,
+    ) -> ParticleNetwork:
+        """As the constructor, without its checks: for inner loops, where a check would wait for the device."""
+        network = cls.__new__(cls)
+        network._assign(architecture, masses, kernels, readout, biases)
+        return network
+
+    def _check(self) -> None:
+        arch = self.architecture
+        for name, entries in (("masses", self.masses), ("kernels", self.kernels), ("biases", self.biases)):
+            if len(entries) != arch.depth:
+                raise ValueError(f"{name} has {len(entries)} entries; the architecture has {arch.depth} layers")
+        for index, masses in enumerate(self.masses):
+            if not isinstance(masses, Tensor) or masses.ndim != 1 or masses.numel() == 0:
+                raise ValueError(f"masses[{index}] must be a tensor of shape (M,), M >= 1, got {_describe(masses)}")
+        for index, (kernel, shape) in enumerate(zip(self.kernels, arch.kernel_shapes(self.widths))):
+            shaped(kernel, shape, f"kernels[{index}]")
+        shaped(self.readout, arch.readout_shape(self.widths[-1]), "readout")
+        for index, (layer, bias) in enumerate(zip(arch.layers, self.biases)):
+            if layer.bias != (bias is not None):
+                raise ValueError(f"biases[{index}] is {_describe(bias)} but layers[{index}].bias={layer.bias}")
+            if bias is not None:
+                shaped(bias, (self.widths[index],), f"biases[{index}]")
+        kinds = {(tensor.dtype, tensor.device) for tensor in self.tensors()}
+        if len(kinds) != 1 or self.dtype not in MASS_TOLERANCE:
+            raise ValueError(f"all tensors must share one dtype, float32 or float64, and one device; got {sorted(map(str, kinds))}")
+        for index, masses in enumerate(self.masses):
+            _check_masses(masses, f"masses[{index}]")
+        for index, kernel in enumerate(self.kernels):
+            finite(kernel, f"kernels[{index}]")
+        finite(self.readout, "readout")
+        for index, bias in enumerate(self.biases):
+            if bias is not None:
+                finite(bias, f"biases[{index}]")
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """M_1, ..., M_L."""
+        return tuple(masses.shape[0] for masses in self.masses)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.readout.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.readout.device
+
+    def __repr__(self) -> str:
+        return f"ParticleNetwork(widths={self.widths}, dtype={self.dtype}, device={self.device})"
+
+    def tensors(self) -> list[Tensor]:
+        """Every tensor of the network: masses, kernels, readout, biases."""
+        return [*self.masses, *self.kernels, self.readout, *(bias for bias in self.biases if bias is not None)]
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> ParticleNetwork:
+        """The network with `function` applied to every tensor."""
+        biases = [None if bias is None else function(bias) for bias in self.biases]
+        return ParticleNetwork.unchecked(
+            self.architecture, [function(m) for m in self.masses], [function(k) for k in self.kernels], function(self.readout), biases
+        )
+
+    def to(self, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> ParticleNetwork:
+        return self.map(lambda tensor: tensor.to(dtype=dtype, device=device))
+
+    def detach(self) -> ParticleNetwork:
+        return self.map(Tensor.detach)
+
+    def responses(self, inputs: Tensor) -> Responses:
+        """Pre-activations, features and output on inputs (N, C_0, H, W)."""
+        signal, preactivations, features = inputs, [], []
+        scales = (1 / self.architecture.input_shape[0], *self.masses[:-1])
+        for layer, kernel, bias, scale in zip(self.architecture.layers, self.kernels, self.biases, scales):
+            # scaling the kernels costs M M' S products, scaling the features would cost N M P
+            weights = kernel * scale if isinstance(scale, float) else kernel * scale[None, :, None, None]
+            preactivations.append(layer.convolve(signal, weights, bias))
+            signal = layer.activate(preactivations[-1])
+            features.append(signal)
+        return Responses(preactivations, features, self.read(signal))
+
+    def read(self, features: Tensor) -> Tensor:
+        """F = sum_j p_j <u_j, f_j>, (N, M_L, H, W) -> (N, K)."""
+        read = self.architecture.readout_features(features)
+        weights = self.readout * (self.masses[-1] if self.readout.ndim == 2 else self.masses[-1][:, None])
+        return read.flatten(1) @ weights.flatten(1).T
+
+    def features(self, inputs: Tensor) -> list[Tensor]:
+        """f^l on inputs (N, C_0, H, W), one tensor (N, M_l, H'', W'') per layer."""
+        return self.responses(self._accept(inputs)).features
+
+    def __call__(self, inputs: Tensor) -> Tensor:
+        """F on inputs (N, C_0, H, W) -> (N, K)."""
+        return self.responses(self._accept(inputs)).output
+
+    def _accept(self, inputs: Tensor) -> Tensor:
+        self.architecture.check_inputs(inputs)
+        if inputs.dtype != self.dtype or inputs.device != self.device:
+            raise ValueError(
+                f"inputs are {inputs.dtype} on {inputs.device}, the network is {self.dtype} on {self.device}; convert one with .to(...)"
+            )
+        return inputs
+
+    def amplitudes(self, layer: int, norms: Tensor) -> Tensor:
+        """int |w(z', z)| d rho(z') of every feature of `layer` (counted from 0, >= 1), from |w_ij| (M_l, M_{l-1})."""
+        return norms @ self.masses[layer - 1]
+
+    @classmethod
+    def start(
+        cls,
+        architecture: Architecture,
+        widths: Sequence[int],
+        inputs: Tensor,
+        generator: torch.Generator,
+        kind: str = "anchored",
+    ) -> ParticleNetwork:
+        """A random start that has a limit as the widths grow; see `meanfield.measures.start`."""
+        from meanfield import measures
+
+        return measures.start(architecture, widths, inputs, generator, kind)
+
+
+def _describe(value: object) -> str:
+    return f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
+
+
+def _check_masses(masses: Tensor, argument: str) -> None:
+    finite(masses, argument)
+    low, total = float(masses.min()), float(masses.sum())
+    if low < 0:
+        raise ValueError(f"{argument} has the negative entry {low:g}; masses are probabilities, at least 0")
+    if abs(total - 1) > MASS_TOLERANCE[masses.dtype]:
+        raise ValueError(f"{argument} sums to {total:.10g}; masses must sum to 1 (divide by their sum)")

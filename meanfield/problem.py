@@ -1,0 +1,168 @@
+"""A training problem: architecture, data, loss, penalty; its objective J and the terms of J."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from meanfield import losses
+from meanfield.architecture import Architecture
+from meanfield.network import ParticleNetwork
+from meanfield.penalties import Penalty, input_norms
+from meanfield.validation import finite
+
+BOUND_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-7}
+
+
+class Terms(NamedTuple):
+    """The terms of J, each a 0-dimensional tensor; their sum is J wherever the bounds hold."""
+
+    loss: Tensor
+    source: Tensor
+    readout: Tensor
+    input: Tensor
+
+    def total(self) -> Tensor:
+        return self.loss + self.source + self.readout + self.input
+
+
+class Problem:
+    """J = mean loss + source, readout and input penalties (+ bounds) over networks of one architecture.
+
+    inputs (N, C_0, H, W), float32 or float64 (integers become float64); targets (N,) or (N, K) for the squared and the
+    logistic loss (labels -1, 1), integer classes (N,) for softmax.  Arrays are accepted and converted.
+    Fang et al. 2019 and Gu et al. 2020 with r(t) = t^2.
+    """
+
+    def __init__(self, architecture: Architecture, inputs: Any, targets: Any, loss: str = "squared", penalty: Penalty | None = None):
+        if not isinstance(architecture, Architecture):
+            raise TypeError(f"architecture must be an Architecture, not {type(architecture).__name__}")
+        if penalty is not None and not isinstance(penalty, Penalty):
+            raise TypeError(f"penalty must be a Penalty, not {type(penalty).__name__}")
+        self.architecture = architecture
+        self.loss = losses.make(loss)
+        self.penalty = penalty if penalty is not None else Penalty()
+        self.inputs = _image_tensor(inputs, architecture)
+        self.targets = self.check_targets(_tensor(targets, "targets"))
+
+    def __repr__(self) -> str:
+        return f"Problem({len(self.inputs)} images, {self.loss.name} loss, {self.architecture}, {self.penalty})"
+
+    def check_targets(self, targets: Tensor) -> Tensor:
+        return self.loss.check_targets(targets, self.inputs.shape[0], self.architecture.outputs, like=self.inputs)
+
+    def to(self, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> Problem:
+        """The same problem with its tensors converted."""
+        return self._with_data(self.inputs.to(dtype=dtype, device=device), self.targets)
+
+    def batch(self, indices: Tensor) -> Problem:
+        """The problem on some of its images: its gradient is an unbiased estimate of the whole one's."""
+        return self._with_data(self.inputs[indices], self.targets[indices])
+
+    def _with_data(self, inputs: Tensor, targets: Tensor) -> Problem:
+        """Without the checks: a batch may hold one class only."""
+        other = object.__new__(Problem)
+        other.architecture, other.loss, other.penalty, other.inputs = self.architecture, self.loss, self.penalty, inputs
+        dtype = inputs.dtype if targets.is_floating_point() else targets.dtype
+        other.targets = targets.to(dtype=dtype, device=inputs.device)
+        return other
+
+    def terms(self, network: ParticleNetwork, output: Tensor | None = None) -> Terms:
+        """The terms of J; differentiable in the network's tensors.  `output` saves a second forward pass."""
+        output = network.responses(self.inputs).output if output is None else output
+        p, penalty = network.masses, self.penalty
+        source = output.new_zeros(())
+        for layer in range(1, self.architecture.depth):
+            outflow = p[layer] @ penalty.norms(network.kernels[layer])  # (M_{l-1},): sum_j |w_ij| p_j
+            source = source + p[layer - 1] @ outflow.square()
+        readout = p[-1] @ network.readout.movedim(1, 0).flatten(1).square().sum(1)
+        first = network.kernels[0].flatten(1).square().sum(1)
+        if network.biases[0] is not None:
+            first = first + network.biases[0].square()
+        return Terms(
+            self.loss.value(output, self.targets).mean(),
+            penalty.source * source,
+            penalty.readout * readout,
+            penalty.input * (p[0] @ first),
+        )
+
+    def value(self, network: ParticleNetwork) -> Tensor:
+        """J, a 0-dimensional tensor; +inf where a bound is broken by more than rounding."""
+        self._check_network(network)
+        total = self.terms(network).total()
+        return total if self.excess(network) <= BOUND_TOLERANCE[network.dtype] else total + torch.inf
+
+    def excess(self, network: ParticleNetwork) -> float:
+        """Largest relative excess over the bounds, 0 where they hold: max of (reached / bound - 1)."""
+        return max((reached / bound - 1 for _, reached, bound in self.bounds(network)), default=0.0)
+
+    def bounds(self, network: ParticleNetwork) -> list[tuple[str, float, float]]:
+        """(name, largest value reached, bound) for every bound that is on; massless features are not counted."""
+        found: list[tuple[str, float, float]] = []
+        alive = [p > 0 for p in network.masses]
+        if self.penalty.input_bound is not None:
+            norms = input_norms(network.kernels[0], network.biases[0])
+            found.append(("input_bound", float(norms[alive[0]].max()), self.penalty.input_bound))
+        if self.penalty.amplitude_bound is not None and self.architecture.depth > 1:
+            reached = 0.0
+            for layer in range(1, self.architecture.depth):
+                amplitudes = network.amplitudes(layer, self.penalty.norms(network.kernels[layer]))
+                bias = network.biases[layer]
+                amplitudes = amplitudes if bias is None else torch.maximum(amplitudes, bias.abs())
+                reached = max(reached, float(amplitudes[alive[layer]].max()))
+            found.append(("amplitude_bound", reached, self.penalty.amplitude_bound))
+        return found
+
+    def require_feasible(self, network: ParticleNetwork) -> None:
+        """Refuse a network that breaks a bound, naming the bound and the value reached."""
+        self._check_network(network)
+        for name, reached, bound in self.bounds(network):
+            if reached > bound * (1 + BOUND_TOLERANCE[network.dtype]):
+                raise ValueError(f"{name}={bound:g} makes the network infeasible: it reaches {reached:.6g}; raise the bound or scale the network down")
+
+    def _check_network(self, network: ParticleNetwork) -> None:
+        if network.architecture != self.architecture:
+            raise ValueError(f"the network has the architecture {network.architecture}, the problem {self.architecture}")
+        if network.dtype != self.inputs.dtype or network.device != self.inputs.device:
+            raise ValueError(
+                f"the network is {network.dtype} on {network.device}, the problem {self.inputs.dtype} on {self.inputs.device}; "
+                "convert one with .to(...)"
+            )
+
+    def missing_bounds(self) -> list[str]:
+        """Why the infimum over measures may not be attained: one phrase per missing bound; empty where it is attained.
+
+        An unbounded activation with two or more layers needs both bounds, a free bias of a later layer needs the
+        amplitude bound, and a strength of zero leaves its variable free.
+        """
+        penalty, layers = self.penalty, self.architecture.layers
+        deep, unbounded = len(layers) > 1, any(not layer.bounded for layer in layers)
+        missing: list[str] = []
+        if penalty.input_bound is None and (penalty.input == 0 or (deep and unbounded)):
+            missing.append("input_bound")
+        free_bias = any(layer.bias for layer in layers[1:])
+        if penalty.amplitude_bound is None and deep and (penalty.source == 0 or unbounded or free_bias):
+            missing.append("amplitude_bound")
+        if penalty.readout == 0:
+            missing.append("a positive readout penalty")
+        return missing
+
+
+def _tensor(values: Any, argument: str) -> Tensor:
+    try:
+        return torch.as_tensor(values)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"{argument} of type {type(values).__name__} is not a tensor or an array of numbers") from error
+
+
+def _image_tensor(inputs: Any, architecture: Architecture) -> Tensor:
+    tensor = architecture.check_inputs(_tensor(inputs, "inputs"))
+    if tensor.shape[0] == 0:
+        raise ValueError("inputs is empty: at least one image is needed")
+    if tensor.dtype not in (torch.float32, torch.float64):
+        if tensor.is_floating_point() or tensor.is_complex():
+            raise ValueError(f"inputs has dtype {tensor.dtype}; float32 and float64 are supported")
+        tensor = tensor.double()
+    return finite(tensor, "inputs")

@@ -1,0 +1,203 @@
+"""The convex program over populations of frozen features: value, violation, constraint basis, restoration."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from meanfield import repopulation
+from meanfield.network import ParticleNetwork
+from meanfield.penalties import perspective
+from meanfield.problem import Problem, Terms
+from meanfield.repopulation import ProgramPoint
+
+RANK_TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
+
+
+class ConstraintBasis(NamedTuple):
+    """Thin singular value decomposition A = left diag(singular) right^T of a layer's design matrix.
+
+    A has one row per image and position and one column per (source, offset), and one more where the layer has a bias.
+    Singular values below the rank tolerance times the largest are left out.
+    """
+
+    left: Tensor
+    singular: Tensor
+    right: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class ConvexProgram:
+    """minimise over (p, W, U, B) at frozen features  mean loss + perspectives of the penalties,
+
+        subject to  sum_i sum_s W_ijs T_s f_i + B_j = p_j g_j  on every image and position, for layers >= 2,
+        p >= 0, sum p = 1, and the amplitude bound  sum_i |W_ij| <= B p_j, |B_j| <= B p_j  where it is on.
+
+    Fang et al. 2019, section 4.  Features of zero mass in the frozen network are candidates.
+    """
+
+    problem: Problem
+    frozen: ParticleNetwork
+    features: tuple[Tensor, ...]
+    preactivations: tuple[Tensor, ...]
+
+    @classmethod
+    def freeze(cls, problem: Problem, network: ParticleNetwork) -> ConvexProgram:
+        """Freeze the features that `network` computes on the problem's inputs."""
+        problem.require_feasible(network)
+        network = network.detach()
+        with torch.no_grad():
+            responses = network.responses(problem.inputs)
+        return cls(problem, network, tuple(responses.features), tuple(responses.preactivations))
+
+    def to(self, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> ConvexProgram:
+        convert = lambda tensor: tensor.to(dtype=dtype, device=device)  # noqa: E731
+        return ConvexProgram(
+            self.problem.to(dtype=dtype, device=device),
+            self.frozen.map(convert),
+            tuple(map(convert, self.features)),
+            tuple(map(convert, self.preactivations)),
+        )
+
+    @property
+    def depth(self) -> int:
+        return self.problem.architecture.depth
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        return self.frozen.widths
+
+    @cached_property
+    def feature_costs(self) -> Tensor:
+        """lambda_1 |(z_i, b_i)|^2, (M_1,)."""
+        cost = self.frozen.kernels[0].flatten(1).square().sum(1)
+        if self.frozen.biases[0] is not None:
+            cost = cost + self.frozen.biases[0].square()
+        return self.problem.penalty.input * cost
+
+    @cached_property
+    def readout_features(self) -> Tensor:
+        """What the readout multiplies, (N, M_L) or (N, M_L, positions)."""
+        return self.problem.architecture.readout_features(self.features[-1])
+
+    def design(self, layer: int) -> Tensor:
+        """A of `layer` (counted from 0, >= 1): (N P, M_{l-1} S), with a last column of ones where the layer has a bias."""
+        conv = self.problem.architecture.layers[layer]
+        rows = conv.patches(self.features[layer - 1]).flatten(0, 1)
+        return torch.cat([rows, rows.new_ones(len(rows), 1)], 1) if conv.bias else rows
+
+    def basis(self, layer: int) -> ConstraintBasis:
+        """The constraint basis of `layer`, computed once."""
+        if layer not in self._bases:
+            left, singular, right = torch.linalg.svd(self.design(layer), full_matrices=False)
+            kept = singular > RANK_TOLERANCE[singular.dtype] * singular[0]
+            self._bases[layer] = ConstraintBasis(left[:, kept], singular[kept], right[kept].T.contiguous())
+        return self._bases[layer]
+
+    @cached_property
+    def _bases(self) -> dict[int, ConstraintBasis]:
+        return {}
+
+    def point(self, network: ParticleNetwork) -> ProgramPoint:
+        """The program variables of the frozen network, or of any network with the same features."""
+        if network.widths != self.widths or network.architecture != self.problem.architecture:
+            raise ValueError(f"the network has widths {network.widths}; the program froze the features of widths {self.widths}")
+        point = repopulation.to_program(network.detach())
+        if self.violation(point) > 1e-3:
+            raise ValueError("the network's features differ from the frozen ones; freeze a program at this network")
+        return point
+
+    def network(self, point: ProgramPoint) -> ParticleNetwork:
+        """The network of a point; particles of zero mass are dropped."""
+        return repopulation.to_network(point, self.frozen)
+
+    def output(self, point: ProgramPoint) -> Tensor:
+        """F = sum_j <U_j, f_j>, (N, K)."""
+        return self.readout_features.flatten(1) @ point.readout.flatten(1).T
+
+    def terms(self, point: ProgramPoint) -> Terms:
+        """The terms of the program; the same as the problem's at the network of the point."""
+        penalty, loss = self.problem.penalty, self.problem.loss
+        fit = loss.value(self.output(point), self.problem.targets).mean()
+        source = fit.new_zeros(())
+        for W, p in zip(point.kernels, point.masses):
+            source = source + perspective(penalty.norms(W).sum(0), p).sum()
+        amounts = torch.linalg.vector_norm(point.readout.movedim(1, 0).flatten(1), dim=1)
+        readout = perspective(amounts, point.masses[-1]).sum()
+        weigh = lambda strength, term: strength * term if strength else torch.zeros_like(term)  # noqa: E731
+        return Terms(fit, weigh(penalty.source, source), weigh(penalty.readout, readout), point.masses[0] @ self.feature_costs)
+
+    def value(self, point: ProgramPoint) -> Tensor:
+        """The objective, a 0-dimensional tensor; constraints are judged by `violation`."""
+        return self.terms(point).total()
+
+    def residual(self, point: ProgramPoint, layer: int) -> Tensor:
+        """sum_i sum_s W_ijs T_s f_i + B_j - p_j g_j of `layer` (>= 1), (N, M_l, H', W')."""
+        conv = self.problem.architecture.layers[layer]
+        moved = conv.convolve(self.features[layer - 1], point.kernels[layer - 1], point.biases[layer - 1])
+        return moved - point.masses[layer][None, :, None, None] * self.preactivations[layer]
+
+    def violation(self, point: ProgramPoint) -> float:
+        """Largest violation of any constraint, relative to its own scale.
+
+        Masses: |sum p - 1| and -p M.  Realisation: the largest |residual| over the largest |p_j g_j|, per layer.
+        Amplitude bound: the largest excess over B p_j, over B max p.
+        """
+        found = [abs(float(p.sum()) - 1) for p in point.masses] + [-float(p.min()) * len(p) for p in point.masses]
+        for layer in range(1, self.depth):
+            p = point.masses[layer]
+            scale = float((p[None, :, None, None] * self.preactivations[layer]).abs().max())
+            found.append(float(self.residual(point, layer).abs().max()) / max(scale, torch.finfo(p.dtype).tiny))
+            found.extend(self._bound_excess(point, layer))
+        return max(0.0, *found)
+
+    def _bound_excess(self, point: ProgramPoint, layer: int) -> list[float]:
+        bound, p, bias = self.problem.penalty.amplitude_bound, point.masses[layer], point.biases[layer - 1]
+        if bound is None:
+            return []
+        reached = [self.problem.penalty.norms(point.kernels[layer - 1]).sum(1)] + ([] if bias is None else [bias.abs()])
+        return [float(((amount - bound * p) / (bound * p.max())).max()) for amount in reached]
+
+    def restore(self, point: ProgramPoint, sweeps: int = 3) -> ProgramPoint:
+        """The nearest point, on the same support, that meets the linear constraints to rounding where the support can.
+
+        Masses are clipped and normalised; kernels move by the least sum of |dW_ij|^2 / (p_i p_j), so that massless
+        features keep zero kernels.
+        """
+        masses = tuple(p.clamp_min(0) / p.clamp_min(0).sum() for p in point.masses)
+        alive = [(p > 0).to(p.dtype) for p in masses]
+        kernels, biases = list(point.kernels), list(point.biases)
+        for layer in range(1, self.depth):
+            carry = alive[layer][:, None, None, None] * alive[layer - 1][None, :, None, None]
+            kernels[layer - 1] = kernels[layer - 1] * carry
+            if biases[layer - 1] is not None:
+                biases[layer - 1] = biases[layer - 1] * alive[layer]
+        readout = point.readout * alive[-1].reshape(1, -1, *[1] * (point.readout.ndim - 2))
+        restored = ProgramPoint(masses, tuple(kernels), readout, tuple(biases))
+        for layer in range(1, self.depth):
+            restored = self._restore_layer(restored, layer, sweeps)
+        return restored
+
+    def _restore_layer(self, point: ProgramPoint, layer: int, sweeps: int) -> ProgramPoint:
+        source, target = point.masses[layer - 1], point.masses[layer]
+        conv = self.problem.architecture.layers[layer]
+        scale = (source * len(source)).clamp_max(1).sqrt().repeat_interleave(conv.offsets)
+        if conv.bias:
+            scale = torch.cat([scale, scale.new_ones(1)])
+        left, singular, right = torch.linalg.svd(self.design(layer) * scale, full_matrices=False)
+        kept = singular > RANK_TOLERANCE[singular.dtype] * singular[0]
+        left, solve = left[:, kept], (right[kept].T * scale[:, None]) / singular[kept]
+        kernels, biases = list(point.kernels), list(point.biases)
+        for _ in range(sweeps):
+            current = ProgramPoint(point.masses, tuple(kernels), point.readout, tuple(biases))
+            error = self.residual(current, layer).movedim(1, 0).flatten(1)  # (M_l, N P)
+            step = ((error @ left) @ solve.T) * (target > 0)[:, None]
+            if conv.bias:
+                biases[layer - 1] = biases[layer - 1] - step[:, -1]
+                step = step[:, :-1]
+            kernels[layer - 1] = kernels[layer - 1] - step.reshape(kernels[layer - 1].shape)
+        return ProgramPoint(point.masses, tuple(kernels), point.readout, tuple(biases))

@@ -1,0 +1,56 @@
+"""What every solver returns, and the texts for what went wrong."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from meanfield.certificates import Certificate, Multipliers
+from meanfield.network import ParticleNetwork
+from meanfield.repopulation import ProgramPoint
+
+STATUS_TEXTS = {
+    "optimal": "the duality gap on this support is below the tolerance",
+    "converged": "the metric speed fell below the tolerance",
+    "alternation_converged": "after a flow the value is within the tolerance of the convex program's optimum",
+    "max_iterations": "stopped at the iteration limit before the tolerance was met; raise the limit or loosen the tolerance",
+    "max_rounds": "stopped at the round limit before the tolerance was met; raise rounds or the steps of a flow",
+    "max_seconds": "stopped at the time limit before the tolerance was met; raise max_seconds",
+    "stalled": "no step lowers the value any more, before the tolerance was met; try another descent or float64",
+    "interrupted": "stopped by the user; the best network so far is kept",
+    "inaccurate": "the solver stopped short of its tolerance; the reported gap tells how far",
+    "failed": "the solver returned no point",
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Solution:
+    """A solver's answer, certified outside the solver in float64.
+
+    value: the objective at the answer.  gap: value minus the dual value of the convex program on this support.
+    lower_bound: valid for the problem over ALL measures; None until one is proven.  status: a key of STATUS_TEXTS.
+    history: one dict of figures per recorded iteration.  network, point: the answer in both forms.
+    """
+
+    value: float
+    gap: float
+    status: str
+    message: str
+    network: ParticleNetwork
+    point: ProgramPoint
+    lower_bound: float | None = None
+    history: list[dict[str, Any]] = field(default_factory=list, repr=False)
+    certificate: Certificate | None = field(default=None, repr=False)
+    multipliers: Multipliers | None = field(default=None, repr=False)
+    seconds: float = 0.0
+
+    @property
+    def relative_gap(self) -> float:
+        """gap / |value|."""
+        return self.gap / max(abs(self.value), 1e-300)
+
+
+def message(status: str, detail: str = "") -> str:
+    """The text of a status, with a detail in front."""
+    text = STATUS_TEXTS[status]
+    return f"{detail}: {text}" if detail else text

@@ -1,0 +1,1 @@
+"""Solvers: each takes a network or a program and returns a Solution."""

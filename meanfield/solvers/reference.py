@@ -1,0 +1,156 @@
+"""The convex program in cvxpy: slow, small cases only, independent of our own solver.  The only module with cvxpy."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import cvxpy as cp
+import numpy as np
+import torch
+from torch import Tensor
+
+from meanfield import certificates, validation
+from meanfield.certificates import Multipliers
+from meanfield.program import ConvexProgram
+from meanfield.repopulation import ProgramPoint
+from meanfield.solution import Solution, message
+
+SOLVERS: dict[str, dict[str, Any]] = {
+    "CLARABEL": {"tol_gap_abs": 1e-9, "tol_gap_rel": 1e-9, "tol_feas": 1e-9},
+    "SCS": {"eps_abs": 1e-9, "eps_rel": 1e-9, "max_iters": 200_000},
+}
+MASS_FLOOR = 1e-7  # interior-point solvers leave a little mass on every particle; below this share of 1/M it is dropped
+
+
+def solve(program: ConvexProgram, solver: str = "CLARABEL", **options: Any) -> Solution:
+    """Solve the convex program with cvxpy; options go to the cvxpy solver (defaults in SOLVERS).
+
+    The point is cleaned (masses below MASS_FLOOR / M dropped if that does not raise the value) and restored to the
+    linear constraints; the gap comes from `certificates` with the solver's own multipliers.
+    """
+    validation.one_of(solver, SOLVERS, "solver")
+    began = time.perf_counter()
+    model = _Model(program.to(dtype=torch.float64, device="cpu"))
+    model.problem.solve(solver=solver, **{**SOLVERS[solver], **options})
+    status = model.problem.status
+    if model.masses[0].value is None:
+        return _failed(program, f"{solver} ended as {status}", began)
+    return _certified(program, model, f"{solver} ended as {status}", status == cp.OPTIMAL, began)
+
+
+def _certified(program: ConvexProgram, model: _Model, detail: str, optimal: bool, began: float) -> Solution:
+    exact = model.program
+    # the sign of cvxpy's equality duals differs between formulations: try both
+    duals = [model.multipliers(sign) for sign in (1.0, -1.0)]
+    judged = [(certificates.certify(exact, point, *duals), point) for point in _cleaned(exact, model.point())]
+    feasible = [pair for pair in judged if pair[0].violation < 1e-7] or judged
+    certificate, point = min(feasible, key=lambda pair: pair[0].value)
+    best = max(duals, key=lambda dual: certificates.dual_value(exact, dual))
+    status = "optimal" if optimal else "inaccurate"
+    point = point.map(lambda tensor: tensor.to(program.features[0]))
+    return Solution(
+        value=certificate.value, gap=certificate.gap, status=status, message=message(status, detail),
+        network=program.network(point), point=point, certificate=certificate, multipliers=best,
+        history=[{"solver_value": model.problem.solution.opt_val}], seconds=time.perf_counter() - began,
+    )  # fmt: skip
+
+
+def _failed(program: ConvexProgram, detail: str, began: float) -> Solution:
+    point = program.point(program.frozen)
+    certificate = certificates.certify(program, point)
+    return Solution(
+        value=certificate.value, gap=certificate.gap, status="failed", message=message("failed", detail), network=program.frozen,
+        point=point, certificate=certificate, seconds=time.perf_counter() - began,
+    )  # fmt: skip
+
+
+def _cleaned(program: ConvexProgram, point: ProgramPoint) -> list[ProgramPoint]:
+    """The restored point as it is, and without its lightest particles."""
+    floors = [0.0, MASS_FLOOR]
+    return [
+        program.restore(ProgramPoint(tuple(torch.where(p > floor / len(p), p, 0.0) for p in point.masses), point.kernels, point.readout, point.biases))
+        for floor in floors
+    ]  # fmt: skip
+
+
+class _Model:
+    """The cvxpy formulation of one program."""
+
+    def __init__(self, program: ConvexProgram):
+        self.program = program
+        arch, penalty = program.problem.architecture, program.problem.penalty
+        self.masses = [cp.Variable(m, nonneg=True) for m in program.widths]
+        self.kernels = [cp.Variable((layer.offsets * m, n)) for layer, m, n in zip(arch.layers[1:], program.widths, program.widths[1:])]
+        self.readout = cp.Variable((program.readout_features.flatten(1).shape[1], arch.outputs))
+        self.biases = [cp.Variable(n) if layer.bias else None for layer, n in zip(arch.layers[1:], program.widths[1:])]
+        self.constraints: list[Any] = [cp.sum(p) == 1 for p in self.masses]
+        self.realisation: list[Any] = []
+        objective = self._loss() + self._readout() + _numpy(program.feature_costs) @ self.masses[0]
+        for layer in range(1, program.depth):
+            objective = objective + self._layer(layer, penalty)
+        self.problem = cp.Problem(cp.Minimize(objective), self.constraints)
+
+    def _loss(self) -> Any:
+        problem = self.program.problem
+        output, targets = self._output(), _numpy(problem.targets)
+        if problem.loss.name == "squared":
+            return 0.5 * cp.sum_squares(output - targets) / len(targets)
+        if problem.loss.name == "logistic":
+            return cp.sum(cp.logistic(-cp.multiply(targets, output))) / len(targets)
+        chosen = np.eye(output.shape[1])[targets]
+        return (cp.sum(cp.log_sum_exp(output, axis=1)) - cp.sum(cp.multiply(chosen, output))) / len(targets)
+
+    def _output(self) -> Any:
+        return _numpy(self.program.readout_features.flatten(1)) @ self.readout
+
+    def _readout(self) -> Any:
+        width = self.program.widths[-1]
+        each = self.readout.shape[0] // width
+        amounts = [cp.norm(self.readout[j * each : (j + 1) * each, :], "fro") for j in range(width)]
+        return self._perspectives(amounts, self.masses[-1], self.program.problem.penalty.readout)
+
+    def _perspectives(self, amounts: list[Any], masses: Any, strength: float) -> Any:
+        if strength == 0:
+            return 0.0
+        return strength * cp.sum([cp.quad_over_lin(amount, masses[i]) for i, amount in enumerate(amounts)])
+
+    def _layer(self, layer: int, penalty: Any) -> Any:
+        program, W, bias = self.program, self.kernels[layer - 1], self.biases[layer - 1]
+        offsets = program.problem.architecture.layers[layer].offsets
+        design = _numpy(program.design(layer))[:, : W.shape[0]]
+        g = _numpy(program.preactivations[layer].movedim(1, 3).flatten(0, 2))  # (N P, M_l)
+        moved = design @ W if bias is None else design @ W + np.ones((len(design), 1)) @ cp.reshape(bias, (1, -1), order="C")
+        self.realisation.append(moved == g @ cp.diag(self.masses[layer]))
+        self.constraints.append(self.realisation[-1])
+        norms = [self._norms(W[i * offsets : (i + 1) * offsets, :], penalty) for i in range(program.widths[layer - 1])]
+        if penalty.amplitude_bound is not None:
+            self.constraints.append(cp.sum(norms) <= penalty.amplitude_bound * self.masses[layer])
+            if bias is not None:
+                self.constraints.append(cp.abs(bias) <= penalty.amplitude_bound * self.masses[layer])
+        return self._perspectives([cp.sum(norm) for norm in norms], self.masses[layer - 1], penalty.source)
+
+    def _norms(self, kernels: Any, penalty: Any) -> Any:
+        """|W_ij| of one source i over its targets, (M_l,)."""
+        return cp.norm(kernels, 2, axis=0) if penalty.kernel_norm == "l2" else cp.norm(kernels, 1, axis=0)
+
+    def point(self) -> ProgramPoint:
+        frozen = self.program.frozen
+        kernels = [
+            torch.as_tensor(W.value.T.copy()).reshape(w.shape) for W, w in zip(self.kernels, frozen.kernels[1:])
+        ]  # fmt: skip
+        readout = torch.as_tensor(self.readout.value.T.copy()).reshape(frozen.readout.shape)
+        biases = [None if b is None else torch.as_tensor(b.value) for b in self.biases]
+        return ProgramPoint(tuple(torch.as_tensor(p.value) for p in self.masses), tuple(kernels), readout, tuple(biases))
+
+    def multipliers(self, sign: float) -> Multipliers:
+        """r = d loss / d F at cvxpy's output, beta from its equality duals times `sign`."""
+        problem, count = self.program.problem, len(self.program.problem.inputs)
+        output = torch.as_tensor(self._output().value)
+        r = problem.loss.gradient(output, problem.targets) / count
+        betas = [sign * torch.as_tensor(c.dual_value).T.reshape(c.shape[1], count, -1).contiguous() for c in self.realisation]
+        return Multipliers(r, tuple(betas))
+
+
+def _numpy(tensor: Tensor) -> np.ndarray:
+    return tensor.numpy(force=True)
