@@ -208,32 +208,48 @@ class TestSample:
         assert torch.equal(drawn.kernels[1], network.kernels[1][j][:, i])
         assert torch.equal(drawn.biases[0], network.biases[0][i])
 
-    def mean_squares(self, draw, exact, inputs, sizes, seeds):
+    def squared_errors(self, network, inputs, exact, width, seeds=150):
+        """|F_m - exact|^2, averaged over images and outputs, of networks sampled with `seeds` seeds, (seeds,)."""
         with torch.no_grad():
-            return [torch.stack([(draw(m, seed)(inputs) - exact).square().mean() for seed in range(seeds)]).mean() for m in sizes]
+            draws = torch.stack([sample(network, (width, width), seeded(seed))(inputs) for seed in range(seeds)])
+        return (draws - exact).square().mean((1, 2))
 
-    def test_error_falls_like_one_over_m_and_the_control_does_not(self):
-        """Slope of log E|F_m - F|^2 against log m over 8..512, two layers; without the masses the error stays.
+    def influence(self, network, inputs):
+        """lim m E|F_m - F|^2 = sum over layers of the variance, under p, of dF/dp (the delta method), averaged as above."""
+        masses = [p.clone().requires_grad_() for p in network.masses]
+        varied = mf.ParticleNetwork.unchecked(network.architecture, masses, network.kernels, network.readout, network.biases)
+        outputs = varied(inputs).flatten()
+        total = 0.0
+        for output in outputs:
+            for p, slope in zip(network.masses, torch.autograd.grad(output, masses, retain_graph=True)):
+                total += float(p @ (slope - p @ slope).square())
+        return total / len(outputs)
 
-        Each point averages `seeds` squared errors.  A chi-square with one degree of freedom, the widest case, gives log
-        means a deviation of sqrt(2 / seeds) = 0.2, and four points a factor 4 apart a slope deviation of 0.2 / 3.1 = 0.065:
-        the interval is four of these, and 0.05 for terms of order m^-2.
+    def test_error_falls_like_one_over_m_with_the_exact_constant(self):
+        """Two layers, m = 32, 128, 512: slope -1 of log E|F_m - F|^2 and the delta-method constant at the largest m.
+
+        Intervals: four standard errors of the measured means, and 0.2 (slope), 0.1 (constant) for the terms of order m^-2.
         """
-        arch = architecture(channels=1)
-        network, inputs = uneven(arch, (12, 10)), inputs_for(arch)
-        exact, sizes, seeds = network(inputs), (8, 32, 128, 512), 50
-        logs = torch.tensor(sizes).double().log()
+        network = uneven(architecture(channels=1), (12, 10))
+        inputs = inputs_for(network.architecture)
+        errors = [self.squared_errors(network, inputs, network(inputs), m) for m in (32, 128, 512)]
+        means = torch.stack([e.mean() for e in errors])
+        relative = torch.stack([e.std() / len(e) ** 0.5 for e in errors]) / means
+        # least squares on three points a factor 4 apart is the difference of the outer two
+        slope = float((means[2] / means[0]).log()) / math.log(16)
+        assert abs(slope + 1) < 4 * float(relative[[0, 2]].norm()) / math.log(16) + 0.2
+        constant = 512 * float(means[2]) / self.influence(network, inputs)
+        assert abs(constant - 1) < 4 * float(relative[2]) + 0.1
 
-        def slope(values):
-            centred = logs - logs.mean()
-            return float(centred @ torch.stack(values).log() / centred.square().sum())
-
-        by_mass = self.mean_squares(lambda m, seed: sample(network, (m, m), seeded(seed)), exact, inputs, sizes, seeds)
-        assert abs(slope(by_mass) + 1) < 4 * 0.065 + 0.05
-        even = mf.ParticleNetwork(arch, [torch.full_like(p, 1 / len(p)) for p in network.masses], network.kernels, network.readout, network.biases)
-        ignored = self.mean_squares(lambda m, seed: sample(even, (m, m), seeded(seed)), exact, inputs, sizes[2:], seeds)
-        limit = (even(inputs) - exact).square().mean()
-        assert float(ignored[-1]) > 0.5 * float(limit) > 20 * float(by_mass[-1])
+    def test_control_without_the_masses_does_not_converge_to_f(self):
+        network = uneven(architecture(channels=1), (12, 10))
+        inputs = inputs_for(network.architecture)
+        even_masses = [torch.full_like(p, 1 / len(p)) for p in network.masses]
+        even = mf.ParticleNetwork(network.architecture, even_masses, network.kernels, network.readout, network.biases)
+        exact, bias = network(inputs), float((even(inputs) - network(inputs)).square().mean())
+        ignored = self.squared_errors(even, inputs, exact, 256, seeds=10).mean()
+        assert 0.5 * bias < float(ignored) < 2 * bias
+        assert bias > 20 * float(self.squared_errors(network, inputs, exact, 256, seeds=10).mean())
 
     def test_massless_particles_are_never_drawn(self):
         network, _ = self.one_layer()

@@ -87,17 +87,24 @@ class FiniteCNN(nn.Module):
                 raise ValueError(
                     f"masses[{layer}] are not uniform (up to {spread:.2g} relative); a finite network has equal channels: draw one with finite.sample"
                 )
-        factors = [1 / factor for factor in _mean_field_factors(scaling, (network.architecture.input_shape[0], *network.widths))]
-        kernels = [kernel * factor for kernel, factor in zip(network.kernels, factors)]
-        return cls(network.architecture, kernels, network.readout * factors[-1], network.biases, scaling)
+        finite = cls(network.architecture, network.kernels, network.readout, network.biases, scaling)
+        with torch.no_grad():
+            for parameter, factor in zip([*finite.kernels, finite.readout], finite.mean_field_factors):
+                parameter.div_(factor)
+        return finite
 
     def particles(self, *, attached: bool = False) -> ParticleNetwork:
         """The same function as particles of uniform mass; `attached` to the parameters' graph, or a frozen copy."""
-        factors = _mean_field_factors(self.scaling, (self.architecture.input_shape[0], *self.widths))
+        factors = self.mean_field_factors
         masses = [self.readout.new_full((m,), 1 / m) for m in self.widths]
         kernels = [kernel * factor for kernel, factor in zip(self.kernels, factors)]
         network = ParticleNetwork.unchecked(self.architecture, masses, kernels, self.readout * factors[-1], self.biases)
         return network if attached else network.map(lambda tensor: tensor.detach().clone())
+
+    @property
+    def mean_field_factors(self) -> list[float]:
+        """s(m_l) m_l, l = 0..L: kernels and readout times these are the parameters of the same function in the mean-field scaling."""
+        return [SCALINGS[self.scaling](m) * m for m in (self.architecture.input_shape[0], *self.widths)]
 
     @property
     def biases(self) -> tuple[Tensor | None, ...]:
@@ -132,8 +139,3 @@ def _draw(masses: Tensor, count: int, generator: torch.Generator) -> Tensor:
     """Indices (count,), drawn on the generator's device so that a seed gives one network on every device."""
     weights = masses.detach().double().to(generator.device)
     return torch.multinomial(weights, count, replacement=True, generator=generator).to(masses.device)
-
-
-def _mean_field_factors(scaling: str, channels: Sequence[int]) -> list[float]:
-    """s(m) m per layer of sources and for the readout: times these, parameters become those of the mean-field scaling."""
-    return [SCALINGS[scaling](m) * m for m in channels]
