@@ -133,7 +133,7 @@ class Architecture:
         if len(shape) != 3:
             raise ValueError(f"input_shape={self.input_shape!r} must be (channels, height, width)")
         object.__setattr__(self, "input_shape", tuple(integer(size, "input_shape") for size in shape))
-        layers = (self.layers,) if isinstance(self.layers, Conv) else tuple(self.layers)
+        layers = tuple(self.layers) if isinstance(self.layers, Sequence) else (self.layers,)
         if not layers or not all(isinstance(layer, Conv) for layer in layers):
             raise ValueError(f"layers={self.layers!r} must be a non-empty sequence of Conv")
         object.__setattr__(self, "layers", layers)
