@@ -1,0 +1,17 @@
+import os
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+CHECKS = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
+settings.register_profile("default", max_examples=20, deadline=None, derandomize=True, suppress_health_check=CHECKS)
+settings.register_profile("explore", max_examples=200, deadline=None, suppress_health_check=CHECKS)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
+
+
+@pytest.fixture(params=["cpu", "cuda"])
+def device(request):
+    if request.param == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    return torch.device(request.param)

@@ -1,0 +1,194 @@
+import numpy as np
+import pytest
+import reference as slow
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import normal, random_targets, seeds
+
+from meanfield import losses
+
+NAMES = ("squared", "logistic", "softmax")
+named = st.sampled_from(NAMES)
+weights = st.sampled_from([1e-3, 0.1, 1.0, 30.0, 1e3])
+
+
+def batch(name, seed, count=4, outputs=3, spread=3.0):
+    loss, outputs_ = losses.make(name), spread * normal((count, outputs), seed)
+    return loss, outputs_, loss.check_targets(random_targets(name, outputs, count, seed), count, outputs, outputs_)
+
+
+@given(named, seeds)
+def test_value_is_the_stated_formula(name, seed):
+    loss, F, y = batch(name, seed)
+    expected = [slow.loss_value(name, f, t) for f, t in zip(F.numpy(), y.numpy())]
+    np.testing.assert_allclose(loss.value(F, y), expected, rtol=1e-13)
+
+
+@given(named, seeds)
+def test_gradient_matches_finite_differences(name, seed):
+    loss, F, y = batch(name, seed)
+    step = 1e-5
+    for k in range(F.shape[1]):
+        move = step * torch.eye(F.shape[1], dtype=F.dtype)[k]
+        slope = (loss.value(F + move, y) - loss.value(F - move, y)) / (2 * step)
+        torch.testing.assert_close(loss.gradient(F, y)[:, k], slope, rtol=0, atol=1e-9)
+
+
+@given(named, seeds)
+def test_fenchel_young_is_an_equality_at_the_gradient(name, seed):
+    loss, F, y = batch(name, seed)
+    s = loss.gradient(F, y)
+    torch.testing.assert_close(loss.value(F, y) + loss.conjugate(s, y), (s * F).sum(1), rtol=1e-12, atol=1e-12)
+
+
+@given(named, seeds)
+def test_fenchel_young_is_an_inequality_elsewhere(name, seed):
+    loss, F, y = batch(name, seed)
+    s = loss.feasible(normal(F.shape, seed + 1), y)
+    assert bool((loss.value(F, y) + loss.conjugate(s, y) >= (s * F).sum(1) - 1e-12).all())
+
+
+@given(named, seeds)
+def test_conjugate_is_the_supremum(name, seed):
+    loss, F, y = batch(name, seed, count=2, spread=1.0)
+    s = loss.gradient(F, y)
+    expected = [slow.numerical_conjugate(name, dual, target) for dual, target in zip(s.numpy(), y.numpy())]
+    np.testing.assert_allclose(loss.conjugate(s, y), expected, atol=1e-8)
+
+
+@pytest.mark.parametrize(
+    ("name", "dual", "target"),
+    [("logistic", [0.1], [1.0]), ("logistic", [-1.1], [1.0]), ("logistic", [1.1], [-1.0]), ("softmax", [0.1, 0.2, 0.0], 0), ("softmax", [-1.2, 0.6, 0.6], 0)],
+)  # fmt: skip
+def test_conjugate_is_infinite_outside_its_domain(name, dual, target):
+    assert losses.make(name).conjugate(torch.tensor([dual], dtype=torch.float64), torch.tensor([target])).item() == torch.inf
+
+
+@pytest.mark.parametrize(("dual", "target"), [([0.0], [1.0]), ([-1.0], [1.0]), ([1.0], [-1.0])])
+def test_logistic_conjugate_vanishes_at_the_ends_of_its_domain(dual, target):
+    assert losses.LogisticLoss().conjugate(torch.tensor([dual]), torch.tensor([target])).item() == 0
+
+
+@given(named, seeds, st.sampled_from([0.1, 1.0, 100.0]))
+def test_feasible_lands_in_the_domain(name, seed, spread):
+    loss, F, y = batch(name, seed)
+    repaired = loss.feasible(spread * normal(F.shape, seed + 1), y)
+    assert bool(loss.conjugate(repaired, y).isfinite().all())
+
+
+@given(named, seeds, st.floats(0, 1))
+def test_feasible_keeps_what_is_feasible_and_its_multiples(name, seed, scale):
+    loss, F, y = batch(name, seed)
+    s = scale * loss.gradient(F, y)
+    torch.testing.assert_close(loss.feasible(s, y), s, rtol=0, atol=1e-14)
+
+
+def test_feasible_softmax_of_a_row_without_positive_part_is_the_vertex():
+    y = torch.tensor([1])
+    repaired = losses.SoftmaxLoss().feasible(torch.tensor([[-2.0, -3.0, -1.0]]), y)
+    assert repaired.tolist() == [[0.0, 0.0, 0.0]]
+
+
+@given(named, seeds, weights)
+def test_prox_meets_its_optimality_condition(name, seed, weight):
+    loss, center, y = batch(name, seed)
+    F = loss.prox(center, y, weight)
+    scale = 1 + weight * (center.abs() + F.abs())
+    assert bool(((loss.gradient(F, y) + weight * (F - center)).abs() <= 1e-13 * scale).all())
+
+
+@given(named, seeds, weights)
+def test_prox_attains_the_minimum(name, seed, weight):
+    loss, center, y = batch(name, seed, count=1)
+    F = loss.prox(center, y, weight)
+    merit = loss.value(F, y) + 0.5 * weight * (F - center).square().sum(1)
+    expected = slow.numerical_prox(name, center[0].numpy(), y[0].numpy(), weight)
+    assert merit.item() <= expected + 1e-12
+    assert merit.item() >= expected - 1e-8
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("size", [50.0, 1e3, 1e6])
+def test_prox_and_value_survive_extreme_outputs(name, size):
+    loss = losses.make(name)
+    center = torch.tensor([[size, -size], [-size, size]], dtype=torch.float64)
+    y = loss.check_targets(random_targets(name, 2, 2, 0), 2, 2, center)
+    F = loss.prox(center, y, 0.5)
+    assert bool(loss.value(center, y).isfinite().all())
+    assert bool(((loss.gradient(F, y) + 0.5 * (F - center)).abs() <= 1e-13 * (1 + size)).all())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_float32_throughout(name, device):
+    loss, F, y = batch(name, 3)
+    single, y_single = F.float().to(device), (y.float() if y.is_floating_point() else y).to(device)
+    s = loss.gradient(F, y)
+    pairs = [
+        (loss.value(single, y_single), loss.value(F, y)), (loss.gradient(single, y_single), s),
+        (loss.conjugate(loss.feasible(s.float().to(device), y_single), y_single), loss.conjugate(s, y)),
+        (loss.prox(single, y_single, 0.7), loss.prox(F, y, 0.7)),
+    ]  # fmt: skip
+    for got, expected in pairs:
+        assert got.dtype == torch.float32
+        torch.testing.assert_close(got.cpu().double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_predictions():
+    one, two = torch.tensor([[0.0], [-0.1], [3.0]]), torch.tensor([[1.0, 2.0], [0.5, -1.0]])
+    assert losses.SquaredLoss().predict(one).tolist() == [1, -1, 1]
+    assert losses.SquaredLoss().predict(two).tolist() == [1, 0]
+    assert losses.LogisticLoss().predict(one).tolist() == [1, -1, 1]
+    assert losses.LogisticLoss().predict(two).tolist() == [[1, 1], [1, -1]]
+    assert losses.SoftmaxLoss().predict(two).tolist() == [1, 0]
+
+
+@pytest.mark.parametrize(
+    ("name", "outputs", "targets", "expected"),
+    [
+        ("squared", [[0.4], [-2.0], [3.0], [1.0]], [[1.0], [-1.0], [-1.0], [1.0]], 0.75),
+        ("squared", [[0.4, 0.1], [-2.0, 1.0]], [[1.0, 0.0], [1.0, 0.0]], 0.5),
+        ("logistic", [[0.4], [-2.0]], [[1.0], [1.0]], 0.5),
+        ("logistic", [[0.4, -1.0], [-2.0, 3.0]], [[1.0, -1.0], [-1.0, -1.0]], 0.75),
+        ("softmax", [[0.4, 0.0, -1.0], [-2.0, 0.0, 1.0]], [0, 1], 0.5),
+    ],
+)
+def test_accuracy(name, outputs, targets, expected):
+    assert losses.accuracy(losses.make(name), torch.tensor(outputs), torch.tensor(targets)) == expected
+
+
+def test_check_targets_gives_columns_of_the_dtype_of_the_inputs():
+    like = torch.zeros(1, dtype=torch.float32)
+    checked = losses.SquaredLoss().check_targets(torch.tensor([1, 2]), 2, 1, like)
+    assert checked.dtype == torch.float32
+    assert checked.tolist() == [[1.0], [2.0]]
+
+
+def test_softmax_accepts_whole_floating_classes():
+    checked = losses.SoftmaxLoss().check_targets(torch.tensor([0.0, 2.0]), 2, 3, torch.zeros(1))
+    assert checked.dtype == torch.int64
+    assert checked.tolist() == [0, 2]
+
+
+@pytest.mark.parametrize(
+    ("name", "targets", "outputs", "message"),
+    [
+        ("squared", [1.0, 2.0, 3.0], 1, r"targets has shape \(3,\); expected 2 rows"), ("squared", 1.0, 1, r"targets has shape \(\)"),
+        ("squared", [1.0, 2.0], 3, r"targets has shape \(2,\); expected \(2, 3\) for 3 outputs"),
+        ("squared", [[[1.0]], [[2.0]]], 1, r"targets has shape \(2, 1, 1\)"), ("squared", [1.0, float("nan")], 1, r"targets\[1, 0\] is nan"),
+        ("logistic", [0.0, 1.0], 1, "targets contain 0; the logistic loss expects the labels -1 and 1"),
+        ("logistic", [1.0, 1.0], 1, r"targets hold one class only \(label 1\)"),
+        ("softmax", [0, 1], 1, "outputs=1: the softmax loss needs"), ("softmax", [0.5, 1.0], 3, r"targets of shape \(2,\).*integer classes"),
+        ("softmax", [[0], [1]], 3, r"targets of shape \(2, 1\)"), ("softmax", [0, 3], 3, r"targets lie in 0..3; with outputs=3 the classes are 0..2"),
+        ("softmax", [-1, 0], 3, r"targets lie in -1..0"), ("softmax", [2, 2], 3, r"targets hold one class only \(2\)"),
+        ("softmax", [0, 1, 2], 3, r"targets has shape \(3,\); expected 2 rows"),
+    ],
+)  # fmt: skip
+def test_check_targets_says_what_is_wrong(name, targets, outputs, message):
+    with pytest.raises(ValueError, match=message):
+        losses.make(name).check_targets(torch.tensor(targets), 2, outputs, torch.zeros(1, dtype=torch.float64))
+
+
+def test_make_names_the_argument():
+    with pytest.raises(ValueError, match="loss='sqared' is unknown.*did you mean 'squared'"):
+        losses.make("sqared")
