@@ -155,6 +155,13 @@ class TestRandomStart:
         for kernel, expected in zip(network.kernels, (2 / 27, 1 / (160 * 9)), strict=True):
             assert abs(float(kernel.detach().square().mean()) / expected - 1) < 5 * math.sqrt(2 / kernel.numel())
 
+    @pytest.mark.parametrize(("readout", "positions"), [("average", 1), ("flatten", 9)])
+    def test_readout_variance(self, readout, positions):
+        """positions / m, as a flattened readout is divided by its positions; 5 standard errors of 4,000 draws."""
+        arch = mf.Architecture((1, 5, 5), (mf.Conv(3),), readout, outputs=40)
+        drawn = FiniteCNN.random(arch, (100,), inputs_for(arch), seeded(0), "standard").readout.detach()
+        assert abs(float(drawn.square().mean()) * 100 / positions - 1) < 5 * math.sqrt(2 / 4000)
+
     def test_mean_field_is_the_particle_start(self):
         arch = architecture()
         network = FiniteCNN.random(arch, (6, 5), inputs_for(arch), seeded(3))
