@@ -83,9 +83,10 @@ def respond(network, inputs):
     every = []
     for image in array(inputs):
         signal, g, f = list(image), [], []
-        for l, conv in enumerate(arch.layers):
-            bias = np.zeros(len(masses[l])) if network.biases[l] is None else array(network.biases[l])
-            g.append(np.array([convolve(signal, kernels[l][j], weights[l], bias[j], conv) for j in range(len(masses[l]))]))
+        for layer, conv in enumerate(arch.layers):
+            width = range(len(masses[layer]))
+            bias = np.zeros(len(width)) if network.biases[layer] is None else array(network.biases[layer])
+            g.append(np.array([convolve(signal, kernels[layer][j], weights[layer], bias[j], conv) for j in width]))
             f.append(np.array([activate(map_, conv) for map_ in g[-1]]))
             signal = f[-1]
         amounts = np.array([[readout[k, j] * masses[-1][j] for j in range(len(masses[-1]))] for k in range(arch.outputs)])
@@ -113,10 +114,10 @@ def objective_terms(problem, network):
     """Loss, source, readout and input term of J, bounds left aside."""
     penalty, p, w = problem.penalty, [array(m) for m in network.masses], [array(k) for k in network.kernels]
     source = 0.0
-    for l in range(1, len(p)):
-        for i in range(len(p[l - 1])):
-            outflow = sum(kernel_norm(w[l][j, i], penalty) * p[l][j] for j in range(len(p[l])))
-            source += p[l - 1][i] * outflow**2
+    for layer in range(1, len(p)):
+        for i, mass in enumerate(p[layer - 1]):
+            outflow = sum(kernel_norm(w[layer][j, i], penalty) * p[layer][j] for j in range(len(p[layer])))
+            source += mass * outflow**2
     u = array(network.readout)
     readout = sum(p[-1][j] * (u[:, j] ** 2).sum() for j in range(len(p[-1])))
     return (
@@ -197,7 +198,7 @@ class DualTwin:
     def __init__(self, program, multipliers):
         self.program, self.penalty = program, program.problem.penalty
         self.r = array(multipliers.output)
-        self.layers = [self._price(l, array(beta)) for l, beta in enumerate(multipliers.realisation, start=1)]
+        self.layers = [self._price(layer, array(beta)) for layer, beta in enumerate(multipliers.realisation, start=1)]
         self.readout = self._readout_norms()
         self.costs = self.penalty.input * np.array([input_cost(program.frozen, i) for i in range(program.widths[0])])
 

@@ -56,12 +56,15 @@ def architectures(
 
 def random_network(arch, widths, seed, dtype=torch.float64, zero_mass=False):
     """Gaussian kernels, biases and readout, random masses; with `zero_mass` the last particle of every wide layer has none."""
-    masses = [random_masses(m, seed + l) for l, m in enumerate(widths)]
+    masses = [random_masses(m, seed + index) for index, m in enumerate(widths)]
     if zero_mass:
         masses = [torch.cat([p[:-1] / p[:-1].sum(), p.new_zeros(1)]) if len(p) > 1 else p for p in masses]
-    kernels = [normal(shape, seed + 10 + l, dtype) for l, shape in enumerate(arch.kernel_shapes(widths))]
-    biases = [normal((m,), seed + 20 + l, dtype) if layer.bias else None for l, (m, layer) in enumerate(zip(widths, arch.layers))]
-    return mf.ParticleNetwork(arch, [p.to(dtype) for p in masses], kernels, normal(arch.readout_shape(widths[-1]), seed + 30, dtype), biases)
+    kernels = [normal(shape, seed + 10 + index, dtype) for index, shape in enumerate(arch.kernel_shapes(widths))]
+    biases = [
+        normal((m,), seed + 20 + index, dtype) if conv.bias else None for index, (m, conv) in enumerate(zip(widths, arch.layers))
+    ]
+    readout = normal(arch.readout_shape(widths[-1]), seed + 30, dtype)
+    return mf.ParticleNetwork(arch, [p.to(dtype) for p in masses], kernels, readout, biases)
 
 
 def random_inputs(arch, count, seed, dtype=torch.float64):
@@ -91,11 +94,11 @@ class Case:
 
 def bounded(penalty, network, amplitude_factor, input_factor):
     """The penalty with bounds at the given multiples of what the network reaches; None leaves a bound off."""
-    amplitudes = [
-        float(torch.maximum(network.amplitudes(l, penalty.norms(network.kernels[l])), torch.zeros(()) if b is None else b.abs()).max())
-        for l, b in enumerate(network.biases)
-        if l > 0
-    ]
+    amplitudes = []
+    for layer in range(1, len(network.widths)):
+        amplitudes.append(float(network.amplitudes(layer, penalty.norms(network.kernels[layer])).max()))
+        if network.biases[layer] is not None:
+            amplitudes.append(float(network.biases[layer].abs().max()))
     first = [network.kernels[0].flatten(1)] + ([] if network.biases[0] is None else [network.biases[0][:, None]])
     norms = torch.cat(first, 1).norm(dim=1)
     return replace(

@@ -105,7 +105,8 @@ def test_operations_keep_dtype_and_device(dtype, device):
     [
         ({"kernel_size": 0}, "kernel_size=0"), ({"kernel_size": (1, 2, 3)}, "kernel_size=.*pair"), ({"kernel_size": 2.5}, "kernel_size=2.5"),
         ({"padding": -1}, "padding=-1"), ({"stride": 0}, "stride=0"), ({"pool_size": 0}, "pool_size=0"),
-        ({"activation": "rely"}, "activation='rely'.*did you mean 'relu'"), ({"pooling": "mean"}, "pooling='mean'"), ({"bias": 1}, "bias=1 must be True or False"),
+        ({"activation": "rely"}, "activation='rely'.*did you mean 'relu'"), ({"pooling": "mean"}, "pooling='mean'"),
+        ({"bias": 1}, "bias=1 must be True or False"),
     ],
 )  # fmt: skip
 def test_conv_names_the_bad_argument(options, message):
@@ -130,9 +131,11 @@ def test_architecture_names_the_bad_argument(shape, layers, options, message):
         mf.Architecture(shape, layers, **options)
 
 
-@pytest.mark.parametrize("description", [{}, {"layers": [{"kernel": 3}]}, {"layers": 3}, None, {"input_shape": [1, 4, 4], "layers": [{}], "colour": 1}])
+@pytest.mark.parametrize(
+    "description", [{}, {"layers": [{"kernel": 3}]}, {"layers": 3}, None, {"input_shape": [1, 4, 4], "layers": [{}], "colour": 1}]
+)
 def test_from_dict_refuses_other_descriptions(description):
-    with pytest.raises(ValueError, match="architecture description .* is not one written by to_dict"):
+    with pytest.raises(ValueError, match=r"architecture description .* is not one written by to_dict"):
         mf.Architecture.from_dict(description)
 
 

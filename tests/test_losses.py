@@ -59,7 +59,10 @@ def test_conjugate_is_the_supremum(name, seed):
 
 @pytest.mark.parametrize(
     ("name", "dual", "target"),
-    [("logistic", [0.1], [1.0]), ("logistic", [-1.1], [1.0]), ("logistic", [1.1], [-1.0]), ("softmax", [0.1, 0.2, 0.0], 0), ("softmax", [-1.2, 0.6, 0.6], 0)],
+    [
+        ("logistic", [0.1], [1.0]), ("logistic", [-1.1], [1.0]), ("logistic", [1.1], [-1.0]),
+        ("softmax", [0.1, 0.2, 0.0], 0), ("softmax", [-1.2, 0.6, 0.6], 0),
+    ],
 )  # fmt: skip
 def test_conjugate_is_infinite_outside_its_domain(name, dual, target):
     assert losses.make(name).conjugate(torch.tensor([dual], dtype=torch.float64), torch.tensor([target])).item() == torch.inf
@@ -190,5 +193,5 @@ def test_check_targets_says_what_is_wrong(name, targets, outputs, message):
 
 
 def test_make_names_the_argument():
-    with pytest.raises(ValueError, match="loss='sqared' is unknown.*did you mean 'squared'"):
+    with pytest.raises(ValueError, match=r"loss='sqared' is unknown.*did you mean 'squared'"):
         losses.make("sqared")
