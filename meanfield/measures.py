@@ -10,7 +10,7 @@ from torch import Tensor
 
 from meanfield import validation
 from meanfield.architecture import Architecture
-from meanfield.network import ParticleNetwork
+from meanfield.network import MASS_TOLERANCE, ParticleNetwork
 
 ANCHOR_ROWS = 1024
 STARTS = ("anchored", "low_rank")
@@ -38,10 +38,9 @@ def drop_massless(network: ParticleNetwork) -> ParticleNetwork:
 def split(network: ParticleNetwork, layer: int, particle: int, shares: Tensor) -> ParticleNetwork:
     """Replace one particle by clones with the given shares of its mass (positive, summing to one)."""
     validation.finite(shares, "shares")
-    if shares.ndim != 1 or bool((shares <= 0).any()) or abs(float(shares.sum()) - 1) > 1e-8:
+    if shares.ndim != 1 or bool((shares <= 0).any()) or abs(float(shares.sum()) - 1) > MASS_TOLERANCE[network.dtype]:
         raise ValueError(f"shares={shares.tolist()} must be positive and sum to 1")
-    if not 0 <= layer < network.architecture.depth or not 0 <= particle < network.widths[layer]:
-        raise ValueError(f"layer={layer}, particle={particle} is not a particle of widths {network.widths}")
+    _check_particle(network, layer, particle)
     keep = [torch.arange(width, device=network.device) for width in network.widths]
     clones = torch.full((len(shares),), particle, device=network.device)
     keep[layer] = torch.cat([keep[layer][:particle], clones, keep[layer][particle + 1 :]])
@@ -58,9 +57,11 @@ def merge(network: ParticleNetwork, layer: int, particles: Sequence[int]) -> Par
     For equal particles (clones) neither the output nor the value changes.  Outgoing kernels of clones may differ: only
     their mass average acts.
     """
+    if len(particles) < 2 or len(set(particles)) < len(particles):
+        raise ValueError(f"particles={list(particles)} must name at least two different particles, each once")
+    for particle in particles:
+        _check_particle(network, layer, particle)
     chosen = torch.as_tensor(list(particles), device=network.device)
-    if len(set(particles)) < 2:
-        raise ValueError(f"particles={list(particles)} must name at least two different particles")
     shares = network.masses[layer][chosen]
     if float(shares.sum()) <= 0:
         raise ValueError(f"particles={list(particles)} have no mass to merge")
@@ -83,6 +84,11 @@ def merge(network: ParticleNetwork, layer: int, particles: Sequence[int]) -> Par
     keep = [torch.arange(width, device=network.device) for width in network.widths]
     keep[layer] = keep[layer][~torch.isin(keep[layer], chosen[1:])]
     return select(merged, keep)
+
+
+def _check_particle(network: ParticleNetwork, layer: int, particle: int) -> None:
+    if not 0 <= layer < network.architecture.depth or not 0 <= particle < network.widths[layer]:
+        raise ValueError(f"layer={layer}, particle={particle} is not a particle of widths {network.widths}")
 
 
 def mixture(first: ParticleNetwork, second: ParticleNetwork, t: float) -> ParticleNetwork:
@@ -108,6 +114,8 @@ def mixture(first: ParticleNetwork, second: ParticleNetwork, t: float) -> Partic
 
 def interpolate(first: ParticleNetwork, second: ParticleNetwork, t: float) -> ParticleNetwork:
     """The straight line in weights between two networks of equal widths: what the theory does NOT make convex."""
+    if first.architecture != second.architecture:
+        raise ValueError("first and second must have the same architecture")
     if first.widths != second.widths:
         raise ValueError(f"widths differ, {first.widths} and {second.widths}: weights can only be averaged at equal widths")
     blend = [a + t * (b - a) for a, b in zip(first.tensors(), second.tensors())]
