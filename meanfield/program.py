@@ -107,9 +107,15 @@ class ConvexProgram:
         if network.widths != self.widths or network.architecture != self.problem.architecture:
             raise ValueError(f"the network has widths {network.widths}; the program froze the features of widths {self.widths}")
         point = repopulation.to_program(network.detach())
-        if self.violation(point) > 1e-3:
+        if self._first_layer_change(network) > 1e-3 or self.violation(point) > 1e-3:
             raise ValueError("the network's features differ from the frozen ones; freeze a program at this network")
         return point
+
+    def _first_layer_change(self, network: ParticleNetwork) -> float:
+        """Largest relative change of a first-layer kernel entry or bias against the frozen ones."""
+        pairs = [(self.frozen.kernels[0], network.kernels[0]), (self.frozen.biases[0], network.biases[0])]
+        changes = [(float((new - old).abs().max()), float(old.abs().max())) for old, new in pairs if old is not None and new is not None]
+        return max(change / max(size, torch.finfo(network.dtype).tiny) for change, size in changes)
 
     def network(self, point: ProgramPoint) -> ParticleNetwork:
         """The network of a point; particles of zero mass are dropped."""
@@ -153,7 +159,7 @@ class ConvexProgram:
             scale = float((p[None, :, None, None] * self.preactivations[layer]).abs().max())
             found.append(float(self.residual(point, layer).abs().max()) / max(scale, torch.finfo(p.dtype).tiny))
             found.extend(self._bound_excess(point, layer))
-        return max(0.0, *found)
+        return float(torch.tensor([0.0, *found], dtype=torch.float64).max())  # NaN stays NaN
 
     def _bound_excess(self, point: ProgramPoint, layer: int) -> list[float]:
         bound, p, bias = self.problem.penalty.amplitude_bound, point.masses[layer], point.biases[layer - 1]
