@@ -106,7 +106,8 @@ class ConvexProgram:
         """The program variables of the frozen network, or of any network with the same features."""
         if network.widths != self.widths or network.architecture != self.problem.architecture:
             raise ValueError(f"the network has widths {network.widths}; the program froze the features of widths {self.widths}")
-        point = repopulation.to_program(network.detach())
+        network = network.detach()
+        point = repopulation.to_program(network)
         if self._first_layer_change(network) > 1e-3 or self.violation(point) > 1e-3:
             raise ValueError("the network's features differ from the frozen ones; freeze a program at this network")
         return point
