@@ -32,7 +32,11 @@ def solve(program: ConvexProgram, solver: str = "CLARABEL", **options: Any) -> S
     validation.one_of(solver, SOLVERS, "solver")
     began = time.perf_counter()
     model = _Model(program.to(dtype=torch.float64, device="cpu"))
-    model.problem.solve(solver=solver, **{**SOLVERS[solver], **options})
+    try:
+        with np.errstate(divide="ignore", invalid="ignore"):  # cvxpy evaluates s^2 / p at massless particles
+            model.problem.solve(solver=solver, **{**SOLVERS[solver], **options})
+    except cp.SolverError as error:
+        return _failed(program, f"{solver} gave up ({error})", began)
     status = model.problem.status
     if model.masses[0].value is None:
         return _failed(program, f"{solver} ended as {status}", began)
