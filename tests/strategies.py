@@ -6,6 +6,7 @@ Structure is drawn by hypothesis, numbers by a seeded generator, so that shrinki
 from dataclasses import dataclass, replace
 
 import torch
+from hypothesis import Phase, settings
 from hypothesis import strategies as st
 
 import meanfield as mf
@@ -14,6 +15,11 @@ from meanfield.architecture import ACTIVATIONS, POOLINGS, READOUTS
 SMOOTH = ("tanh", "softplus", "gelu", "identity")
 NORMS = ("l2", "l1")
 seeds = st.integers(0, 2**31 - 1)
+
+
+def costly(examples):
+    """Settings of tests that solve a program per example: few examples, no shrinking."""
+    return settings(max_examples=examples, phases=(Phase.explicit, Phase.generate))
 
 
 def generator(seed):

@@ -7,11 +7,10 @@ import reference as slow
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import architectures, cases, normal, random_inputs, random_masses, random_network
+from strategies import architectures, cases, costly, normal, random_inputs, random_masses, random_network
 
 import meanfield as mf
 from meanfield.repopulation import ProgramPoint
-from meanfield.solvers import reference
 
 deep = architectures(depths=(2, 3))
 roomy = architectures(depths=(2,), sides=(2, 3), poolings=("none", "average"))
@@ -91,10 +90,11 @@ def test_feasible_points_form_a_convex_set(case, t):
     assert case.problem.value(program.network(middle)).item() == pytest.approx(program.value(middle).item(), rel=1e-10)
 
 
+@costly(12)
 @given(cases(archs=roomy, max_width=3))
 def test_value_is_convex_between_the_network_and_the_optimum(case):
     program = case.freeze
-    start, end = program.point(case.network), reference.solve(program).point
+    start, end = program.point(case.network), slow.solve(program).point
     values = [program.value(start.combine(end, t)).item() for t in np.linspace(0, 1, 9)]
     assert (np.diff(values, 2) >= -1e-12 * max(values)).all()
     assert values[-1] <= values[0] * (1 + 1e-7)
