@@ -85,61 +85,78 @@ def shrinkage_root(
     *,
     level: Tensor | float = 0.0,
     mass: Tensor | float = 0.0,
-    curvature: Tensor | float = 0.0,
+    curvature: float = 0.0,
+    start: Tensor | None = None,
 ) -> Tensor:
     """The root r >= 0 of  sum_dims weights (magnitudes - slopes r)_+  =  level + r (mass + curvature r^2)_+.
 
     The left side falls in r and the right side does not, so the root is unique where one of them moves; 0 is returned
-    where the left side is not above the right one at r = 0.  `slopes`, `weights`, `level`, `mass` and `curvature` are
-    non-negative, except that `level` and `mass` may be negative; they broadcast with keepdim over `dims`.
-    Newton's method, kept inside a bracket.  Returns r with the reduced dimensions kept, size 1.
+    where the left side is not above the right one at r = 0.  `magnitudes`, `slopes`, `weights` and `curvature` are
+    non-negative, `level` and `mass` any numbers; tensors broadcast with keepdim over `dims`.  Newton's method, kept
+    inside a bracket, from `start` (a guess, such as the root of a nearby problem).  Returns r with `dims` kept, size 1.
     """
-    def excess(r: Tensor) -> tuple[Tensor, Tensor]:
-        inside = magnitudes > slopes * r
-        left = torch.where(inside, weights * (magnitudes - slopes * r), 0.0).sum(dims, keepdim=True)
-        fall = torch.where(inside, weights * slopes + 0 * magnitudes, 0.0).sum(dims, keepdim=True)
-        grown = mass + curvature * r.square()
-        right = level + r * grown.clamp_min(0)
-        rise = torch.where(grown > 0, mass + 3 * curvature * r.square(), 0.0)
-        return right - left, rise + fall
-
-    like = magnitudes.sum(dims, keepdim=True)
-    level, mass, curvature = (torch.as_tensor(x, dtype=like.dtype, device=like.device) + 0 * like for x in (level, mass, curvature))
-    low = torch.where((mass < 0) & (curvature > 0), (-mass / curvature.clamp_min(1e-300)).clamp_min(0).sqrt(), 0.0)
-    r = low.clone()
-    high = torch.full_like(low, torch.inf)
-    eps = torch.finfo(like.dtype).eps
+    at_zero = _weighted_sum(magnitudes, weights, 1.0, dims)
+    inactive = at_zero <= level
+    eps = torch.finfo(at_zero.dtype).eps
+    low, high = torch.zeros_like(at_zero), torch.full_like(at_zero, torch.inf)
+    r = low if start is None else torch.where(inactive, 0.0, start)
     for _ in range(ROOT_STEPS):
-        value, slope = excess(r)
-        high = torch.where(value >= 0, torch.minimum(high, r), high)
-        low = torch.where(value < 0, torch.maximum(low, r), low)
-        newton = r - value / torch.where(slope > 0, slope, torch.inf)
-        middle = torch.where(torch.isfinite(high), 0.5 * (low + high), 2 * r + 1)
-        new = torch.where((newton >= low) & (newton <= high), newton, middle)
-        settled = (value.abs() <= 4 * eps * (level.abs() + slope * r.abs())) | ((new - r).abs() <= 2 * eps * r.abs())
-        if bool((settled | (value >= 0) & (r == 0)).all()):
-            return r
+        rest = (magnitudes - slopes * r).clamp_min_(0)
+        left = _weighted_sum(rest, weights, 1.0, dims)
+        fall = _weighted_sum(rest.sign_(), weights, slopes, dims)
+        bend = curvature * r.square()
+        grown = (mass + bend) if curvature or isinstance(mass, Tensor) else torch.full_like(r, mass)
+        rising = grown > 0
+        value = level + r * grown.clamp_min(0) - left
+        slope = fall + torch.where(rising, grown + 2 * bend, 0.0)
+        settled = value.abs() <= 8 * eps * (left + slope * r)  # what rounding leaves of a sum of terms of this size
+        settled |= inactive
+        if bool(settled.all()):
+            break
+        below = value < 0
+        low, high = torch.where(below, r, low), torch.where(below, high, r)
+        new = r - value / slope
+        inside = (new >= low) & (new <= high)  # False where the slope vanishes: 0 / 0 and 1 / 0 are no candidates
+        new = torch.where(inside, new, torch.where(high.isinf(), 2 * r + 1, 0.5 * (low + high)))
         r = torch.where(settled, r, new)
     return r
 
 
+def _weighted_sum(entries: Tensor, weights: Tensor | float, slopes: Tensor | float, dims: tuple[int, ...]) -> Tensor:
+    """sum over dims of entries weights slopes; numbers are multiplied after the sum."""
+    scale = 1.0
+    for factor in (weights, slopes):
+        if isinstance(factor, Tensor):
+            entries = entries * factor
+        else:
+            scale *= factor
+    return scale * entries.sum(dims, keepdim=True)
+
+
 def row_prox(
-    kernels: Tensor, masses: Tensor, penalty: Penalty, strength: float, kernel_weight: float, mass_weight: float
-) -> tuple[Tensor, Tensor]:
+    kernels: Tensor,
+    masses: Tensor,
+    penalty: Penalty,
+    strength: float,
+    kernel_weight: float,
+    mass_weight: float,
+    start: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
     """Proximal map of strength sum_i (sum_j |W_ij|)^2 / p_i + indicator(p >= 0), jointly in (W, p).
 
     kernels (targets, sources, kh, kw), masses (sources,); the metric is kernel_weight/2 |W - .|^2 +
     mass_weight/2 |p - .|^2.  With r = (sum_j |W_ij|) / p_i the solution is a shrinkage of W by 2 strength r /
-    kernel_weight and p = (masses + strength r^2 / mass_weight)_+, where r is one scalar root per row.
+    kernel_weight and p = (masses + strength r^2 / mass_weight)_+, where r is one scalar root per row.  Returns W, p and
+    the roots, a good `start` for the next call nearby.
     """
     if strength == 0:
-        return kernels, masses.clamp_min(0)
+        return kernels, masses.clamp_min(0), torch.zeros_like(masses)[None, :, None]
     slope, curvature = 2 * strength / kernel_weight, strength / mass_weight
     center = masses[None, :, None]
-    r = shrinkage_root(penalty.atoms(kernels), slope, 1.0, (0, 2), mass=center, curvature=curvature)
+    r = shrinkage_root(penalty.atoms(kernels), slope, 1.0, (0, 2), mass=center, curvature=curvature, start=start)
     grown = (masses + curvature * r.flatten().square()).clamp_min(0)
     shrunk = penalty.shrink(kernels, slope * r)
-    return torch.where(grown[None, :, None, None] > 0, shrunk, 0.0), grown
+    return torch.where(grown[None, :, None, None] > 0, shrunk, 0.0), grown, r
 
 
 def cone_projection(

@@ -1,0 +1,230 @@
+"""Particle gradient flow: Wasserstein in positions and weights, Fisher-Rao in masses.  Network in, network out.
+
+    dz_i/dt = -(1/p_i) dJ/dz_i      dw_ij/dt = -(1/(p_i p_j)) dJ/dw_ij      du_j/dt = -(1/p_j) dJ/du_j
+    dp_i/dt = -p_i (dJ/dp_i - sum_k p_k dJ/dp_k)
+
+(Chizat & Bach 2018; Chizat 2019 for masses; Fang et al. 2021 for several layers.)  J falls with dJ/dt = -speed^2, the
+squared speed in the metric, which is how the integrator of descent="gradient" is tested and its step adapted.  Plain
+Euler is a tool for trajectories; descent="preconditioned" takes the same velocities, scaled by running moments as in
+Adam (Kingma & Ba 2015), to get to the limit.  Both treat the kernel norm by its proximal map, so that kernels vanish
+exactly, and keep the bounds by projection.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from meanfield import certificates, validation
+from meanfield.network import ParticleNetwork
+from meanfield.penalties import input_norms, shrinkage_root
+from meanfield.problem import Problem, Terms
+from meanfield.program import ConvexProgram
+from meanfield.solution import Solution, message
+
+DESCENTS = ("preconditioned", "gradient")
+DISSIPATION_ERROR = 0.1  # relative error of dJ = -step speed^2 at which an Euler step is accepted
+PROBE = {torch.float32: 1e-3, torch.float64: 1e-6}
+
+
+@dataclass(frozen=True, eq=False)
+class Tangent:
+    """One entry per tensor of a network: a velocity, a displacement or the gradient moments.
+
+    masses are relative rates, (dp_i/dt) / p_i; everything else has the shape of what it moves.
+    """
+
+    masses: list[Tensor]
+    kernels: list[Tensor]
+    readout: Tensor
+    biases: list[Tensor | None]
+
+    def map(self, function: Callable[..., Tensor], *others: Tangent) -> Tangent:
+        def apply(first: list[Any], *rest: list[Any]) -> list[Any]:
+            return [None if entry is None else function(entry, *more) for entry, *more in zip(first, *rest)]
+
+        return Tangent(
+            apply(self.masses, *(o.masses for o in others)),
+            apply(self.kernels, *(o.kernels for o in others)),
+            function(self.readout, *(o.readout for o in others)),
+            apply(self.biases, *(o.biases for o in others)),
+        )
+
+
+def velocity(problem: Problem, network: ParticleNetwork, masses: bool = True) -> tuple[Terms, Tangent]:
+    """The terms of J and the flow's velocity, without the source penalty's pull on the kernels (its proximal map adds it).
+
+    With masses=False the rates of the masses are zero.
+    """
+    leaf = network.map(lambda tensor: tensor.detach().requires_grad_())
+    with torch.enable_grad():
+        terms = problem.terms(leaf)
+        smooth = terms.loss + terms.readout + terms.input
+        gradients = list(torch.autograd.grad(smooth, leaf.tensors(), allow_unused=True, materialize_grads=True))
+        depth = problem.architecture.depth
+        if masses and terms.source.requires_grad:
+            priced = torch.autograd.grad(terms.source, leaf.masses)
+            gradients[:depth] = [g + s for g, s in zip(gradients[:depth], priced)]
+    return Terms(*(term.detach() for term in terms)), _tangent(network, gradients, masses)
+
+
+def _tangent(network: ParticleNetwork, gradients: list[Tensor], masses: bool) -> Tangent:
+    """Minus the gradients divided by the masses of what they move; mass gradients centred (Fisher-Rao)."""
+    depth, p = network.architecture.depth, network.masses
+    slopes, kernels, readout, rest = gradients[:depth], gradients[depth : 2 * depth], gradients[2 * depth], gradients[2 * depth + 1 :]
+    rates = [q @ slope - slope if masses else torch.zeros_like(slope) for slope, q in zip(slopes, p)]
+    kernels = [
+        -kernel / (target[:, None, None, None] if source is None else target[:, None, None, None] * source[None, :, None, None])
+        for kernel, target, source in zip(kernels, p, (None, *p[:-1]))
+    ]
+    biases = [None if bias is None else -rest.pop(0) / target for bias, target in zip(network.biases, p)]
+    return Tangent(rates, kernels, -readout / p[-1].reshape(1, -1, *[1] * (readout.ndim - 2)), biases)
+
+
+def advance(problem: Problem, network: ParticleNetwork, move: Tangent, slopes: Sequence[Tensor | float]) -> ParticleNetwork:
+    """Move a network: masses p exp(rate) renormalised, then the proximal map of the source penalty, then the bounds.
+
+    slopes[l-1] is the step length of the kernels of layer l >= 1, a number or (M_l, M_{l-1}), that turns the penalty's
+    pull 2 lambda_s s_i into a shrinkage.
+    """
+    masses = [torch.softmax(p.log() + rate, 0) for p, rate in zip(network.masses, move.masses)]
+    kernels = [w + step for w, step in zip(network.kernels, move.kernels)]
+    for layer in range(1, len(kernels)):
+        kernels[layer] = _source_prox(problem, kernels[layer], masses[layer], slopes[layer - 1])
+    biases = [None if b is None else b + step for b, step in zip(network.biases, move.biases)]
+    moved = ParticleNetwork.unchecked(network.architecture, masses, kernels, network.readout + move.readout, biases)
+    return project_bounds(problem, moved)
+
+
+def _source_prox(problem: Problem, kernels: Tensor, target: Tensor, steps: Tensor | float) -> Tensor:
+    """argmin over w of sum_j p_j |w_ij - .|^2 / (2 steps_ij) + lambda_s s_i^2, s_i = sum_j p_j |w_ij|, for every source i."""
+    penalty = problem.penalty
+    if penalty.source == 0:
+        return kernels
+    slopes = 2 * penalty.source * (steps[:, :, None] if isinstance(steps, Tensor) else steps)
+    outflow = shrinkage_root(penalty.atoms(kernels), slopes, target[:, None, None], (0, 2), mass=1.0)
+    return penalty.shrink(kernels, slopes * outflow)
+
+
+def project_bounds(problem: Problem, network: ParticleNetwork) -> ParticleNetwork:
+    """The nearest network, feature by feature in the flow's metric, that keeps the input and the amplitude bound."""
+    penalty, kernels, biases = problem.penalty, list(network.kernels), list(network.biases)
+    if penalty.input_bound is not None:
+        factor = (penalty.input_bound / input_norms(kernels[0], biases[0]).clamp_min(penalty.input_bound)).to(network.dtype)
+        kernels[0] = kernels[0] * factor[:, None, None, None]
+        biases[0] = None if biases[0] is None else biases[0] * factor
+    if penalty.amplitude_bound is not None:
+        for layer in range(1, len(kernels)):
+            source = network.masses[layer - 1][None, :, None]
+            level = torch.full_like(network.masses[layer][:, None, None], penalty.amplitude_bound)
+            theta = shrinkage_root(penalty.atoms(kernels[layer]), 1.0, source, (1, 2), level=level)
+            kernels[layer] = penalty.shrink(kernels[layer], theta)
+            bias = biases[layer]
+            biases[layer] = None if bias is None else bias.clamp(-penalty.amplitude_bound, penalty.amplitude_bound)
+    return ParticleNetwork.unchecked(network.architecture, network.masses, kernels, network.readout, biases)
+
+
+def squared_distance(start: ParticleNetwork, end: ParticleNetwork) -> Tensor:
+    """Squared length of a small displacement in the flow's metric at `start`, 0-dimensional.
+
+    sum p_i |dz_i|^2 + sum p_i p_j |dw_ij|^2 + sum p_j |du_j|^2 + sum |dp_i|^2 / p_i, biases like their particle.
+    """
+    p = start.masses
+    total = sum(((b - a).square() / a).sum() for a, b in zip(p, end.masses))
+    sources = (torch.ones_like(p[0][:1]).expand(start.kernels[0].shape[1]), *p[:-1])
+    for target, source, a, b in zip(p, sources, start.kernels, end.kernels):
+        total = total + target @ (b - a).square().sum((2, 3)) @ source
+    for target, a, b in zip(p, start.biases, end.biases):
+        if a is not None and b is not None:
+            total = total + target @ (b - a).square()
+    return total + p[-1] @ (end.readout - start.readout).movedim(1, 0).flatten(1).square().sum(1)
+
+
+def metric_speed(problem: Problem, network: ParticleNetwork, flow: Tangent) -> float:
+    """|d network / dt| in the metric, the square root of -dJ/dt; proximal and projected parts included."""
+    probe = PROBE[network.dtype]
+    return math.sqrt(float(squared_distance(network, _euler(problem, network, flow, probe)))) / probe
+
+
+def _euler(problem: Problem, network: ParticleNetwork, flow: Tangent, step: float) -> ParticleNetwork:
+    return advance(problem, network, flow.map(lambda v: step * v), [step] * (problem.architecture.depth - 1))
+
+
+class Descent(Protocol):
+    """One step of a method: from a network and its velocity to the next network."""
+
+    time: float
+
+    def propose(self, network: ParticleNetwork, flow: Tangent) -> ParticleNetwork: ...
+
+    def judge(self, network: ParticleNetwork, moved: ParticleNetwork, change: float) -> bool:
+        """Whether to accept, given the change of J; also adapts the step."""
+        ...
+
+
+@dataclass
+class GradientDescent:
+    """Explicit Euler with the step adapted to the dissipation identity (adaptive=False: the step is kept)."""
+
+    problem: Problem
+    step: float
+    adaptive: bool
+    time: float = 0.0
+    dissipated: float = 0.0
+    identity_error: float = 0.0
+
+    def propose(self, network: ParticleNetwork, flow: Tangent) -> ParticleNetwork:
+        return _euler(self.problem, network, flow, self.step)
+
+    def judge(self, network: ParticleNetwork, moved: ParticleNetwork, change: float) -> bool:
+        predicted = float(squared_distance(network, moved)) / self.step  # = step speed^2
+        noise = 64 * torch.finfo(network.dtype).eps  # J of order one cannot resolve less
+        error = abs(change + predicted) / max(predicted, noise) if math.isfinite(change) else math.inf
+        accepted = not self.adaptive or error <= 2 * DISSIPATION_ERROR or abs(change + predicted) <= noise
+        if accepted:
+            self.time += self.step
+            self.dissipated += predicted
+            self.identity_error = error
+        if self.adaptive:  # the error is of first order in the step
+            self.step *= min(1.5, max(0.3, 0.9 * DISSIPATION_ERROR / max(error, 1e-12)))
+        return accepted
+
+
+@dataclass
+class PreconditionedDescent:
+    """Adam's moments on the flow's velocities; one second moment per kernel (i, j) keeps the proximal map exact."""
+
+    problem: Problem
+    rate: float
+    total: int
+    betas: tuple[float, float] = (0.9, 0.99)
+    count: int = 0
+    time: float = math.nan
+    first: Tangent | None = None
+    second: Tangent | None = None
+
+    def propose(self, network: ParticleNetwork, flow: Tangent) -> ParticleNetwork:
+        self.count += 1
+        b1, b2 = self.betas
+        squares = Tangent(
+            [v.square() for v in flow.masses],
+            [flow.kernels[0].square(), *(v.square().mean((2, 3), keepdim=True) for v in flow.kernels[1:])],
+            flow.readout.square(),
+            [None if v is None else v.square() for v in flow.biases],
+        )
+        self.first = flow if self.first is None else self.first.map(lambda m, v: b1 * m + (1 - b1) * v, flow)
+        self.second = squares if self.second is None else self.second.map(lambda m, v: b2 * m + (1 - b2) * v, squares)
+        rate = self.rate * 0.5 * (1 + math.cos(math.pi * min(1.0, self.count / self.total)))
+        steps = self.second.map(lambda m: rate / (m.sqrt() + 1e-12))
+        move = self.first.map(lambda m, s: m * s, steps)
+        return advance(self.problem, network, move, [s[:, :, 0, 0] for s in steps.kernels[1:]])
+
+    def judge(self, network: ParticleNetwork, moved: ParticleNetwork, change: float) -> bool:
+        return math.isfinite(change)
