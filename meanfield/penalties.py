@@ -116,7 +116,7 @@ def shrinkage_root(
         below = value < 0
         low, high = torch.where(below, r, low), torch.where(below, high, r)
         new = r - value / slope
-        inside = (new >= low) & (new <= high)  # False where the slope vanishes: 0 / 0 and 1 / 0 are no candidates
+        inside = (new >= low) & (new <= high) & new.isfinite()  # where the slope vanishes, 0 / 0 and 1 / 0 are no candidates
         new = torch.where(inside, new, torch.where(high.isinf(), 2 * r + 1, 0.5 * (low + high)))
         r = torch.where(settled, r, new)
     return r
