@@ -54,7 +54,8 @@ def test_shrink_is_the_proximal_map_of_the_norm(shape, seed, norm, threshold):
     kernels, penalty = normal(shape, seed), Penalty(kernel_norm=norm)
     shrunk = penalty.shrink(kernels, threshold)
     removed = kernels - shrunk
-    assert bool((penalty.dual_norms(removed) <= threshold * (1 + 1e-12)).all())
+    rounding = 4e-16 * penalty.dual_norms(kernels)
+    assert bool((penalty.dual_norms(removed) <= threshold * (1 + 1e-12) + rounding).all())
     torch.testing.assert_close((removed * shrunk).sum((2, 3)), threshold * penalty.norms(shrunk), rtol=1e-12, atol=1e-12)
 
 
@@ -143,10 +144,12 @@ def test_row_prox_attains_the_minimum(center, norm, strength, kernel_weight, mas
     amounts = amounts_by_cvxpy(W, kernels.shape, norm)
     rows = sum(cp.quad_over_lin(cp.sum([row[i] for row in amounts]), q[i]) for i in range(len(masses)))
     distance = 0.5 * kernel_weight * cp.sum_squares(W - kernels.flatten().numpy()) + 0.5 * mass_weight * cp.sum_squares(q - masses.numpy())
-    optimum = cp.Problem(cp.Minimize(strength * rows + distance)).solve(solver="CLARABEL")
+    with np.errstate(divide="ignore", invalid="ignore"):  # cvxpy evaluates s^2 / p at p = 0
+        problem = cp.Problem(cp.Minimize(strength * rows + distance))
+        problem.solve(solver="CLARABEL")
     assert bool((p >= 0).all())
     value = row_value(found.numpy(), p.numpy(), kernels.numpy(), masses.numpy(), penalty, *setting)
-    assert value == pytest.approx(optimum, rel=1e-7, abs=1e-7)
+    assert value == pytest.approx(problem.solution.opt_val, rel=1e-7, abs=1e-7)
 
 
 @given(centers(1), norms, strengths, metrics, metrics)
