@@ -1,1 +1,17 @@
-"""Solvers: each takes a network or a program and returns a Solution."""
+"""Solvers: each takes a network or a program and returns a Solution.
+
+flow (network -> network), splitting (our convex solver), reference (cvxpy), alternating (the outer loop).
+"""
+
+import importlib
+from types import ModuleType
+
+from meanfield.solvers import alternating, flow, splitting
+
+__all__ = ["alternating", "flow", "reference", "splitting"]
+
+
+def __getattr__(name: str) -> ModuleType:
+    if name == "reference":  # cvxpy takes most of a second to import: only when it is asked for
+        return importlib.import_module("meanfield.solvers.reference")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

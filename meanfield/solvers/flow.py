@@ -228,3 +228,158 @@ class PreconditionedDescent:
 
     def judge(self, network: ParticleNetwork, moved: ParticleNetwork, change: float) -> bool:
         return math.isfinite(change)
+
+
+def solve(
+    problem: Problem,
+    network: ParticleNetwork,
+    *,
+    descent: str = "preconditioned",
+    masses: bool = True,
+    steps: int = 2000,
+    step_size: float | None = None,
+    adaptive: bool = True,
+    tolerance: float = 1e-10,
+    batch_size: int | None = None,
+    seed: int = 0,
+    max_seconds: float = math.inf,
+    record_every: int | None = None,
+    callback: Callable[[dict[str, Any]], None] | None = None,
+) -> Solution:
+    """Follow the particle gradient flow from `network`.
+
+    descent "preconditioned" (default; reaches the limit; step_size is Adam's rate, 0.1, annealed to zero over `steps`)
+    or "gradient" (explicit Euler for trajectories; step_size in flow time, start value 0.1, adapted to the dissipation
+    identity unless adaptive=False).  masses=False keeps the masses fixed: plain mean-field training.  batch_size draws
+    minibatches without replacement, reshuffled each epoch from `seed`, at a step that is not adapted.  Stops when the
+    squared metric speed (J per unit of flow time) falls below `tolerance`; it is evaluated, with J on all images, every
+    `record_every` steps (default: 100 records a run).
+
+    Returns the best recorded network.  History rows: step, seconds, time (flow time; NaN for the preconditioned
+    descent), value, loss, source, readout, input, speed, dissipated (integral of speed^2), identity_error (of the last
+    step, relative).  The gap is that of the frozen program at the answer, with the flow's own multipliers.
+    """
+    validation.one_of(descent, DESCENTS, "descent")
+    steps = validation.integer(steps, "steps")
+    problem.require_feasible(network)
+    for layer, p in enumerate(network.masses):
+        if bool((p <= 0).any()):
+            raise ValueError(f"masses[{layer}] has particles without mass, which cannot flow; drop them (measures.drop_massless)")
+    warn_unattained(problem)
+    rate = validation.positive(step_size, "step_size") if step_size is not None else 0.1
+    method: Descent
+    if descent == "gradient":
+        method = GradientDescent(problem, rate, adaptive and batch_size is None)
+    else:
+        method = PreconditionedDescent(problem, rate, steps)
+    trail = _Trail(problem, callback)
+    every = record_every or max(1, steps // 100)
+    batches = _batches(problem, batch_size, seed)
+    status = _follow(problem, network.detach(), method, trail, batches, masses, steps, every, tolerance, max_seconds)
+    return trail.solution(status)
+
+
+def warn_unattained(problem: Problem) -> None:
+    """Warn, naming the bounds that are missing, where the infimum over measures may not be attained."""
+    missing = problem.missing_bounds()
+    if missing:
+        warnings.warn(
+            f"the infimum over all measures may not be attained: set {' and '.join(missing)} (unbounded activations, free biases "
+            "or zero penalties let the value fall without end while mass concentrates)",
+            UserWarning,
+            stacklevel=3,
+        )
+
+
+def _batches(problem: Problem, size: int | None, seed: int) -> Iterator[Problem]:
+    """The problem itself for ever, or its minibatches epoch after epoch."""
+    count = len(problem.inputs)
+    if size is None:
+        while True:
+            yield problem
+    size = min(validation.integer(size, "batch_size"), count)
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        order = torch.randperm(count, generator=generator).to(problem.inputs.device)
+        for first in range(0, count - size + 1, size):
+            yield problem.batch(order[first : first + size])
+
+
+def _follow(
+    problem: Problem,
+    network: ParticleNetwork,
+    method: Descent,
+    trail: _Trail,
+    batches: Iterator[Problem],
+    masses: bool,
+    steps: int,
+    every: int,
+    tolerance: float,
+    max_seconds: float,
+) -> str:
+    """The loop; every step costs one forward and one backward pass.  Returns the status."""
+    batch = next(batches)
+    whole = batch is problem
+    terms, flow = velocity(batch, network, masses)
+    try:
+        for step in range(steps + 1):
+            if step % every == 0 or step == steps:
+                terms, flow = (terms, flow) if whole else velocity(problem, network, masses)
+                if trail.record(step, network, terms, metric_speed(problem, network, flow), method) ** 2 <= tolerance:
+                    return "converged"
+                if trail.seconds() > max_seconds:
+                    return "max_seconds"
+                if not whole:
+                    terms, flow = velocity(batch, network, masses)
+            if step == steps:
+                break
+            moved = method.propose(network, flow)
+            batch = next(batches)
+            new_terms, new_flow = velocity(batch, moved, masses)
+            if method.judge(network, moved, float(new_terms.total() - terms.total())):
+                network, terms, flow = moved, new_terms, new_flow
+            elif (isinstance(method, GradientDescent) and method.step < torch.finfo(network.dtype).eps) or not isinstance(method, GradientDescent):
+                return "stalled"
+    except KeyboardInterrupt:
+        return "interrupted"
+    return "max_iterations"
+
+
+@dataclass
+class _Trail:
+    """The history of a run and its best network."""
+
+    problem: Problem
+    callback: Callable[[dict[str, Any]], None] | None
+    history: list[dict[str, Any]] = field(default_factory=list)
+    best: float = math.inf
+    network: ParticleNetwork | None = None
+    began: float = field(default_factory=time.perf_counter)
+
+    def seconds(self) -> float:
+        return time.perf_counter() - self.began
+
+    def record(self, step: int, network: ParticleNetwork, terms: Terms, speed: float, method: Descent) -> float:
+        row = {"step": step, "seconds": self.seconds(), "time": method.time, "value": float(terms.total())}
+        row |= {name: float(term) for name, term in terms._asdict().items()} | {"speed": speed}
+        if isinstance(method, GradientDescent):
+            row |= {"dissipated": method.dissipated, "identity_error": method.identity_error, "step_size": method.step}
+        self.history.append(row)
+        if self.callback is not None:
+            self.callback(row)
+        if row["value"] < self.best or self.network is None:
+            self.best, self.network = row["value"], network
+        return speed
+
+    def solution(self, status: str) -> Solution:
+        assert self.network is not None
+        program = ConvexProgram.freeze(self.problem, self.network)
+        point = program.point(self.network)
+        multipliers = certificates.stationary_multipliers(program.to(dtype=torch.float64), point.map(Tensor.double))
+        certificate = certificates.certify(program, point, multipliers)
+        speed = self.history[-1]["speed"]
+        return Solution(
+            value=certificate.value, gap=certificate.gap, status=status, message=message(status, f"metric speed {speed:.2g}"),
+            network=self.network, point=point, history=self.history, certificate=certificate, multipliers=multipliers,
+            seconds=self.seconds(),
+        )  # fmt: skip

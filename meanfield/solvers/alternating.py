@@ -1,0 +1,156 @@
+"""The outer loop, repopulation: flow, freeze, solve the convex program, return, grow.  Fang et al. 2019, algorithm 1.
+
+A round's `flow_gap`, the value after its flow minus the dual value of the program frozen there, measures the alternation;
+the gap right after a convex solve is small by construction and measures only the solver.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from meanfield import certificates, measures, validation
+from meanfield.network import ParticleNetwork
+from meanfield.problem import Problem
+from meanfield.program import ConvexProgram
+from meanfield.solution import Solution, message
+from meanfield.solvers import flow, splitting
+
+RATE, RATE_DECAY = 0.1, 0.7
+CLONE_NOISE = 0.3
+STATUSES_ENDING_A_RUN = ("interrupted", "max_seconds")
+
+
+def solve(
+    problem: Problem,
+    network: ParticleNetwork,
+    *,
+    rounds: int = 8,
+    tolerance: float = 1e-4,
+    flow_steps: int = 2000,
+    later_steps: int | None = None,
+    program_tolerance: float | None = None,
+    program_iterations: int = 4000,
+    clones: Sequence[int] | None = None,
+    seed: int = 0,
+    max_seconds: float = math.inf,
+    callback: Callable[[dict[str, Any]], None] | None = None,
+) -> Solution:
+    """Alternate flow and convex program from `network` until a flow ends within `tolerance` (relative to J) of optimal.
+
+    flow_steps: steps of the first round's flow; later rounds take later_steps (default: half) at rates that decay by
+    RATE_DECAY a round.  program_tolerance: relative gap of the convex solves (default: tolerance / 5).  clones[l]:
+    perturbed clones of the heaviest particles of layer l that enter each program as candidates of zero mass.  A round
+    that would raise J is rejected, so J never rises.
+
+    History rows, one per round: round, seconds, flow_value, flow_gap, value, dual_value, gap, violation, widths,
+    accepted, flow_steps, program_iterations.  callback receives every row of the inner histories, marked with "round"
+    and "phase" ("flow", "program"), and each round's own row (phase "round").
+    """
+    rounds = validation.integer(rounds, "rounds")
+    validation.positive(tolerance, "tolerance")
+    later = later_steps if later_steps is not None else max(1, flow_steps // 2)
+    run = _Run(problem, network, program_tolerance or tolerance / 5, program_iterations, clones, seed, callback, max_seconds)
+    flow.warn_unattained(problem)
+    status = "max_rounds"
+    for index in range(rounds):
+        ended = run.round(index, flow_steps if index == 0 else later, RATE * RATE_DECAY**index)
+        if ended in STATUSES_ENDING_A_RUN:
+            status = ended
+            break
+        row = run.history[-1]
+        if row["flow_gap"] <= tolerance * abs(row["flow_value"]):
+            status = "alternation_converged"
+            break
+    return run.solution(status)
+
+
+@dataclass
+class _Run:
+    problem: Problem
+    network: ParticleNetwork
+    program_tolerance: float
+    program_iterations: int
+    clones: Sequence[int] | None
+    seed: int
+    callback: Callable[[dict[str, Any]], None] | None
+    max_seconds: float
+    history: list[dict[str, Any]] = field(default_factory=list)
+    best: Solution | None = None
+    began: float = field(default_factory=time.perf_counter)
+
+    def round(self, index: int, steps: int, rate: float) -> str:
+        """One flow and one convex program; returns the status that ended it early, or "done"."""
+        flowed = self._quietly(
+            flow.solve, self.problem, self.network, steps=steps, step_size=rate, max_seconds=self._left(), callback=self._relay(index, "flow")
+        )
+        if self.best is None or flowed.value < self.best.value:
+            self.network, self.best = flowed.network, flowed
+        if flowed.status in STATUSES_ENDING_A_RUN:
+            return flowed.status
+        program = ConvexProgram.freeze(self.problem, self._grown(index))
+        solved = splitting.solve(
+            program, self.program_tolerance, max_iterations=self.program_iterations, max_seconds=self._left(), callback=self._relay(index, "program")
+        )
+        self._close(index, program, flowed, solved)
+        return solved.status if solved.status in STATUSES_ENDING_A_RUN else "done"
+
+    def _close(self, index: int, program: ConvexProgram, flowed: Solution, solved: Solution) -> None:
+        """Accept the program's network if J, evaluated afresh, does not rise; write the round's row."""
+        assert self.best is not None and solved.multipliers is not None
+        accepted = float(self.problem.value(solved.network)) <= self.best.value
+        if accepted:
+            self.network, self.best = solved.network, solved
+        else:  # the flow's network stays, with the better multipliers of the program frozen there
+            point = program.point(program.frozen)
+            certificate = certificates.certify(program, point, solved.multipliers)
+            self.best = replace(self.best, certificate=certificate, gap=certificate.gap, point=point, multipliers=solved.multipliers)
+        dual = solved.value - solved.gap
+        steps, iterations = flowed.history[-1]["step"], solved.history[-1]["iteration"] if solved.history else 0
+        row = {
+            "round": index, "phase": "round", "seconds": time.perf_counter() - self.began, "flow_value": flowed.value,
+            "flow_gap": flowed.value - dual, "value": self.best.value, "dual_value": dual, "gap": solved.gap,
+            "violation": solved.certificate.violation if solved.certificate else math.nan, "widths": list(self.network.widths),
+            "accepted": accepted, "flow_steps": steps, "program_iterations": iterations,
+        }  # fmt: skip
+        self.history.append(row)
+        if self.callback is not None:
+            self.callback(row)
+
+    def _grown(self, index: int) -> ParticleNetwork:
+        if self.clones is None:
+            return self.network
+        generator = torch.Generator().manual_seed(self.seed + 7919 * (index + 1))
+        return measures.extend(self.network, self.clones, CLONE_NOISE, generator)
+
+    def _left(self) -> float:
+        return self.max_seconds - (time.perf_counter() - self.began)
+
+    def _relay(self, index: int, phase: str) -> Callable[[dict[str, Any]], None] | None:
+        callback = self.callback
+        if callback is None:
+            return None
+        return lambda row: callback({"round": index, "phase": phase, **row})
+
+    def _quietly(self, function: Callable[..., Solution], *arguments: Any, **options: Any) -> Solution:
+        """The flow warns of an unattained infimum; the outer loop has said so once."""
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="the infimum over all measures")
+            return function(*arguments, **options)
+
+    def solution(self, status: str) -> Solution:
+        best = self.best
+        assert best is not None
+        detail = f"{len(self.history)} rounds, value {best.value:.8g}, gap {best.gap:.2g} on this support"
+        if self.history:
+            detail += f", last flow within {self.history[-1]['flow_gap']:.2g} of its program's dual value"
+        return Solution(
+            value=best.value, gap=best.gap, status=status, message=message(status, detail), network=best.network, point=best.point,
+            history=self.history, certificate=best.certificate, multipliers=best.multipliers, seconds=time.perf_counter() - self.began,
+        )  # fmt: skip
