@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import reference as slow
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import optimize
 from strategies import NORMS, normal, random_masses, seeds
@@ -90,6 +90,7 @@ def root_sides(r, magnitudes, slopes, weights, level, mass, curvature):
     return left, level + r * max(mass + curvature * r * r, 0)
 
 
+@settings(max_examples=100)
 @given(
     seeds, st.integers(1, 5), st.floats(-2, 2), st.floats(-2, 2), st.sampled_from([0.0, 0.1, 3.0]),
     st.sampled_from([None, 0.0, 0.3, 100.0]),
@@ -152,6 +153,7 @@ def test_row_prox_attains_the_minimum(center, norm, strength, kernel_weight, mas
     assert value == pytest.approx(problem.solution.opt_val, rel=1e-7, abs=1e-7)
 
 
+@settings(max_examples=100)
 @given(centers(1), norms, strengths, metrics, metrics)
 def test_row_prox_meets_its_optimality_conditions(center, norm, strength, kernel_weight, mass_weight):
     kernels, masses = center
@@ -206,6 +208,7 @@ def test_cone_projection_is_the_nearest_point_of_the_cone(center, norm, bound, k
     assert value.item() == pytest.approx(optimum, rel=1e-7, abs=1e-7)
 
 
+@settings(max_examples=100)
 @given(centers(0), norms, strengths, metrics, metrics)
 def test_cone_projection_splits_the_center_into_orthogonal_parts(center, norm, bound, kernel_weight, mass_weight):
     kernels, masses = center
