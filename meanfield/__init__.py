@@ -1,14 +1,21 @@
 """Continuous-limit convolutional networks: particle measures, their convex program, certified optima."""
 
-from meanfield import certificates, data, finite, measures, solvers
-from meanfield.architecture import Architecture, Conv
-from meanfield.main_job import solve
-from meanfield.network import ParticleNetwork
-from meanfield.penalties import Penalty
-from meanfield.problem import Problem
-from meanfield.program import ConvexProgram
-from meanfield.repopulation import ProgramPoint
-from meanfield.solution import Solution
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from meanfield import certificates, data, finite, measures, solvers
+    from meanfield.architecture import Architecture, Conv
+    from meanfield.main_job import solve
+    from meanfield.network import ParticleNetwork
+    from meanfield.penalties import Penalty
+    from meanfield.problem import Problem
+    from meanfield.program import ConvexProgram
+    from meanfield.repopulation import ProgramPoint
+    from meanfield.solution import Solution
+    from meanfield.storage import load_network, save_network
 
 __version__ = "0.1.0"
 
@@ -24,7 +31,38 @@ __all__ = [
     "certificates",
     "data",
     "finite",
+    "load_network",
     "measures",
+    "save_network",
     "solve",
     "solvers",
 ]
+
+# Names are imported when they are first asked for (PEP 562): torch takes a second, and `meanfield --help` needs none of it.
+_HOMES = {
+    "Architecture": "architecture",
+    "Conv": "architecture",
+    "ConvexProgram": "program",
+    "ParticleNetwork": "network",
+    "Penalty": "penalties",
+    "Problem": "problem",
+    "ProgramPoint": "repopulation",
+    "Solution": "solution",
+    "load_network": "storage",
+    "save_network": "storage",
+    "solve": "main_job",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in _HOMES:
+        return importlib.import_module(f"{__name__}.{name}")
+    found = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    globals()[name] = found
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,211 @@
+"""The report's pictures: functions from plain numbers to a matplotlib Figure, without pyplot's global state."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, MaxNLocator, NullFormatter, NullLocator, ScalarFormatter
+
+# Okabe & Ito 2008: told apart with any colour vision; markers and dashes differ as well
+BLUE, RED, GREEN, ORANGE, PURPLE, GREY = "#0072B2", "#D55E00", "#009E73", "#E69F00", "#CC79A7", "#666666"
+FONT, SMALL, DPI = 14, 12, 110
+Row = Mapping[str, Any]
+
+
+def png(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=DPI)
+    return buffer.getvalue()
+
+
+def values(rows: Sequence[Row]) -> Figure:
+    """Value per round of flow and convex program, and the dual bound under them."""
+    figure, axes = _single()
+    x = [row["round"] + 1 for row in rows]
+    axes.plot(x, [row["flow_value"] for row in rows], "o-", color=BLUE, label="J at the end of the flow")
+    axes.plot(x, [row["value"] for row in rows], "s--", color=RED, label="J after the convex program")
+    axes.plot(x, [row["dual_value"] for row in rows], "v:", color=GREEN, label="dual bound (on this support)")
+    _zoom(axes, [row[name] for row in rows[1:] or rows for name in ("flow_value", "value", "dual_value")])
+    return _finish(figure, axes, "round of the alternation", "objective J (mean loss + penalties)", rounds=True)
+
+
+def gaps(rows: Sequence[Row], tolerance: float) -> Figure:
+    """Gap per round on a logarithmic axis; tolerance is relative to J."""
+    figure, axes = _single()
+    x = [row["round"] + 1 for row in rows]
+    axes.semilogy(x, _positive([row["flow_gap"] for row in rows]), "o-", color=BLUE, label="end of the flow minus dual bound")
+    axes.semilogy(x, _positive([row["gap"] for row in rows]), "s--", color=RED, label="convex program: value minus dual bound")
+    axes.semilogy(x, [tolerance * abs(row["flow_value"]) for row in rows], ":", color=GREY, label=f"stopping rule, {tolerance:g} J")
+    return _finish(figure, axes, "round of the alternation", "duality gap, in units of J", rounds=True)
+
+
+def populations(before: Sequence[Sequence[float]], after: Sequence[Sequence[float]]) -> Figure:
+    """Masses per layer, heaviest first: of the start, and of the answer (missing particles have died)."""
+    figure, grid = _panels(len(after), 4.6)
+    for index, (axes, old, new) in enumerate(zip(grid, before, after)):
+        ordered = sorted(new, reverse=True)
+        axes.bar(range(1, len(ordered) + 1), ordered, color=RED, label=f"after: {len(ordered)} particles")
+        old = sorted(old, reverse=True)
+        axes.step([0.5, *np.arange(1, len(old) + 1) + 0.5], [old[0], *old], where="pre", color=BLUE, lw=2.5, label=f"before: {len(old)} particles")
+        axes.set_title(f"layer {index + 1}", fontsize=FONT)
+        _dress(axes, "particle, heaviest first", "population p (share of mass)" if index == 0 else "")
+        axes.legend(fontsize=SMALL)
+    return figure
+
+
+def kernels(images: np.ndarray, masses: Sequence[float], most: int = 12) -> Figure:
+    """First-layer kernels (M, C, h, w) of the heaviest particles, the mean over channels, on one colour scale."""
+    order = np.argsort(masses)[::-1][:most]
+    columns = min(6, len(order))
+    lines = math.ceil(len(order) / columns)
+    figure = _figure(1.55 * columns + 1.2, 1.95 * lines + 0.5)
+    grid = figure.subplots(lines, columns, squeeze=False)
+    shown = np.asarray(images)[order].mean(1)
+    top = float(np.abs(shown).max()) or 1.0
+    picture = None
+    for axes in grid.flat:
+        axes.axis("off")
+    for axes, kernel, index in zip(grid.flat, shown, order):
+        picture = axes.imshow(kernel, cmap="PuOr", vmin=-top, vmax=top)
+        axes.set_title(f"p = {masses[index]:.3f}", fontsize=FONT)
+    bar = figure.colorbar(picture, ax=grid.ravel().tolist(), shrink=0.9)
+    bar.set_label("kernel entry z", fontsize=SMALL)
+    bar.ax.tick_params(labelsize=SMALL)
+    return figure
+
+
+def image_strip(images: np.ndarray, captions: Sequence[str], right: Sequence[bool]) -> Figure:
+    """Images (n, h, w) with a caption each; wrong ones are framed."""
+    columns = min(6, len(images))
+    lines = math.ceil(len(images) / columns)
+    figure = _figure(1.6 * columns, 2.15 * lines)
+    grid = figure.subplots(lines, columns, squeeze=False)
+    for axes in grid.flat:
+        axes.set_axis_off()
+    for axes, image, caption, fine in zip(grid.flat, images, captions, right):
+        axes.imshow(image, cmap="gray_r", vmin=0, vmax=1)
+        axes.set_axis_on()
+        axes.set_xticks([])
+        axes.set_yticks([])
+        for side in axes.spines.values():
+            side.set(color=GREY if fine else RED, linewidth=0.8 if fine else 4)
+        axes.set_title(caption, fontsize=SMALL + 0.5)
+    return figure
+
+
+def predictions(groups: Mapping[str, Sequence[tuple[int, float]]], classes: Sequence[int], label: str) -> Figure:
+    """Output (or margin) of every image by class; groups: name -> (index of the class, output)."""
+    figure, axes = _single()
+    looks = [("o", BLUE, 60, 1.0), ("x", ORANGE, 28, 0.7)]
+    for shift, (name, pairs) in enumerate(groups.items()):
+        marker, color, size, alpha = looks[shift % 2]
+        spread = np.random.default_rng(0).uniform(-0.12, 0.12, len(pairs))
+        x = np.array([index for index, _ in pairs]) + spread + 0.3 * shift - 0.15 * (len(groups) - 1)
+        axes.scatter(x, [output for _, output in pairs], marker=marker, color=color, s=size, alpha=alpha, label=f"{name} ({len(pairs)} images)")
+    axes.axhline(0, color=GREY, lw=1)
+    figure = _finish(figure, axes, "true class", label)
+    axes.set_xticks(range(len(classes)), [str(c) for c in classes])
+    axes.set_xlim(-0.6, len(classes) - 0.4)
+    return figure
+
+
+def finite_networks(sampled: Mapping[int, Sequence[float]], trained: Mapping[int, Sequence[float]], limit: float) -> Figure:
+    """J_m of finite networks against their width m per layer; all draws as points, medians joined."""
+    figure, axes = _single()
+    looks = ((sampled, "o", BLUE, "-", "sampled from the limit"), (trained, "D", RED, "--", "trained from random starts"))
+    for found, marker, color, line, label in looks:
+        for m, drawn in found.items():
+            axes.scatter([m] * len(drawn), drawn, marker=marker, color=color, s=18, alpha=0.35, linewidths=0)
+        if found:
+            medians = [float(np.median(drawn)) for drawn in found.values()]
+            axes.plot(list(found), medians, marker=marker, color=color, ls=line, lw=2, label=f"{label}, median")
+    axes.axhline(limit, color=GREEN, lw=2, ls="-.", label=f"J of the continuous network, {limit:.4g}")
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    ticks = sorted({*sampled, *trained})
+    axes.xaxis.set_major_locator(FixedLocator(ticks))
+    axes.xaxis.set_major_formatter(ScalarFormatter())
+    axes.xaxis.set_minor_locator(NullLocator())
+    return _finish(figure, axes, "width m of every layer (channels)", "objective J of the finite network")
+
+
+def segment(line: Mapping[str, Sequence[float]], violations: Mapping[str, float]) -> Figure:
+    """J on the straight lines between two solutions; line: t, program, weights."""
+    figure, grid = _panels(2, 5.2)
+    looks = (("program", RED, "s", "in program variables"), ("weights", BLUE, "o", "in weights"))
+    for axes, (name, color, marker, title) in zip(grid, looks):
+        t, found = line["t"], line[name]
+        axes.plot(t, found, marker=marker, ms=5, color=color, label=f"J, midpoint violation {violations[name]:.3g}")
+        axes.plot([0, 1], [found[0], found[-1]], ":", color=GREY, lw=2, label="chord between the ends")
+        axes.set_title(f"straight line {title}", fontsize=FONT)
+        _dress(axes, "t (0: solution A, 1: solution B)", "objective J" if name == "program" else "")
+        low, high = min(found), max(found)
+        axes.set_ylim(low - 0.1 * (high - low + 1e-12), high + 0.45 * (high - low + 1e-12))
+        axes.legend(fontsize=SMALL, loc="upper center")
+    return figure
+
+
+def _figure(width: float, height: float) -> Figure:
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _single() -> tuple[Figure, Axes]:
+    figure = _figure(8, 5)
+    return figure, figure.subplots()
+
+
+def _panels(count: int, width: float) -> tuple[Figure, list[Axes]]:
+    columns = min(count, 3)
+    lines = math.ceil(count / columns)
+    figure = _figure(width * columns, 4.4 * lines)
+    grid = list(figure.subplots(lines, columns, squeeze=False).flat)
+    for unused in grid[count:]:
+        unused.set_axis_off()
+    return figure, grid[:count]
+
+
+def _dress(axes: Axes, x: str, y: str) -> None:
+    axes.set_xlabel(x, fontsize=FONT)
+    axes.set_ylabel(y, fontsize=FONT)
+    axes.tick_params(labelsize=SMALL)
+    axes.grid(alpha=0.25)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+
+
+def _finish(figure: Figure, axes: Axes, x: str, y: str, *, rounds: bool = False) -> Figure:
+    _dress(axes, x, y)
+    if rounds:
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    if axes.get_yscale() == "log" and _decades(axes) < 1.5:
+        axes.yaxis.set_major_locator(MaxNLocator(nbins=6))
+        axes.yaxis.set_major_formatter(ScalarFormatter())
+        axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.legend(fontsize=SMALL)
+    return figure
+
+
+def _decades(axes: Axes) -> float:
+    low, high = axes.get_ylim()
+    return math.log10(high / low)
+
+
+def _positive(numbers: Sequence[float]) -> list[float]:
+    """Gaps at rounding level may be zero or below: drawn at 1e-16."""
+    return [max(number, 1e-16) for number in numbers]
+
+
+def _zoom(axes: Axes, numbers: Sequence[float]) -> None:
+    """Limit the axis to the given numbers (the first round may lie far outside)."""
+    low, high = min(numbers), max(numbers)
+    margin = 0.15 * (high - low) + 1e-9 * abs(high)
+    axes.set_ylim(low - margin, high + margin)
