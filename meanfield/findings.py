@@ -1,0 +1,241 @@
+"""Every number of a report, measured from one solved problem: plain lists and floats, ready for JSON."""
+
+from __future__ import annotations
+
+import math
+import platform
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import meanfield
+from meanfield import finite, measures, solvers
+from meanfield.data import Dataset
+from meanfield.network import ParticleNetwork
+from meanfield.problem import Problem
+from meanfield.program import ConvexProgram
+from meanfield.solution import Solution
+
+PACKAGES = ("torch", "numpy", "scipy", "cvxpy", "clarabel", "matplotlib", "scikit-learn", "safetensors")
+REFERENCE_LIMIT = 66 * 34 * 400  # M_{l-1} M_l (images x positions), the largest product that cvxpy is given
+SAMPLED_WIDTHS, DRAWS = (8, 16, 32, 64, 128, 256), 20
+TRAINED_WIDTHS, TRAINED_SEEDS = (8, 16, 32), 2
+POINTS = 11
+HELD_OUT_MOST = 1000
+KERNELS_SHOWN, IMAGES_SHOWN = 12, 12
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """A solved problem with what it came from; the subject of a report.
+
+    training, held_out: the images (held_out None where all were trained on).  start: the network before the first
+    round.  settings: what the user asked for, JSON-ready.  warnings: texts to repeat in the report.
+    """
+
+    problem: Problem
+    training: Dataset
+    held_out: Dataset | None
+    start: ParticleNetwork
+    solution: Solution
+    settings: dict[str, Any]
+    warnings: list[str] = field(default_factory=list)
+    seed: int = 0
+    tolerance: float = 1e-4
+    trained_steps: int = 300
+    segment_steps: int = 300
+    budget: float = 60.0  # seconds for training finite networks
+
+
+def gather(run: Run, announce: Callable[[str], None] = lambda text: None) -> dict[str, Any]:
+    """All numbers, in the order of the report; `announce` hears what is being measured."""
+    sections: list[tuple[str, str, Callable[[Run], Any]]] = [
+        ("solution", "the answer", _solution),
+        ("rounds", "rounds", lambda run: run.solution.history),
+        ("reference", "the same program in cvxpy", _reference),
+        ("populations", "populations", _populations),
+        ("kernels", "kernels", _kernels),
+        ("predictions", "predictions", _predictions),
+        ("finite", "finite networks", _finite),
+        ("segment", "the line between two solutions", _segment),
+    ]
+    results: dict[str, Any] = {"settings": run.settings, "seed": run.seed, "versions": versions(), "warnings": run.warnings}
+    for name, text, measure in sections:
+        announce(text)
+        with _quiet():
+            results[name] = measure(run)
+    return results
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """The solve has warned of an unattained infimum once."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="the infimum over all measures")
+        yield
+
+
+def versions() -> dict[str, str]:
+    found = {"meanfield": meanfield.__version__, "python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def solution_figures(problem: Problem, solution: Solution) -> dict[str, Any]:
+    """The figures of a Solution and the terms of J at its network."""
+    certificate = solution.certificate
+    terms = problem.terms(solution.network)._asdict()
+    return {
+        "value": solution.value, "gap": solution.gap, "relative_gap": solution.relative_gap, "dual_value": solution.value - solution.gap,
+        "lower_bound": solution.lower_bound, "violation": certificate.violation if certificate else None, "status": solution.status,
+        "message": solution.message, "seconds": solution.seconds, "rounds": len(solution.history),
+        "widths": list(solution.network.widths), "terms": {name: float(term) for name, term in terms.items()},
+    }  # fmt: skip
+
+
+def _solution(run: Run) -> dict[str, Any]:
+    figures = solution_figures(run.problem, run.solution)
+    rows = run.solution.history
+    figures["start_value"] = float(run.problem.value(run.start))
+    figures["last_flow_moved"] = len(rows) < 2 or rows[-1]["flow_value"] < rows[-2]["value"]
+    return figures
+
+
+def _reference(run: Run) -> dict[str, Any]:
+    """cvxpy's optimum of the program frozen at the answer, without its massless particles."""
+    network = measures.drop_massless(run.solution.network)
+    program = ConvexProgram.freeze(run.problem, network).to(dtype=torch.float64, device="cpu")
+    found: dict[str, Any] = {"widths": list(network.widths), "constraints": _constraints(program), "our_value": float(program.problem.value(program.frozen))}
+    size = max((m * n * rows for m, n, rows in zip(network.widths, network.widths[1:], _rows(program))), default=network.widths[0])
+    if size > REFERENCE_LIMIT:
+        return found | {"skipped": f"{size:,} entries (particles x particles x constraint rows); cvxpy is given at most {REFERENCE_LIMIT:,}"}
+    began = time.perf_counter()
+    try:
+        solved = solvers.reference.solve(program)
+    except Exception as error:  # a failure inside cvxpy must not cost the report
+        return found | {"skipped": f"cvxpy failed: {type(error).__name__}: {error}"}
+    if solved.status == "failed":
+        return found | {"skipped": solved.message}
+    violation = solved.certificate.violation if solved.certificate else math.nan
+    return found | {
+        "cvxpy_value": solved.value, "difference": found["our_value"] - solved.value, "cvxpy_gap": solved.gap,
+        "cvxpy_violation": violation, "message": solved.message, "seconds": time.perf_counter() - began,
+    }  # fmt: skip
+
+
+def _rows(program: ConvexProgram) -> list[int]:
+    """Images times positions of layers >= 2."""
+    return [g.shape[0] * g.shape[2] * g.shape[3] for g in program.preactivations[1:]]
+
+
+def _constraints(program: ConvexProgram) -> int:
+    return sum(rows * width for rows, width in zip(_rows(program), program.widths[1:]))
+
+
+def _populations(run: Run) -> dict[str, Any]:
+    return {
+        "before": [p.tolist() for p in run.start.masses],
+        "after": [p.tolist() for p in run.solution.network.masses],
+        "effective": [float(1 / p.square().sum()) for p in run.solution.network.masses],
+    }
+
+
+def _kernels(run: Run) -> dict[str, Any]:
+    network = run.solution.network
+    order = network.masses[0].argsort(descending=True)[:KERNELS_SHOWN]
+    return {"masses": network.masses[0][order].tolist(), "entries": network.kernels[0][order].tolist()}
+
+
+def _predictions(run: Run) -> dict[str, Any]:
+    found = {"classes": list(run.training.classes), "training": _judged(run, run.training, keep_images=True)}
+    return found | {"held_out": _judged(run, run.held_out) if run.held_out is not None else None}
+
+
+@torch.no_grad()
+def _judged(run: Run, data: Dataset, keep_images: bool = False) -> dict[str, Any]:
+    inputs = run.problem.inputs.new_tensor(data.inputs[:HELD_OUT_MOST].tolist()) if len(data) > HELD_OUT_MOST else data.inputs.to(run.problem.inputs)
+    indices = data.indices[: len(inputs)]
+    output = run.solution.network(inputs).double().cpu()
+    predicted = (output[:, 0] <= 0).long() if output.shape[1] == 1 else output.argmax(1)
+    right = predicted == indices
+    found = {
+        "count": len(inputs), "accuracy": float(right.double().mean()), "class_index": indices.tolist(), "predicted": predicted.tolist(),
+        "shown": _margin(output, indices).tolist(),
+    }  # fmt: skip
+    if keep_images:
+        found["images"] = inputs[:IMAGES_SHOWN].mean(1).tolist()
+    return found
+
+
+def _margin(output: Tensor, indices: Tensor) -> Tensor:
+    """The output itself for one output; else that of the true class minus the largest other one."""
+    if output.shape[1] == 1:
+        return output[:, 0]
+    own = torch.nn.functional.one_hot(indices, output.shape[1]).bool()
+    return output[own] - output.masked_fill(own, -torch.inf).amax(1)
+
+
+@torch.no_grad()
+def _sampled(run: Run) -> dict[int, list[float]]:
+    network, depth = run.solution.network, run.problem.architecture.depth
+    found: dict[int, list[float]] = {}
+    for m in SAMPLED_WIDTHS:
+        draws = [finite.sample(network, [m] * depth, torch.Generator().manual_seed(run.seed + 1000 * m + i)) for i in range(DRAWS)]
+        found[m] = [float(run.problem.terms(draw.particles()).total()) for draw in draws]
+    return found
+
+
+def _finite(run: Run) -> dict[str, Any]:
+    sampled = _sampled(run)
+    trained: dict[int, list[float]] = {}
+    began, skipped = time.perf_counter(), 0
+    for m in TRAINED_WIDTHS:
+        for seed in range(TRAINED_SEEDS):
+            if time.perf_counter() - began > run.budget:
+                skipped += 1
+                continue
+            training = finite.train(run.problem, [m] * run.problem.architecture.depth, run.seed + seed, steps=run.trained_steps)
+            if training.status == "interrupted":  # the report is the user's to stop
+                raise KeyboardInterrupt
+            trained.setdefault(m, []).append(training.value)
+    return {
+        "limit": run.solution.value, "draws": DRAWS, "trained_steps": run.trained_steps, "trained_skipped": skipped,
+        "sampled": {str(m): found for m, found in sampled.items()}, "trained": {str(m): found for m, found in trained.items()},
+    }  # fmt: skip
+
+
+@torch.no_grad()
+def _segment(run: Run) -> dict[str, Any]:
+    """J between two flows' answers from two seeds, all particles kept: mixture of measures, and averaged weights."""
+    first, second = (_flowed(run, run.seed + offset) for offset in (1, 2))
+    times = [i / (POINTS - 1) for i in range(POINTS)]
+    ends = float(run.problem.terms(first).total()), float(run.problem.terms(second).total())
+    inner = {"program": measures.mixture, "weights": measures.interpolate}
+    found: dict[str, Any] = {"t": times, "seeds": [run.seed + 1, run.seed + 2], "widths": list(first.widths), "steps": run.segment_steps}
+    for name, join in inner.items():
+        values = [float(run.problem.terms(join(first, second, t)).total()) for t in times[1:-1]]
+        found[name] = [ends[0], *values, ends[1]]
+    middle = POINTS // 2
+    found["midpoint_violation"] = {name: max(0.0, found[name][middle] - sum(ends) / 2) for name in inner}
+    return found
+
+
+def _flowed(run: Run, seed: int) -> ParticleNetwork:
+    generator = torch.Generator().manual_seed(seed)
+    start = ParticleNetwork.start(run.problem.architecture, run.start.widths, run.problem.inputs, generator, "low_rank")
+    start = solvers.flow.project_bounds(run.problem, start)
+    solved = solvers.flow.solve(run.problem, start, steps=run.segment_steps, seed=seed)
+    if solved.status == "interrupted":
+        raise KeyboardInterrupt
+    return solved.network
