@@ -97,7 +97,7 @@ def shrinkage_root(
     """
     at_zero = _weighted_sum(magnitudes, weights, 1.0, dims)
     inactive = at_zero <= level
-    eps = torch.finfo(at_zero.dtype).eps
+    eps, floor = torch.finfo(at_zero.dtype).eps, torch.finfo(at_zero.dtype).tiny / torch.finfo(at_zero.dtype).eps
     low, high = torch.zeros_like(at_zero), torch.full_like(at_zero, torch.inf)
     r = low if start is None else torch.where(inactive, 0.0, start)
     for _ in range(ROOT_STEPS):
@@ -109,7 +109,8 @@ def shrinkage_root(
         rising = grown > 0
         value = level + r * grown.clamp_min(0) - left
         slope = fall + torch.where(rising, grown + 2 * bend, 0.0)
-        settled = value.abs() <= 8 * eps * (left + slope * r)  # what rounding leaves of a sum of terms of this size
+        # rounding leaves this much of terms of this size; mass and bend may cancel
+        settled = value.abs() <= 8 * eps * (left + r * (slope + bend + abs(mass))) + floor
         settled |= inactive
         if bool(settled.all()):
             break

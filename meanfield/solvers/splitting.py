@@ -151,7 +151,7 @@ class _Splitting:
         self.weights = dict(self.natural)
         self.z = self._start()
         self.x = dict(self.z)
-        self.u = {key: torch.zeros_like(block) for key, block in self.z.items()}
+        self.u = self._start_multipliers()
         self.moved = self.z
         self.roots: Blocks = {}  # of the proximal step, each the start of the next one
 
@@ -215,6 +215,25 @@ class _Splitting:
         blocks["U", 0] = point.readout.reshape(*point.readout.shape[:2], -1).movedim(0, 1)[None]
         blocks["F", 0] = self.program.output(point)
         return blocks
+
+    def _start_multipliers(self) -> Blocks:
+        """u of the multipliers that the frozen network would have if it were stationary: near the answer after a flow.
+
+        -weight u is a subgradient of the proximal half: r on F, q_j on U, b_ij on W, lambda_u |u_j|^2-like prices on p.
+        """
+        program, point = self.program, self.program.point(self.program.frozen)
+        guess = certificates.stationary_multipliers(program, point)
+        prices = {key: torch.zeros_like(block) for key, block in self.z.items()}
+        prices["F", 0] = guess.output
+        response = torch.einsum("nk,nj...->j...k", guess.output, program.readout_features)
+        prices["U", 0] = response.reshape(len(response), -1, guess.output.shape[1]).movedim(2, 1)[None]
+        for layer, beta in zip(self.layers, guess.realisation):
+            g = program.preactivations[layer]
+            shaped = beta.movedim(0, 1).reshape(g.shape)
+            prices["W", layer] = program.problem.architecture.layers[layer].correlate(program.features[layer - 1], shaped)
+            pairing = (shaped * g).sum((0, 2, 3))
+            prices["p", layer] = point.masses[layer] @ pairing - pairing
+        return {key: -price / self.weight(key) for key, price in prices.items()}
 
     def weight(self, key: Key) -> float:
         return self.rho * self.weights[key]
