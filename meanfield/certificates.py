@@ -94,7 +94,8 @@ def dual_value(program: ConvexProgram, multipliers: Multipliers) -> float:
     """
     program = program.to(dtype=torch.float64)
     dual = _PricedFeatures.of(program, multipliers.map(lambda t: t.to(program.features[0])))
-    return max(dual.value(1.0), _golden_maximum(dual.value, 0.0, 2.0))
+    nested = program.depth > 1 and program.problem.penalty.amplitude_bound is not None
+    return max(dual.value(1.0), _golden_maximum(dual.value, 0.0, 2.0, steps=10 if nested else 50))
 
 
 @dataclass(frozen=True, eq=False)
@@ -176,7 +177,7 @@ def _repair_output(program: ConvexProgram, output: Tensor) -> Tensor:
     count = len(problem.inputs)
     if problem.penalty.readout == 0:  # q_j must vanish: drop what the features can see
         rows = program.readout_features.flatten(1)
-        output = output - rows @ torch.linalg.lstsq(rows, output, driver="gelsd").solution
+        output = output - rows @ (torch.linalg.pinv(rows) @ output)
     return problem.loss.feasible(count * output, problem.targets) / count
 
 

@@ -120,7 +120,9 @@ class Problem:
         self._check_network(network)
         for name, reached, bound in self.bounds(network):
             if reached > bound * (1 + BOUND_TOLERANCE[network.dtype]):
-                raise ValueError(f"{name}={bound:g} makes the network infeasible: it reaches {reached:.6g}; raise the bound or scale the network down")
+                raise ValueError(
+                    f"{name}={bound:g} makes the network infeasible: it reaches {reached:.6g}; raise the bound or scale the network down"
+                )
 
     def _check_network(self, network: ParticleNetwork) -> None:
         if network.architecture != self.architecture:

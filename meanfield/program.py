@@ -170,10 +170,10 @@ class ConvexProgram:
         return [float(((amount - bound * p) / (bound * p.max())).max()) for amount in reached]
 
     def restore(self, point: ProgramPoint, sweeps: int = 3) -> ProgramPoint:
-        """The nearest point, on the same support, that meets the linear constraints to rounding where the support can.
+        """A nearby point, on the same support, that meets the linear constraints to rounding where the support can.
 
-        Masses are clipped and normalised; kernels move by the least sum of |dW_ij|^2 / (p_i p_j), so that massless
-        features keep zero kernels.
+        Masses are clipped and normalised; every feature's kernels move by the least sum of |dW_ij|^2 / min(p_i M, 1), so
+        that massless features keep zero kernels and light ones move little.
         """
         masses = tuple(p.clamp_min(0) / p.clamp_min(0).sum() for p in point.masses)
         alive = [(p > 0).to(p.dtype) for p in masses]

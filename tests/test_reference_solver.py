@@ -158,7 +158,7 @@ def test_iteration_limit_is_a_status_and_not_an_exception(loss):
 
 
 @pytest.mark.parametrize(
-    ("outcome", "text"), [(cp.SolverError("out of steps"), r"CLARABEL gave up \(out of steps\)"), (None, "CLARABEL ended as None")]
+    ("outcome", "text"), [(cp.SolverError("out of steps"), r"CLARABEL ended as an error \(out of steps\)"), (None, "CLARABEL ended as None")]
 )
 def test_a_solver_without_an_answer_is_a_failed_solution(monkeypatch, outcome, text):
     program = small_program()

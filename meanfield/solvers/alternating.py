@@ -103,7 +103,8 @@ class _Run:
 
     def _close(self, index: int, program: ConvexProgram, flowed: Solution, solved: Solution) -> None:
         """Accept the program's network if J, evaluated afresh, does not rise; write the round's row."""
-        assert self.best is not None and solved.multipliers is not None
+        assert self.best is not None
+        assert solved.multipliers is not None
         accepted = float(self.problem.value(solved.network)) <= self.best.value
         if accepted:
             self.network, self.best = solved.network, solved

@@ -168,6 +168,10 @@ class Descent(Protocol):
         """Whether to accept, given the change of J; also adapts the step."""
         ...
 
+    def exhausted(self, network: ParticleNetwork) -> bool:
+        """After a rejected step: whether there is no shorter one to try."""
+        ...
+
 
 @dataclass
 class GradientDescent:
@@ -195,6 +199,9 @@ class GradientDescent:
         if self.adaptive:  # the error is of first order in the step
             self.step *= min(1.5, max(0.3, 0.9 * DISSIPATION_ERROR / max(error, 1e-12)))
         return accepted
+
+    def exhausted(self, network: ParticleNetwork) -> bool:
+        return self.step < torch.finfo(network.dtype).eps
 
 
 @dataclass
@@ -228,6 +235,9 @@ class PreconditionedDescent:
 
     def judge(self, network: ParticleNetwork, moved: ParticleNetwork, change: float) -> bool:
         return math.isfinite(change)
+
+    def exhausted(self, network: ParticleNetwork) -> bool:
+        return True
 
 
 def solve(
@@ -267,11 +277,8 @@ def solve(
             raise ValueError(f"masses[{layer}] has particles without mass, which cannot flow; drop them (measures.drop_massless)")
     warn_unattained(problem)
     rate = validation.positive(step_size, "step_size") if step_size is not None else 0.1
-    method: Descent
-    if descent == "gradient":
-        method = GradientDescent(problem, rate, adaptive and batch_size is None)
-    else:
-        method = PreconditionedDescent(problem, rate, steps)
+    adapted = GradientDescent(problem, rate, adaptive and batch_size is None)
+    method = adapted if descent == "gradient" else PreconditionedDescent(problem, rate, steps)
     trail = _Trail(problem, callback)
     every = record_every or max(1, steps // 100)
     batches = _batches(problem, batch_size, seed)

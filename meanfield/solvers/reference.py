@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+import warnings
+from dataclasses import replace
 from typing import Any
 
 import cvxpy as cp
@@ -20,6 +22,8 @@ SOLVERS: dict[str, dict[str, Any]] = {
     "CLARABEL": {"tol_gap_abs": 1e-9, "tol_gap_rel": 1e-9, "tol_feas": 1e-9},
     "SCS": {"eps_abs": 1e-9, "eps_rel": 1e-9, "max_iters": 200_000},
 }
+# CLARABEL's factorisation can fail on redundant rows (deep programs with free biases) at its default regularisation
+SECOND_ATTEMPT: dict[str, dict[str, Any]] = {"CLARABEL": {"static_regularization_constant": 1e-7}, "SCS": {}}
 MASS_FLOOR = 1e-7  # interior-point solvers leave a little mass on every particle; below this share of 1/M it is dropped
 
 
@@ -32,15 +36,24 @@ def solve(program: ConvexProgram, solver: str = "CLARABEL", **options: Any) -> S
     validation.one_of(solver, SOLVERS, "solver")
     began = time.perf_counter()
     model = _Model(program.to(dtype=torch.float64, device="cpu"))
-    try:
-        with np.errstate(divide="ignore", invalid="ignore"):  # cvxpy evaluates s^2 / p at massless particles
-            model.problem.solve(solver=solver, **{**SOLVERS[solver], **options})
-    except cp.SolverError as error:
-        return _failed(program, f"{solver} gave up ({error})", began)
-    status = model.problem.status
+    settings = {**SOLVERS[solver], **options}
+    status = _attempt(model, solver, settings)
+    if model.masses[0].value is None:
+        status = _attempt(model, solver, {**SECOND_ATTEMPT[solver], **settings})
     if model.masses[0].value is None:
         return _failed(program, f"{solver} ended as {status}", began)
     return _certified(program, model, f"{solver} ended as {status}", status == cp.OPTIMAL, began)
+
+
+def _attempt(model: _Model, solver: str, settings: dict[str, Any]) -> str:
+    """Run cvxpy and return its status; what it has to say of accuracy is said by status and certificate."""
+    try:
+        with np.errstate(divide="ignore", invalid="ignore"), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Solution may be inaccurate")
+            model.problem.solve(solver=solver, **settings)
+    except cp.SolverError as error:
+        return f"an error ({error})"
+    return str(model.problem.status)
 
 
 def _certified(program: ConvexProgram, model: _Model, detail: str, optimal: bool, began: float) -> Solution:
@@ -71,11 +84,8 @@ def _failed(program: ConvexProgram, detail: str, began: float) -> Solution:
 
 def _cleaned(program: ConvexProgram, point: ProgramPoint) -> list[ProgramPoint]:
     """The restored point as it is, and without its lightest particles."""
-    floors = [0.0, MASS_FLOOR]
-    return [
-        program.restore(ProgramPoint(tuple(torch.where(p > floor / len(p), p, 0.0) for p in point.masses), point.kernels, point.readout, point.biases))
-        for floor in floors
-    ]  # fmt: skip
+    lighter = tuple(torch.where(p > MASS_FLOOR / len(p), p, 0.0) for p in point.masses)
+    return [program.restore(point), program.restore(replace(point, masses=lighter))]
 
 
 class _Model:
