@@ -9,7 +9,9 @@ and 4.2).  A variable x carries one copy of every block, z is projected on
 and both halves are closed form up to one scalar root per row.  Every block has a weight of its own in the metric: it
 starts at the curvature of its term (1 for the loss, lambda_s, lambda_u) per particle, and is set a few times to
 |multiplier| / |variable|, the curvature that a quadratic with these two would have.  Without this the splitting needs
-ten times the iterations on the reference cases.
+ten times the iterations on the reference cases.  Anderson acceleration of the fixed-point map (Walker & Ni 2011, type
+II; Zhang, O'Donoghue & Boyd 2020 for the safeguard) lowers the gap of programs frozen after a flow by a factor of 2 to
+100 at equal iterations, for a third more time.
 """
 
 from __future__ import annotations
@@ -37,6 +39,7 @@ RELAXATION = 1.7
 BALANCE_RATIO, BALANCE_FACTOR = 5.0, 2.0
 RESCALE_AT = (20, 40, 80, 160)  # finitely often: convergence is that of fixed weights
 RESCALE_RANGE = 100.0  # a block without multipliers (masses that no term prices) must not lose its weight
+ANDERSON_MEMORY, ANDERSON_PERIOD, ANDERSON_GROWTH = 10, 5, 2.0
 FROBENIUS = Penalty(kernel_norm="l2")
 
 
@@ -59,15 +62,17 @@ def solve(
     validation.positive(tolerance, "tolerance")
     validation.integer(max_iterations, "max_iterations")
     run = _Run(program, _Splitting(program, rho), tolerance, callback)
+    accelerated = _Anderson(run.splitting)
     status = "max_iterations"
     try:
         next_check = check_every
         for iteration in range(1, max_iterations + 1):
-            run.splitting.step()
+            accelerated.step(iteration)
             if iteration in RESCALE_AT:
                 run.splitting.rescale()
-            if iteration % 10 == 0 and iteration <= max_iterations // 2:
-                run.splitting.balance()
+                accelerated.forget()
+            if iteration % 10 == 0 and iteration <= max_iterations // 2 and run.splitting.balance():
+                accelerated.forget()
             if iteration >= next_check or iteration == max_iterations:
                 next_check = iteration + max(check_every, iteration // 4)
                 if run.check(iteration):
@@ -329,15 +334,28 @@ class _Splitting:
         size = lambda a, b: math.sqrt(sum(self.weights[k] * float((a[k] - b[k]).square().sum()) for k in a))  # noqa: E731
         return size(self.x, self.z), size(self.z, self.moved)
 
-    def balance(self) -> None:
-        """Move rho towards equal primal and dual residuals, each relative to its variable."""
+    def balance(self) -> bool:
+        """Move rho towards equal primal and dual residuals, each relative to its variable; True if it moved."""
         size = lambda a: math.sqrt(sum(self.weights[k] * float(a[k].square().sum()) for k in a))  # noqa: E731
         primal, drift = self.residuals()
         ratio = (primal / max(size(self.z), 1e-300)) / max(drift / max(size(self.u), 1e-300), 1e-300)
-        if not 1 / BALANCE_RATIO <= ratio <= BALANCE_RATIO:
-            factor = BALANCE_FACTOR if ratio > 1 else 1 / BALANCE_FACTOR
-            self.rho *= factor
-            self.u = {key: block / factor for key, block in self.u.items()}
+        if 1 / BALANCE_RATIO <= ratio <= BALANCE_RATIO:
+            return False
+        factor = BALANCE_FACTOR if ratio > 1 else 1 / BALANCE_FACTOR
+        self.rho *= factor
+        self.u = {key: block / factor for key, block in self.u.items()}
+        return True
+
+    def state(self) -> Tensor:
+        """z + u in the metric's coordinates: the point whose map the splitting iterates."""
+        return torch.cat([math.sqrt(self.weights[key]) * (block + self.u[key]).flatten() for key, block in self.z.items()])
+
+    def restart(self, state: Tensor) -> None:
+        """Continue from another state: z is its projection, u the rest."""
+        pieces = state.split([block.numel() for block in self.z.values()])
+        whole = {key: (piece / math.sqrt(self.weights[key])).reshape(self.z[key].shape) for key, piece in zip(self.z, pieces)}
+        self.z = self._project(whole)
+        self.u = {key: block - self.z[key] for key, block in whole.items()}
 
     def point(self) -> ProgramPoint:
         """The proximal copy: exact zeros, constraints met up to the primal residual."""
@@ -362,3 +380,48 @@ class _Splitting:
             beta = ((rows @ basis.right) / basis.singular) @ basis.left.T
             realisation.append(beta.reshape(len(rows), count, -1))
         return Multipliers(-self.weight(("F", 0)) * self.u["F", 0], tuple(realisation))
+
+
+class _Anderson:
+    """Safeguarded Anderson acceleration of the splitting: every few steps, the best affine combination of the last ones."""
+
+    def __init__(self, splitting: _Splitting):
+        self.splitting = splitting
+        self.forget()
+
+    def forget(self) -> None:
+        """The map has changed (new weights): earlier steps say nothing about it."""
+        self.images: list[Tensor] = []
+        self.changes: list[Tensor] = []
+
+    def step(self, iteration: int) -> None:
+        self._remember()
+        if iteration % ANDERSON_PERIOD == 0 and len(self.images) >= 3:
+            self._extrapolate()
+
+    def _remember(self) -> float:
+        """One step of the splitting, kept in memory; returns |change|."""
+        before = self.splitting.state()
+        self.splitting.step()
+        after = self.splitting.state()
+        self.images = [*self.images, after][-ANDERSON_MEMORY:]
+        self.changes = [*self.changes, after - before][-ANDERSON_MEMORY:]
+        return float(torch.linalg.vector_norm(self.changes[-1]))
+
+    def _extrapolate(self) -> None:
+        """Jump, and go back if the next step from there is longer than ANDERSON_GROWTH times the last one."""
+        splitting, last = self.splitting, self.changes[-1]
+        saved, memory = dict(vars(splitting)), (self.images, self.changes)
+        splitting.roots = dict(splitting.roots)
+        splitting.restart(self._combination())
+        if not self._remember() <= ANDERSON_GROWTH * float(torch.linalg.vector_norm(last)):
+            vars(splitting).update(saved)
+            self.images, self.changes = memory
+
+    def _combination(self) -> Tensor:
+        """argmin over affine combinations of the changes, applied to the images; slightly regularised."""
+        changes, images = torch.stack(self.changes, 1).diff(dim=1), torch.stack(self.images, 1).diff(dim=1)
+        gram = changes.T @ changes
+        ridge = 1e-10 * gram.diagonal().mean() + torch.finfo(gram.dtype).tiny
+        shares = torch.linalg.solve(gram + ridge * torch.eye(len(gram), dtype=gram.dtype, device=gram.device), changes.T @ self.changes[-1])
+        return self.images[-1] - images @ shares
