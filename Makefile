@@ -1,0 +1,46 @@
+# make demo   install, run the main job on handwritten digits, say where the report is
+# make test   install with the test extras, run every test
+# make lint   ruff, pyright, import-linter
+# make clean  remove what was built, the caches and demo/; the environment in .venv stays
+# Needs Python 3.11 or newer (PYTHON=/path/to/python chooses one) and make.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+OUT ?= demo
+PINS := pyproject.toml constraints.txt
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: demo test lint clean
+.DEFAULT_GOAL := demo
+
+demo: $(VENV)/.installed-core
+	$(BIN)/meanfield solve --out $(OUT)
+	@echo "The report is $(abspath $(OUT))/report.html: open it in a browser."
+
+test: $(VENV)/.installed-test
+	$(BIN)/python -m pytest -n 2
+
+lint: $(VENV)/.installed-test
+	$(BIN)/ruff check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+	$(BIN)/lint-imports
+
+$(VENV)/.created:
+	@command -v $(PYTHON) >/dev/null || { echo "error: $(PYTHON) is not on the PATH; install Python 3.11 or newer" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; v = "%d.%d" % sys.version_info[:2]; sys.exit(0 if sys.version_info >= (3, 11) else \
+		"error: $(PYTHON) is Python " + v + "; meanfield needs 3.11 or newer (make PYTHON=/path/to/a/newer/python)")'
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(VENV)/.installed-core: $(PINS) $(VENV)/.created
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e .
+	@touch $@
+
+$(VENV)/.installed-test: $(PINS) $(VENV)/.created
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[test]'
+	@touch $(VENV)/.installed-core $@
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache demo
+	find meanfield tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
