@@ -49,9 +49,9 @@ class Run:
     warnings: list[str] = field(default_factory=list)
     seed: int = 0
     tolerance: float = 1e-4
-    trained_steps: int = 300
+    trained_steps: int = 1000
     segment_steps: int = 300
-    budget: float = 60.0  # seconds for training finite networks
+    budget: float = 40.0  # seconds for training finite networks
 
 
 def gather(run: Run, announce: Callable[[str], None] = lambda text: None) -> dict[str, Any]:
@@ -116,7 +116,8 @@ def _reference(run: Run) -> dict[str, Any]:
     """cvxpy's optimum of the program frozen at the answer, without its massless particles."""
     network = measures.drop_massless(run.solution.network)
     program = ConvexProgram.freeze(run.problem, network).to(dtype=torch.float64, device="cpu")
-    found: dict[str, Any] = {"widths": list(network.widths), "constraints": _constraints(program), "our_value": float(program.problem.value(program.frozen))}
+    ours = float(program.problem.value(program.frozen))
+    found: dict[str, Any] = {"widths": list(network.widths), "constraints": _constraints(program), "our_value": ours}
     size = max((m * n * rows for m, n, rows in zip(network.widths, network.widths[1:], _rows(program))), default=network.widths[0])
     if size > REFERENCE_LIMIT:
         return found | {"skipped": f"{size:,} entries (particles x particles x constraint rows); cvxpy is given at most {REFERENCE_LIMIT:,}"}
@@ -164,7 +165,7 @@ def _predictions(run: Run) -> dict[str, Any]:
 
 @torch.no_grad()
 def _judged(run: Run, data: Dataset, keep_images: bool = False) -> dict[str, Any]:
-    inputs = run.problem.inputs.new_tensor(data.inputs[:HELD_OUT_MOST].tolist()) if len(data) > HELD_OUT_MOST else data.inputs.to(run.problem.inputs)
+    inputs = data.inputs[:HELD_OUT_MOST].to(run.problem.inputs)
     indices = data.indices[: len(inputs)]
     output = run.solution.network(inputs).double().cpu()
     predicted = (output[:, 0] <= 0).long() if output.shape[1] == 1 else output.argmax(1)

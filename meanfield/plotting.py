@@ -29,10 +29,10 @@ def values(rows: Sequence[Row]) -> Figure:
     """Value per round of flow and convex program, and the dual bound under them."""
     figure, axes = _single()
     x = [row["round"] + 1 for row in rows]
-    axes.plot(x, [row["flow_value"] for row in rows], "o-", color=BLUE, label="J at the end of the flow")
-    axes.plot(x, [row["value"] for row in rows], "s--", color=RED, label="J after the convex program")
-    axes.plot(x, [row["dual_value"] for row in rows], "v:", color=GREEN, label="dual bound (on this support)")
-    _zoom(axes, [row[name] for row in rows[1:] or rows for name in ("flow_value", "value", "dual_value")])
+    axes.plot(x, [row["flow_value"] for row in rows], "o-", color=BLUE, ms=8, lw=2, label="J at the end of the flow")
+    axes.plot(x, [row["value"] for row in rows], "s--", color=RED, ms=11, mfc="none", mew=2, label="J after the convex program")
+    axes.plot(x, [row["dual_value"] for row in rows], "v:", color=GREEN, ms=7, lw=2, label="dual bound (on this support)")
+    axes.ticklabel_format(axis="y", useOffset=False)
     return _finish(figure, axes, "round of the alternation", "objective J (mean loss + penalties)", rounds=True)
 
 
@@ -48,7 +48,7 @@ def gaps(rows: Sequence[Row], tolerance: float) -> Figure:
 
 def populations(before: Sequence[Sequence[float]], after: Sequence[Sequence[float]]) -> Figure:
     """Masses per layer, heaviest first: of the start, and of the answer (missing particles have died)."""
-    figure, grid = _panels(len(after), 4.6)
+    figure, grid = _panels(len(after), 5.2)
     for index, (axes, old, new) in enumerate(zip(grid, before, after)):
         ordered = sorted(new, reverse=True)
         axes.bar(range(1, len(ordered) + 1), ordered, color=RED, label=f"after: {len(ordered)} particles")
@@ -202,10 +202,3 @@ def _decades(axes: Axes) -> float:
 def _positive(numbers: Sequence[float]) -> list[float]:
     """Gaps at rounding level may be zero or below: drawn at 1e-16."""
     return [max(number, 1e-16) for number in numbers]
-
-
-def _zoom(axes: Axes, numbers: Sequence[float]) -> None:
-    """Limit the axis to the given numbers (the first round may lie far outside)."""
-    low, high = min(numbers), max(numbers)
-    margin = 0.15 * (high - low) + 1e-9 * abs(high)
-    axes.set_ylim(low - margin, high + margin)

@@ -113,7 +113,8 @@ def _claim(results: Results) -> str:
     """One sentence with its figures."""
     answer, rows, reference = results["solution"], results["rounds"], results["reference"]
     layers = len(answer["widths"])
-    text = f"On {results['predictions']['training']['count']} real images, the particle form of an infinitely wide CNN with {_count(layers, 'layer')} "
+    images = results["predictions"]["training"]["count"]
+    text = f"On {images} real images, the particle form of an infinitely wide CNN with {_count(layers, 'layer')} "
     if not rows:
         return text + f"reached J = {_number(answer['value'])} before its first convex program was solved; nothing is proven yet."
     text += (
@@ -130,8 +131,9 @@ def _settings(results: Results, images: dict[str, str]) -> str:
     shown = {name: _setting(value) for name, value in results["settings"].items()}
     rows = [[escape(name.replace("_", " ")), escape(value)] for name, value in shown.items()]
     return (
-        "<h2>The problem</h2><p>J is the mean loss over the images plus three penalties: λ<sub>s</sub> Σ p<sub>i</sub> (Σ |w<sub>ij</sub>| p<sub>j</sub>)² "
-        "for every pair of layers (source), λ<sub>u</sub> Σ p<sub>j</sub> |u<sub>j</sub>|² (readout), λ<sub>1</sub> Σ p<sub>i</sub> |z<sub>i</sub>|² (input). "
+        "<h2>The problem</h2><p>J is the mean loss over the images plus three penalties: "
+        "λ<sub>s</sub> Σ p<sub>i</sub> (Σ |w<sub>ij</sub>| p<sub>j</sub>)² for every pair of layers (source), "
+        "λ<sub>u</sub> Σ p<sub>j</sub> |u<sub>j</sub>|² (readout), λ<sub>1</sub> Σ p<sub>i</sub> |z<sub>i</sub>|² (input). "
         "Masses p, kernels z and w, and the readout u all move.</p>"
         + warned + _terms(results) + f"<details><summary>All settings</summary>{_table(['setting', 'value'], rows, text=True)}</details>"
     )  # fmt: skip
@@ -158,16 +160,18 @@ def _rounds(results: Results, images: dict[str, str]) -> str:
     )
     if not answer["last_flow_moved"]:
         text += (
-            '<p class="warning"><strong>Read with care:</strong> the last flow found nothing below the point that it started from, the answer of the convex '
-            "program before it; its small gap is then that program's and is no evidence that the flow alone gets there. The first round's gap is.</p>"
+            '<p class="warning"><strong>Read with care:</strong> the last flow found nothing below the point that it started from, the answer of the '
+            "convex program before it; its small gap is then that program's and is no evidence that the flow alone gets there.</p>"
         )
-    head = ["round", "J after flow", "J after program", "dual bound (on this support)", "flow gap", "program gap", "particles", "flow steps", "time, s"]
+    head = ["round", "J after flow", "J after program", "dual bound (on this support)"]
+    head += ["flow gap", "program gap", "particles", "flow steps", "time, s"]
     body = [
-        [str(row["round"] + 1), _number(row["flow_value"]), _number(row["value"]), _number(row["dual_value"]), _short(row["flow_gap"]), _short(row["gap"]),
-         " × ".join(map(str, row["widths"])), str(row["flow_steps"]), f"{row['seconds']:.1f}"] for row in rows
+        [str(row["round"] + 1), *(_number(row[name]) for name in ("flow_value", "value", "dual_value")), _short(row["flow_gap"]), _short(row["gap"]),
+         _by(row["widths"]), str(row["flow_steps"]), f"{row['seconds']:.1f}"]
+        for row in rows
     ]  # fmt: skip
     return (
-        text + _figure(images, "values", "Objective per round. The axis leaves out the first round where it is far above the others.")
+        text + _figure(images, "values", "Objective per round; the dual bound lies below both, on this support.")
         + _figure(images, "gaps", "Duality gap per round. The flow's gap is measured before the convex program has touched its network.")
         + _table(head, body)
     )  # fmt: skip
@@ -177,7 +181,7 @@ def _reference(results: Results, images: dict[str, str]) -> str:
     found = results["reference"]
     text = (
         "<h2>cvxpy beside ours</h2><p>The program frozen at the final network, particles of zero mass dropped "
-        f"({' × '.join(map(str, found['widths']))} particles, {found['constraints']:,} equality constraints)"
+        f"({_by(found['widths'])} particles, {found['constraints']:,} equality constraints)"
     )
     if "skipped" in found:
         return text + f", was not solved with cvxpy: {escape(found['skipped'])}.</p>"
@@ -221,14 +225,14 @@ def _finite(results: Results, images: dict[str, str]) -> str:
     rows = []
     for m in sorted({*found["sampled"], *found["trained"]}, key=int):
         drawn, trained = sorted(found["sampled"].get(m, [])), found["trained"].get(m, [])
-        spread = f"{_digits4(drawn[0])} to {_digits4(drawn[-1])}" if drawn else "–"
-        rows.append([m, _digits4(float(np.median(drawn))) if drawn else "–", spread, ", ".join(map(_digits4, trained)) or "–"])
+        spread = f"{_digits4(drawn[0])} to {_digits4(drawn[-1])}" if drawn else "&ndash;"
+        rows.append([m, _digits4(float(np.median(drawn))) if drawn else "&ndash;", spread, ", ".join(map(_digits4, trained)) or "&ndash;"])
     late = f" {found['trained_skipped']} trainings were skipped for lack of time." if found["trained_skipped"] else ""
     return (
-        f"<h2>Finite networks approach the limit</h2><p>Sampled: m particles per layer drawn by mass from the answer, {found['draws']} draws at each m. "
-        f"Trained: ordinary networks of width m from random starts, {found['trained_steps']} Adam steps each; short trainings, so they show a trend and "
-        f"not the best that a width can reach.{late}</p>"
-        + _figure(images, "finite", f"Objective of finite networks against their width; the line is the continuous network, {_number(found['limit'])}.")
+        f"<h2>Finite networks approach the limit</h2><p>Sampled: m particles per layer drawn by mass from the answer, {found['draws']} draws at each "
+        f"m. Trained: ordinary networks of width m from random starts, {found['trained_steps']} Adam steps each; short trainings, so they show a "
+        f"trend and not the best that a width can reach.{late}</p>"
+        + _figure(images, "finite", "Objective of finite networks against their width; the line is the continuous one. Both axes are logarithmic.")
         + _table(head, rows)
     )  # fmt: skip
 
@@ -236,13 +240,13 @@ def _finite(results: Results, images: dict[str, str]) -> str:
 def _segment(results: Results, images: dict[str, str]) -> str:
     found = results["segment"]
     violation, (a, b) = found["midpoint_violation"], found["seeds"]
-    verdict = "the second is clearly positive: J is not convex in weights" if violation["weights"] > 1e-6 else "on this pair neither shows a violation"
-    rows = [[name, _number(found[key][0]), _number(found[key][len(found["t"]) // 2]), _number(found[key][-1]), _short(violation[key])]
-            for key, name in (("program", "program variables (mixture of the two measures)"), ("weights", "weights (particle by particle)"))]  # fmt: skip
+    verdict = "J is not convex in weights" if violation["weights"] > 1e-6 else "this pair does not show that J is not convex in weights"
+    middle, lines = len(found["t"]) // 2, {"program": "program variables (mixture of the two measures)", "weights": "weights (particle by particle)"}
+    rows = [[text, *(_number(found[name][i]) for i in (0, middle, -1)), _short(violation[name])] for name, text in lines.items()]
     return (
-        f"<h2>Convex in populations, not in weights</h2><p>Two flows of {found['steps']} steps from seeds {a} and {b} end at solutions A and B of equal widths "
-        f"({' × '.join(map(str, found['widths']))}). J is followed along the straight line between them, once in program variables and once in weights. "
-        f"Midpoint violation max(0, J(mid) − (J<sub>A</sub> + J<sub>B</sub>) / 2): {_short(violation['program'])} in program variables, "
+        f"<h2>Convex in populations, not in weights</h2><p>Two flows of {found['steps']} steps from seeds {a} and {b} end at solutions A and B of "
+        f"equal widths ({_by(found['widths'])}). J is followed along the straight line between them, once in program variables and once in weights. "
+        f"Midpoint violation max(0, J(mid) &minus; (J<sub>A</sub> + J<sub>B</sub>) / 2): {_short(violation['program'])} in program variables, "
         f"{_short(violation['weights'])} in weights; {verdict}.</p>"
         + _figure(images, "segment", "The same two ends. Above the dotted chord means: not convex.", wide=True)
         + _table(["line", "J at A", "J at the middle", "J at B", "midpoint violation"], rows)
@@ -251,17 +255,17 @@ def _segment(results: Results, images: dict[str, str]) -> str:
 
 def _meaning(results: Results, images: dict[str, str]) -> str:
     attained = (
-        "For this problem the infimum over all measures may not be attained (see the warning above): the value can then keep falling with more rounds."
+        "For this problem the infimum over all measures may not be attained (see the warning above): the value can keep falling with more rounds."
         if results["warnings"] else
         "Here the infimum over all measures is attained; an unbounded activation with two layers or more would need bounds for that."
     )  # fmt: skip
     return (
         "<h2>What this proves, and what it does not</h2>"
-        "<p>The convex program is convex in the populations of frozen features, by a change of variables. That does not make the loss convex in weights, "
-        "as the last figure shows, and it does not say that gradient descent in weights finds the optimum.</p>"
-        "<p>The duality gap is a proof in float64, computed outside the solver, but on this support: among all populations of the features that these "
-        "particles carry, none is better by more than the gap. Features that nobody has tried may do better; a bound over all measures would have to "
-        "exclude them, and "
+        "<p>The convex program is convex in the populations of frozen features, by a change of variables. That does not make the loss convex in "
+        "weights, as the last figure shows, and it does not say that gradient descent in weights finds the optimum.</p>"
+        "<p>The duality gap is a proof in float64, computed outside the solver, but on this support: among all populations of the features that "
+        "these particles carry, none is better by more than the gap. Features that nobody has tried may do better; a bound over all measures would "
+        "have to exclude them, and "
         + ("none is claimed here. " if results["solution"]["lower_bound"] is None else "the one reported above does. ")
         + "Different seeds may therefore end at different values.</p>"
         "<p>Finite networks only approach these values: the sampled and trained ones above lie off the limit by an amount that falls with the width, "
@@ -296,6 +300,10 @@ def _setting(value: Any) -> str:
 
 def _count(number: int, what: str) -> str:
     return f"{number} {what}{'' if number == 1 else 's'}"
+
+
+def _by(widths: Sequence[int]) -> str:
+    return " &times; ".join(map(str, widths))
 
 
 def _number(value: float) -> str:

@@ -66,7 +66,7 @@ def load_network(path: str | Path) -> ParticleNetwork:
     expected = {"readout", *(f"{kind}.{i}" for kind in ("masses", "kernels") for i in layers)}
     expected |= {f"biases.{i}" for i in layers if architecture.layers[i].bias}
     if set(tensors) != expected:
-        raise ValueError(f"{path} holds the tensors {sorted(tensors)}; the architecture in {path.with_suffix(DESCRIPTION).name} needs {sorted(expected)}")
+        raise ValueError(f"{path} holds the tensors {sorted(tensors)}; its description {path.with_suffix(DESCRIPTION).name} needs {sorted(expected)}")
     by_layer = lambda kind: [tensors.get(f"{kind}.{i}") for i in layers]  # noqa: E731
     try:
         return ParticleNetwork(architecture, by_layer("masses"), by_layer("kernels"), tensors["readout"], by_layer("biases"))
