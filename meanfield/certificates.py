@@ -89,13 +89,14 @@ def stationary_multipliers(program: ConvexProgram, point: ProgramPoint) -> Multi
 def dual_value(program: ConvexProgram, multipliers: Multipliers) -> float:
     """The best lower bound of the program that these multipliers give, after repair to feasibility; float64.
 
-    Repair: r is moved into the domain of the conjugate, beta is centred where a bias is free, and both are scaled by
-    the common factor that serves the bound best.
+    Repair: r is moved into the domain of the conjugate, beta is centred where a bias is free, and (without an amplitude
+    bound) both are scaled by the common factor that serves the bound best.
     """
     program = program.to(dtype=torch.float64)
     dual = _PricedFeatures.of(program, multipliers.map(lambda t: t.to(program.features[0])))
-    nested = program.depth > 1 and program.problem.penalty.amplitude_bound is not None
-    return max(dual.value(1.0), _golden_maximum(dual.value, 0.0, 2.0, steps=10 if nested else 50))
+    if dual.bounded:  # kappa is searched for already; a search around that search would cost more than it brings
+        return max(dual.value(0.0), dual.value(1.0))
+    return max(dual.value(1.0), _golden_maximum(dual.value, 0.0, 2.0))
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,6 +123,11 @@ class _PricedFeatures:
         response = torch.einsum("nk,nj...->j...k", output, program.readout_features)
         return cls(program, output, norms, pairings, response.flatten(1).square().sum(1))
 
+    @property
+    def bounded(self) -> bool:
+        """Whether the amplitude bound is on and has a layer to act on."""
+        return self.program.depth > 1 and self.program.problem.penalty.amplitude_bound is not None
+
     def value(self, scale: float) -> float:
         """Dual value of the multipliers times `scale` >= 0."""
         problem = self.program.problem
@@ -129,7 +135,7 @@ class _PricedFeatures:
         conjugate = float(problem.loss.conjugate(count * scale * self.output, problem.targets).mean())
         if conjugate == torch.inf:
             return -torch.inf
-        if self.program.depth > 1 and problem.penalty.amplitude_bound is not None:
+        if self.bounded:
             return -conjugate - _least_total(lambda offsets: self._masses_bounded(scale, offsets), self.program.depth - 1)
         return -conjugate - self._masses(scale)
 
@@ -209,7 +215,7 @@ def _golden_maximum(function: Callable[[float], float], low: float, high: float,
 def _least_total(total: Callable[[list[float]], float], count: int) -> float:
     """Least total over offsets in [0, 1]^count, one coordinate after the other (exact for one)."""
     offsets, best = [1.0] * count, total([1.0] * count)
-    for _ in range(1 if count == 1 else 4):
+    for _ in range(1 if count == 1 else 3):
         for index in range(count):
             def along(x: float, index: int = index) -> float:
                 return -total([*offsets[:index], x, *offsets[index + 1 :]])
