@@ -38,10 +38,10 @@ PROBE = {torch.float32: 1e-3, torch.float64: 1e-6}
 class Tangent:
     """One entry per tensor of a network: a velocity, a displacement or the gradient moments.
 
-    masses are relative rates, (dp_i/dt) / p_i; everything else has the shape of what it moves.
+    masses are relative rates, (dp_i/dt) / p_i, None where masses are kept; everything else has the shape of what it moves.
     """
 
-    masses: list[Tensor]
+    masses: list[Tensor | None]
     kernels: list[Tensor]
     readout: Tensor
     biases: list[Tensor | None]
@@ -61,7 +61,7 @@ class Tangent:
 def velocity(problem: Problem, network: ParticleNetwork, masses: bool = True) -> tuple[Terms, Tangent]:
     """The terms of J and the flow's velocity, without the source penalty's pull on the kernels (its proximal map adds it).
 
-    With masses=False the rates of the masses are zero.
+    With masses=False the masses have no rates.
     """
     leaf = network.map(lambda tensor: tensor.detach().requires_grad_())
     with torch.enable_grad():
@@ -79,7 +79,7 @@ def _tangent(network: ParticleNetwork, gradients: list[Tensor], masses: bool) ->
     """Minus the gradients divided by the masses of what they move; mass gradients centred (Fisher-Rao)."""
     depth, p = network.architecture.depth, network.masses
     slopes, kernels, readout, rest = gradients[:depth], gradients[depth : 2 * depth], gradients[2 * depth], gradients[2 * depth + 1 :]
-    rates = [q @ slope - slope if masses else torch.zeros_like(slope) for slope, q in zip(slopes, p)]
+    rates: list[Tensor | None] = [q @ slope - slope if masses else None for slope, q in zip(slopes, p)]
     kernels = [
         -kernel / (target[:, None, None, None] if source is None else target[:, None, None, None] * source[None, :, None, None])
         for kernel, target, source in zip(kernels, p, (None, *p[:-1]))
@@ -94,7 +94,7 @@ def advance(problem: Problem, network: ParticleNetwork, move: Tangent, slopes: S
     slopes[l-1] is the step length of the kernels of layer l >= 1, a number or (M_l, M_{l-1}), that turns the penalty's
     pull 2 lambda_s s_i into a shrinkage.
     """
-    masses = [torch.softmax(p.log() + rate, 0) for p, rate in zip(network.masses, move.masses)]
+    masses = [p if rate is None else torch.softmax(p.log() + rate, 0) for p, rate in zip(network.masses, move.masses)]
     kernels = [w + step for w, step in zip(network.kernels, move.kernels)]
     for layer in range(1, len(kernels)):
         kernels[layer] = _source_prox(problem, kernels[layer], masses[layer], slopes[layer - 1])
@@ -221,7 +221,7 @@ class PreconditionedDescent:
         self.count += 1
         b1, b2 = self.betas
         squares = Tangent(
-            [v.square() for v in flow.masses],
+            [None if v is None else v.square() for v in flow.masses],
             [flow.kernels[0].square(), *(v.square().mean((2, 3), keepdim=True) for v in flow.kernels[1:])],
             flow.readout.square(),
             [None if v is None else v.square() for v in flow.biases],
@@ -372,10 +372,10 @@ class _Trail:
         if isinstance(method, GradientDescent):
             row |= {"dissipated": method.dissipated, "identity_error": method.identity_error, "step_size": method.step}
         self.history.append(row)
-        if self.callback is not None:
-            self.callback(row)
         if row["value"] < self.best or self.network is None:
             self.best, self.network = row["value"], network
+        if self.callback is not None:  # last: it may raise KeyboardInterrupt
+            self.callback(row)
         return speed
 
     def solution(self, status: str) -> Solution:
