@@ -89,12 +89,12 @@ def stationary_multipliers(program: ConvexProgram, point: ProgramPoint) -> Multi
 def dual_value(program: ConvexProgram, multipliers: Multipliers) -> float:
     """The best lower bound of the program that these multipliers give, after repair to feasibility; float64.
 
-    Repair: r is moved into the domain of the conjugate, beta is centred where a bias is free, and (without an amplitude
-    bound) both are scaled by the common factor that serves the bound best.
+    Repair: r is moved into the domain of the conjugate, beta is centred where a bias is free, and both are scaled by
+    the common factor that serves the bound best (not so with an amplitude bound on two or more layers).
     """
     program = program.to(dtype=torch.float64)
     dual = _PricedFeatures.of(program, multipliers.map(lambda t: t.to(program.features[0])))
-    if dual.bounded:  # kappa is searched for already; a search around that search would cost more than it brings
+    if dual.bounded and program.depth > 2:  # kappa takes a search over several layers: one around that would cost too much
         return max(dual.value(0.0), dual.value(1.0))
     return max(dual.value(1.0), _golden_maximum(dual.value, 0.0, 2.0))
 
