@@ -71,8 +71,8 @@ def merge(network: ParticleNetwork, layer: int, particles: Sequence[int]) -> Par
     average[chosen[0], chosen] = shares
     kernels, biases, readout = list(network.kernels), list(network.biases), network.readout
     kernels[layer] = torch.einsum("ab,bchw->achw", average, kernels[layer])
-    if biases[layer] is not None:
-        biases[layer] = average @ biases[layer]
+    bias = biases[layer]
+    biases[layer] = None if bias is None else average @ bias
     if layer + 1 < network.architecture.depth:
         kernels[layer + 1] = torch.einsum("ab,cbhw->cahw", average, kernels[layer + 1])
     else:

@@ -138,10 +138,11 @@ class ParticleNetwork:
     def responses(self, inputs: Tensor) -> Responses:
         """Pre-activations, features and output on inputs (N, C_0, H, W)."""
         signal, preactivations, features = inputs, [], []
-        scales = (1 / self.architecture.input_shape[0], *self.masses[:-1])
+        channels = self.architecture.input_shape[0]
+        scales = (inputs.new_full((channels,), 1 / channels), *self.masses[:-1])
         for layer, kernel, bias, scale in zip(self.architecture.layers, self.kernels, self.biases, scales):
             # scaling the kernels costs M M' S products, scaling the features would cost N M P
-            weights = kernel * scale if isinstance(scale, float) else kernel * scale[None, :, None, None]
+            weights = kernel * scale[None, :, None, None]
             preactivations.append(layer.convolve(signal, weights, bias))
             signal = layer.activate(preactivations[-1])
             features.append(signal)

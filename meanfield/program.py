@@ -181,8 +181,8 @@ class ConvexProgram:
         for layer in range(1, self.depth):
             carry = alive[layer][:, None, None, None] * alive[layer - 1][None, :, None, None]
             kernels[layer - 1] = kernels[layer - 1] * carry
-            if biases[layer - 1] is not None:
-                biases[layer - 1] = biases[layer - 1] * alive[layer]
+            bias = biases[layer - 1]
+            biases[layer - 1] = None if bias is None else bias * alive[layer]
         readout = point.readout * alive[-1].reshape(1, -1, *[1] * (point.readout.ndim - 2))
         restored = ProgramPoint(masses, tuple(kernels), readout, tuple(biases))
         for layer in range(1, self.depth):

@@ -5,8 +5,12 @@ flow (network -> network), splitting (our convex solver), reference (cvxpy), alt
 
 import importlib
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 from meanfield.solvers import alternating, flow, splitting
+
+if TYPE_CHECKING:
+    from meanfield.solvers import reference
 
 __all__ = ["alternating", "flow", "reference", "splitting"]
 

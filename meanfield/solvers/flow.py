@@ -98,7 +98,7 @@ def advance(problem: Problem, network: ParticleNetwork, move: Tangent, slopes: S
     kernels = [w + step for w, step in zip(network.kernels, move.kernels)]
     for layer in range(1, len(kernels)):
         kernels[layer] = _source_prox(problem, kernels[layer], masses[layer], slopes[layer - 1])
-    biases = [None if b is None else b + step for b, step in zip(network.biases, move.biases)]
+    biases = [None if b is None or step is None else b + step for b, step in zip(network.biases, move.biases)]
     moved = ParticleNetwork.unchecked(network.architecture, masses, kernels, network.readout + move.readout, biases)
     return project_bounds(problem, moved)
 

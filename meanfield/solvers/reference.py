@@ -69,7 +69,7 @@ def _certified(program: ConvexProgram, model: _Model, detail: str, optimal: bool
     return Solution(
         value=certificate.value, gap=certificate.gap, status=status, message=message(status, detail),
         network=program.network(point), point=point, certificate=certificate, multipliers=best,
-        history=[{"solver_value": model.problem.solution.opt_val}], seconds=time.perf_counter() - began,
+        history=[{"solver_value": model.solver_value()}], seconds=time.perf_counter() - began,
     )  # fmt: skip
 
 
@@ -150,12 +150,15 @@ class _Model:
 
     def point(self) -> ProgramPoint:
         frozen = self.program.frozen
-        kernels = [
-            torch.as_tensor(W.value.T.copy()).reshape(w.shape) for W, w in zip(self.kernels, frozen.kernels[1:])
-        ]  # fmt: skip
-        readout = torch.as_tensor(self.readout.value.T.copy()).reshape(frozen.readout.shape)
-        biases = [None if b is None else torch.as_tensor(b.value) for b in self.biases]
-        return ProgramPoint(tuple(torch.as_tensor(p.value) for p in self.masses), tuple(kernels), readout, tuple(biases))
+        kernels = [_tensor(W).T.reshape(w.shape) for W, w in zip(self.kernels, frozen.kernels[1:])]
+        readout = _tensor(self.readout).T.reshape(frozen.readout.shape)
+        biases = [None if b is None else _tensor(b) for b in self.biases]
+        return ProgramPoint(tuple(map(_tensor, self.masses)), tuple(kernels), readout, tuple(biases))
+
+    def solver_value(self) -> float:
+        """The value that the solver claims; `problem.value` would divide by masses that are exactly zero."""
+        solution = self.problem.solution
+        return float("nan") if solution is None else float(solution.opt_val)
 
     def multipliers(self, sign: float) -> Multipliers:
         """r = d loss / d F at cvxpy's output, beta from its equality duals times `sign`."""
@@ -164,6 +167,10 @@ class _Model:
         r = problem.loss.gradient(output, problem.targets) / count
         betas = [sign * torch.as_tensor(c.dual_value).T.reshape(c.shape[1], count, -1).contiguous() for c in self.realisation]
         return Multipliers(r, tuple(betas))
+
+
+def _tensor(variable: Any) -> Tensor:
+    return torch.as_tensor(np.array(variable.value, dtype=float))
 
 
 def _numpy(tensor: Tensor) -> np.ndarray:

@@ -192,7 +192,7 @@ class _Splitting:
                     self._rescale_block(copies)
 
     def _rescale_block(self, copies: list[Key]) -> None:
-        multiplier = self.weight(copies[0]) * sum(self.u[key] for key in copies)
+        multiplier = self.weight(copies[0]) * torch.stack([self.u[key] for key in copies]).sum(0)
         if copies[0][0] == "p":
             multiplier = multiplier - multiplier.mean()
         amount, size = float(torch.linalg.vector_norm(multiplier)), float(torch.linalg.vector_norm(self.z[copies[0]]))
@@ -372,14 +372,18 @@ class _Splitting:
         realisation = []
         count = len(self.program.problem.inputs)
         for layer in self.layers:
-            rows = sum(-self.weight((name, layer)) * self.u[name, layer] for name in ("W", "Wc") if (name, layer) in self.u).flatten(1)
+            rows = self._pull("W", "Wc", layer).flatten(1)
             if ("b", layer) in self.u:
-                bias = sum(-self.weight((name, layer)) * self.u[name, layer] for name in ("b", "bd") if (name, layer) in self.u)
-                rows = torch.cat([rows, bias[:, None]], 1)
+                rows = torch.cat([rows, self._pull("b", "bd", layer)[:, None]], 1)
             basis = self.bases[layer]
             beta = ((rows @ basis.right) / basis.singular) @ basis.left.T
             realisation.append(beta.reshape(len(rows), count, -1))
         return Multipliers(-self.weight(("F", 0)) * self.u["F", 0], tuple(realisation))
+
+    def _pull(self, name: str, copy: str, layer: int) -> Tensor:
+        """-rho u of a block and of its copy for the amplitude bound, added up."""
+        keys = [key for key in ((name, layer), (copy, layer)) if key in self.u]
+        return torch.stack([-self.weight(key) * self.u[key] for key in keys]).sum(0)
 
 
 class _Anderson:
