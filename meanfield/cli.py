@@ -68,7 +68,7 @@ def solve(
                                 DATA, "NAME|FILE")] = "digits",
     classes: Annotated[str, option("Which classes to tell apart, separated by commas, or all. With two classes the first one is +1. Default: 3,5.",
                                    DATA, "LIST")] = "3,5",
-    samples: Annotated[int, option("How many images to train on, the first ones in file order; the rest is held out. Default: 20.", DATA, "N")] = 20,
+    samples: Annotated[int, option("How many images to train on, the first ones in file order; the rest is held out. Default: 16.", DATA, "N")] = 16,
     pool: Annotated[int, option("Average images over windows of N x N pixels first; 1 leaves them as they are. Default: 2 (digits become 4x4).",
                                 DATA, "N")] = 2,
     widths: Annotated[str, option("Particles per layer, separated by commas; as many layers as numbers. Default: 64,32.", MODEL, "LIST")] = "64,32",
