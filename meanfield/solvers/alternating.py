@@ -22,7 +22,7 @@ from meanfield.program import ConvexProgram
 from meanfield.solution import Solution, message
 from meanfield.solvers import flow, splitting
 
-RATE, RATE_DECAY = 0.1, 0.7
+RATE, RATE_DECAY, RATE_CUT, LEAST_RATE = 0.1, 0.7, 0.25, 1e-3
 CLONE_NOISE = 0.3
 STATUSES_ENDING_A_RUN = ("interrupted", "max_seconds")
 
@@ -45,12 +45,15 @@ def solve(
     """Alternate flow and convex program from `network` until a flow ends within `tolerance` (relative to J) of optimal.
 
     flow_steps: steps of the first round's flow; later rounds take later_steps (default: half) at rates that decay by
-    RATE_DECAY a round.  program_tolerance: relative gap of the convex solves (default: tolerance / 5).  clones[l]:
+    RATE_DECAY a round.  A flow that does not lower J proves nothing, as its program was solved a round before: the next
+    one runs at RATE_CUT of its rate, and only a flow that lowers J, or fails at LEAST_RATE, can end the alternation.
+    program_tolerance: relative gap of the convex solves (default: tolerance / 5).  clones[l]:
     perturbed clones of the heaviest particles of layer l that enter each program as candidates of zero mass.  A round
     that would raise J is rejected, so J never rises.
 
-    History rows, one per round: round, seconds, flow_value, flow_gap, value, dual_value, gap, violation, widths,
-    accepted, flow_steps, program_iterations.  callback receives every row of the inner histories, marked with "round"
+    History rows, one per round: round, seconds, rate, flow_value, flow_drop (what the flow took off J), flow_speed (its
+    metric speed at the end), flow_gap, value, dual_value, gap, violation, widths, accepted, flow_steps,
+    program_iterations.  callback receives every row of the inner histories, marked with "round"
     and "phase" ("flow", "program"), and each round's own row (phase "round").
     """
     rounds = validation.integer(rounds, "rounds")
@@ -58,16 +61,18 @@ def solve(
     later = later_steps if later_steps is not None else max(1, flow_steps // 2)
     run = _Run(problem, network, program_tolerance or tolerance / 5, program_iterations, clones, seed, callback, max_seconds)
     flow.warn_unattained(problem)
-    status = "max_rounds"
+    status, rate = "max_rounds", RATE
     for index in range(rounds):
-        ended = run.round(index, flow_steps if index == 0 else later, RATE * RATE_DECAY**index)
+        ended = run.round(index, flow_steps if index == 0 else later, rate)
         if ended in STATUSES_ENDING_A_RUN:
             status = ended
             break
         row = run.history[-1]
-        if row["flow_gap"] <= tolerance * abs(row["flow_value"]):
+        moved = row["flow_drop"] > 0
+        if row["flow_gap"] <= tolerance * abs(row["flow_value"]) and (moved or rate <= LEAST_RATE):
             status = "alternation_converged"
             break
+        rate *= RATE_DECAY if moved else RATE_CUT
     return run.solution(status)
 
 
@@ -87,6 +92,7 @@ class _Run:
 
     def round(self, index: int, steps: int, rate: float) -> str:
         """One flow and one convex program; returns the status that ended it early, or "done"."""
+        before = float(self.problem.value(self.network))
         flowed = self._quietly(
             flow.solve, self.problem, self.network, steps=steps, step_size=rate, max_seconds=self._left(), callback=self._relay(index, "flow")
         )
@@ -98,10 +104,10 @@ class _Run:
         solved = splitting.solve(
             program, self.program_tolerance, max_iterations=self.program_iterations, max_seconds=self._left(), callback=self._relay(index, "program")
         )
-        self._close(index, program, flowed, solved)
+        self._close(index, program, flowed, solved, {"rate": rate, "flow_drop": before - flowed.value})
         return solved.status if solved.status in STATUSES_ENDING_A_RUN else "done"
 
-    def _close(self, index: int, program: ConvexProgram, flowed: Solution, solved: Solution) -> None:
+    def _close(self, index: int, program: ConvexProgram, flowed: Solution, solved: Solution, figures: dict[str, float]) -> None:
         """Accept the program's network if J, evaluated afresh, does not rise; write the round's row."""
         assert self.best is not None
         assert solved.multipliers is not None
@@ -115,7 +121,8 @@ class _Run:
         dual = solved.value - solved.gap
         steps, iterations = flowed.history[-1]["step"], solved.history[-1]["iteration"] if solved.history else 0
         row = {
-            "round": index, "phase": "round", "seconds": time.perf_counter() - self.began, "flow_value": flowed.value,
+            "round": index, "phase": "round", "seconds": time.perf_counter() - self.began, **figures,
+            "flow_value": flowed.value, "flow_speed": flowed.history[-1]["speed"],
             "flow_gap": flowed.value - dual, "value": self.best.value, "dual_value": dual, "gap": solved.gap,
             "violation": solved.certificate.violation if solved.certificate else math.nan, "widths": list(self.network.widths),
             "accepted": accepted, "flow_steps": steps, "program_iterations": iterations,
