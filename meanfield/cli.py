@@ -56,8 +56,8 @@ def root(version: Annotated[bool, typer.Option("--version", callback=_version, i
     pass
 
 
-def option(text: str, panel: str, metavar: str | None = None, **more: Any) -> Any:
-    return typer.Option(help=text, rich_help_panel=panel, metavar=metavar, show_default=False, **more)
+def option(text: str, panel: str, metavar: str | None = None, *names: str) -> Any:
+    return typer.Option(*names, help=text, rich_help_panel=panel, metavar=metavar, show_default=False)
 
 
 @app.command()
@@ -97,8 +97,8 @@ def solve(
     device: Annotated[str, option("cpu or cuda. Default: cpu.", WORK, "NAME")] = "cpu",
     out: Annotated[Path | None, option("Write report.html, PNG pictures, results.json and the network here; the directory is made if missing. "
                                        "Default: write nothing, print a summary.", OUTPUT, "DIR")] = None,
-    json: Annotated[bool, option("Print the results as one JSON object on standard output, and nothing else there. Default: off.", OUTPUT)] = False,
-    quiet: Annotated[bool, option("No progress and no summary. Default: off.", OUTPUT)] = False,
+    json: Annotated[bool, option("Print the results as one JSON object on standard output, and nothing else there. Default: off.", OUTPUT, None, "--json")] = False,
+    quiet: Annotated[bool, option("No progress and no summary. Default: off.", OUTPUT, None, "--quiet")] = False,
 ) -> None:  # fmt: skip
     """Train a continuous CNN on real images, certify it, and write a report.
 
