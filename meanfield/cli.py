@@ -97,7 +97,8 @@ def solve(
     device: Annotated[str, option("cpu or cuda. Default: cpu.", WORK, "NAME")] = "cpu",
     out: Annotated[Path | None, option("Write report.html, PNG pictures, results.json and the network here; the directory is made if missing. "
                                        "Default: write nothing, print a summary.", OUTPUT, "DIR")] = None,
-    json: Annotated[bool, option("Print the results as one JSON object on standard output, and nothing else there. Default: off.", OUTPUT, None, "--json")] = False,
+    json: Annotated[bool, option("Print the results as one JSON object on standard output, and nothing else there. Default: off.",
+                                OUTPUT, None, "--json")] = False,
     quiet: Annotated[bool, option("No progress and no summary. Default: off.", OUTPUT, None, "--quiet")] = False,
 ) -> None:  # fmt: skip
     """Train a continuous CNN on real images, certify it, and write a report.

@@ -215,7 +215,7 @@ def _predictions(results: Results, images: dict[str, str]) -> str:
     return (
         "<h2>Predictions</h2>" + _table(["images", "number", "accuracy"], rows) + note
         + _figure(images, "images", "The first training images and what the network makes of them; a thick frame marks a mistake.", wide=True)
-        + _figure(images, "predictions", f"{_output_label(found['classes']).capitalize()}, for every image.")
+        + _figure(images, "predictions", f"For every image: {_output_label(found['classes'])}.")
     )  # fmt: skip
 
 
@@ -268,7 +268,7 @@ def _meaning(results: Results, images: dict[str, str]) -> str:
         "have to exclude them, and "
         + ("none is claimed here. " if results["solution"]["lower_bound"] is None else "the one reported above does. ")
         + "Different seeds may therefore end at different values.</p>"
-        "<p>Finite networks only approach these values: the sampled and trained ones above lie off the limit by an amount that falls with the width, "
+        "<p>Finite networks only approach these values: the sampled and trained ones above lie off the limit by the amounts in their table, "
         f"and with few seeds that is an illustration, not a rate. {attained}</p>"
     )  # fmt: skip
 
