@@ -26,7 +26,7 @@ from meanfield.solution import Solution
 PACKAGES = ("torch", "numpy", "scipy", "cvxpy", "clarabel", "matplotlib", "scikit-learn", "safetensors")
 REFERENCE_LIMIT = 66 * 34 * 400  # M_{l-1} M_l (images x positions), the largest product that cvxpy is given
 SAMPLED_WIDTHS, DRAWS = (8, 16, 32, 64, 128, 256), 20
-TRAINED_WIDTHS, TRAINED_SEEDS = (8, 16, 32), 2
+TRAINED_WIDTHS, TRAINED_SEEDS, TRAINED_RATE = (4, 8, 16, 32), 2, 0.2
 POINTS = 11
 HELD_OUT_MOST = 1000
 KERNELS_SHOWN, IMAGES_SHOWN = 12, 12
@@ -49,7 +49,7 @@ class Run:
     warnings: list[str] = field(default_factory=list)
     seed: int = 0
     tolerance: float = 1e-4
-    trained_steps: int = 1000
+    trained_steps: int = 1500
     segment_steps: int = 300
     budget: float = 40.0  # seconds for training finite networks
 
@@ -206,7 +206,8 @@ def _finite(run: Run) -> dict[str, Any]:
             if time.perf_counter() - began > run.budget:
                 skipped += 1
                 continue
-            training = finite.train(run.problem, [m] * run.problem.architecture.depth, run.seed + seed, steps=run.trained_steps)
+            widths = [m] * run.problem.architecture.depth
+            training = finite.train(run.problem, widths, run.seed + seed, steps=run.trained_steps, learning_rate=TRAINED_RATE)
             if training.status == "interrupted":  # the report is the user's to stop
                 raise KeyboardInterrupt
             trained.setdefault(m, []).append(training.value)

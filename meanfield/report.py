@@ -229,9 +229,9 @@ def _finite(results: Results, images: dict[str, str]) -> str:
         rows.append([m, _digits4(float(np.median(drawn))) if drawn else "&ndash;", spread, ", ".join(map(_digits4, trained)) or "&ndash;"])
     late = f" {found['trained_skipped']} trainings were skipped for lack of time." if found["trained_skipped"] else ""
     return (
-        f"<h2>Finite networks approach the limit</h2><p>Sampled: m particles per layer drawn by mass from the answer, {found['draws']} draws at each "
-        f"m. Trained: ordinary networks of width m from random starts, {found['trained_steps']} Adam steps each; short trainings, so they show a "
-        f"trend and not the best that a width can reach.{late}</p>"
+        f"<h2>Finite networks against the limit</h2><p>Sampled: m particles per layer drawn by mass from the answer, {found['draws']} draws at each "
+        f"m. Trained: ordinary networks of width m from random starts, {found['trained_steps']} Adam steps each with equal "
+        f"fixed masses; short trainings of few seeds: not the best that a width can reach, and no rate.{late}</p>"
         + _figure(images, "finite", "Objective of finite networks against their width; the line is the continuous one. Both axes are logarithmic.")
         + _table(head, rows)
     )  # fmt: skip
