@@ -63,7 +63,12 @@ def solve(
     flow.warn_unattained(problem)
     status, rate = "max_rounds", RATE
     for index in range(rounds):
-        ended = run.round(index, flow_steps if index == 0 else later, rate)
+        try:
+            ended = run.round(index, flow_steps if index == 0 else later, rate)
+        except KeyboardInterrupt:  # outside the inner solvers, which catch their own
+            if run.best is None:
+                raise
+            ended = "interrupted"
         if ended in STATUSES_ENDING_A_RUN:
             status = ended
             break
