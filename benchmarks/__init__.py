@@ -1,0 +1,1 @@
+"""Benchmarks of the library against plain torch; `python -m benchmarks flow`."""
