@@ -172,10 +172,10 @@ class ConvexProgram:
     def restore(self, point: ProgramPoint, sweeps: int = 3) -> ProgramPoint:
         """A nearby point, on the same support, that meets the linear constraints to rounding where the support can.
 
-        Masses are clipped and normalised; every feature's kernels move by the least sum of |dW_ij|^2 / min(p_i M, 1), so
-        that massless features keep zero kernels and light ones move little.
+        Masses are clipped and normalised (uniform where none is left); every feature's kernels move by the least sum of
+        |dW_ij|^2 / min(p_i M, 1), so that massless features keep zero kernels and light ones move little.
         """
-        masses = tuple(p.clamp_min(0) / p.clamp_min(0).sum() for p in point.masses)
+        masses = tuple(_normalised(p.clamp_min(0)) for p in point.masses)
         alive = [(p > 0).to(p.dtype) for p in masses]
         kernels, biases = list(point.kernels), list(point.biases)
         for layer in range(1, self.depth):
@@ -208,3 +208,8 @@ class ConvexProgram:
                 step = step[:, :-1]
             kernels[layer - 1] = kernels[layer - 1] - step.reshape(kernels[layer - 1].shape)
         return ProgramPoint(point.masses, tuple(kernels), point.readout, tuple(biases))
+
+
+def _normalised(masses: Tensor) -> Tensor:
+    total = masses.sum()
+    return torch.where(total > 0, masses / total, 1 / len(masses))
