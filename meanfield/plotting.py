@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, MaxNLocator, NullFormatter, NullLocator, ScalarFormatter
 
@@ -69,13 +71,13 @@ def kernels(images: np.ndarray, masses: Sequence[float], most: int = 12) -> Figu
     grid = figure.subplots(lines, columns, squeeze=False)
     shown = np.asarray(images)[order].mean(1)
     top = float(np.abs(shown).max()) or 1.0
-    picture = None
+    colours = ScalarMappable(Normalize(-top, top), "PuOr")
     for axes in grid.flat:
         axes.axis("off")
     for axes, kernel, index in zip(grid.flat, shown, order):
-        picture = axes.imshow(kernel, cmap="PuOr", vmin=-top, vmax=top)
+        axes.imshow(kernel, cmap=colours.cmap, norm=colours.norm)
         axes.set_title(f"p = {masses[index]:.3f}", fontsize=FONT)
-    bar = figure.colorbar(picture, ax=grid.ravel().tolist(), shrink=0.9)
+    bar = figure.colorbar(colours, ax=grid.ravel().tolist(), shrink=0.9)
     bar.set_label("kernel entry z", fontsize=SMALL)
     bar.ax.tick_params(labelsize=SMALL)
     return figure

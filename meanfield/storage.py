@@ -67,9 +67,9 @@ def load_network(path: str | Path) -> ParticleNetwork:
     expected |= {f"biases.{i}" for i in layers if architecture.layers[i].bias}
     if set(tensors) != expected:
         raise ValueError(f"{path} holds the tensors {sorted(tensors)}; its description {path.with_suffix(DESCRIPTION).name} needs {sorted(expected)}")
-    by_layer = lambda kind: [tensors.get(f"{kind}.{i}") for i in layers]  # noqa: E731
+    masses, kernels = ([tensors[f"{kind}.{i}"] for i in layers] for kind in ("masses", "kernels"))
     try:
-        return ParticleNetwork(architecture, by_layer("masses"), by_layer("kernels"), tensors["readout"], by_layer("biases"))
+        return ParticleNetwork(architecture, masses, kernels, tensors["readout"], [tensors.get(f"biases.{i}") for i in layers])
     except ValueError as error:
         raise ValueError(f"{path} does not fit its description: {error}") from error
 
