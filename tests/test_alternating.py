@@ -186,3 +186,15 @@ def test_one_layer_relu_reaches_the_exact_optimum_over_all_measures(seed):
     solution = mf.solve(problem, widths=(64,), seed=seed)
     assert -1e-9 <= solution.value - EXACT <= 1e-4
     assert solution.value == pytest.approx(problem.value(solution.network).item(), abs=1e-9)
+
+
+def test_a_flow_that_lowers_nothing_cannot_end_the_run_and_is_slowed_down(monkeypatch):
+    monkeypatch.setattr(alternating, "RATE", 50.0)  # far too fast: the flow returns the network that it was given
+    problem, network = tiny()
+    solution = alternating.solve(problem, network, rounds=2, flow_steps=3, tolerance=1e-2)
+    first, second = solution.history
+    assert first["flow_drop"] <= 0
+    assert second["flow_drop"] <= 0
+    assert second["flow_gap"] <= 1e-2 * second["flow_value"]  # by construction: it is the program's own gap
+    assert second["rate"] == alternating.RATE_CUT * first["rate"]
+    assert solution.status == "max_rounds"
