@@ -151,11 +151,11 @@ def extend(network: ParticleNetwork, copies: Sequence[int], noise: float, genera
 def _perturb(tensor: Tensor, rows: Tensor, noise: float, generator: torch.Generator) -> Tensor:
     chosen = tensor[rows]
     scale = noise * chosen.flatten(1).square().mean(1).sqrt() if tensor.ndim > 1 else noise * chosen.abs()
-    draw = _normal(chosen.shape, generator, tensor)
+    draw = normal(chosen.shape, generator, tensor)
     return tensor.index_copy(0, rows, chosen + draw * scale.reshape(-1, *[1] * (tensor.ndim - 1)))
 
 
-def _normal(shape: Sequence[int], generator: torch.Generator, like: Tensor) -> Tensor:
+def normal(shape: Sequence[int], generator: torch.Generator, like: Tensor) -> Tensor:
     """Gaussian draws on the generator's device, so that a seed gives one start on every device."""
     return torch.randn(tuple(shape), generator=generator, dtype=torch.float64, device=generator.device).to(like)
 
@@ -176,10 +176,10 @@ def start(
     architecture.check_inputs(inputs)
     masses = [inputs.new_full((m,), 1 / m) for m in widths]
     shapes = architecture.kernel_shapes(widths)
-    kernels = [_normal(shapes[0], generator, inputs) * math.sqrt(architecture.input_shape[0])]
+    kernels = [normal(shapes[0], generator, inputs) * math.sqrt(architecture.input_shape[0])]
     biases = [inputs.new_zeros(m) if layer.bias else None for m, layer in zip(widths, architecture.layers)]
     if biases[0] is not None:
-        biases[0] = _normal((widths[0],), generator, inputs)
+        biases[0] = normal((widths[0],), generator, inputs)
     signal = architecture.layers[0].activate(
         architecture.layers[0].convolve(inputs, kernels[0] / architecture.input_shape[0], biases[0])
     )
@@ -193,14 +193,14 @@ def start(
         scale = 1 / response.square().mean().sqrt().clamp_min(torch.finfo(inputs.dtype).tiny)
         kernels.append(kernel * scale)
         signal = layer.activate(response * scale)
-    readout = _normal(architecture.readout_shape(widths[-1]), generator, inputs)
+    readout = normal(architecture.readout_shape(widths[-1]), generator, inputs)
     return ParticleNetwork(architecture, masses, kernels, readout, biases)
 
 
 def _anchored(layer, signal: Tensor, shape: tuple[int, ...], mass: Tensor, generator: torch.Generator) -> Tensor:
     """w_j = A^T K^+ g_j on anchor rows, K = A diag(p) A^T, g_j = M^{-1/2} sum_i omega_ij * f_i."""
     rows = layer.patches(signal).flatten(0, 1)  # (N P, M S)
-    omega = _normal(shape, generator, signal).flatten(1)  # (M', M S)
+    omega = normal(shape, generator, signal).flatten(1)  # (M', M S)
     if rows.shape[0] > ANCHOR_ROWS:
         chosen = torch.randperm(rows.shape[0], generator=generator, device=generator.device)[:ANCHOR_ROWS]
         rows = rows[chosen.to(rows.device)]
@@ -215,7 +215,7 @@ def _low_rank(
 ) -> tuple[Tensor, Tensor]:
     """w_ij = sum_r a_rj phi_r(i), phi_r = tanh of a random linear map of the source's own coordinates, kernel-valued."""
     offsets = shape[2] * shape[3]
-    maps = _normal((coordinates.shape[1], rank * offsets), generator, like) / math.sqrt(coordinates.shape[1])
+    maps = normal((coordinates.shape[1], rank * offsets), generator, like) / math.sqrt(coordinates.shape[1])
     functions = torch.tanh(coordinates @ maps).reshape(shape[1], rank, offsets)
-    coefficients = _normal((shape[0], rank), generator, like)
+    coefficients = normal((shape[0], rank), generator, like)
     return torch.einsum("jr,irs->jis", coefficients, functions).reshape(shape), coefficients

@@ -70,8 +70,8 @@ class FiniteCNN(nn.Module):
         kernels = []
         for layer, shape in zip(architecture.layers, architecture.kernel_shapes(widths)):
             deviation = math.sqrt(VARIANCE_GAINS.get(layer.activation, 1.0) / (shape[1] * layer.offsets)) / SCALINGS[scaling](shape[1])
-            kernels.append(measures._normal(shape, generator, like) * deviation)
-        readout = measures._normal(architecture.readout_shape(widths[-1]), generator, like)
+            kernels.append(measures.normal(shape, generator, like) * deviation)
+        readout = measures.normal(architecture.readout_shape(widths[-1]), generator, like)
         flattened = architecture.readout_positions if architecture.readout == "flatten" else 1
         readout = readout * math.sqrt(flattened / widths[-1]) / SCALINGS[scaling](widths[-1])
         biases = [like.new_zeros(m) if layer.bias else None for layer, m in zip(architecture.layers, widths)]

@@ -277,8 +277,8 @@ def solve(
             raise ValueError(f"masses[{layer}] has particles without mass, which cannot flow; drop them (measures.drop_massless)")
     warn_unattained(problem)
     rate = validation.positive(step_size, "step_size") if step_size is not None else 0.1
-    adapted = GradientDescent(problem, rate, adaptive and batch_size is None)
-    method = adapted if descent == "gradient" else PreconditionedDescent(problem, rate, steps)
+    adaptive = adaptive and batch_size is None
+    method = GradientDescent(problem, rate, adaptive) if descent == "gradient" else PreconditionedDescent(problem, rate, steps)
     trail = _Trail(problem, callback)
     every = record_every or max(1, steps // 100)
     batches = _batches(problem, batch_size, seed)

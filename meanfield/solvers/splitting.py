@@ -61,7 +61,7 @@ def solve(
     """
     validation.positive(tolerance, "tolerance")
     validation.integer(max_iterations, "max_iterations")
-    run = _Run(program, _Splitting(program, rho), tolerance, callback)
+    run = _Run(program, rho, tolerance, callback)
     accelerated = _Anderson(run.splitting)
     status = "max_iterations"
     try:
@@ -91,7 +91,7 @@ class _Run:
     """Keeps the best point and the best multipliers, each certified, and the history."""
 
     program: ConvexProgram
-    splitting: _Splitting
+    rho: float
     tolerance: float
     callback: Callable[[dict[str, Any]], None] | None
 
@@ -103,6 +103,7 @@ class _Run:
         self.point = self.program.point(self.program.frozen)
         self.multipliers = certificates.stationary_multipliers(self.exact, self.point.map(Tensor.double))
         self.certificate = certificates.certify(self.exact, self.point, self.multipliers)
+        self.splitting = _Splitting(self.program, self.rho, self.point, self.multipliers.map(lambda t: t.to(self.point.readout)))
 
     def seconds(self) -> float:
         return time.perf_counter() - self.began
@@ -145,7 +146,7 @@ class _Splitting:
     ("bd", l), ("pd", l) copies for the bound on biases.
     """
 
-    def __init__(self, program: ConvexProgram, rho: float):
+    def __init__(self, program: ConvexProgram, rho: float, point: ProgramPoint, guess: Multipliers):
         self.program, self.rho = program, rho
         self.layers = range(1, program.depth)
         self.bases = {layer: program.basis(layer) for layer in self.layers}
@@ -154,9 +155,9 @@ class _Splitting:
         self.gram_values, self.gram_vectors = torch.linalg.eigh(rows @ rows.T)
         self.natural = self._natural_weights()
         self.weights = dict(self.natural)
-        self.z = self._start()
+        self.z = self._start(point)
         self.x = dict(self.z)
-        self.u = self._start_multipliers()
+        self.u = self._start_multipliers(point, guess)
         self.moved = self.z
         self.roots: Blocks = {}  # of the proximal step, each the start of the next one
 
@@ -204,9 +205,8 @@ class _Splitting:
             self.u[key] = self.u[key] * (self.weights[key] / weight)
             self.weights[key] = weight
 
-    def _start(self) -> Blocks:
-        """The frozen network's own point."""
-        point = self.program.point(self.program.frozen)
+    def _start(self, point: ProgramPoint) -> Blocks:
+        """The blocks of a point, copies included."""
         bounded = self.program.problem.penalty.amplitude_bound is not None
         blocks: Blocks = {("p", layer): p for layer, p in enumerate(point.masses)}
         for layer, W, b in zip(self.layers, point.kernels, point.biases):
@@ -221,13 +221,12 @@ class _Splitting:
         blocks["F", 0] = self.program.output(point)
         return blocks
 
-    def _start_multipliers(self) -> Blocks:
-        """u of the multipliers that the frozen network would have if it were stationary: near the answer after a flow.
+    def _start_multipliers(self, point: ProgramPoint, guess: Multipliers) -> Blocks:
+        """u of guessed multipliers; those of a stationary network are near the answer after a flow.
 
         -weight u is a subgradient of the proximal half: r on F, q_j on U, b_ij on W, lambda_u |u_j|^2-like prices on p.
         """
-        program, point = self.program, self.program.point(self.program.frozen)
-        guess = certificates.stationary_multipliers(program, point)
+        program = self.program
         prices = {key: torch.zeros_like(block) for key, block in self.z.items()}
         prices["F", 0] = guess.output
         response = torch.einsum("nk,nj...->j...k", guess.output, program.readout_features)
