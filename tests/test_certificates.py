@@ -237,4 +237,4 @@ def test_certificates_of_float32_points_are_float64_figures(options, device):
 
 
 def test_module_text_states_the_bound_that_is_evaluated():
-    assert "-(1/N) sum_n loss*(N r_n) - sum_l mu_l" in certificates.__doc__
+    assert "-(1/N) sum_n loss*(N r_n) - sum_l mu_l" in certificates.duality.__doc__
