@@ -1,0 +1,194 @@
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.optimize import linprog, nnls
+from strategies import costly, normal, seeds
+
+from meanfield import patterns
+
+
+def sampled_patterns(rows, count, seed=0):
+    directions = normal((count, rows.shape[1]), seed)
+    return {tuple(row) for row in (directions @ rows.T > 0).tolist()}
+
+
+def listed_patterns(rows):
+    found = patterns.activation_patterns(rows)
+    assert found.dtype == torch.bool
+    listed = [tuple(row) for row in found.tolist()]
+    assert len(set(listed)) == len(listed)
+    return listed
+
+
+def depth_of_cell(signed):
+    """Largest t with signed z >= t |signed rows| for some z in the unit box."""
+    bounds = [(-1, 1)] * signed.shape[1] + [(None, 1)]
+    lengths = np.linalg.norm(signed, axis=1, keepdims=True)
+    found = linprog([0] * signed.shape[1] + [-1], np.hstack([-signed, lengths]), np.zeros(len(signed)), bounds=bounds)
+    return -found.fun
+
+
+def least(row, signed):
+    """min of row z over the cone {signed z >= 0} within the unit box."""
+    return linprog(row, -signed if len(signed) else None, np.zeros(len(signed)) if len(signed) else None, bounds=[(-1, 1)] * len(row)).fun
+
+
+def nonzero(rows):
+    return rows.abs().amax(1).numpy() > 0
+
+
+def assert_every_pattern_has_a_point(rows, least_depth=1e-9):
+    alive = nonzero(rows)
+    for pattern in listed_patterns(rows):
+        signs = np.where(pattern, 1.0, -1.0)[alive, None]
+        assert not np.array(pattern)[~alive].any()
+        assert not alive.any() or depth_of_cell(signs * rows.numpy()[alive]) > least_depth
+
+
+def cells_by_euler(rows):
+    """Cells of an arrangement of integer planes in R^3, counted in integers: V - E + F = 2 on the sphere."""
+
+    def primitive(vector):
+        divisor = math.gcd(*vector)
+        vector = tuple(v // divisor for v in vector)
+        return max(vector, tuple(-v for v in vector))
+
+    planes = list({primitive(row) for row in rows.int().tolist() if any(row)})
+    crossings = [tuple(np.cross(a, b).tolist()) for a, b in itertools.combinations(planes, 2)]
+    points = {primitive(crossing) for crossing in crossings}
+    if not points:
+        return 2 if planes else 1
+    incidences = sum(int(np.dot(plane, point) == 0) for plane in planes for point in points)
+    return 2 - 2 * len(points) + 2 * incidences
+
+
+@pytest.mark.parametrize(("n", "d", "count"), [(1, 1, 2), (5, 1, 2), (1, 2, 2), (7, 2, 14), (40, 2, 80), (1, 3, 2), (2, 3, 4), (9, 3, 74), (25, 3, 602)])
+def test_number_of_patterns_in_general_position(n, d, count):
+    assert len(listed_patterns(normal((n, d), n))) == count
+
+
+@pytest.mark.parametrize(("n", "d"), [(6, 1), (12, 2), (6, 3)])
+def test_sampling_finds_exactly_the_listed_patterns(n, d):
+    rows = normal((n, d), 3)
+    assert set(listed_patterns(rows)) == sampled_patterns(rows, 200_000)
+
+
+integer_rows = st.integers(1, 3).flatmap(lambda d: st.lists(st.lists(st.integers(-2, 2), min_size=d, max_size=d), min_size=1, max_size=7))
+
+
+@given(integer_rows)
+def test_degenerate_rows(entries):
+    """Small integers: zero, repeated, opposite rows, many planes through one line."""
+    rows = torch.tensor(entries, dtype=torch.float64)
+    assert sampled_patterns(rows, 20_000) <= set(listed_patterns(rows))
+    assert_every_pattern_has_a_point(rows)
+    if rows.shape[1] == 3:
+        assert len(listed_patterns(rows)) == cells_by_euler(rows)
+
+
+@given(seeds, st.integers(8, 30))
+def test_counts_of_degenerate_planes_follow_euler(seed, n):
+    rows = torch.randint(-3, 4, (n, 3), generator=torch.Generator().manual_seed(seed)).double()
+    assert len(listed_patterns(rows)) == cells_by_euler(rows)
+    # no rounding: the same planes at other lengths
+    scaled = rows * normal((n, 1), seed).abs() / 3
+    assert set(listed_patterns(scaled)) == set(listed_patterns(rows))
+
+
+@costly(10)
+@given(seeds, st.integers(2, 3), st.integers(1, 9))
+def test_binding_rows_describe_the_cone_and_are_all_needed(seed, d, n):
+    rows = normal((n, d), seed)
+    rows[n // 2] = -2 * rows[0]  # two rows of one plane
+    binding, listed = patterns.binding_rows(rows), patterns.activation_patterns(rows)
+    assert binding.shape == listed.shape
+    for facets, pattern in zip(binding.numpy(), listed.numpy()):
+        signed = np.where(pattern, 1.0, -1.0)[:, None] * rows.numpy()
+        for index in range(n):
+            rest = facets.copy()
+            rest[index] = False
+            if facets[index]:
+                assert least(signed[index], signed[rest]) < -1e-9
+            else:
+                assert least(signed[index], signed[facets]) > -1e-9
+    assert d == 3 or int(binding.sum(1).max()) <= 2
+
+
+@given(seeds, st.integers(1, 3), st.integers(0, 8))
+def test_maxima_over_cells_are_projections(seed, d, n):
+    rows = normal((n, d), seed)
+    arrangement = patterns.arrangement(rows)
+    linear = normal((len(arrangement.cells), d), seed + 1).numpy()
+    maxima = arrangement.maxima(linear)
+    for vector, cell, found in zip(linear, arrangement.cells, maxima):
+        signed = np.where(cell, 1.0, -1.0)[:, None] * arrangement.normals
+        projected = nnls(-signed.T, vector)[1] if len(signed) else np.linalg.norm(vector)
+        if projected > 1e-9:  # else the cell lies in the half-space where the maximum is not positive
+            assert found == pytest.approx(projected, rel=1e-9)
+        else:
+            assert found < 1e-9
+    points = normal((2_000, d), seed + 2)
+    owner = {tuple(cell): index for index, cell in enumerate(arrangement.cells.tolist())}
+    units = (points / points.norm(dim=1, keepdim=True)).numpy()
+    where = np.array([owner[tuple(row)] for row in (units @ arrangement.normals.T > 0).tolist()])
+    assert ((units * linear[where]).sum(1) <= maxima[where] + 1e-12).all()
+
+
+def test_neighbours_differ_in_the_facets_row():
+    arrangement = patterns.arrangement(normal((12, 3), 0))
+    here, across = arrangement.cells[arrangement.facet_cell], arrangement.cells[arrangement.facet_neighbour]
+    assert ((here != across).sum(1) == 1).all()
+    assert (here != across)[np.arange(len(here)), arrangement.facet_normal].all()
+
+
+def test_parallel_rows_up_to_rounding_count_once():
+    rows = normal((6, 3), 0)
+    noisy = torch.cat([rows, 0.1 * rows / 0.3, -rows * math.pi])
+    assert len(listed_patterns(noisy)) == len(listed_patterns(rows)) == 32
+
+
+def test_rank_deficient_rows():
+    flat = normal((5, 2), 0) @ normal((2, 3), 1)
+    assert len(listed_patterns(flat)) == 10
+    assert_every_pattern_has_a_point(flat)
+
+
+def test_zero_rows_are_never_active():
+    assert patterns.activation_patterns(torch.zeros(3, 2)).tolist() == [[False] * 3]
+    rows = torch.tensor([[0.0, 0.0], [1.0, 0.0]])
+    assert sorted(patterns.activation_patterns(rows).tolist()) == [[False, False], [False, True]]
+    assert patterns.binding_rows(rows).tolist() == [[False, True]] * 2
+
+
+def test_tiny_and_huge_rows():
+    rows = normal((5, 3), 0)
+    scales = torch.tensor([1e-300, 1e300, 1.0, 1e-5, 1e9], dtype=torch.float64)
+    assert set(listed_patterns(rows * scales[:, None])) == set(listed_patterns(rows))
+
+
+def test_two_entries_scale_to_many_rows():
+    assert len(patterns.activation_patterns(normal((600, 2), 0))) == 1200
+
+
+@pytest.mark.parametrize("shape", [(4, 4), (4, 0), (4,)])
+def test_other_numbers_of_entries_are_refused(shape):
+    with pytest.raises(ValueError, match=r"patches has shape .*patterns are listed for \(n, d\) with d = 1, 2 or 3"):
+        patterns.activation_patterns(torch.zeros(shape))
+
+
+def test_too_many_rows_are_refused(monkeypatch):
+    monkeypatch.setitem(patterns.MAX_HYPERPLANES, 3, 4)
+    rows = normal((5, 3), 0)
+    assert len(listed_patterns(torch.cat([rows[:4], 2 * rows[:4]]))) == 14
+    with pytest.raises(ValueError, match="patches has more than 4 distinct directions of 3 entries"):
+        patterns.activation_patterns(rows)
+
+
+def test_values_that_are_not_finite_are_named():
+    with pytest.raises(ValueError, match=r"patches\[1, 0\] is nan"):
+        patterns.activation_patterns(torch.tensor([[1.0, 0.0], [math.nan, 1.0]]))
