@@ -67,7 +67,9 @@ def cells_by_euler(rows):
     return 2 - 2 * len(points) + 2 * incidences
 
 
-@pytest.mark.parametrize(("n", "d", "count"), [(1, 1, 2), (5, 1, 2), (1, 2, 2), (7, 2, 14), (40, 2, 80), (1, 3, 2), (2, 3, 4), (9, 3, 74), (25, 3, 602)])
+@pytest.mark.parametrize(
+    ("n", "d", "count"), [(1, 1, 2), (5, 1, 2), (1, 2, 2), (7, 2, 14), (40, 2, 80), (1, 3, 2), (2, 3, 4), (9, 3, 74), (25, 3, 602)]
+)
 def test_number_of_patterns_in_general_position(n, d, count):
     assert len(listed_patterns(normal((n, d), n))) == count
 
