@@ -2,32 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from meanfield import repopulation
+from meanfield.basis import ConstraintBasis, Design
 from meanfield.network import ParticleNetwork
 from meanfield.penalties import perspective
 from meanfield.problem import Problem, Terms
 from meanfield.repopulation import ProgramPoint
 
-RANK_TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
-
-
-class ConstraintBasis(NamedTuple):
-    """Thin singular value decomposition A = left diag(singular) right^T of a layer's design matrix.
-
-    A has one row per image and position and one column per (source, offset), and one more where the layer has a bias.
-    Singular values below the rank tolerance times the largest are left out.
-    """
-
-    left: Tensor
-    singular: Tensor
-    right: Tensor
+RESTORE_SWEEPS = 4
+RESTORE_RIDGE = {torch.float32: 1e-5, torch.float64: 1e-12}  # of the mean diagonal; the sweeps close what it leaves open
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,18 +74,14 @@ class ConvexProgram:
         """What the readout multiplies, (N, M_L) or (N, M_L, positions)."""
         return self.problem.architecture.readout_features(self.features[-1])
 
-    def design(self, layer: int) -> Tensor:
-        """A of `layer` (counted from 0, >= 1): (N P, M_{l-1} S), with a last column of ones where the layer has a bias."""
-        conv = self.problem.architecture.layers[layer]
-        rows = conv.patches(self.features[layer - 1]).flatten(0, 1)
-        return torch.cat([rows, rows.new_ones(len(rows), 1)], 1) if conv.bias else rows
+    def design(self, layer: int) -> Design:
+        """A of `layer` (counted from 0, >= 1)."""
+        return Design(self.problem.architecture.layers[layer], self.features[layer - 1])
 
     def basis(self, layer: int) -> ConstraintBasis:
         """The constraint basis of `layer`, computed once."""
         if layer not in self._bases:
-            left, singular, right = torch.linalg.svd(self.design(layer), full_matrices=False)
-            kept = singular > RANK_TOLERANCE[singular.dtype] * singular[0]
-            self._bases[layer] = ConstraintBasis(left[:, kept], singular[kept], right[kept].T.contiguous())
+            self._bases[layer] = self.design(layer).basis()
         return self._bases[layer]
 
     @cached_property
@@ -169,7 +155,7 @@ class ConvexProgram:
         reached = [self.problem.penalty.norms(point.kernels[layer - 1]).sum(1)] + ([] if bias is None else [bias.abs()])
         return [float(((amount - bound * p) / (bound * p.max())).max()) for amount in reached]
 
-    def restore(self, point: ProgramPoint, sweeps: int = 3) -> ProgramPoint:
+    def restore(self, point: ProgramPoint) -> ProgramPoint:
         """A nearby point, on the same support, that meets the linear constraints to rounding where the support can.
 
         Masses are clipped and normalised (uniform where none is left); every feature's kernels move by the least sum of
@@ -186,28 +172,47 @@ class ConvexProgram:
         readout = point.readout * alive[-1].reshape(1, -1, *[1] * (point.readout.ndim - 2))
         restored = ProgramPoint(masses, tuple(kernels), readout, tuple(biases))
         for layer in range(1, self.depth):
-            restored = self._restore_layer(restored, layer, sweeps)
+            restored = self._restore_layer(restored, layer)
         return restored
 
-    def _restore_layer(self, point: ProgramPoint, layer: int, sweeps: int) -> ProgramPoint:
+    def _restore_layer(self, point: ProgramPoint, layer: int) -> ProgramPoint:
         source, target = point.masses[layer - 1], point.masses[layer]
-        conv = self.problem.architecture.layers[layer]
+        conv, basis = self.problem.architecture.layers[layer], self.basis(layer)
         scale = (source * len(source)).clamp_max(1).sqrt().repeat_interleave(conv.offsets)
         if conv.bias:
             scale = torch.cat([scale, scale.new_ones(1)])
-        left, singular, right = torch.linalg.svd(self.design(layer) * scale, full_matrices=False)
-        kept = singular > RANK_TOLERANCE[singular.dtype] * singular[0]
-        left, solve = left[:, kept], (right[kept].T * scale[:, None]) / singular[kept]
+        solve = _least_weighted(basis.right, scale)
         kernels, biases = list(point.kernels), list(point.biases)
-        for _ in range(sweeps):
+        for _ in range(RESTORE_SWEEPS):
             current = ProgramPoint(point.masses, tuple(kernels), point.readout, tuple(biases))
             error = self.residual(current, layer).movedim(1, 0).flatten(1)  # (M_l, N P)
-            step = ((error @ left) @ solve.T) * (target > 0)[:, None]
+            step = solve(error @ basis.preimage) * (target > 0)[:, None]
             if conv.bias:
                 biases[layer - 1] = biases[layer - 1] - step[:, -1]
                 step = step[:, :-1]
             kernels[layer - 1] = kernels[layer - 1] - step.reshape(kernels[layer - 1].shape)
         return ProgramPoint(point.masses, tuple(kernels), point.readout, tuple(biases))
+
+
+def _least_weighted(right: Tensor, scale: Tensor) -> Callable[[Tensor], Tensor]:
+    """y (rows, rank) -> the rows x of least sum x^2 / scale^2 with x right = y, columns of scale 0 staying 0.
+
+    A Cholesky factor of the smaller Gram matrix of the scaled basis, with a ridge that repeated use closes.
+    """
+    alive = torch.nonzero(scale > 0).flatten()
+    rows = right[alive] * scale[alive, None]  # (alive columns, rank)
+    few = rows.shape[0] < rows.shape[1]
+    gram = rows @ rows.T if few else rows.T @ rows
+    ridge = RESTORE_RIDGE[gram.dtype] * gram.diagonal().mean()
+    factor = torch.linalg.cholesky_ex(gram + ridge * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)).L
+
+    def solve(wanted: Tensor) -> Tensor:
+        step = wanted.new_zeros(len(wanted), len(scale))
+        chosen = torch.cholesky_solve(rows @ wanted.T, factor) if few else rows @ torch.cholesky_solve(wanted.T, factor)
+        step[:, alive] = chosen.T * scale[alive]
+        return step
+
+    return solve
 
 
 def _normalised(masses: Tensor) -> Tensor:

@@ -132,7 +132,7 @@ class _Model:
     def _layer(self, layer: int, penalty: Any) -> Any:
         program, W, bias = self.program, self.kernels[layer - 1], self.biases[layer - 1]
         offsets = program.problem.architecture.layers[layer].offsets
-        design = _numpy(program.design(layer))[:, : W.shape[0]]
+        design = _numpy(program.design(layer).rows())[:, : W.shape[0]]
         g = _numpy(program.preactivations[layer].movedim(1, 3).flatten(0, 2))  # (N P, M_l)
         moved = design @ W if bias is None else design @ W + np.ones((len(design), 1)) @ cp.reshape(bias, (1, -1), order="C")
         self.realisation.append(moved == g @ cp.diag(self.masses[layer]))

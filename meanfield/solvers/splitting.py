@@ -150,7 +150,7 @@ class _Splitting:
         self.program, self.rho = program, rho
         self.layers = range(1, program.depth)
         self.bases = {layer: program.basis(layer) for layer in self.layers}
-        self.images = self._images()
+        self.images = self._images(point)
         rows = program.readout_features.flatten(1)
         self.gram_values, self.gram_vectors = torch.linalg.eigh(rows @ rows.T)
         self.natural = self._natural_weights()
@@ -161,12 +161,12 @@ class _Splitting:
         self.moved = self.z
         self.roots: Blocks = {}  # of the proximal step, each the start of the next one
 
-    def _images(self) -> dict[int, Tensor]:
-        """c_j = V^T w_j p of the frozen kernels, (M_l, rank): V^T W_j = p_j c_j says that features stay as they are."""
+    def _images(self, point: ProgramPoint) -> dict[int, Tensor]:
+        """c_j of the frozen features, (M_l, rank): A^T-coordinates of g_j, so that V^T W_j = p_j c_j keeps them as they are."""
         images = {}
         for layer, basis in self.bases.items():
             g = self.program.preactivations[layer].movedim(1, 0).flatten(1)  # (M_l, N P)
-            images[layer] = (g @ basis.left) / basis.singular
+            images[layer] = g @ basis.preimage
         return images
 
     def _natural_weights(self) -> dict[Key, float]:
@@ -375,7 +375,7 @@ class _Splitting:
             if ("b", layer) in self.u:
                 rows = torch.cat([rows, self._pull("b", "bd", layer)[:, None]], 1)
             basis = self.bases[layer]
-            beta = ((rows @ basis.right) / basis.singular) @ basis.left.T
+            beta = (rows @ basis.right) @ basis.preimage.T
             realisation.append(beta.reshape(len(rows), count, -1))
         return Multipliers(-self.weight(("F", 0)) * self.u["F", 0], tuple(realisation))
 
