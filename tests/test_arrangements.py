@@ -98,7 +98,7 @@ def test_agrees_with_the_program_as_written(case):
 def test_one_image_one_position_has_a_closed_form():
     """min over v of (a v - y)^2 / 2 + c |v| with c = 2 sqrt(lambda_1 lambda_u): c y / a - c^2 / (2 a^2)."""
     a, y, c = 0.7, 1.3, 2 * math.sqrt(2e-3 * 5e-3)
-    problem = mf.Problem(mf.Architecture((1, 1, 1), mf.Conv(1)), np.full((1, 1, 1, 1), a), [y], penalty=PENALTY)
+    problem = mf.Problem(mf.Architecture((1, 1, 1), mf.Conv(1)), np.full((1, 1, 1, 1), a), np.array([y]), penalty=PENALTY)
     solution = certified(problem)
     assert solution.value == pytest.approx(c * y / a - c**2 / (2 * a**2), rel=1e-10)
     assert solution.network.widths == (1,)

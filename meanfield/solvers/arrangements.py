@@ -39,7 +39,7 @@ TARGET_GAP = 1e-9  # generation ends at this gap to the bound, relative to the v
 OPTIMAL_GAP = 1e-6  # beyond this relative gap to the bound the answer is called inaccurate
 DROPPED_SHARES = (0.0, 1e-9, 1e-8, 1e-7, 1e-6, 1e-5)  # of the total variation; what the interior-point method leaves on idle cells
 MERGED_ANGLE = 1e-4  # between atoms of one sign that may be one
-BLOCK = 20_000  # cells priced at a time, to bound memory
+BLOCK = 10_000_000  # entries of cells turned into numbers at a time, to bound memory
 
 
 def solve(problem: Problem) -> Solution:
@@ -95,26 +95,24 @@ def _require_exact_case(problem: Problem) -> None:
 
 @dataclass(frozen=True, eq=False)
 class _Layer:
-    """F(z) = weights relu(normals z) + against relu(-normals z), images by hyperplanes: the patches, merged by direction."""
+    """F(z) = weights relu(normals z) + against relu(-normals z), images by hyperplanes (sparse): the patches, merged by direction."""
 
     problem: Problem
     arrangement: Arrangement
-    along: np.ndarray
-    against: np.ndarray
+    along: Any
+    against: Any
     price: float
 
     @classmethod
     def of(cls, problem: Problem) -> _Layer:
-        rows = _patches(problem)
-        count, positions, _ = rows.shape
-        found = patterns.arrangement(rows.flatten(0, 1))
-        sizes = rows.flatten(0, 1).norm(dim=1).numpy() / positions
+        patches = _patches(problem)
+        count, positions, _ = patches.shape
+        found = patterns.arrangement(patches.flatten(0, 1))
+        sizes = patches.flatten(0, 1).norm(dim=1).numpy() / positions
         image = np.repeat(np.arange(count), positions)
+        sides = [np.flatnonzero(found.row_side == side) for side in (1, -1)]
         shape = (count, len(found.normals))
-        along, against = np.zeros(shape), np.zeros(shape)
-        for target, side in ((along, 1), (against, -1)):
-            chosen = found.row_side == side
-            np.add.at(target, (image[chosen], found.row_normal[chosen]), sizes[chosen])
+        along, against = (sparse.csr_array((sizes[rows], (image[rows], found.row_normal[rows])), shape=shape) for rows in sides)
         penalty = problem.penalty
         return cls(problem, found, along, against, 2 * (penalty.input * penalty.readout) ** 0.5)
 
@@ -122,14 +120,15 @@ class _Layer:
         """The vectors c with F_n(z) = <c_nk, z> on cell k: (N, cells, d)."""
         active, normals = self.arrangement.cells[cells].astype(float), self.arrangement.normals
         weights = self.along + self.against
-        linear = np.stack([(weights * normals[:, j]) @ active.T for j in range(normals.shape[1])], 2)
+        linear = np.stack([weights @ (normals[:, j : j + 1] * active.T) for j in range(normals.shape[1])], 2)
         return linear - (self.against @ normals)[:, None]
 
     def responses(self, r: np.ndarray) -> np.ndarray:
         """The vectors c with q(z) = sum_n r_n F_n(z) = <c_k, z> on cell k: (cells, d)."""
         arrangement = self.arrangement
         rows = (r @ (self.along + self.against))[:, None] * arrangement.normals
-        blocks = [arrangement.cells[start : start + BLOCK].astype(float) @ rows for start in range(0, len(arrangement.cells), BLOCK)]
+        step = BLOCK // max(len(rows), 1) + 1
+        blocks = [arrangement.cells[start : start + step].astype(float) @ rows for start in range(0, len(arrangement.cells), step)]
         return np.concatenate(blocks) - (r @ self.against) @ arrangement.normals
 
     def peaks(self, r: np.ndarray) -> np.ndarray:
@@ -228,7 +227,7 @@ def _generate(layer: _Layer) -> _Optimum:
     cells = len(layer.arrangement.cells)
     atoms = _Atoms(np.zeros((0, layer.arrangement.normals.shape[1])), np.zeros(0))
     active, history, said = np.zeros((2, cells), dtype=bool), [], "no program was needed"
-    candidates, bound, best = [layer.gradient(np.zeros(len(layer.along)))], -np.inf, np.zeros(len(layer.along))
+    candidates, bound, best = [layer.gradient(np.zeros(layer.along.shape[0]))], -np.inf, np.zeros(layer.along.shape[0])
     while True:
         peaks = [layer.peaks(r) for r in candidates]
         for r, peak in zip(candidates, peaks):
