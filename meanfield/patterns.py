@@ -20,7 +20,7 @@ from meanfield.validation import finite
 
 # Hyperplanes closer than this angle are one, and a piece of a hyperplane narrower than this is none.
 TOLERANCE = 1e-11
-# Largest number of distinct hyperplanes, by the entries of a kernel: memory is 2 n^2 bytes for two entries, n^3 for three.
+# Largest number n of distinct hyperplanes, by the entries of a kernel: the patterns take 2 n^2 bytes for two entries, n^3 for three.
 MAX_HYPERPLANES = {1: 1, 2: 10_000, 3: 500}
 
 

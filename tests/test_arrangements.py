@@ -46,7 +46,7 @@ def twin(problem, patches):
     return cp.Problem(cp.Minimize(objective), constraints).solve(solver=cp.CLARABEL, tol_gap_abs=1e-10, tol_gap_rel=1e-10)
 
 
-def certified(problem, tolerance=2e-8):
+def certified(problem, tolerance=1e-8):
     """The solution, with what must hold of every one."""
     solution = arrangements.solve(problem)
     assert solution.status == "optimal"
@@ -62,7 +62,6 @@ def test_digits_optimum():
     assert solution.value == pytest.approx(EXACT_DIGITS, abs=1e-8)
     assert solution.lower_bound == pytest.approx(EXACT_DIGITS, abs=1e-8)
     assert solution.message.startswith("174 patterns; CLARABEL ended as optimal: ")
-    assert solution.network.widths[0] <= 4
 
 
 def image_patches(problem):
@@ -92,7 +91,7 @@ def image_patches(problem):
 )
 def test_agrees_with_the_program_as_written(case):
     problem = one_layer(**case)
-    assert certified(problem).value == pytest.approx(twin(problem, image_patches(problem)), rel=1e-7)
+    assert certified(problem).value == pytest.approx(twin(problem, image_patches(problem)), rel=3e-8)
 
 
 def test_one_image_one_position_has_a_closed_form():
@@ -183,6 +182,18 @@ def test_penalties_are_balanced():
     problem = one_layer()
     terms = problem.terms(certified(problem).network)
     assert terms.input.item() == pytest.approx(terms.readout.item(), rel=1e-12)
+
+
+def test_atoms_of_one_direction_and_sign_are_merged_into_their_sum():
+    vectors = np.array([[1.0, 0.0], [0.0, 2.0], [3.0, 1e-5], [5.0, 0.0], [0.0, 0.0]])
+    merged = arrangements._Atoms(vectors, np.array([1.0, 1.0, 1.0, -1.0, -1.0])).merged().heavier(0)
+    found = {(sign, *vector) for sign, vector in zip(merged.signs, merged.vectors)}
+    assert found == {(1.0, 4.0, 1e-5), (1.0, 0.0, 2.0), (-1.0, 5.0, 0.0)}
+
+
+def test_neighbouring_cells_do_not_leave_a_particle_each():
+    """An optimal vector on a facet may be split between the cells on both sides; the digits need two particles."""
+    assert certified(digits_problem()).network.widths == (2,)
 
 
 def test_incomplete_pooling_windows_count_for_nothing():

@@ -35,6 +35,7 @@ from meanfield.solution import Solution, message
 
 SETTINGS: dict[str, Any] = {"tol_gap_abs": 1e-9, "tol_gap_rel": 1e-9, "tol_feas": 1e-9}
 ALL_CELLS = 400  # up to here all cells enter at once
+MAX_PROGRAMS = 60  # generation took at most 6 where the solver met its tolerances
 TARGET_GAP = 1e-9  # generation ends at this gap to the bound, relative to the value
 OPTIMAL_GAP = 1e-6  # beyond this relative gap to the bound the answer is called inaccurate
 DROPPED_SHARES = (0.0, 1e-9, 1e-8, 1e-7, 1e-6, 1e-5)  # of the total variation; what the interior-point method leaves on idle cells
@@ -229,16 +230,15 @@ def _generate(layer: _Layer) -> _Optimum:
     active, history, said = np.zeros((2, cells), dtype=bool), [], "no program was needed"
     candidates, bound, best = [layer.gradient(np.zeros(layer.along.shape[0]))], -np.inf, np.zeros(layer.along.shape[0])
     while True:
-        peaks = [layer.peaks(r) for r in candidates]
-        for r, peak in zip(candidates, peaks):
-            found, scaled = layer.bound(r, peak)
-            if found > bound:
-                bound, best = found, scaled
+        judged = [(*layer.bound(r, peaks := layer.peaks(r)), peaks) for r in candidates]
+        found, scaled, peaks = max(judged, key=lambda entry: entry[0])
+        if found > bound:
+            bound, best = found, scaled
         if history:
             history[-1]["lower_bound"] = bound
         met = bool(history) and history[-1]["solver_value"] - bound <= TARGET_GAP * abs(bound)
-        entering = _entering(layer, peaks[0]) & ~active
-        if met or not entering.any():
+        entering = _entering(layer, np.where(active, 0.0, peaks))
+        if met or not entering.any() or len(history) == MAX_PROGRAMS:
             break
         active |= entering
         model = _ConeProgram(layer, *np.nonzero(active))
@@ -251,17 +251,20 @@ def _generate(layer: _Layer) -> _Optimum:
 
 
 def _entering(layer: _Layer, peaks: np.ndarray) -> np.ndarray:
-    """Which cells to add, bool (2, cells): all if they are few, else those that break the constraint and top their neighbours."""
-    if peaks.max(initial=0.0) <= layer.price * (1 + 1e-12):
-        return np.zeros_like(peaks, dtype=bool)
+    """Which cells to add, bool (2, cells), for the peaks of the cells outside: all if they are few, else the highest.
+
+    A cell enters where it breaks the dual constraint and no neighbour outside breaks it more.
+    """
+    broken = peaks > layer.price * (1 + TARGET_GAP)
+    if not broken.any():
+        return broken
     if peaks.shape[1] <= ALL_CELLS:
-        return np.ones_like(peaks, dtype=bool)
+        return np.ones_like(broken)
     facet_cell, neighbour = layer.arrangement.facet_cell, layer.arrangement.facet_neighbour
-    beaten = np.zeros_like(peaks, dtype=bool)
+    beaten = np.zeros_like(broken)
     for sign in range(2):
-        lower = peaks[sign, facet_cell] < peaks[sign, neighbour] * (1 - 1e-12)
-        np.logical_or.at(beaten[sign], facet_cell, lower)
-    return (peaks > layer.price * (1 + 1e-12)) & ~beaten
+        np.logical_or.at(beaten[sign], facet_cell, peaks[sign, facet_cell] < peaks[sign, neighbour] * (1 - 1e-12))
+    return broken & ~beaten
 
 
 class _ConeProgram:
@@ -276,7 +279,8 @@ class _ConeProgram:
         self.link: Any = self.output == features.reshape(len(features), -1) @ flat
         variation = cp.sum(cp.norm(self.vectors, 2, axis=1))
         inside: Any = _facet_matrix(layer.arrangement, cells) @ flat >= 0
-        self.problem = cp.Problem(cp.Minimize(self._loss() + layer.price * variation), [self.link, inside])
+        # in units of the price, the solver's tolerances are relative to what bounds the dual
+        self.problem = cp.Problem(cp.Minimize(self._loss() / layer.price + variation), [self.link, inside])
 
     def _loss(self) -> Any:
         problem = self.layer.problem
@@ -297,14 +301,14 @@ class _ConeProgram:
 
     def value(self) -> float:
         """The value that the solver claims."""
-        return float(self.problem.solution.opt_val)  # type: ignore[union-attr]
+        return self.layer.price * float(self.problem.solution.opt_val)  # type: ignore[union-attr]
 
     def atoms(self) -> _Atoms:
         return _Atoms(np.array(self.vectors.value), self.signs)
 
     def multipliers(self) -> list[np.ndarray]:
         """The gradient at the program's output, and cvxpy's own multiplier in both signs."""
-        dual = np.array(self.link.dual_value)
+        dual = self.layer.price * np.array(self.link.dual_value)
         return [self.layer.gradient(np.array(self.output.value)), dual, -dual]
 
 
