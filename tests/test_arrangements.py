@@ -226,6 +226,14 @@ def test_a_solver_without_an_answer_leaves_the_zero_network_and_a_bound(monkeypa
     assert re.search(r"CLARABEL ended as (None|an error \(out of steps\)): the solver returned no point", solution.message)
 
 
+def test_a_program_on_which_the_solver_fails_at_first_is_solved():
+    """Met at random: CLARABEL gave up at its default regularisation."""
+    arch = mf.Architecture((1, 5, 4), (mf.Conv((2, 1), padding=1, bias=True),))
+    penalty = mf.Penalty(input=0.04060106359184891, readout=4.759542320573617e-05)
+    problem = mf.Problem(arch, random_inputs(arch, 6, 928809), random_targets("logistic", 1, 6, 0), "logistic", penalty)
+    assert certified(problem).value == pytest.approx(0.4444436145, rel=1e-8)
+
+
 REFUSED = [
     ({"layers": (mf.Conv(1), mf.Conv(1))}, {}, "layers has 2 entries"),
     ({"layers": mf.Conv(1, activation="tanh")}, {}, "activation='tanh'"),

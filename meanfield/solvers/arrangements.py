@@ -34,6 +34,7 @@ from meanfield.program import ConvexProgram
 from meanfield.solution import Solution, message
 
 SETTINGS: dict[str, Any] = {"tol_gap_abs": 1e-9, "tol_gap_rel": 1e-9, "tol_feas": 1e-9}
+SECOND_ATTEMPT: dict[str, Any] = {"static_regularization_constant": 1e-7}  # its steps can fail on the exponential cones at the default
 ALL_CELLS = 400  # up to here all cells enter at once
 MAX_PROGRAMS = 60  # generation took at most 6 where the solver met its tolerances
 TARGET_GAP = 1e-9  # generation ends at this gap to the bound, relative to the value
@@ -290,11 +291,15 @@ class _ConeProgram:
         return cp.sum(cp.logistic(-cp.multiply(targets, self.output))) / len(targets)
 
     def solve(self) -> str:
-        """Run CLARABEL and say how it ended; accuracy is judged by the bound."""
+        """Run CLARABEL, twice if it returns no point, and say how it ended; accuracy is judged by the bound."""
+        said = self._attempt(SETTINGS)
+        return said if self.vectors.value is not None else self._attempt({**SETTINGS, **SECOND_ATTEMPT})
+
+    def _attempt(self, settings: dict[str, Any]) -> str:
         try:
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message="Solution may be inaccurate")
-                self.problem.solve(solver=cp.CLARABEL, **SETTINGS)
+                self.problem.solve(solver=cp.CLARABEL, **settings)
         except cp.SolverError as error:
             return f"CLARABEL ended as an error ({error})"
         return f"CLARABEL ended as {self.problem.status}"
