@@ -159,8 +159,16 @@ def _cells(normals: np.ndarray) -> tuple[np.ndarray, ...]:
     distinct, cell = np.unique(np.concatenate(off + on), axis=0, return_inverse=True)
     cells = np.unpackbits(distinct, axis=1, count=len(normals)).astype(bool)
     below, above = cell.reshape(2, -1)
-    twice = (np.concatenate(parts * 2) for parts in (owners, middles, ends))
-    return cells, np.concatenate([below, above]), np.concatenate([above, below]), *twice
+    own, across = np.concatenate([below, above]), np.concatenate([above, below])
+    owner, middle, end = (np.concatenate(parts * 2) for parts in (owners, middles, ends))
+    # rounding can split a point where nearly parallel planes cross others: a false cell does not hold the sum of its facets' middles
+    inner = np.zeros((len(cells), normals.shape[1]))
+    np.add.at(inner, own, middle)
+    true = ((inner @ normals.T > 0) == cells).all(1)
+    number = np.cumsum(true) - 1
+    kept = true[own]
+    across = np.where(true[across], across, own)[kept]
+    return cells[true], number[own[kept]], number[across], owner[kept], middle[kept], end[kept]
 
 
 def _pieces(normals: np.ndarray, index: int) -> tuple[np.ndarray, np.ndarray]:

@@ -148,6 +148,17 @@ def test_neighbours_differ_in_the_facets_row():
     assert (here != across)[np.arange(len(here)), arrangement.facet_normal].all()
 
 
+def test_no_false_cell_at_nearly_parallel_planes_through_one_line():
+    """Images with a frame of zeros: rounding alone would tell many planes' common line apart."""
+    images = torch.nn.functional.pad(normal((7, 1, 4, 4), 472445 + 40), (1, 1, 1, 1))
+    rows = torch.nn.functional.unfold(images, (1, 3)).transpose(1, 2).flatten(0, 1)
+    found = patterns.arrangement(rows)
+    inner = np.zeros((len(found.cells), 3))
+    np.add.at(inner, found.facet_cell, found.facet_middle)
+    assert np.array_equal(inner @ found.normals.T > 0, found.cells)
+    assert np.bincount(found.facet_cell).min() >= 2
+
+
 def test_parallel_rows_up_to_rounding_count_once():
     rows = normal((6, 3), 0)
     noisy = torch.cat([rows, 0.1 * rows / 0.3, -rows * math.pi])
