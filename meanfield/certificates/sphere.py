@@ -36,6 +36,9 @@ CHUNK = 1 << 19
 MAX_BATCH = 4096
 # Cells kept open: beyond, the search stops with what it has proven (16 d + 32 bytes each, 350 MB for d = 9).
 MAX_OPEN = 2_000_000
+# Rows of opposite weight are paired when closer than this in direction; at most so many of each kind.
+PAIR_DISTANCE = 0.7
+MAX_PAIRED = 4000
 ASCENT_STEPS = 120
 STARTS = 512
 
@@ -335,15 +338,69 @@ class _Cells:
         return twins.join(_Cells(self.middles + step, *twins._tensors()[1:]))
 
 
+@dataclass(frozen=True, eq=False)
+class _Relaxed:
+    """q = single + sum flows (relu(left z) - relu(right z)): opposite rows that nearly cancel are bounded together.
+
+    left, right (p, r); flows (p,) > 0.  One output only; no pairs otherwise.
+    """
+
+    single: _Response
+    left: Tensor
+    right: Tensor
+    flows: Tensor
+
+    @classmethod
+    def of(cls, response: _Response) -> _Relaxed:
+        rows, weights, linear = response.rows, response.weights.clone(), response.linear
+        rise, fall, flows = _match(rows, weights[:, 0]) if weights.shape[1] == 1 else (torch.zeros(0, dtype=torch.long, device=rows.device),) * 3
+        left, right, flows = rows[rise], rows[fall], flows.to(rows)
+        turned = (left * right).sum(1, keepdim=True) < 0  # -relu(x) = -relu(-x) - x: lines count, not directions
+        linear = linear - torch.where(turned, right, 0.0).mul(flows[:, None]).sum(0)[:, None].expand_as(linear)
+        right = torch.where(turned, -right, right)
+        weights = weights.index_add(0, rise, -flows[:, None].expand(-1, weights.shape[1])).index_add(0, fall, flows[:, None].expand(-1, weights.shape[1]))
+        kept = weights.abs().amax(1) > 0
+        single = _Response(rows[kept], weights[kept], linear, response.basis, response.rounding)
+        return cls(single, left, right, flows)
+
+
+def _match(rows: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Pairs of rows of positive and of negative weight: indices (p,), (p,) and the weight each pair carries, (p,).
+
+    Greedy: in every round the rows that are each other's nearest are paired, until none of opposite weight is near.
+    """
+    rise, fall = (index[weights[index].abs().topk(min(len(index), MAX_PAIRED)).indices] for index in ((weights > 0).nonzero()[:, 0], (weights < 0).nonzero()[:, 0]))
+    left, right = weights[rise], -weights[fall]
+    near = (rows[rise] @ rows[fall].T).abs()
+    near = torch.where(near > 1 - 0.5 * PAIR_DISTANCE**2, near, -1.0)
+    found = [(rise[:0], fall[:0], left[:0])]
+    while near.numel():
+        best, partner = near.max(1)
+        mutual = ((near.argmax(0)[partner] == torch.arange(len(rise), device=rows.device)) & (best > 0)).nonzero()[:, 0]
+        if not len(mutual):
+            break
+        other = partner[mutual]
+        flow = torch.minimum(left[mutual], right[other])
+        found.append((rise[mutual], fall[other], flow))
+        left, right = left.index_add(0, mutual, -flow), right.index_add(0, other, -flow)
+        keep, hold = left > 0, right > 0
+        if keep.float().mean() < 0.8 or hold.float().mean() < 0.8:
+            near, rise, fall, left, right = near[keep][:, hold], rise[keep], fall[hold], left[keep], right[hold]
+        else:
+            near[mutual[left[mutual] <= 0]] = -1.0
+            near[:, other[right[other] <= 0]] = -1.0
+    return tuple(torch.cat(column) for column in zip(*found))  # type: ignore[return-value]
+
+
 def _maximise_branching(response: _Response, starts: Tensor, deadline: float, tolerance: float) -> _Found:
     """Best-first search in batches: the open cells of the largest bounds are halved, those that cannot matter dropped."""
-    cells = _Cells.roots(response)
+    cells, relaxed = _Cells.roots(response), _Relaxed.of(response)
     lower, argmax = _ascend(response, _start_directions(response, starts))
     looked, dropped = 0, 0.0
     fresh = cells
     cells = cells[cells.facets < 0]
     while len(fresh):
-        fresh, candidates = _bound(response, fresh)
+        fresh, candidates = _bound(relaxed, fresh)
         looked += len(fresh)
         reached, where = _improve(response, candidates, lower)
         if reached > lower:
@@ -361,31 +418,35 @@ def _maximise_branching(response: _Response, starts: Tensor, deadline: float, to
     return _Found(lower, upper, argmax, "branch and bound", looked)
 
 
-def _bound(response: _Response, cells: _Cells) -> tuple[_Cells, Tensor]:
-    """Cells with bounds and split axes, and the directions (b, r) at which their relaxations are largest."""
-    outputs = response.linear.shape[1]
-    parts = torch.arange(len(cells), device=cells.facets.device).split(_chunk(len(response.rows) * (2 * outputs if outputs > 1 else 1)))
-    found = [(_bound_scalar if outputs == 1 else _bound_vector)(response, cells[part]) for part in parts]
+def _bound(relaxed: _Relaxed, cells: _Cells) -> tuple[_Cells, Tensor]:
+    """Cells (in another order) with bounds and split axes, and the directions (b, r) at which their relaxations are largest."""
+    outputs = relaxed.single.linear.shape[1]
+    size = _chunk(len(relaxed.single.rows) * 2 * outputs if outputs > 1 else len(relaxed.single.rows) + 2 * len(relaxed.flows))
+    order = cells.signs.argsort(descending=True)
+    count = int((cells.signs > 0).sum())  # cells of one sign share a chunk
+    parts = [part for half in (order[:count], order[count:]) if len(half) for part in half.split(size)]
+    found = [(_bound_scalar if outputs == 1 else _bound_vector)(relaxed, cells[part]) for part in parts]
     uppers, scores, tops = (torch.cat(column) for column in zip(*found))
+    cells = cells[order]
     # a child lies in its parent: the parent's bound holds for it
     uppers = torch.minimum(uppers, cells.uppers)
     return _Cells(cells.middles, cells.halves, cells.facets, cells.signs, uppers, scores.argmax(1)), tops
 
 
-def _bound_scalar(response: _Response, cells: _Cells) -> tuple[Tensor, Tensor, Tensor]:
-    return _bound_outputs(response, cells, cells.signs[:, None])
+def _bound_scalar(relaxed: _Relaxed, cells: _Cells) -> tuple[Tensor, Tensor, Tensor]:
+    return _bound_outputs(relaxed, cells, cells.signs[:, None])
 
 
-def _bound_vector(response: _Response, cells: _Cells) -> tuple[Tensor, Tensor, Tensor]:
+def _bound_vector(relaxed: _Relaxed, cells: _Cells) -> tuple[Tensor, Tensor, Tensor]:
     """|q|^2 as a sum over orthonormal outputs, the first of them along q at the middle.
 
     The others are small in a small cell, so that their bounds matter to second order only.
     """
-    frames = _frames(_unit(response(cells.middles)))
+    frames = _frames(_unit(relaxed.single(cells.middles)))
     count, outputs = frames.shape[:2]
     index = torch.arange(count, device=frames.device).repeat_interleave(2 * outputs)
     both = torch.stack([frames, -frames], 2).reshape(-1, outputs)
-    uppers, scores, tops = _bound_outputs(response, cells[index], both)
+    uppers, scores, tops = _bound_outputs(relaxed, cells[index], both)
     lengths = uppers.reshape(count, outputs, 2).amax(2).norm(dim=1)
     return lengths, scores.reshape(count, 2 * outputs, -1)[:, :2].sum(1), tops.reshape(count, 2 * outputs, -1)[:, 0]
 
@@ -399,24 +460,57 @@ def _frames(first: Tensor) -> Tensor:
     return frames * torch.where(first[:, :1, None] < 0, 1.0, -1.0)
 
 
-def _bound_outputs(response: _Response, cells: _Cells, outputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _bound_outputs(relaxed: _Relaxed, cells: _Cells, outputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Upper bounds (b,) of <outputs, q(z)> over the unit vectors of each cone, split scores (b, r), tops (b, r).
 
-    outputs (b, C): one direction per cell.  The score of an axis is the gap of the mixed rows that it accounts for.
+    outputs (b, C): one direction per cell.  The score of an axis is its share in the widths of the mixed rows.
     """
-    rows = response.rows
-    heights, reach = cells.middles @ rows.T, cells.halves @ rows.abs().T
-    weights = outputs @ response.weights.T
-    chords = (0.5 + 0.5 * heights / reach.clamp_min(torch.finfo(rows.dtype).tiny)).clamp_(0, 1)
-    slopes = torch.where(weights > 0, chords, (heights > 0).to(rows.dtype)).mul_(weights)
-    offsets = (slopes.clamp_min(0) * (reach - heights).clamp_min_(0)).sum(1)
-    linear = slopes @ rows + outputs @ response.linear.T
+    linear, offsets, scores = _single_bound(relaxed.single, cells, outputs)
+    if len(relaxed.flows):
+        more = _pair_bound(relaxed, cells)
+        linear, offsets, scores = linear + more[0], offsets + more[1], scores + more[2]
     axis = cells.facets[:, None]
     linear = linear.scatter_add(1, axis, cells.middles.gather(1, axis) * offsets[:, None])  # on the facet that coordinate is +-1
-    scores = ((reach > heights.abs()) * weights.abs()) @ rows.abs() * cells.halves
     uppers, tops = _cone_maxima(linear, cells)
-    widest = cells.halves * torch.finfo(rows.dtype).tiny  # without mixed rows any axis will do
-    return uppers, scores + widest, tops
+    widest = cells.halves * torch.finfo(linear.dtype).tiny  # without mixed rows any axis will do
+    return uppers, scores * cells.halves + widest, tops
+
+
+def _chord(heights: Tensor, reach: Tensor) -> tuple[Tensor, Tensor]:
+    """Slope and offset of the chord above relu on [heights - reach, heights + reach]; relu itself where the sign is fixed."""
+    slopes = (heights / reach.clamp_min(torch.finfo(reach.dtype).tiny)).add_(1).mul_(0.5).clamp_(0, 1)
+    return slopes, (reach - heights).clamp_min_(0).mul_(slopes)
+
+
+def _single_bound(single: _Response, cells: _Cells, outputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Linear part (b, r), offset (b,) and widths (b, r) of a function above <outputs, q> on each box."""
+    rows, weights = single.rows, outputs @ single.weights.T
+    heights, reach = cells.middles @ rows.T, cells.halves @ rows.abs().T
+    chords, offsets = _chord(heights, reach)
+    convex = weights.clamp_min(0)
+    slopes = torch.where(weights > 0, chords, (heights > 0).to(rows.dtype)).mul_(weights)
+    widths = ((reach > heights.abs()) * weights.abs()) @ rows.abs()
+    return slopes @ rows + outputs @ single.linear.T, (offsets * convex).sum(1), widths
+
+
+def _pair_bound(relaxed: _Relaxed, cells: _Cells) -> tuple[Tensor, Tensor, Tensor]:
+    """The same for sum flows (relu(left z) - relu(right z)) times the sign that the cells share.
+
+    relu(x) - relu(y) lies under relu(x)'s chord less y's supporting plane, and under relu(x - y)'s chord: of the two the
+    lower one at the middle counts.
+    """
+    left, right = (relaxed.left, relaxed.right) if float(cells.signs[0]) > 0 else (relaxed.right, relaxed.left)
+    apart = left - right
+    x, y = cells.middles @ left.T, cells.middles @ right.T
+    reach, reach_apart = cells.halves @ left.abs().T, cells.halves @ apart.abs().T
+    difference = x - y
+    slopes, offsets = _chord(x, reach)
+    slopes_apart, offsets_apart = _chord(difference, reach_apart)
+    alone = slopes * x + offsets - y.clamp_min(0) <= slopes_apart * difference + offsets_apart
+    rising = torch.where(alone, slopes, slopes_apart) * relaxed.flows
+    falling = torch.where(alone, (y > 0).to(y.dtype), slopes_apart) * relaxed.flows
+    widths = ((alone & (reach > x.abs())) * relaxed.flows) @ left.abs() + ((~alone & (reach_apart > difference.abs())) * relaxed.flows) @ apart.abs()
+    return rising @ left - falling @ right, torch.where(alone, offsets, offsets_apart) @ relaxed.flows, widths
 
 
 def _cone_maxima(linear: Tensor, cells: _Cells) -> tuple[Tensor, Tensor]:
