@@ -1,1 +1,1 @@
-"""Benchmarks of the library against plain torch; `python -m benchmarks flow`."""
+"""Benchmarks of the library against plain torch, known optima and other solvers; `python -m benchmarks --help`."""

@@ -1,27 +1,45 @@
-"""`python -m benchmarks flow|optima`: measure, print tables, write JSON."""
+"""`python -m benchmarks flow|optima|solve|growth|device`: measure, print tables, write JSON and pictures."""
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import flow_step, optima
+from benchmarks import device, figures, flow_step, growth, optima, solve, tables
 from meanfield.storage import write_atomically
 
+PIPED_WIDTH = 160  # columns, where the output is no terminal
 DEFAULTS = flow_step.Settings()
+PICTURES: dict[str, Callable[[dict[str, Any]], bytes]] = {"solve": figures.solve_picture, "growth": figures.growth_picture}
+LARGE_TEXT = "also the next size that CLARABEL can do (an hour, several GiB) and N=64 at 8x8, widths 1024/128"
+IN_PROCESS = "run everything in this process: quicker, but peak memory then means little"
 
 
 def parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser(prog="python -m benchmarks", description="Benchmarks of meanfield against plain torch and against known optima.")
+    description = "Benchmarks of meanfield against plain torch, known optima and other solvers."
+    top = argparse.ArgumentParser(prog="python -m benchmarks", description=description)
     kinds = top.add_subparsers(dest="benchmark", required=True)
-    form = argparse.ArgumentDefaultsHelpFormatter
-    flow = kinds.add_parser("flow", help="a step of the particle flow against a training step of nn.Conv2d layers", formatter_class=form)
+    _add_flow(kinds)
+    _add_optima(kinds)
+    _add_solve(kinds)
+    _add_growth(kinds)
+    _add_device(kinds)
+    for kind in kinds.choices.values():
+        text = "write the figures here, and a picture beside them where there is one; a directory gets BENCHMARK.json"
+        kind.add_argument("--out", type=Path, default=None, metavar="DIR|FILE.json", help=text)
+    return top
+
+
+def _add_flow(kinds: Any) -> None:
+    text = "a step of the particle flow against a training step of nn.Conv2d layers"
+    flow = kinds.add_parser("flow", help=text, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     flow.add_argument("--samples", type=_positive, default=DEFAULTS.samples, help="training images, the first of the ten digits")
     flow.add_argument("--widths", type=_positive, nargs=2, default=DEFAULTS.widths, metavar=("M1", "M2"), help="channels of the two layers")
     flow.add_argument("--dtypes", nargs="+", choices=tuple(flow_step.DTYPES), default=DEFAULTS.dtypes, help="what to measure")
@@ -29,13 +47,39 @@ def parser() -> argparse.ArgumentParser:
     flow.add_argument("--block", type=_positive, default=DEFAULTS.block, help="steps in a timed block")
     flow.add_argument("--training-steps", type=int, default=DEFAULTS.training_steps, help="steps before the accuracy is taken; 0 leaves it out")
     flow.add_argument("--seed", type=int, default=DEFAULTS.seed, help="seed of both starts")
-    known = kinds.add_parser("optima", help="the main job against known optima, several seeds (about 4 minutes)", formatter_class=form)
+
+
+def _add_optima(kinds: Any) -> None:
+    text = "the main job against known optima, several seeds (about 4 minutes)"
+    known = kinds.add_parser("optima", help=text, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     known.add_argument("--seeds-one", type=_positive, default=5, help="seeds of the one-layer problem")
     known.add_argument("--seeds-two", type=_positive, default=3, help="seeds of the two-layer problem")
     known.add_argument("--rounds", type=_positive, default=8, help="rounds of the two-layer alternation")
-    for kind in (flow, known):
-        kind.add_argument("--out", type=Path, default=None, metavar="FILE.json", help="write the figures here")
-    return top
+
+
+def _add_solve(kinds: Any) -> None:
+    text = "the splitting against cvxpy's CLARABEL and SCS on the same programs, pyscnn for one layer (about 10 minutes)"
+    solved = kinds.add_parser("solve", help=text, description=solve.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    solved.add_argument("--quick", action="store_true", help="one tiny program and one loose gap")
+    solved.add_argument("--large", action="store_true", help=LARGE_TEXT)
+    solved.add_argument("--gaps", type=_gap, nargs="+", default=None, help="relative gaps to reach, also the solvers' tolerances (1e-3 ... 1e-6)")
+    solved.add_argument("--max-seconds", type=float, default=None, help=f"wall seconds of a run ({solve.Settings().max_seconds:g})")
+    solved.add_argument("--in-process", action="store_true", help=IN_PROCESS)
+
+
+def _add_growth(kinds: Any) -> None:
+    text = "time per iteration against particles, images and positions, with fitted exponents (about 5 minutes)"
+    grown = kinds.add_parser("growth", help=text, description=growth.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    grown.add_argument("--quick", action="store_true", help="two tiny sizes a sweep")
+    grown.add_argument("--large", action="store_true", help="also N=64 at 8x8, widths 1024/128 (several minutes, 2 GiB)")
+    grown.add_argument("--in-process", action="store_true", help=IN_PROCESS)
+
+
+def _add_device(kinds: Any) -> None:
+    text = "the large sizes on a GPU; says so and ends where torch sees none"
+    on_device = kinds.add_parser("device", help=text, description=device.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    on_device.add_argument("--quick", action="store_true", help="one tiny size")
+    on_device.add_argument("--in-process", action="store_true", help=IN_PROCESS)
 
 
 def _positive(text: str) -> int:
@@ -45,14 +89,59 @@ def _positive(text: str) -> int:
     return number
 
 
+def _gap(text: str) -> float:
+    number = float(text)
+    if not 0 < number < 1:
+        raise argparse.ArgumentTypeError(f"{number:g} must lie between 0 and 1")
+    return number
+
+
 def main(arguments: Sequence[str] | None = None, console: Console | None = None) -> dict[str, Any]:
     given = vars(parser().parse_args(arguments))
-    out, console = given.pop("out"), console or Console()
-    found = (measure_flow if given.pop("benchmark") == "flow" else measure_optima)(given, console)
+    out, name, console = given.pop("out"), given.pop("benchmark"), console or Console(width=None if sys.stdout.isatty() else PIPED_WIDTH)
+    measure = {"flow": measure_flow, "optima": measure_optima, "solve": measure_solve, "growth": measure_growth, "device": measure_device}[name]
+    found = measure(given, console)
     if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(out, json.dumps(found, indent=2) + "\n")
-        console.print(f"figures written to {out}")
+        for path in write(found, name, out):
+            console.print(f"figures written to {path}")
+    return found
+
+
+def write(found: dict[str, Any], name: str, out: Path) -> list[Path]:
+    """Write the JSON, and the picture beside it; `out` is FILE.json or a directory."""
+    path = out if out.suffix == ".json" else out / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    written = [write_atomically(path, json.dumps(found, indent=2) + "\n")]
+    if name in PICTURES:
+        written.append(write_atomically(path.with_suffix(".png"), PICTURES[name](found)))
+    return written
+
+
+def measure_solve(given: dict[str, Any], console: Console) -> dict[str, Any]:
+    gaps = given.pop("gaps")
+    gaps = None if gaps is None else tuple(sorted(gaps, reverse=True))
+    found = solve.run(solve.settings(fresh=not given.pop("in_process"), gaps=gaps, **given), _plainly(console))
+    return _shown(found, tables.solve_tables(found), console)
+
+
+def measure_growth(given: dict[str, Any], console: Console) -> dict[str, Any]:
+    found = growth.run(growth.settings(fresh=not given.pop("in_process"), **given), _plainly(console))
+    return _shown(found, tables.growth_tables(found), console)
+
+
+def measure_device(given: dict[str, Any], console: Console) -> dict[str, Any]:
+    found = device.run(device.settings(fresh=not given.pop("in_process"), **given), _plainly(console))
+    return _shown(found, tables.device_tables(found), console)
+
+
+def _plainly(console: Console) -> Callable[[str], None]:
+    """Lines of progress, square brackets and all."""
+    return lambda line: console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _shown(found: dict[str, Any], shown: Sequence[Table], console: Console) -> dict[str, Any]:
+    for table in shown:
+        console.print(table)
     return found
 
 

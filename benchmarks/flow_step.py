@@ -10,18 +10,14 @@ torch imports tens of MiB of its own modules at the first step of an optimiser, 
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import json
 import os
-import platform
-import resource
 import statistics
 import subprocess
 import sys
 import time
 from dataclasses import asdict, dataclass, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -29,6 +25,8 @@ import torch
 from torch import Tensor, nn
 
 import meanfield as mf
+from benchmarks import machine
+from benchmarks.machine import forget_peak, peak_bytes
 from meanfield.losses import accuracy
 from meanfield.solvers import flow
 
@@ -36,7 +34,6 @@ DTYPES = {"float32": torch.float32, "float64": torch.float64}
 CONTENDERS = ("flow", "plain")
 SPEED_REQUIRED, MEMORY_ALLOWED = 0.7, 2.0
 WARM_UP_SAMPLES = 20
-LIBRARIES = ("torch", "numpy", "scikit-learn")
 
 
 @dataclass(frozen=True)
@@ -143,24 +140,6 @@ def _cpu_seconds(each: Contender, steps: int) -> float:
     return (time.process_time() - began) / max(1, steps)
 
 
-def peak_bytes() -> int:
-    """Peak resident memory of this process.
-
-    VmHWM where /proc has it: ru_maxrss of a child counts what its parent held when it was started.
-    """
-    status = Path("/proc/self/status")
-    if status.exists():
-        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-        return int(line.split()[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def forget_peak() -> None:
-    """Start the peak again from what is resident now, where the system can (Linux); elsewhere the old peak stays."""
-    with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
-
-
 def own_memory(name: str, settings: Settings, dtype: str) -> int:
     """Growth of the peak, in bytes, over the steps of one contender; for a process that has done nothing else."""
     torch.set_num_threads(1)
@@ -230,13 +209,4 @@ def run(settings: Settings) -> dict[str, Any]:
     for each in figures.values():
         each["fast_enough"] = each["speed_ratio"] >= SPEED_REQUIRED
         each["small_enough"] = each["memory_ratio"] <= MEMORY_ALLOWED
-    return {"benchmark": "flow_step", "settings": asdict(settings), "machine": machine(), "figures": figures, "training": trained}
-
-
-def machine() -> dict[str, Any]:
-    """Processor, system and versions, without anything that names the computer or its user."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor())
-    versions = {"meanfield": mf.__version__, "python": platform.python_version()} | {name: version(name) for name in LIBRARIES}
-    return {"processor": model, "cores": os.cpu_count(), "threads": 1, "system": platform.system(), "versions": versions}
+    return {"benchmark": "flow_step", "settings": asdict(settings), "machine": machine.description(), "figures": figures, "training": trained}

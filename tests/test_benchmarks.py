@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from benchmarks import __main__ as command
-from benchmarks import flow_step
-from meanfield.solvers import flow
+from benchmarks import contenders, flow_step, growth, isolated, judge, one_layer, problems, solve
+from meanfield.solvers import flow, splitting
 
 TINY = flow_step.Settings(samples=20, widths=(3, 2), dtypes=("float64",), repetitions=2, block=1, warm_up=1, memory_steps=1, training_steps=3)
 
@@ -57,8 +57,153 @@ def test_settings_survive_json():
     assert flow_step.from_dict(json.loads(json.dumps(flow_step.asdict(TINY)))) == TINY
 
 
-@pytest.mark.parametrize("arguments", [[], ["flow", "--samples", "0"], ["flow", "--dtypes", "float16"], ["slow"]])
+@pytest.mark.parametrize("arguments", [[], ["flow", "--samples", "0"], ["flow", "--dtypes", "float16"], ["slow"], ["solve", "--gaps", "2"]])
 def test_bad_arguments_are_refused(arguments, capsys):
     with pytest.raises(SystemExit):
         command.main(arguments)
     assert "usage" in capsys.readouterr().err
+
+
+TINY_CASE = problems.Case(6, 4, (6, 4))
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    program = problems.program(TINY_CASE)
+    solution = splitting.solve(program, 1e-6)
+    return program, judge.Answer([solution.point], [solution.multipliers])
+
+
+def test_standard_programs_are_those_of_the_seed():
+    program = problems.program(TINY_CASE)
+    assert program.widths == (6, 4)
+    assert program.preactivations[1].shape == (6, 4, 4, 4)
+    assert torch.equal(program.frozen.kernels[0], problems.program(TINY_CASE).frozen.kernels[0])
+    assert not torch.equal(program.frozen.kernels[0], problems.program(replace(TINY_CASE, seed=1)).frozen.kernels[0])
+    assert problems.digits(5, 6)[0].shape == (5, 1, 6, 6)
+    assert problems.Case.from_dict(json.loads(json.dumps(TINY_CASE.to_dict()))) == TINY_CASE
+
+
+def test_judge_passes_an_optimum_and_fails_what_is_worse(tiny):
+    program, answer = tiny
+    optimum = judge.judge(program, answer)
+    assert judge.meets(judge.figures(optimum), 1e-6)
+    frozen = judge.judge(program, judge.Answer([program.point(program.frozen)], answer.multipliers))
+    assert judge.figures(frozen)["feasible"]
+    assert frozen.value > optimum.value
+    runs = [judge.figures(optimum), judge.figures(frozen)]
+    bound = judge.excess(runs)
+    assert bound == max(optimum.dual_value, frozen.dual_value)
+    assert runs[0]["excess"] <= 1e-6 < runs[1]["excess"]
+    assert not judge.meets(runs[1], 1e-6)
+
+
+def test_judge_accepts_no_value_below_the_bound_from_an_infeasible_point(tiny):
+    program, answer = tiny
+    point = answer.points[0]
+    shrunk = replace(point, kernels=tuple(0.5 * W for W in point.kernels))
+    found = judge.figures(judge.judge(program, judge.Answer([shrunk], answer.multipliers)))
+    assert found["value"] < judge.judge(program, answer).value
+    assert not found["feasible"]
+    assert not judge.meets(found, 1.0)
+    both = judge.judge(program, judge.Answer([shrunk, point], answer.multipliers))
+    assert both.value == judge.judge(program, answer).value
+
+
+def test_worse_multipliers_only_widen_the_gap(tiny):
+    program, answer = tiny
+    worse = answer.multipliers[0].map(lambda tensor: 1.1 * tensor + 1e-3)
+    assert judge.judge(program, judge.Answer(answer.points, [worse])).gap > judge.judge(program, answer).gap
+
+
+def test_answers_survive_their_file(tiny, tmp_path):
+    program, answer = tiny
+    answer.save(tmp_path / "answer.pt")
+    assert judge.judge(program, judge.Answer.load(tmp_path / "answer.pt")) == judge.judge(program, answer)
+
+
+def test_times_count_only_where_the_gap_is_proven():
+    runs = [
+        {"contender": "splitting", "feasible": True, "relative_gap": 1e-5, "cpu_seconds": 1.0},
+        {"contender": "CLARABEL", "feasible": True, "relative_gap": 2e-5, "cpu_seconds": 5.0},
+        {"contender": "CLARABEL", "feasible": True, "relative_gap": 3e-6, "cpu_seconds": 20.0},
+        {"contender": "CLARABEL", "feasible": True, "relative_gap": 3e-8, "cpu_seconds": 25.0},
+        {"contender": "SCS", "feasible": False, "relative_gap": 1e-9, "cpu_seconds": 0.1},
+    ]
+    found = solve.at_gap(solve.SMALL, runs, 1e-5)
+    assert found["cpu_seconds"] == {"splitting": 1.0, "CLARABEL": 20.0}
+    assert found["times_faster"] == {"CLARABEL": 20.0}
+    assert [target["kept"] for target in found["targets"]] == [True]
+    assert [target["kept"] for target in solve.at_gap(solve.SMALL, runs[:2], 1e-5)["targets"]] == [False]
+
+
+def test_solve_command(tmp_path, capsys):
+    found = command.main(["solve", "--quick", "--in-process", "--out", str(tmp_path)])
+    assert json.loads((tmp_path / "solve.json").read_text()) == json.loads(json.dumps(found))
+    assert (tmp_path / "solve.png").read_bytes().startswith(b"\x89PNG")
+    case = found["cases"][0]
+    assert {run["contender"] for run in case["runs"]} == set(contenders.CONTENDERS)
+    assert all(run["excess"] > -1e-9 for run in case["runs"])
+    assert set(case["at_gap"][0]["cpu_seconds"]) == set(contenders.CONTENDERS)
+    assert [run["contender"] for run in found["one_layer"][0]["runs"]][:2] == ["meanfield", "exact optimum"]
+    assert found["machine"]["versions"]["cvxpy"]
+    assert "CLARABEL" in capsys.readouterr().out
+
+
+def test_growth_command(tmp_path):
+    found = command.main(["growth", "--quick", "--in-process", "--out", str(tmp_path / "sizes.json")])
+    assert (tmp_path / "sizes.png").read_bytes().startswith(b"\x89PNG")
+    assert set(found["sweeps"]) == {"particles", "images", "positions"}
+    for sweep in found["sweeps"].values():
+        assert len(sweep["rows"]) == 2
+        assert all(row["matmul_gflops"] > 0 and row["rank"] > 0 for row in sweep["rows"])
+
+
+def test_device_command_without_a_gpu(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    found = command.main(["device", "--out", str(tmp_path)])
+    assert "no GPU" in found["skipped"]
+    assert "no GPU" in capsys.readouterr().out
+    assert json.loads((tmp_path / "device.json").read_text())["skipped"] == found["skipped"]
+
+
+def test_slopes():
+    exact = growth.slope([1, 2, 4], [3, 12, 48])
+    assert exact["slope"] == pytest.approx(2)
+    assert exact["upper"] == pytest.approx(2)
+    assert exact["error"] == pytest.approx(0, abs=1e-9)
+    assert growth.slope([1], [1])["slope"] is None
+
+
+def test_a_fresh_process_answers_and_a_failure_says_why():
+    order = {"case": one_layer.TINY.__dict__, "contender": "exact optimum", "tolerance": None, "max_seconds": 60.0, "answer": "/nowhere/network.pt"}
+    with pytest.raises(isolated.Failure, match="nowhere"):
+        isolated.call("benchmarks.one_layer:run", order)
+    with pytest.raises(isolated.Failure, match="stopped after"):
+        isolated.call("benchmarks.one_layer:run", order, timeout=0.01)
+
+
+def test_pyscnn_is_skipped_with_a_reason(monkeypatch):
+    monkeypatch.setattr(one_layer.importlib.util, "find_spec", lambda name: None)
+    lines = []
+    found = one_layer.measure(one_layer.TINY, 10.0, False, lines.append)
+    assert [entry["contender"] for entry in found["skipped"]] == ["pyscnn"]
+    assert "not installed" in found["skipped"][0]["reason"]
+    assert any("not installed" in line for line in lines)
+    assert "positions" in (one_layer.absence("pyscnn", one_layer.CASES[-1]) or "")
+    assert one_layer.absence("exact optimum", one_layer.CASES[1])
+
+
+def test_neurons_become_the_particles_of_least_penalty():
+    case = one_layer.TINY
+    exact = one_layer.problem(case)
+    generator = torch.Generator().manual_seed(0)
+    first, second = (torch.randn(shape, dtype=torch.float64, generator=generator) for shape in ((5, 3), (5,)))
+    second[2] = 0.0
+    network = one_layer.balanced_network(exact, first, second)
+    output = (exact.inputs.flatten(1) @ first.T).clamp_min(0) @ second
+    assert network(exact.inputs).flatten() == pytest.approx(output, rel=1e-10)
+    variation = float((first.norm(dim=1) * second.abs()).sum())
+    expected = 0.5 * float((output - exact.targets.flatten()).square().mean()) + 2 * one_layer.STRENGTH * variation
+    assert float(exact.value(network)) == pytest.approx(expected, rel=1e-10)
+    assert float(one_layer.balanced_network(exact, first, 0 * second)(exact.inputs).abs().max()) == 0

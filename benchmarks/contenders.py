@@ -1,0 +1,124 @@
+"""The contenders for one convex program, each run once from program to answer in a process of its own.
+
+Timed in CPU seconds of the process, on one thread.  The splitting's time holds everything it does: constraint basis,
+iterations, restoration, certificates.  For cvxpy, building and compiling the model (up to the matrices that the solver
+is given) is stated apart from the solver's run; restoring its point to the constraints is free of charge.  Memory is the
+growth of peak resident memory from the frozen program to the answer, compilation included.  A tiny program is solved
+first, so that no one pays for imports.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks import problems
+from benchmarks.judge import Answer
+from benchmarks.machine import forget_peak, peak_bytes
+from benchmarks.problems import Case
+from meanfield.program import ConvexProgram
+from meanfield.solvers import splitting
+
+WARM_UP = Case(images=4, side=2, widths=(3, 2))
+WARM_UP_TOLERANCE = 1e-2
+DTYPES = {"float32": torch.float32, "float64": torch.float64}
+CVXPY_OPTIONS: dict[str, Callable[[float, float], dict[str, Any]]] = {
+    "CLARABEL": lambda tolerance, seconds: {
+        "tol_gap_abs": tolerance, "tol_gap_rel": tolerance, "tol_feas": tolerance, "time_limit": seconds, "max_threads": 1,
+    },
+    "SCS": lambda tolerance, seconds: {"eps_abs": tolerance, "eps_rel": tolerance, "max_iters": 1_000_000, "time_limit_secs": seconds},
+}  # fmt: skip
+CONTENDERS = ("splitting", *CVXPY_OPTIONS)
+
+
+@dataclass
+class Outcome:
+    """An answer and what it took; history only where the contender keeps one."""
+
+    status: str
+    cpu_seconds: float
+    answer: Answer | None
+    wall_seconds: float = 0.0
+    compile_cpu_seconds: float = 0.0
+    iterations: int | None = None
+    history: list[dict[str, Any]] = field(default_factory=list)
+
+
+def run(order: dict[str, Any]) -> dict[str, Any]:
+    """Run order["contender"] on order["case"]; the answer goes to the file order["answer"], its cost is returned."""
+    name, device, dtype = order["contender"], order.get("device", "cpu"), DTYPES[order.get("dtype", "float64")]
+    prepare = lambda case: problems.program(case).to(dtype=dtype, device=device)  # noqa: E731
+    solve(name, prepare(WARM_UP), WARM_UP_TOLERANCE, 60.0)
+    program = prepare(Case.from_dict(order["case"]))
+    gc.collect()
+    forget_peak()
+    before = peak_bytes()
+    if device != "cpu":
+        torch.cuda.reset_peak_memory_stats()
+    outcome = solve(name, program, order["tolerance"], order["max_seconds"], order.get("check_every"))
+    grown = peak_bytes() - before if device == "cpu" else torch.cuda.max_memory_allocated()
+    if outcome.answer is not None:
+        outcome.answer.save(order["answer"])
+    return {
+        "contender": name, "tolerance": order["tolerance"], "status": outcome.status, "cpu_seconds": outcome.cpu_seconds,
+        "wall_seconds": outcome.wall_seconds, "compile_cpu_seconds": outcome.compile_cpu_seconds, "iterations": outcome.iterations,
+        "peak_bytes": grown, "answered": outcome.answer is not None, "history": outcome.history,
+    }  # fmt: skip
+
+
+def solve(name: str, program: ConvexProgram, tolerance: float, max_seconds: float, check_every: int | None = None) -> Outcome:
+    """One contender on one program; check_every is the splitting's, for a history with more rows than its own choice."""
+    if name == "splitting":
+        return _splitting(program, tolerance, max_seconds, check_every)
+    return _cvxpy(name, program, tolerance, max_seconds)
+
+
+def _splitting(program: ConvexProgram, tolerance: float, max_seconds: float, check_every: int | None) -> Outcome:
+    began, wall = time.process_time(), time.perf_counter()
+    solution = splitting.solve(program, tolerance, max_iterations=1_000_000, max_seconds=max_seconds, check_every=check_every)
+    took, wall = time.process_time() - began, time.perf_counter() - wall
+    points = [solution.point]
+    if solution.point.readout.dtype == torch.float32:  # restored for the judge, who works in float64
+        exact = program.to(dtype=torch.float64, device="cpu")
+        points.append(exact.restore(solution.point.map(lambda tensor: tensor.double().cpu())))
+    answer = Answer(points, [] if solution.multipliers is None else [solution.multipliers])
+    iterations = int(solution.history[-1]["iteration"]) if solution.history else 0
+    return Outcome(solution.status, took, answer, wall_seconds=wall, iterations=iterations, history=solution.history)
+
+
+def _cvxpy(solver: str, program: ConvexProgram, tolerance: float, max_seconds: float) -> Outcome:
+    reference = importlib.import_module("meanfield.solvers.reference")
+    options = CVXPY_OPTIONS[solver](tolerance, max_seconds)
+    began = time.process_time()
+    model = reference._Model(program)
+    data, chain, inverse = model.problem.get_problem_data(solver, solver_opts=options)
+    compiled, wall = time.process_time(), time.perf_counter()
+    raw = chain.solve_via_data(model.problem, data, False, False, options)
+    took, wall = time.process_time() - compiled, time.perf_counter() - wall
+    found = _unpack(model, raw, chain, inverse)
+    answer = None
+    if model.masses[0].value is not None:
+        points = [model.point(), *reference._cleaned(program, model.point())]
+        answer = Answer(points, [model.multipliers(sign) for sign in (1.0, -1.0)])
+    return Outcome(found[0], took, answer, wall_seconds=wall, compile_cpu_seconds=compiled - began, iterations=found[1])
+
+
+def _unpack(model: Any, raw: Any, chain: Any, inverse: Any) -> tuple[str, int | None]:
+    """Status and iterations of a cvxpy run; the point is then in the model's variables."""
+    cp = importlib.import_module("cvxpy")
+    try:
+        with np.errstate(divide="ignore", invalid="ignore"), warnings.catch_warnings():  # judged outside
+            warnings.simplefilter("ignore")
+            model.problem.unpack_results(raw, chain, inverse)
+    except cp.SolverError as error:
+        return f"failed: {error}", None
+    stats = model.problem.solver_stats
+    return str(model.problem.status), None if stats is None else stats.num_iters

@@ -1,0 +1,77 @@
+"""The convex programs that the benchmarks share: digits 3 against 5 and the frozen features of standard normal kernels.
+
+3x3 kernels, padding 1, tanh, average readout, squared loss, source and input penalty 3e-4, readout penalty 3e-3,
+uniform masses; kernels of both layers and the readout are standard normal draws from the seed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import meanfield as mf
+from meanfield import data, measures
+
+FULL_SIDE = 8
+PENALTY = mf.Penalty(source=3e-4, readout=3e-3, input=3e-4)
+
+
+@dataclass(frozen=True)
+class Case:
+    """Size of a program: `images` digits of side x side pixels and the particles of the two layers."""
+
+    images: int
+    side: int
+    widths: tuple[int, int]
+    seed: int = 0
+
+    @classmethod
+    def from_dict(cls, description: dict[str, Any]) -> Case:
+        return cls(**{**description, "widths": tuple(description["widths"])})
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @property
+    def name(self) -> str:
+        return f"N={self.images}, {self.side}x{self.side}, widths {self.widths[0]}/{self.widths[1]}"
+
+    @property
+    def constraints(self) -> int:
+        """Rows of the constraint A W_j = p_j g_j, per feature."""
+        return self.images * self.side**2
+
+    @property
+    def columns(self) -> int:
+        """Unknowns W_j of that constraint, per feature."""
+        return 9 * self.widths[0]
+
+
+def program(case: Case, dtype: torch.dtype = torch.float64) -> mf.ConvexProgram:
+    """The convex program of a case, on the CPU."""
+    layer = mf.Conv(3, padding=1, activation="tanh")
+    architecture = mf.Architecture((1, case.side, case.side), (layer, layer), readout="average")
+    inputs, targets = digits(case.images, case.side)
+    problem = mf.Problem(architecture, inputs.to(dtype), targets.to(dtype), "squared", PENALTY)
+    return mf.ConvexProgram.freeze(problem, normal_network(architecture, case.widths, problem.inputs, case.seed))
+
+
+def normal_network(architecture: mf.Architecture, widths: tuple[int, int], like: Tensor, seed: int) -> mf.ParticleNetwork:
+    """Uniform masses, kernels and readout standard normal."""
+    generator = torch.Generator().manual_seed(seed)
+    masses = [like.new_full((width,), 1 / width) for width in widths]
+    kernels = [measures.normal(shape, generator, like) for shape in architecture.kernel_shapes(widths)]
+    readout = measures.normal(architecture.readout_shape(widths[-1]), generator, like)
+    return mf.ParticleNetwork(architecture, masses, kernels, readout)
+
+
+def digits(images: int, side: int) -> tuple[Tensor, Tensor]:
+    """The first digits 3 and 5 and their labels -1, 1; pooled where `side` divides 8, else interpolated to side x side."""
+    chosen = data.load("digits", classes=(3, 5), samples=images, pool=FULL_SIDE // side if FULL_SIDE % side == 0 else 1)
+    inputs = chosen.inputs
+    if inputs.shape[-1] != side:
+        inputs = torch.nn.functional.interpolate(inputs, size=(side, side), mode="bilinear", align_corners=False)
+    return inputs, chosen.targets("squared")
