@@ -5,10 +5,10 @@ from __future__ import annotations
 import io
 from typing import Any
 
-SMALLEST_GAP = 1e-13  # drawn for gaps at rounding
+SMALLEST_GAP = 1e-9  # smaller ones are drawn here
 COLOURS = {"splitting": "#1b6ca8", "CLARABEL": "#c8553d", "SCS": "#6a994e"}
 MARKERS = {"splitting": "o", "CLARABEL": "s", "SCS": "^"}
-GAP_LABEL = "proven relative gap"
+GAP_LABEL = f"proven relative gap (at the bottom: {SMALLEST_GAP:.0e} or less)"
 
 
 def solve_picture(found: dict[str, Any]) -> bytes:
@@ -18,6 +18,8 @@ def solve_picture(found: dict[str, Any]) -> bytes:
     for axis, case in zip(axes, cases):
         _gap_panel(axis, case)
     axes[0].set_ylabel(GAP_LABEL)
+    named = {text: handle for axis in axes for handle, text in zip(*axis.get_legend_handles_labels())}
+    figure.legend(named.values(), named, loc="outside lower center", ncols=min(len(named), 2 * len(axes)), frameon=False, fontsize=8)
     return _png(figure)
 
 
@@ -29,8 +31,18 @@ def _gap_panel(axis: Any, case: dict[str, Any]) -> None:
         elif runs:
             _draw_sweep(axis, name, runs)
     axis.set(xscale="log", yscale="log", xlabel="CPU seconds, one thread", title=case["name"])
+    axis.set_ylim(bottom=SMALLEST_GAP / 3)
+    _label_decades(axis)
     axis.grid(alpha=0.3)
-    axis.legend(frameon=False, fontsize=8)
+
+
+def _label_decades(axis: Any) -> None:
+    """Seconds as plain numbers, at 1, 2 and 5 of every decade."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    axis.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axis.xaxis.set_major_formatter(FuncFormatter(lambda seconds, _: f"{seconds:g}"))
+    axis.xaxis.set_minor_formatter(NullFormatter())
 
 
 def _draw_history(axis: Any, runs: list[dict[str, Any]]) -> None:
@@ -80,7 +92,7 @@ _SIZE_LABELS = {"particles": "particles of layer 1 (half as many in layer 2)", "
 def _panels(count: int) -> tuple[Any, Any]:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(4.6 * max(count, 1), 3.8), layout="constrained")
+    figure = Figure(figsize=(4.8 * max(count, 1), 4.2), layout="constrained")
     return figure, figure.subplots(1, max(count, 1), squeeze=False)[0]
 
 

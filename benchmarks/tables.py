@@ -22,9 +22,8 @@ def _runs(case: dict[str, Any]) -> Table:
     table = Table(*columns, title=title)
     for run in case["runs"]:
         table.add_row(
-            run["contender"], _scientific(run["tolerance"]), escape(run["status"]),
-            _fixed(run.get("compile_cpu_seconds")), _fixed(run.get("cpu_seconds")), _mebibytes(run.get("peak_bytes")), _fixed(run.get("value"), 9), _scientific(run.get("relative_gap")), _scientific(run.get("excess")),
-            _scientific(run.get("violation")) + ("" if run["feasible"] else " infeasible"),
+            run["contender"], _scientific(run["tolerance"]), escape(run["status"]), _fixed(run.get("compile_cpu_seconds")),
+            _fixed(run.get("cpu_seconds")), _mebibytes(run.get("peak_bytes")), *_verdict(run),
         )  # fmt: skip
     for entry in case["skipped"]:
         table.add_row(entry["contender"], "", escape(f"skipped: {entry['reason']}"))
@@ -98,11 +97,17 @@ def device_tables(found: dict[str, Any]) -> list[Table]:
         table = Table(*columns, title=f"{case['name']} on {found['device']}")
         for run in case["runs"]:
             table.add_row(
-                run["dtype"], _scientific(run["tolerance"]), escape(run["status"]),
-                _fixed(run.get("wall_seconds")), _mebibytes(run.get("peak_bytes")), _fixed(run.get("value"), 9), _scientific(run.get("relative_gap")), _scientific(run.get("excess")), _scientific(run.get("violation")),
+                run["dtype"], _scientific(run["tolerance"]), escape(run["status"]), _fixed(run.get("wall_seconds")),
+                _mebibytes(run.get("peak_bytes")), *_verdict(run),
             )  # fmt: skip
         tables.append(table)
     return tables
+
+
+def _verdict(run: dict[str, Any]) -> list[str]:
+    """What the judge found: value, proven gap, excess, violation."""
+    violation = _scientific(run.get("violation")) + ("" if run["feasible"] else " infeasible")
+    return [_fixed(run.get("value"), 9), _scientific(run.get("relative_gap")), _scientific(run.get("excess")), violation]
 
 
 def _scientific(number: float | None) -> str:
