@@ -13,6 +13,7 @@ from torch import Tensor
 from meanfield.validation import finite, one_of
 
 NEWTON_STEPS = 60
+DEVICE_STEPS = 20  # on a GPU their number is fixed: to look whether all have settled would wait for it
 
 
 class Loss(Protocol):
@@ -34,6 +35,10 @@ class Loss(Protocol):
     def prox(self, center: Tensor, targets: Tensor, weight: float) -> Tensor: ...
 
     def predict(self, outputs: Tensor) -> Tensor: ...
+
+
+def _steps(like: Tensor) -> int:
+    return DEVICE_STEPS if like.is_cuda else NEWTON_STEPS
 
 
 def _check_count(targets: Tensor, count: int) -> None:
@@ -115,15 +120,16 @@ class LogisticLoss:
         margin_center = targets * center
         low, high = margin_center, margin_center + 1 / weight
         margin = margin_center + torch.sigmoid(-margin_center) / (weight + 0.25)
-        for _ in range(NEWTON_STEPS):
+        for _ in range(_steps(center)):
             sigmoid = torch.sigmoid(-margin)
             residual = weight * (margin - margin_center) - sigmoid
             low, high = torch.where(residual < 0, margin, low), torch.where(residual > 0, margin, high)
             step = margin - residual / (weight + sigmoid * (1 - sigmoid))
             new = torch.where((step >= low) & (step <= high), step, 0.5 * (low + high))
-            if bool(((new - margin).abs() <= 4 * torch.finfo(margin.dtype).eps * (1 + margin.abs())).all()):
-                break
+            settled = (new - margin).abs() <= 4 * torch.finfo(margin.dtype).eps * (1 + margin.abs())
             margin = new
+            if not margin.is_cuda and bool(settled.all()):
+                break
         return targets * margin
 
     def predict(self, outputs: Tensor) -> Tensor:
@@ -171,17 +177,18 @@ class SoftmaxLoss:
         return v - self._one_hot(targets, dual)
 
     def prox(self, center: Tensor, targets: Tensor, weight: float) -> Tensor:
-        """Damped Newton; the Hessian diag(v + weight) - v v^T is inverted by Sherman-Morrison."""
+        """Newton's method; the Hessian diag(v + weight) - v v^T is inverted by Sherman-Morrison."""
         outputs, merit = center, self._merit(center, center, targets, weight)
-        for _ in range(NEWTON_STEPS):
+        for _ in range(_steps(center)):
             v = outputs.softmax(1)
             gradient = v - self._one_hot(targets, center) + weight * (outputs - center)
             inverse = 1 / (v + weight)
             along = (inverse * v * gradient).sum(1, keepdim=True) / (1 - (inverse * v * v).sum(1, keepdim=True))
             step = inverse * (gradient + v * along)
-            if bool((step.abs() <= 8 * torch.finfo(v.dtype).eps * (1 + outputs.abs())).all()):
+            settled = step.abs() <= 8 * torch.finfo(v.dtype).eps * (1 + outputs.abs())
+            if not step.is_cuda and bool(settled.all()):
                 break
-            outputs, merit = self._backtrack(outputs, step, merit, center, targets, weight)
+            outputs, merit = self._advance(outputs, step, merit, center, targets, weight)
         return outputs
 
     def predict(self, outputs: Tensor) -> Tensor:
@@ -190,20 +197,18 @@ class SoftmaxLoss:
     def _merit(self, outputs: Tensor, center: Tensor, targets: Tensor, weight: float) -> Tensor:
         return self.value(outputs, targets) + 0.5 * weight * (outputs - center).square().sum(1)
 
-    def _backtrack(
-        self, outputs: Tensor, step: Tensor, merit: Tensor, center: Tensor, targets: Tensor, weight: float
-    ) -> tuple[Tensor, Tensor]:
-        """Halve the Newton step of each image until its merit does not rise beyond rounding."""
-        allowed = merit + 8 * torch.finfo(merit.dtype).eps * (1 + merit.abs())
-        length = torch.ones_like(merit)
-        for _ in range(30):
-            trial = outputs - length[:, None] * step
-            new = self._merit(trial, center, targets, weight)
-            rising = new > allowed
-            if not bool(rising.any()):
-                return trial, new
-            length = torch.where(rising, 0.5 * length, length)
-        return torch.where(rising[:, None], outputs, trial), torch.where(rising, merit, new)
+    def _advance(self, outputs: Tensor, step: Tensor, merit: Tensor, center: Tensor, targets: Tensor, weight: float) -> tuple[Tensor, Tensor]:
+        """The full Newton step of each image if its merit does not rise beyond rounding, else log(1 + d) / d of it.
+
+        d is the step's span: along it the Hessian changes by at most exp(d), so that the shorter step always descends
+        (generalised self-concordance; Sun & Tran-Dinh 2019, theorem 2).
+        """
+        whole = outputs - step
+        new = self._merit(whole, center, targets, weight)
+        descends = new <= merit + 8 * torch.finfo(merit.dtype).eps * (1 + merit.abs())
+        span = (step.amax(1, keepdim=True) - step.amin(1, keepdim=True)).clamp_min(torch.finfo(merit.dtype).tiny)
+        shorter = outputs - torch.log1p(span) / span * step
+        return torch.where(descends[:, None], whole, shorter), torch.where(descends, new, self._merit(shorter, center, targets, weight))
 
     def _one_hot(self, targets: Tensor, like: Tensor) -> Tensor:
         return torch.nn.functional.one_hot(targets, like.shape[1]).to(like.dtype)

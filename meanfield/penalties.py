@@ -16,6 +16,7 @@ from meanfield.validation import nonnegative, one_of, positive
 
 KERNEL_NORMS = ("l2", "l1")
 ROOT_STEPS = 100
+DEVICE_STEPS = 25  # on a GPU their number is fixed: to look whether all roots have settled would wait for it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,9 +58,12 @@ class Penalty:
         """|b_ij|*, (targets, sources)."""
         return self.atoms(kernels).amax(2)
 
-    def shrink(self, kernels: Tensor, thresholds: Tensor) -> Tensor:
-        """Atoms x -> (1 - threshold / |x|)_+ x; thresholds broadcast against (targets, sources, atoms)."""
-        atoms = self.atoms(kernels)
+    def shrink(self, kernels: Tensor, thresholds: Tensor, atoms: Tensor | None = None) -> Tensor:
+        """Atoms x -> (1 - threshold / |x|)_+ x; thresholds broadcast against (targets, sources, atoms).
+
+        atoms: `self.atoms(kernels)`, where they are at hand.
+        """
+        atoms = self.atoms(kernels) if atoms is None else atoms
         factors = torch.where(atoms > thresholds, 1 - thresholds / atoms, 0.0)
         return (kernels.flatten(2) * factors).reshape(kernels.shape)
 
@@ -100,7 +104,7 @@ def shrinkage_root(
     eps, floor = torch.finfo(at_zero.dtype).eps, torch.finfo(at_zero.dtype).tiny / torch.finfo(at_zero.dtype).eps
     low, high = torch.zeros_like(at_zero), torch.full_like(at_zero, torch.inf)
     r = low if start is None else torch.where(inactive, 0.0, start)
-    for _ in range(ROOT_STEPS):
+    for _ in range(DEVICE_STEPS if r.is_cuda else ROOT_STEPS):
         rest = (magnitudes - slopes * r).clamp_min_(0)
         left = _weighted_sum(rest, weights, 1.0, dims)
         fall = _weighted_sum(rest.sign_(), weights, slopes, dims)
@@ -112,7 +116,7 @@ def shrinkage_root(
         # rounding leaves this much of terms of this size; mass and bend may cancel
         settled = value.abs() <= 8 * eps * (left + r * (slope + bend + abs(mass))) + floor
         settled |= inactive
-        if bool(settled.all()):
+        if not r.is_cuda and bool(settled.all()):
             break
         below = value < 0
         low, high = torch.where(below, r, low), torch.where(below, high, r)
@@ -154,10 +158,11 @@ def row_prox(
         return kernels, masses.clamp_min(0), torch.zeros_like(masses)[None, :, None]
     slope, curvature = 2 * strength / kernel_weight, strength / mass_weight
     center = masses[None, :, None]
-    r = shrinkage_root(penalty.atoms(kernels), slope, 1.0, (0, 2), mass=center, curvature=curvature, start=start)
+    atoms = penalty.atoms(kernels)
+    r = shrinkage_root(atoms, slope, 1.0, (0, 2), mass=center, curvature=curvature, start=start)
     grown = (masses + curvature * r.flatten().square()).clamp_min(0)
-    shrunk = penalty.shrink(kernels, slope * r)
-    return torch.where(grown[None, :, None, None] > 0, shrunk, 0.0), grown, r
+    thresholds = torch.where(grown[None, :, None] > 0, slope * r, torch.inf)  # nothing flows out of no mass
+    return penalty.shrink(kernels, thresholds, atoms), grown, r
 
 
 def cone_projection(
@@ -166,7 +171,6 @@ def cone_projection(
     """Projection on {sum_i |W_ij| <= bound p_j} in the metric of `row_prox`; kernels (targets, sources, ...), masses (targets,)."""
     center = masses[:, None, None]
     slope = bound * kernel_weight / mass_weight
-    theta = shrinkage_root(
-        penalty.atoms(kernels), 1.0, 1.0, (1, 2), level=bound * center, mass=torch.full_like(center, bound * slope)
-    )
-    return penalty.shrink(kernels, theta), (masses + slope * theta.flatten()).clamp_min(0)
+    atoms = penalty.atoms(kernels)
+    theta = shrinkage_root(atoms, 1.0, 1.0, (1, 2), level=bound * center, mass=torch.full_like(center, bound * slope))
+    return penalty.shrink(kernels, theta, atoms), (masses + slope * theta.flatten()).clamp_min(0)

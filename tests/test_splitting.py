@@ -77,18 +77,15 @@ def test_history_tightens_both_sides(solved):
     assert [row["iteration"] for row in solution.history] == sorted({row["iteration"] for row in solution.history})
 
 
-@costly(12)
+@costly(40)
 @given(cases(archs=architectures(sides=(2, 3)), max_width=3, zero_mass=(False, True)))
 def test_agrees_with_clarabel_within_the_two_certified_gaps(case):
     frozen = case.freeze
-    # two layers' amplitude multipliers are sought one after the other: their dual value may stop short of the best
-    nested = frozen.depth > 2 and case.problem.penalty.amplitude_bound is not None
-    ours, theirs = splitting.solve(frozen, tolerance=1e-6, max_iterations=200 if nested else 4000), slow.solve(frozen)
+    ours, theirs = splitting.solve(frozen, tolerance=1e-6), slow.solve(frozen)
     start = frozen.value(frozen.point(case.network)).item()
-    assert ours.status == "optimal" or nested
-    assert ours.certificate.violation < 1e-7
-    assert ours.gap >= -ROUNDING
-    assert ours.gap <= 1e-6 * ours.value or nested
+    assert ours.status == "optimal"
+    assert ours.certificate.violation <= 1e-8
+    assert -ROUNDING <= ours.gap <= 1e-6 * ours.value
     # each value lies above the optimum by at most its gap; CLARABEL's point meets its constraints to 1e-8 only
     slack = 1e-7 * (1 + ours.value)
     assert ours.value - theirs.value <= ours.gap + slack
@@ -133,7 +130,7 @@ def test_limits_are_statuses_with_an_honest_gap(options, status):
     truth = splitting.solve(frozen, tolerance=1e-9)
     solution = splitting.solve(frozen, tolerance=1e-12, **options)
     assert solution.status == status
-    assert solution.history[-1]["iteration"] == 5
+    assert solution.history[-1]["iteration"] == (5 if status == "max_iterations" else 1)
     assert solution.gap >= solution.value - truth.value - ROUNDING
     assert solution.gap > 1e-6
 

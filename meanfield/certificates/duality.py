@@ -7,8 +7,8 @@ of feature j of layers >= 2 give, for ANY values, the lower bound
     mu_l = max_i (t_i^2 / (4 lambda_s) - gamma_i)  for l < L,   mu_L = max_j (|q_j|^2 / (4 lambda_u) - gamma_j),
 
 with q_j the readout's response to r, b_ij = (sum beta_j T_s f_i)_s, t_i = max_j (|b_ij|* - kappa_j)_+,
-gamma_i = lambda_1 |z_i|^2 on layer 1 and <beta_i, g_i> - B kappa_i - B |sum beta_i| on later ones.  mu and kappa are
-chosen here, as small as they can be: no solver grades itself.
+gamma_i = lambda_1 |z_i|^2 on layer 1 and <beta_i, g_i> - B kappa_i - B |sum beta_i| on later ones.  mu is
+chosen here, kappa too unless a solver gives it, as small as they can be: no solver grades itself.
 """
 
 from __future__ import annotations
@@ -27,13 +27,18 @@ GOLDEN = 0.5 * (5**0.5 - 1)
 
 @dataclass(frozen=True, eq=False)
 class Multipliers:
-    """output r (N, K); realisation[l-1] beta (M_l, N, P_l) for layers l = 1..L-1 counted from 0."""
+    """output r (N, K); realisation[l-1] beta (M_l, N, P_l) for layers l = 1..L-1 counted from 0.
+
+    amplitude[l-1] kappa (M_l,) >= 0 of the amplitude bound, where a solver knows it; None has it searched for.
+    """
 
     output: Tensor
     realisation: tuple[Tensor, ...]
+    amplitude: tuple[Tensor, ...] | None = None
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Multipliers:
-        return Multipliers(function(self.output), tuple(map(function, self.realisation)))
+        amplitude = None if self.amplitude is None else tuple(map(function, self.amplitude))
+        return Multipliers(function(self.output), tuple(map(function, self.realisation)), amplitude)
 
 
 @dataclass(frozen=True)
@@ -90,11 +95,11 @@ def dual_value(program: ConvexProgram, multipliers: Multipliers) -> float:
     """The best lower bound of the program that these multipliers give, after repair to feasibility; float64.
 
     Repair: r is moved into the domain of the conjugate, beta is centred where a bias is free, and both are scaled by
-    the common factor that serves the bound best (not so with an amplitude bound on two or more layers).
+    the common factor that serves the bound best (not so where kappa has to be searched for on two or more layers).
     """
     program = program.to(dtype=torch.float64)
     dual = _PricedFeatures.of(program, multipliers.map(lambda t: t.to(program.features[0])))
-    if dual.bounded and program.depth > 2:  # kappa takes a search over several layers: one around that would cost too much
+    if dual.bounded and dual.amplitude is None and program.depth > 2:  # kappa takes a search over several layers: one around that would cost too much
         return max(dual.value(0.0), dual.value(1.0))
     return max(dual.value(1.0), _golden_maximum(dual.value, 0.0, 2.0))
 
@@ -111,6 +116,7 @@ class _PricedFeatures:
     norms: list[Tensor]
     pairings: list[Tensor]
     readout: Tensor
+    amplitude: tuple[Tensor, ...] | None
 
     @classmethod
     def of(cls, program: ConvexProgram, multipliers: Multipliers) -> _PricedFeatures:
@@ -121,7 +127,7 @@ class _PricedFeatures:
             norms.append(norm)
             pairings.append(pairing)
         response = torch.einsum("nk,nj...->j...k", output, program.readout_features)
-        return cls(program, output, norms, pairings, response.flatten(1).square().sum(1))
+        return cls(program, output, norms, pairings, response.flatten(1).square().sum(1), multipliers.amplitude)
 
     @property
     def bounded(self) -> bool:
@@ -135,6 +141,8 @@ class _PricedFeatures:
         conjugate = float(problem.loss.conjugate(count * scale * self.output, problem.targets).mean())
         if conjugate == torch.inf:
             return -torch.inf
+        if self.bounded and self.amplitude is not None:
+            return -conjugate - self._masses_given(scale, self.amplitude)
         if self.bounded:
             return -conjugate - _least_total(lambda offsets: self._masses_bounded(scale, offsets), self.program.depth - 1)
         return -conjugate - self._masses(scale)
@@ -148,6 +156,21 @@ class _PricedFeatures:
             gamma = scale * pairing
         return total + float((_square_over(scale * self.readout.sqrt(), penalty.readout) - gamma).max())
 
+    def _masses_given(self, scale: float, amplitude: tuple[Tensor, ...]) -> float:
+        """sum_l mu_l with the given kappa, lowered to what each mu_l then needs."""
+        penalty, gamma, total = self.program.problem.penalty, self.program.feature_costs, 0.0
+        for norm, pairing, kappa in zip(self.norms, self.pairings, amplitude):
+            load = (scale * (norm - kappa.clamp_min(0)[:, None])).clamp_min(0).amax(0)
+            mu = float((_square_over(load, penalty.source) - gamma).max())
+            total += mu
+            gamma = scale * pairing - (penalty.amplitude_bound or 0.0) * self._least_kappa(scale * norm, mu, gamma)
+        return total + float((_square_over(scale * self.readout.sqrt(), penalty.readout) - gamma).max())
+
+    def _least_kappa(self, norms: Tensor, mu: float, gamma: Tensor) -> Tensor:
+        """kappa_j = max_i (|b_ij|* - sqrt(4 lambda_s (mu + gamma_i)))_+."""
+        thresholds = (4 * self.program.problem.penalty.source * (mu + gamma).clamp_min(0)).sqrt()
+        return (norms - thresholds).clamp_min(0).amax(1)
+
     def _masses_bounded(self, scale: float, offsets: list[float]) -> float:
         """sum_l mu_l when mu_l exceeds its least value max(-gamma) by a share `offsets[l]` of what kappa = 0 needs."""
         penalty, gamma, total = self.program.problem.penalty, self.program.feature_costs, 0.0
@@ -156,9 +179,7 @@ class _PricedFeatures:
             least = float((-gamma).max())
             need = float((_square_over(scale * norm.amax(0), penalty.source) - gamma).max()) if penalty.source else least
             mu = least + offset * (need - least)
-            thresholds = (4 * penalty.source * (mu + gamma).clamp_min(0)).sqrt()
-            kappa = (scale * norm - thresholds).clamp_min(0).amax(1)
-            gamma, total = scale * pairing - bound * kappa, total + mu
+            gamma, total = scale * pairing - bound * self._least_kappa(scale * norm, mu, gamma), total + mu
         return total + float((_square_over(scale * self.readout.sqrt(), penalty.readout) - gamma).max())
 
 

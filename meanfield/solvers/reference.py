@@ -100,6 +100,7 @@ class _Model:
         self.biases = [cp.Variable(n) if layer.bias else None for layer, n in zip(arch.layers[1:], program.widths[1:])]
         self.constraints: list[Any] = [cp.sum(p) == 1 for p in self.masses]
         self.realisation: list[Any] = []
+        self.amplitude: list[Any] = []
         objective = self._loss() + self._readout() + _numpy(program.feature_costs) @ self.masses[0]
         for layer in range(1, program.depth):
             objective = objective + self._layer(layer, penalty)
@@ -139,7 +140,8 @@ class _Model:
         self.constraints.append(self.realisation[-1])
         norms = [self._norms(W[i * offsets : (i + 1) * offsets, :], penalty) for i in range(program.widths[layer - 1])]
         if penalty.amplitude_bound is not None:
-            self.constraints.append(cp.sum(norms) <= penalty.amplitude_bound * self.masses[layer])
+            self.amplitude.append(cp.sum(norms) <= penalty.amplitude_bound * self.masses[layer])
+            self.constraints.append(self.amplitude[-1])
             if bias is not None:
                 self.constraints.append(cp.abs(bias) <= penalty.amplitude_bound * self.masses[layer])
         return self._perspectives([cp.sum(norm) for norm in norms], self.masses[layer - 1], penalty.source)
@@ -161,12 +163,13 @@ class _Model:
         return float("nan") if solution is None else float(solution.opt_val)
 
     def multipliers(self, sign: float) -> Multipliers:
-        """r = d loss / d F at cvxpy's output, beta from its equality duals times `sign`."""
+        """r = d loss / d F at cvxpy's output, beta from its equality duals times `sign`, kappa from the bound's duals."""
         problem, count = self.program.problem, len(self.program.problem.inputs)
         output = torch.as_tensor(self._output().value)
         r = problem.loss.gradient(output, problem.targets) / count
         betas = [sign * torch.as_tensor(c.dual_value).T.reshape(c.shape[1], count, -1).contiguous() for c in self.realisation]
-        return Multipliers(r, tuple(betas))
+        kappas = tuple(torch.as_tensor(np.array(c.dual_value, dtype=float)) for c in self.amplitude)
+        return Multipliers(r, tuple(betas), kappas or None)
 
 
 def _tensor(variable: Any) -> Tensor:

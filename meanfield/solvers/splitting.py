@@ -1,17 +1,18 @@
-"""ADMM for the convex program: alternate a projection on its linear constraints with a proximal step on the rest.
+"""Douglas-Rachford splitting of the convex program: a projection on its linear constraints, a proximal step on the rest.
 
-Douglas-Rachford splitting in its ADMM form, with over-relaxation and residual balancing (Boyd et al. 2011, sections 3.4
-and 4.2).  A variable x carries one copy of every block, z is projected on
+A state s holds every block of variables once (and once more for each cone of the bounds).  With z its projection on
 
     V^T W_j = p_j c_j for every feature j (V: orthonormal basis of the row space of the shifted features, the same for
     every j),   sum p = 1,   F = sum_j <U_j, f_j>,
 
-and both halves are closed form up to one scalar root per row.  Every block has a weight of its own in the metric: it
-starts at the curvature of its term (1 for the loss, lambda_s, lambda_u) per particle, and is set a few times to
-|multiplier| / |variable|, the curvature that a quadratic with these two would have.  Without this the splitting needs
-ten times the iterations on the reference cases.  Anderson acceleration of the fixed-point map (Walker & Ni 2011, type
-II; Zhang, O'Donoghue & Boyd 2020 for the safeguard) lowers the gap of programs frozen after a flow by a factor of 2 to
-100 at equal iterations, for a third more time.
+and x the proximal step from 2 z - s, the state moves by a multiple of x - z (ADMM in another guise; Boyd et al. 2011,
+Eckstein & Bertsekas 1992).  Both halves are closed form up to one scalar root per row: per iteration two matrix products
+a layer and a few passes over the kernels, and on a GPU nothing in an iteration waits for the host.
+
+Every block has a weight of its own in the metric: it starts at the curvature of its term (1 for the loss, lambda_s,
+lambda_u) per particle, and is set a few times to |multiplier| / |variable|, the curvature that a quadratic with these two
+would have.  Without this the splitting needs ten times the iterations on the reference cases.  Anderson acceleration
+lowers the gap of programs frozen after a flow by a factor of 2 to 100 at equal iterations.
 """
 
 from __future__ import annotations
@@ -31,15 +32,16 @@ from meanfield.penalties import Penalty, cone_projection, row_prox
 from meanfield.program import ConvexProgram
 from meanfield.repopulation import ProgramPoint
 from meanfield.solution import Solution, message
+from meanfield.solvers.acceleration import Anderson
 
 Key = tuple[str, int]
 Blocks = dict[Key, Tensor]
 
 RELAXATION = 1.7
-BALANCE_RATIO, BALANCE_FACTOR = 5.0, 2.0
+BALANCE_EVERY, BALANCE_RATIO, BALANCE_FACTOR, BALANCE_RANGE = 10, 5.0, 2.0, 1e4
 RESCALE_AT = (20, 40, 80, 160)  # finitely often: convergence is that of fixed weights
 RESCALE_RANGE = 100.0  # a block without multipliers (masses that no term prices) must not lose its weight
-ANDERSON_MEMORY, ANDERSON_PERIOD, ANDERSON_GROWTH = 10, 5, 2.0
+CHECK_SHARE, CHECK_COST = 0.1, 10  # of the run; iterations that a check costs beside the products it makes
 FROBENIUS = Penalty(kernel_norm="l2")
 
 
@@ -49,38 +51,22 @@ def solve(
     *,
     max_iterations: int = 20_000,
     max_seconds: float = math.inf,
-    check_every: int = 100,
+    check_every: int | None = None,
     rho: float = 1.0,
     callback: Callable[[dict[str, Any]], None] | None = None,
 ) -> Solution:
     """Solve the convex program to a true relative duality gap of `tolerance`.
 
     The gap is computed by `certificates` in float64 from restored points and the splitting's own multipliers every
-    `check_every` iterations (rarer as the run grows longer).  A run that ends early returns its best point with its
-    gap.  callback receives each row of the history.
+    `check_every` iterations (default: so that checks take about a tenth of the run), rarer as the run grows longer.  A
+    run that ends early, by a limit or by Ctrl-C, returns its best point with its gap.  callback receives each row of the
+    history: iteration, seconds, cpu_seconds, value, dual_value, gap, primal_residual, dual_residual, rho.
     """
     validation.positive(tolerance, "tolerance")
     validation.integer(max_iterations, "max_iterations")
     run = _Run(program, rho, tolerance, callback)
-    accelerated = _Anderson(run.splitting)
-    status = "max_iterations"
     try:
-        next_check = check_every
-        for iteration in range(1, max_iterations + 1):
-            accelerated.step(iteration)
-            if iteration in RESCALE_AT:
-                run.splitting.rescale()
-                accelerated.forget()
-            if iteration % 10 == 0 and iteration <= max_iterations // 2 and run.splitting.balance():
-                accelerated.forget()
-            if iteration >= next_check or iteration == max_iterations:
-                next_check = iteration + max(check_every, iteration // 4)
-                if run.check(iteration):
-                    status = "optimal"
-                    break
-                if run.seconds() > max_seconds:
-                    status = "max_seconds"
-                    break
+        status = run.iterate(max_iterations, max_seconds, check_every or run.check_interval())
     except KeyboardInterrupt:
         status = "interrupted"
     return run.solution(status)
@@ -96,7 +82,7 @@ class _Run:
     callback: Callable[[dict[str, Any]], None] | None
 
     def __post_init__(self) -> None:
-        self.began = time.perf_counter()
+        self.began, self.cpu_began = time.perf_counter(), time.process_time()
         self.exact = self.program.to(dtype=torch.float64)
         self.feasible = 1e-3 if self.program.features[0].dtype == torch.float32 else 1e-8
         self.history: list[dict[str, Any]] = []
@@ -107,6 +93,35 @@ class _Run:
 
     def seconds(self) -> float:
         return time.perf_counter() - self.began
+
+    def check_interval(self) -> int:
+        """Iterations of which a check costs CHECK_SHARE: its Gram matrix of the basis beside their two products a layer."""
+        bases, widths = self.splitting.bases, self.program.widths
+        gram = sum(basis.rank * basis.right.numel() for basis in bases.values())
+        products = sum(2 * widths[layer] * basis.right.numel() for layer, basis in bases.items())
+        return math.ceil((CHECK_COST + gram / max(products, 1)) / CHECK_SHARE)
+
+    def iterate(self, max_iterations: int, max_seconds: float, check_every: int) -> str:
+        splitting, accelerated, next_check = self.splitting, Anderson(), check_every
+        for iteration in range(1, max_iterations + 1):
+            splitting.state = accelerated.advance(splitting.state, splitting.change(), splitting.metric)
+            late = self.seconds() > max_seconds
+            if iteration >= next_check or iteration == max_iterations or late:
+                next_check = iteration + max(check_every, iteration // 4)
+                if self.check(iteration):
+                    return "optimal"
+                if late:
+                    return "max_seconds"
+            if self._adapted(iteration, max_iterations):
+                accelerated.forget()
+        return "max_iterations"
+
+    def _adapted(self, iteration: int, max_iterations: int) -> bool:
+        """Change the metric where it is due; True if it changed."""
+        if iteration in RESCALE_AT:
+            self.splitting.rescale()
+            return True
+        return iteration % BALANCE_EVERY == 0 and iteration <= max_iterations // 2 and self.splitting.balance()
 
     def check(self, iteration: int) -> bool:
         """Certify the current iterate; True once the relative gap is below the tolerance."""
@@ -121,7 +136,8 @@ class _Run:
         self.certificate = Certificate(value, dual, value - dual, violation)
         primal, drift = self.splitting.residuals()
         row = {
-            "iteration": iteration, "seconds": self.seconds(), "value": value, "dual_value": dual, "gap": value - dual,
+            "iteration": iteration, "seconds": self.seconds(), "cpu_seconds": time.process_time() - self.cpu_began,
+            "value": value, "dual_value": dual, "gap": value - dual,
             "primal_residual": primal, "dual_residual": drift, "rho": self.splitting.rho,
         }  # fmt: skip
         self.history.append(row)
@@ -131,6 +147,10 @@ class _Run:
 
     def solution(self, status: str) -> Solution:
         detail = f"relative gap {self.certificate.relative_gap:.2g}"
+        if self.splitting.bases:
+            tolerance = next(iter(self.splitting.bases.values())).tolerance
+            ranks = ", ".join(str(basis.rank) for basis in self.splitting.bases.values())
+            detail += f", constraints of rank {ranks} at tolerance {tolerance:.0e}"
         return Solution(
             value=self.certificate.value, gap=self.certificate.gap, status=status, message=message(status, detail),
             network=self.program.network(self.point), point=self.point, history=self.history, certificate=self.certificate,
@@ -139,29 +159,44 @@ class _Run:
 
 
 class _Splitting:
-    """The iteration on one program: x (proximal copy), z (projected copy), u (scaled multipliers), block by block.
+    """The iteration on one program.  state (n,) is s; z its projection and x the proximal step of the last `change`.
 
     Blocks of layer l: ("p", l) masses, ("W", l) and ("b", l) kernels and biases of layers >= 1 counted from 0; ("U", 0)
     readout as (1, M_L, K, positions); ("F", 0) output (N, K); ("Wc", l), ("pc", l) copies for the amplitude bound,
-    ("bd", l), ("pd", l) copies for the bound on biases.
+    ("bd", l), ("pd", l) copies for the bound on biases.  All lie in one vector, in this order.
     """
 
     def __init__(self, program: ConvexProgram, rho: float, point: ProgramPoint, guess: Multipliers):
         self.program, self.rho = program, rho
         self.layers = range(1, program.depth)
         self.bases = {layer: program.basis(layer) for layer in self.layers}
-        self.images = self._images(point)
+        self.images = self._images()
         rows = program.readout_features.flatten(1)
         self.gram_values, self.gram_vectors = torch.linalg.eigh(rows @ rows.T)
+        start = self._start(point)
+        self.shapes = {key: block.shape for key, block in start.items()}
         self.natural = self._natural_weights()
         self.weights = dict(self.natural)
-        self.z = self._start(point)
-        self.x = dict(self.z)
-        self.u = self._start_multipliers(point, guess)
-        self.moved = self.z
+        self._measure()
+        self.z = torch.cat([block.flatten() for block in start.values()])
+        self.state = self.at = self.z + torch.cat([u.flatten() for u in self._start_multipliers(point, guess).values()])
+        self.moved, self.x = self.z, start
         self.roots: Blocks = {}  # of the proximal step, each the start of the next one
 
-    def _images(self, point: ProgramPoint) -> dict[int, Tensor]:
+    def _measure(self) -> None:
+        """metric (n,): the square root of every entry's weight."""
+        self.metric = torch.cat([self.bare.new_full((shape.numel(),), math.sqrt(self.weights[key])) for key, shape in self.shapes.items()])
+
+    @property
+    def bare(self) -> Tensor:
+        return self.program.features[0]
+
+    def blocks(self, vector: Tensor) -> Blocks:
+        """Views of the blocks of a vector (n,)."""
+        pieces = vector.split([shape.numel() for shape in self.shapes.values()])
+        return {key: piece.view(shape) for (key, shape), piece in zip(self.shapes.items(), pieces)}
+
+    def _images(self) -> dict[int, Tensor]:
         """c_j of the frozen features, (M_l, rank): A^T-coordinates of g_j, so that V^T W_j = p_j c_j keeps them as they are."""
         images = {}
         for layer, basis in self.bases.items():
@@ -184,26 +219,38 @@ class _Splitting:
     def rescale(self) -> None:
         """Set the weight of every block to |its multiplier| / |it| / rho, within RESCALE_RANGE of the natural weight.
 
-        Copies of one block share one weight; the constant part of a mass multiplier belongs to sum p = 1 and is left out.
+        Copies of one block share one weight, and so do a kernel and its bias: their projection is orthogonal.  The
+        constant part of a mass multiplier belongs to sum p = 1 and is left out.
         """
-        for names in (("F",), ("U",), ("W", "Wc"), ("b", "bd"), ("p", "pc", "pd")):
+        z, u = self._parts()
+        for names in (("F",), ("U",), ("W", "Wc", "b", "bd"), ("p", "pc", "pd")):
             for layer in range(self.program.depth):
-                copies = [(name, layer) for name in names if (name, layer) in self.u]
-                if copies:
-                    self._rescale_block(copies)
+                keys = [(name, layer) for name in names if (name, layer) in self.shapes]
+                if keys:
+                    self._rescale_block(keys, z, u)
+        self._measure()
+        self.state = torch.cat([(z[key] + u[key]).flatten() for key in self.shapes])
 
-    def _rescale_block(self, copies: list[Key]) -> None:
-        multiplier = self.weight(copies[0]) * torch.stack([self.u[key] for key in copies]).sum(0)
-        if copies[0][0] == "p":
-            multiplier = multiplier - multiplier.mean()
-        amount, size = float(torch.linalg.vector_norm(multiplier)), float(torch.linalg.vector_norm(self.z[copies[0]]))
+    def _rescale_block(self, keys: list[Key], z: Blocks, u: Blocks) -> None:
+        pulls: dict[str, Tensor] = {}  # multipliers, those of copies added up
+        for name, layer in keys:
+            pulls[name[0]] = pulls.get(name[0], 0) + self.weight((name, layer)) * u[name, layer]
+        if "p" in pulls:
+            pulls["p"] = pulls["p"] - pulls["p"].mean()
+        sizes = [z[name, keys[0][1]] for name in pulls]
+        amount, size = (math.sqrt(sum(float(t.square().sum()) for t in group)) for group in (pulls.values(), sizes))
         if amount == 0 or size == 0:
             return
-        natural = self.natural[copies[0]]
+        natural = self.natural[keys[0]]
         weight = min(max(amount / size / self.rho, natural / RESCALE_RANGE), natural * RESCALE_RANGE)
-        for key in copies:
-            self.u[key] = self.u[key] * (self.weights[key] / weight)
+        for key in keys:
+            u[key] = u[key] * (self.weights[key] / weight)
             self.weights[key] = weight
+
+    def _parts(self) -> tuple[Blocks, Blocks]:
+        """z and the scaled multipliers u = s - z of the present state."""
+        z = self._project(self.blocks(self.state))
+        return self.blocks(z), self.blocks(self.state - z)
 
     def _start(self, point: ProgramPoint) -> Blocks:
         """The blocks of a point, copies included."""
@@ -227,7 +274,7 @@ class _Splitting:
         -weight u is a subgradient of the proximal half: r on F, q_j on U, b_ij on W, lambda_u |u_j|^2-like prices on p.
         """
         program = self.program
-        prices = {key: torch.zeros_like(block) for key, block in self.z.items()}
+        prices = {key: self.bare.new_zeros(shape) for key, shape in self.shapes.items()}
         prices["F", 0] = guess.output
         response = torch.einsum("nk,nj...->j...k", guess.output, program.readout_features)
         prices["U", 0] = response.reshape(len(response), -1, guess.output.shape[1]).movedim(2, 1)[None]
@@ -242,12 +289,15 @@ class _Splitting:
     def weight(self, key: Key) -> float:
         return self.rho * self.weights[key]
 
-    def step(self) -> None:
-        """x = prox(z - u);  z = projection(relaxed x + u);  u += relaxed x - z."""
-        self.x = self._prox({key: block - self.u[key] for key, block in self.z.items()})
-        shifted = {key: RELAXATION * self.x[key] + (1 - RELAXATION) * block + self.u[key] for key, block in self.z.items()}
-        self.moved, self.z = self.z, self._project(shifted)
-        self.u = {key: block - self.z[key] for key, block in shifted.items()}
+    def change(self) -> Tensor:
+        """The step of the state: RELAXATION (x - z), z = projection(s), x = prox(2 z - s)."""
+        self.at, self.moved = self.state, self.z
+        self.z = self._project(self.blocks(self.state))
+        self.x = self._prox(self.blocks(torch.sub(self.z, self.state).add_(self.z)))
+        step = torch.empty_like(self.z)
+        for key, block in self.blocks(step).items():
+            torch.sub(self.x[key], self.blocks(self.z)[key], out=block)
+        return step.mul_(RELAXATION)
 
     def _prox(self, center: Blocks) -> Blocks:
         problem, penalty = self.program.problem, self.program.problem.penalty
@@ -280,33 +330,37 @@ class _Splitting:
                 )
                 new[kernel] = biases[:, 0, 0, 0]
 
-    def _project(self, center: Blocks) -> Blocks:
-        new = self._project_readout(center)
+    def _project(self, center: Blocks) -> Tensor:
+        """The nearest point that meets the linear constraints, (n,)."""
+        vector = self.bare.new_empty(sum(shape.numel() for shape in self.shapes.values()))
+        new = self.blocks(vector)
+        self._project_readout(center, new)
         p = center["p", 0]
-        new["p", 0] = p + (1 - p.sum()) / len(p)
+        new["p", 0][:] = p + (1 - p.sum()) / len(p)
         for layer in self.layers:
-            self._project_layer(new, center, layer)
-        return new
+            self._project_layer(center, new, layer)
+        return vector
 
-    def _project_layer(self, new: Blocks, center: Blocks, layer: int) -> None:
+    def _project_layer(self, center: Blocks, new: Blocks, layer: int) -> None:
         """The nearest (W, b, p) with V^T (W_j, b_j) = p_j c_j and sum p = 1; copies of one block move as their mean."""
         W, kernel_weight = self._mean(center, ["W", "Wc"], layer)
         p, mass_weight = self._mean(center, ["p", "pc", "pd"], layer)
         rows, right, image = W.flatten(1), self.bases[layer].right, self.images[layer]
-        has_bias = ("b", layer) in center
-        if has_bias:
-            b, _ = self._mean(center, ["b", "bd"], layer)
-            rows = torch.cat([rows, b[:, None]], 1)
+        if ("b", layer) in center:
+            rows = torch.cat([rows, self._mean(center, ["b", "bd"], layer)[0][:, None]], 1)
         coordinates = rows @ right  # (M_l, rank)
         curvature = mass_weight + kernel_weight * image.square().sum(1)
         free = (mass_weight * p + kernel_weight * (image * coordinates).sum(1)) / curvature
         p = free + (1 - free.sum()) / curvature / (1 / curvature).sum()
-        rows = rows - (coordinates - p[:, None] * image) @ right.T
-        if has_bias:
-            self._spread(new, center, ["b", "bd"], layer, rows[:, -1])
-            rows = rows[:, :-1]
-        self._spread(new, center, ["W", "Wc"], layer, rows.reshape(W.shape))
-        self._spread(new, center, ["p", "pc", "pd"], layer, p)
+        excess = coordinates.sub_(p[:, None] * image)
+        if ("b", layer) in center:
+            rows = torch.addmm(rows, excess, right.T, alpha=-1)
+            self._spread(new, ["b", "bd"], layer, rows[:, -1])
+            new["W", layer].flatten(1)[:] = rows[:, :-1]
+        else:
+            torch.addmm(rows, excess, right.T, alpha=-1, out=new["W", layer].view(rows.shape))
+        self._spread(new, ["Wc"], layer, new["W", layer])
+        self._spread(new, ["p", "pc", "pd"], layer, p)
 
     def _mean(self, center: Blocks, names: list[str], layer: int) -> tuple[Tensor, float]:
         """Mean of the copies of one block and their total weight."""
@@ -314,10 +368,12 @@ class _Splitting:
         mean = copies[0] if len(copies) == 1 else torch.stack(copies).mean(0)
         return mean, len(copies) * self.weight((names[0], layer))
 
-    def _spread(self, new: Blocks, center: Blocks, names: list[str], layer: int, block: Tensor) -> None:
-        new.update({(name, layer): block for name in names if (name, layer) in center})
+    def _spread(self, new: Blocks, names: list[str], layer: int, block: Tensor) -> None:
+        for name in names:
+            if (name, layer) in new:
+                new[name, layer].copy_(block)
 
-    def _project_readout(self, center: Blocks) -> Blocks:
+    def _project_readout(self, center: Blocks, new: Blocks) -> None:
         """The nearest (U, F) with F = features U: one solve in the eigenbasis of the Gram matrix over images."""
         rows = self.program.readout_features.flatten(1)  # (N, M_L positions)
         U = center["U", 0][0]  # (M_L, K, positions)
@@ -325,36 +381,31 @@ class _Splitting:
         ratio = self.weight(("U", 0)) / self.weight(("F", 0))
         error = self.gram_vectors.T @ (center["F", 0] - rows @ flat)
         flat = flat + rows.T @ (self.gram_vectors @ (error / (ratio + self.gram_values)[:, None]))
-        readout = flat.reshape(U.shape[0], U.shape[2], U.shape[1]).movedim(2, 1)
-        return {("U", 0): readout[None], ("F", 0): rows @ flat}
+        new["U", 0][0] = flat.reshape(U.shape[0], U.shape[2], U.shape[1]).movedim(2, 1)
+        torch.mm(rows, flat, out=new["F", 0])
 
     def residuals(self) -> tuple[float, float]:
         """|x - z| and |z - previous z| in the metric for rho = 1: primal and dual residual over sqrt(rho)."""
-        size = lambda a, b: math.sqrt(sum(self.weights[k] * float((a[k] - b[k]).square().sum()) for k in a))  # noqa: E731
-        return size(self.x, self.z), size(self.z, self.moved)
+        x = torch.cat([self.x[key].flatten() for key in self.shapes])
+        return self._size(x - self.z), self._size(self.z - self.moved)
+
+    def _size(self, vector: Tensor) -> float:
+        return float(torch.linalg.vector_norm(self.metric * vector))
 
     def balance(self) -> bool:
         """Move rho towards equal primal and dual residuals, each relative to its variable; True if it moved."""
-        size = lambda a: math.sqrt(sum(self.weights[k] * float(a[k].square().sum()) for k in a))  # noqa: E731
         primal, drift = self.residuals()
-        ratio = (primal / max(size(self.z), 1e-300)) / max(drift / max(size(self.u), 1e-300), 1e-300)
-        if 1 / BALANCE_RATIO <= ratio <= BALANCE_RATIO:
-            return False
+        size, multipliers = self._size(self.z), self._size(self.at - self.z)
+        if min(primal, drift) <= 8 * torch.finfo(self.z.dtype).eps * size or multipliers == 0:
+            return False  # where the constraints leave nothing to move, or all is settled, the ratio says nothing
+        ratio = (primal / size) / (drift / multipliers)
         factor = BALANCE_FACTOR if ratio > 1 else 1 / BALANCE_FACTOR
+        if 1 / BALANCE_RATIO <= ratio <= BALANCE_RATIO or not 1 / BALANCE_RANGE <= self.rho * factor <= BALANCE_RANGE:
+            return False
         self.rho *= factor
-        self.u = {key: block / factor for key, block in self.u.items()}
+        z = self._project(self.blocks(self.state))
+        self.state = z + (self.state - z) / factor
         return True
-
-    def state(self) -> Tensor:
-        """z + u in the metric's coordinates: the point whose map the splitting iterates."""
-        return torch.cat([math.sqrt(self.weights[key]) * (block + self.u[key]).flatten() for key, block in self.z.items()])
-
-    def restart(self, state: Tensor) -> None:
-        """Continue from another state: z is its projection, u the rest."""
-        pieces = state.split([block.numel() for block in self.z.values()])
-        whole = {key: (piece / math.sqrt(self.weights[key])).reshape(self.z[key].shape) for key, piece in zip(self.z, pieces)}
-        self.z = self._project(whole)
-        self.u = {key: block - self.z[key] for key, block in whole.items()}
 
     def point(self) -> ProgramPoint:
         """The proximal copy: exact zeros, constraints met up to the primal residual."""
@@ -367,64 +418,25 @@ class _Splitting:
         )
 
     def multipliers(self) -> Multipliers:
-        """The splitting's own: r = -rho u_F; b_j = -rho u_W lies in the row space of A, beta_j = A^{T+} b_j."""
+        """The splitting's own, from u = s - z: r = -rho u_F; b_j = -rho u_W lies in the row space of A, beta_j = A^{T+} b_j."""
+        u = self.blocks(self.at - self.z)
         realisation = []
-        count = len(self.program.problem.inputs)
         for layer in self.layers:
-            rows = self._pull("W", "Wc", layer).flatten(1)
-            if ("b", layer) in self.u:
-                rows = torch.cat([rows, self._pull("b", "bd", layer)[:, None]], 1)
-            basis = self.bases[layer]
-            beta = (rows @ basis.right) @ basis.preimage.T
-            realisation.append(beta.reshape(len(rows), count, -1))
-        return Multipliers(-self.weight(("F", 0)) * self.u["F", 0], tuple(realisation))
+            rows = self._pull(u, "W", "Wc", layer).flatten(1)
+            if ("b", layer) in u:
+                rows = torch.cat([rows, self._pull(u, "b", "bd", layer)[:, None]], 1)
+            beta = (rows @ self.bases[layer].right) @ self.bases[layer].preimage.T
+            realisation.append(beta.reshape(len(rows), len(self.program.problem.inputs), -1))
+        return Multipliers(-self.weight(("F", 0)) * u["F", 0], tuple(realisation), self._bound_multipliers(u))
 
-    def _pull(self, name: str, copy: str, layer: int) -> Tensor:
+    def _bound_multipliers(self, u: Blocks) -> tuple[Tensor, ...] | None:
+        """kappa_j: the cone of the amplitude bound pulls on the mass p_j with -B kappa_j."""
+        bound = self.program.problem.penalty.amplitude_bound
+        if bound is None:
+            return None
+        return tuple((self.weight(("pc", layer)) * u["pc", layer] / bound).clamp_min(0) for layer in self.layers)
+
+    def _pull(self, u: Blocks, name: str, copy: str, layer: int) -> Tensor:
         """-rho u of a block and of its copy for the amplitude bound, added up."""
-        keys = [key for key in ((name, layer), (copy, layer)) if key in self.u]
-        return torch.stack([-self.weight(key) * self.u[key] for key in keys]).sum(0)
-
-
-class _Anderson:
-    """Safeguarded Anderson acceleration of the splitting: every few steps, the best affine combination of the last ones."""
-
-    def __init__(self, splitting: _Splitting):
-        self.splitting = splitting
-        self.forget()
-
-    def forget(self) -> None:
-        """The map has changed (new weights): earlier steps say nothing about it."""
-        self.images: list[Tensor] = []
-        self.changes: list[Tensor] = []
-
-    def step(self, iteration: int) -> None:
-        self._remember()
-        if iteration % ANDERSON_PERIOD == 0 and len(self.images) >= 3:
-            self._extrapolate()
-
-    def _remember(self) -> float:
-        """One step of the splitting, kept in memory; returns |change|."""
-        before = self.splitting.state()
-        self.splitting.step()
-        after = self.splitting.state()
-        self.images = [*self.images, after][-ANDERSON_MEMORY:]
-        self.changes = [*self.changes, after - before][-ANDERSON_MEMORY:]
-        return float(torch.linalg.vector_norm(self.changes[-1]))
-
-    def _extrapolate(self) -> None:
-        """Jump, and go back if the next step from there is longer than ANDERSON_GROWTH times the last one."""
-        splitting, last = self.splitting, self.changes[-1]
-        saved, memory = dict(vars(splitting)), (self.images, self.changes)
-        splitting.roots = dict(splitting.roots)
-        splitting.restart(self._combination())
-        if not self._remember() <= ANDERSON_GROWTH * float(torch.linalg.vector_norm(last)):
-            vars(splitting).update(saved)
-            self.images, self.changes = memory
-
-    def _combination(self) -> Tensor:
-        """argmin over affine combinations of the changes, applied to the images; slightly regularised."""
-        changes, images = torch.stack(self.changes, 1).diff(dim=1), torch.stack(self.images, 1).diff(dim=1)
-        gram = changes.T @ changes
-        ridge = 1e-10 * gram.diagonal().mean() + torch.finfo(gram.dtype).tiny
-        shares = torch.linalg.solve(gram + ridge * torch.eye(len(gram), dtype=gram.dtype, device=gram.device), changes.T @ self.changes[-1])
-        return self.images[-1] - images @ shares
+        keys = [key for key in ((name, layer), (copy, layer)) if key in u]
+        return torch.stack([-self.weight(key) * u[key] for key in keys]).sum(0)

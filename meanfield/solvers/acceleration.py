@@ -1,0 +1,58 @@
+"""Anderson acceleration of a fixed-point iteration, on the device: nothing here waits for a number to reach the host."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+MEMORY, PERIOD, SHRINK, REACH, RIDGE = 20, 5, 0.9, 10.0, 1e-10
+
+
+class Anderson:
+    """Safeguarded Anderson acceleration, type II: every PERIOD steps, the best affine combination of the last MEMORY ones.
+
+    Walker & Ni 2011, eq. (2.2).  A jump counts only if the step taken from it is at most SHRINK times as long as the
+    last one before it, else the iteration goes on from where it jumped (the safeguard of Zhang, O'Donoghue & Boyd 2020,
+    with the steps of the map itself, which never grow, as its measure).  While the state drifts in steps of equal length,
+    all combinations are as good as each other: hence SHRINK < 1, and a jump goes at most REACH times as far as the steps
+    in memory went together.
+    """
+
+    def __init__(self) -> None:
+        self.forget()
+
+    def forget(self) -> None:
+        """The map has changed: earlier steps say nothing about it."""
+        self.steps, self.before = 0, None
+        self.images = self.changes = torch.empty(0)
+
+    def advance(self, state: Tensor, change: Tensor, metric: Tensor) -> Tensor:
+        """The next state after `state`, (n,), where the map moves it by `change`; lengths are those of metric * change."""
+        length = torch.linalg.vector_norm(metric * change)
+        if self.before is not None:  # this step was taken from a jump
+            kept = length <= SHRINK * self.before[2]
+            state, change, length = (torch.where(kept, new, old) for new, old in zip((state, change, length), self.before))
+        image = state + change
+        self._remember(image, metric * change)
+        jump = self.steps % PERIOD == 0 and self.steps >= 3
+        self.before = (state, change, length) if jump else None
+        return self._combination(image, metric) if jump else image
+
+    def _remember(self, image: Tensor, change: Tensor) -> None:
+        if self.steps == 0:
+            self.images, self.changes = image.new_empty(MEMORY, len(image)), image.new_empty(MEMORY, len(image))
+        self.last = self.steps % MEMORY
+        self.images[self.last], self.changes[self.last] = image, change
+        self.steps += 1
+
+    def _combination(self, image: Tensor, metric: Tensor) -> Tensor:
+        """sum a_k image_k with sum a_k = 1 and least |sum a_k change_k|, slightly regularised."""
+        count, last = min(self.steps, MEMORY), self.changes[self.last]
+        differences = self.changes[:count] - last
+        gram = differences @ differences.T
+        ridge = RIDGE * gram.diagonal().mean() + torch.finfo(gram.dtype).tiny
+        shares = torch.linalg.solve_ex(gram + ridge * torch.eye(count, dtype=gram.dtype, device=gram.device), -(differences @ last))[0]
+        jump = shares @ self.images[:count] - shares.sum() * image
+        travelled = torch.linalg.vector_norm(self.changes[:count], dim=1).sum()
+        reach = REACH * travelled / torch.linalg.vector_norm(metric * jump).clamp_min(torch.finfo(gram.dtype).tiny)
+        return image + reach.clamp_max(1) * jump
