@@ -11,7 +11,8 @@ Combinatorial Geometry, 1987, ch. 7).
 branch and bound: cones over boxes on the facets of the cube cover all directions.  On a cone a row of one sign is
 linear, a row of both signs lies under its chord where it counts positively and over any of its supporting planes where
 it counts negatively (McCormick, Math. Program. 10, 1976); the linear function that results is maximised exactly over
-the unit vectors of the cone, by projection on it.
+the unit vectors of the cone, by projection on it.  Where positive and negative rows nearly cancel, as for the residuals
+of a trained network, they are bounded in pairs by how far apart they are.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -29,16 +31,21 @@ from meanfield.validation import finite, nonnegative, positive, shaped
 MAX_PLANES = {2: 3000, 3: 250}
 # Rows closer than this in direction are one row; what this moves q by enters the bound.
 SAME_DIRECTION = 1e-12
+# Planes closer than this in angle are left to branch and bound: where they meet is then too uncertain to list pieces.
+LEAST_ANGLE = 1e-6
 # A gradient this close to the border of its cell counts as inside.
 BORDER = 1e-11
 # Entries of one temporary tensor: small enough for a cache, large enough to keep calls few.
 CHUNK = 1 << 19
 MAX_BATCH = 4096
+BATCH_ENTRIES = 1 << 22  # of all rows over all cells of a batch: the time limit is looked at in between
 # Cells kept open: beyond, the search stops with what it has proven (16 d + 32 bytes each, 350 MB for d = 9).
 MAX_OPEN = 2_000_000
 # Rows of opposite weight are paired when closer than this in direction; at most so many of each kind.
-PAIR_DISTANCE = 0.7
+PAIR_DISTANCE = 1.0
 MAX_PAIRED = 4000
+# Half of |cos| between a direction and the difference of a pair, to choose between the two bounds of the pair.
+TYPICAL_COSINE = 0.15
 ASCENT_STEPS = 120
 STARTS = 512
 
@@ -90,10 +97,11 @@ class _Response:
 def maximise(A: Tensor, W: Tensor, *, max_seconds: float = 10.0, tolerance: float = 1e-9, start: Tensor | None = None) -> SphereMaximum:
     """Bounds of max_{|z| = 1} |W^T relu(A z)| for patches A (n, d) and weights W (n, C), in float64.
 
-    One output and up to three dimensions (of the row space of A) are solved exactly unless MAX_PLANES is exceeded,
-    anything else by branch and bound until upper <= (1 + tolerance) lower or `max_seconds` have passed; the bounds hold
-    at any time.  start (k, d) or (d,): directions to try first.  The answer is in the units of W times those of A.
-    Raises ValueError for shapes that do not fit and entries that are not finite.
+    One output and up to three dimensions (of the row space of A) are solved exactly, beyond MAX_PLANES and for nearly
+    equal planes by branch and bound like anything else: until upper <= (1 + tolerance) lower up to rounding or
+    `max_seconds` have passed (looked at between batches; the set-up is not interrupted).  The bounds hold at any time.
+    start (k, d) or (d,): directions to try first.  The answer is in the units of W times those of A.
+    Raises TypeError for what is no tensor, ValueError for shapes that do not fit and entries that are not finite.
     """
     began = time.perf_counter()
     A, W, starts = _checked(A, W, start)
@@ -105,7 +113,7 @@ def maximise(A: Tensor, W: Tensor, *, max_seconds: float = 10.0, tolerance: floa
         found = _Found(0.0, 0.0, response.linear.new_zeros(0), "arrangement", 0)
     elif dimension == 1:
         found = _maximise_line(response)
-    elif outputs == 1 and len(response.rows) <= MAX_PLANES.get(dimension, -1):
+    elif outputs == 1 and _listable(response.rows):
         found = _maximise_arrangement(response)
     else:
         found = _maximise_branching(response, starts @ response.basis, deadline, tolerance)
@@ -173,19 +181,30 @@ def _row_space(M: Tensor) -> Tensor:
 
 def _merge_parallel(rows: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor, float]:
     """Rows, weights, linear part and the error of one row for all rows on one line: relu(-x) = relu(x) - x."""
-    leading = rows.gather(1, rows.abs().argmax(1, keepdim=True)) if len(rows) else rows[:, :1]
+    if not len(rows):
+        return rows, weights, weights.new_zeros(rows.shape[1], weights.shape[1]), 0.0
+    leading = rows.gather(1, rows.abs().argmax(1, keepdim=True))
     sides = torch.where(leading > 0, 1.0, -1.0).to(rows)
     lines = rows * sides
     _, group = torch.unique((lines / SAME_DIRECTION).round(), dim=0, return_inverse=True)
-    count = int(group.max()) + 1 if len(rows) else 0
+    count = int(group.max()) + 1
     first = torch.full((count,), len(rows), device=rows.device).scatter_reduce(0, group, torch.arange(len(rows), device=rows.device), "amin")
     merged = weights.new_zeros(count, weights.shape[1]).index_add(0, group, weights)
     linear = -(lines[(sides < 0).flatten()].T @ weights[(sides < 0).flatten()])
-    moved = float(((lines - lines[first][group]).norm(dim=1) * weights.norm(dim=1)).sum()) if count else 0.0
+    moved = float(((lines - lines[first][group]).norm(dim=1) * weights.norm(dim=1)).sum())
     return lines[first], merged, linear, moved
 
 
 # --- exact: the arrangement of the planes -----------------------------------------------------------------------------
+
+
+def _listable(rows: Tensor) -> bool:
+    """Whether the planes are few and far enough apart to be listed exactly."""
+    count, dimension = rows.shape
+    if count > MAX_PLANES.get(dimension, -1):
+        return False
+    cosines = (rows @ rows.T).abs().fill_diagonal_(0)
+    return dimension < 3 or count < 2 or float(cosines.max()) <= 1 - 0.5 * LEAST_ANGLE**2
 
 
 def _maximise_line(response: _Response) -> _Found:
@@ -342,7 +361,7 @@ class _Cells:
 class _Relaxed:
     """q = single + sum flows (relu(left z) - relu(right z)): opposite rows that nearly cancel are bounded together.
 
-    left, right (p, r); flows (p,) > 0.  One output only; no pairs otherwise.
+    left, right (p, r), a row or zero; flows (p,) > 0.  With one output every row is in a pair, otherwise none.
     """
 
     single: _Response
@@ -350,18 +369,29 @@ class _Relaxed:
     right: Tensor
     flows: Tensor
 
+    @cached_property
+    def apart(self) -> tuple[Tensor, Tensor]:
+        """|left - right| (p,) and the products of the entries of (left - right) / |left - right|^(1/2), (p, r r)."""
+        apart = self.left - self.right
+        lengths = apart.norm(dim=1).clamp_min(torch.finfo(apart.dtype).tiny)
+        return lengths, (apart[:, :, None] * (apart / lengths[:, None])[:, None, :]).flatten(1)
+
     @classmethod
     def of(cls, response: _Response) -> _Relaxed:
-        rows, weights, linear = response.rows, response.weights.clone(), response.linear
-        rise, fall, flows = _match(rows, weights[:, 0]) if weights.shape[1] == 1 else (torch.zeros(0, dtype=torch.long, device=rows.device),) * 3
-        left, right, flows = rows[rise], rows[fall], flows.to(rows)
+        rows, linear = response.rows, response.linear
+        if linear.shape[1] > 1:
+            return cls(response, rows[:0], rows[:0], rows.new_zeros(0))
+        weights = response.weights[:, 0]
+        rise, fall, flows = _match(rows, weights)
+        left, right = rows[rise], rows[fall]
         turned = (left * right).sum(1, keepdim=True) < 0  # -relu(x) = -relu(-x) - x: lines count, not directions
-        linear = linear - torch.where(turned, right, 0.0).mul(flows[:, None]).sum(0)[:, None].expand_as(linear)
+        linear = linear - (flows @ torch.where(turned, right, 0.0))[:, None]
         right = torch.where(turned, -right, right)
-        weights = weights.index_add(0, rise, -flows[:, None].expand(-1, weights.shape[1])).index_add(0, fall, flows[:, None].expand(-1, weights.shape[1]))
-        kept = weights.abs().amax(1) > 0
-        single = _Response(rows[kept], weights[kept], linear, response.basis, response.rounding)
-        return cls(single, left, right, flows)
+        rest = weights.index_add(0, rise, -flows).index_add(0, fall, flows)
+        left = torch.cat([left, rows[rest > 0], torch.zeros_like(rows[rest < 0])])
+        right = torch.cat([right, torch.zeros_like(rows[rest > 0]), rows[rest < 0]])
+        flows = torch.cat([flows, rest[rest > 0], -rest[rest < 0]])
+        return cls(_Response(rows[:0], response.weights[:0], linear, response.basis, response.rounding), left, right, flows)
 
 
 def _match(rows: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -369,7 +399,8 @@ def _match(rows: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
     Greedy: in every round the rows that are each other's nearest are paired, until none of opposite weight is near.
     """
-    rise, fall = (index[weights[index].abs().topk(min(len(index), MAX_PAIRED)).indices] for index in ((weights > 0).nonzero()[:, 0], (weights < 0).nonzero()[:, 0]))
+    rise, fall = ((side * weights > 0).nonzero()[:, 0] for side in (1, -1))
+    rise, fall = (index[weights[index].abs().topk(min(len(index), MAX_PAIRED)).indices] for index in (rise, fall))
     left, right = weights[rise], -weights[fall]
     near = (rows[rise] @ rows[fall].T).abs()
     near = torch.where(near > 1 - 0.5 * PAIR_DISTANCE**2, near, -1.0)
@@ -396,9 +427,9 @@ def _maximise_branching(response: _Response, starts: Tensor, deadline: float, to
     """Best-first search in batches: the open cells of the largest bounds are halved, those that cannot matter dropped."""
     cells, relaxed = _Cells.roots(response), _Relaxed.of(response)
     lower, argmax = _ascend(response, _start_directions(response, starts))
+    batch = max(64, min(MAX_BATCH, BATCH_ENTRIES // max(1, len(response.rows))))
     looked, dropped = 0, 0.0
-    fresh = cells
-    cells = cells[cells.facets < 0]
+    fresh, cells = cells, cells[cells.facets < 0]
     while len(fresh):
         fresh, candidates = _bound(relaxed, fresh)
         looked += len(fresh)
@@ -406,12 +437,12 @@ def _maximise_branching(response: _Response, starts: Tensor, deadline: float, to
         if reached > lower:
             lower, argmax = reached, where
         cells = cells.join(fresh)
-        alive = cells.uppers > lower * (1 + tolerance)
+        alive = cells.uppers > lower * (1 + tolerance) + response.rounding
         dropped = max(dropped, float(cells.uppers.masked_fill(alive, 0.0).max()))
         cells = cells[alive]
         if time.perf_counter() >= deadline or len(cells) > MAX_OPEN:
             break
-        chosen = cells.uppers.topk(min(len(cells), MAX_BATCH, max(64, len(cells) // 4))).indices
+        chosen = cells.uppers.topk(min(len(cells), batch, max(64, len(cells) // 4))).indices
         left = torch.ones(len(cells), dtype=torch.bool, device=chosen.device).index_fill(0, chosen, False)
         fresh, cells = cells[chosen].halved(), cells[left]
     upper = max(dropped, lower, float(cells.uppers.max()) if len(cells) else 0.0)
@@ -465,15 +496,13 @@ def _bound_outputs(relaxed: _Relaxed, cells: _Cells, outputs: Tensor) -> tuple[T
 
     outputs (b, C): one direction per cell.  The score of an axis is its share in the widths of the mixed rows.
     """
-    linear, offsets, scores = _single_bound(relaxed.single, cells, outputs)
-    if len(relaxed.flows):
-        more = _pair_bound(relaxed, cells)
-        linear, offsets, scores = linear + more[0], offsets + more[1], scores + more[2]
+    above = _pair_bound(relaxed, cells) if outputs.shape[1] == 1 else _single_bound(relaxed.single, cells, outputs)
     axis = cells.facets[:, None]
-    linear = linear.scatter_add(1, axis, cells.middles.gather(1, axis) * offsets[:, None])  # on the facet that coordinate is +-1
+    linear = above.linear + outputs @ relaxed.single.linear.T
+    linear = linear.scatter_add(1, axis, cells.middles.gather(1, axis) * above.offset[:, None])  # on the facet that coordinate is +-1
     uppers, tops = _cone_maxima(linear, cells)
     widest = cells.halves * torch.finfo(linear.dtype).tiny  # without mixed rows any axis will do
-    return uppers, scores * cells.halves + widest, tops
+    return uppers + above.slack, above.widths * cells.halves.square() + widest, tops
 
 
 def _chord(heights: Tensor, reach: Tensor) -> tuple[Tensor, Tensor]:
@@ -482,35 +511,50 @@ def _chord(heights: Tensor, reach: Tensor) -> tuple[Tensor, Tensor]:
     return slopes, (reach - heights).clamp_min_(0).mul_(slopes)
 
 
-def _single_bound(single: _Response, cells: _Cells, outputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Linear part (b, r), offset (b,) and widths (b, r) of a function above <outputs, q> on each box."""
+@dataclass(frozen=True, eq=False)
+class _Above:
+    """<linear, z> + offset + slack |z| lies above a function on each box: (b, r), (b,), (b,); widths (b, r) of its mixed rows by axis."""
+
+    linear: Tensor
+    offset: Tensor
+    slack: Tensor
+    widths: Tensor
+
+
+def _single_bound(single: _Response, cells: _Cells, outputs: Tensor) -> _Above:
+    """Above <outputs, q> less its linear part: every row by itself."""
     rows, weights = single.rows, outputs @ single.weights.T
     heights, reach = cells.middles @ rows.T, cells.halves @ rows.abs().T
     chords, offsets = _chord(heights, reach)
-    convex = weights.clamp_min(0)
     slopes = torch.where(weights > 0, chords, (heights > 0).to(rows.dtype)).mul_(weights)
-    widths = ((reach > heights.abs()) * weights.abs()) @ rows.abs()
-    return slopes @ rows + outputs @ single.linear.T, (offsets * convex).sum(1), widths
+    offset = (offsets * weights.clamp_min(0)).sum(1)
+    widths = ((reach > heights.abs()) * weights.abs()) @ rows.square()
+    return _Above(slopes @ rows, offset, torch.zeros_like(offset), widths)
 
 
-def _pair_bound(relaxed: _Relaxed, cells: _Cells) -> tuple[Tensor, Tensor, Tensor]:
-    """The same for sum flows (relu(left z) - relu(right z)) times the sign that the cells share.
+def _pair_bound(relaxed: _Relaxed, cells: _Cells) -> _Above:
+    """Above sum flows (relu(left z) - relu(right z)) times the sign that the cells share, term by term the lower at the middle of
 
-    relu(x) - relu(y) lies under relu(x)'s chord less y's supporting plane, and under relu(x - y)'s chord: of the two the
-    lower one at the middle counts.
+    relu(x)'s chord less a supporting plane of relu(y), and (x - y) / 2 + |x - y| / 2.  Over unit vectors the second kind
+    adds up to less than sum flows |(left - right) z| <= (K lambda_max(M))^(1/2) by Cauchy and Schwarz, with
+    K = sum flows |left - right| and M = sum flows (left - right)(left - right)^T / |left - right|.
     """
+    flows, (lengths, squares) = relaxed.flows, relaxed.apart
     left, right = (relaxed.left, relaxed.right) if float(cells.signs[0]) > 0 else (relaxed.right, relaxed.left)
-    apart = left - right
     x, y = cells.middles @ left.T, cells.middles @ right.T
-    reach, reach_apart = cells.halves @ left.abs().T, cells.halves @ apart.abs().T
-    difference = x - y
+    reach = cells.halves @ left.abs().T
     slopes, offsets = _chord(x, reach)
-    slopes_apart, offsets_apart = _chord(difference, reach_apart)
-    alone = slopes * x + offsets - y.clamp_min(0) <= slopes_apart * difference + offsets_apart
-    rising = torch.where(alone, slopes, slopes_apart) * relaxed.flows
-    falling = torch.where(alone, (y > 0).to(y.dtype), slopes_apart) * relaxed.flows
-    widths = ((alone & (reach > x.abs())) * relaxed.flows) @ left.abs() + ((~alone & (reach_apart > difference.abs())) * relaxed.flows) @ apart.abs()
-    return rising @ left - falling @ right, torch.where(alone, offsets, offsets_apart) @ relaxed.flows, widths
+    alone = (slopes - 0.5) * x + offsets - (y.clamp_min(0) - 0.5 * y)
+    mixed = reach > x.abs()
+    likely = TYPICAL_COSINE * cells.middles.norm(dim=1, keepdim=True) * lengths
+    together = (mixed & (alone > likely)).to(x.dtype) * flows
+    apart = flows - together
+    rising = torch.addcmul(0.5 * together, slopes, apart)
+    falling = torch.addcmul(0.5 * together, (y > 0).to(y.dtype), apart)
+    moment = (together @ squares).unflatten(1, (left.shape[1], left.shape[1]))
+    slack = 0.5 * ((together @ lengths) * torch.linalg.eigvalsh(moment)[:, -1].clamp_min(0)).sqrt()
+    widths = torch.addcmul(together * lengths, mixed, apart) @ left.square()
+    return _Above(rising @ left - falling @ right, (offsets * apart).sum(1), slack, widths)
 
 
 def _cone_maxima(linear: Tensor, cells: _Cells) -> tuple[Tensor, Tensor]:
