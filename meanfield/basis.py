@@ -12,19 +12,21 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+from scipy.linalg import lapack
 from torch import Tensor
 
 from meanfield.architecture import Conv
 
 RANK_TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
 BLOCK_ENTRIES = 2**22  # of A at a time: 32 MiB in float64
-RESOLVED = 1e-5  # singular values above this share of the largest are read off the Gram matrix, which squares them
+RESOLVED = 1e-5  # the Gram matrix squares: only directions above this share of the largest are read off it
+POWER_STEPS = 20
 
 
 class ConstraintBasis(NamedTuple):
     """right (columns of A, rank): orthonormal basis of the row space.  preimage (rows of A, rank): A^T preimage = right.
 
-    Directions with singular values below `tolerance` times the largest are left out.
+    Directions that rows contribute below `tolerance` times the largest singular value are left out.
     """
 
     right: Tensor
@@ -82,13 +84,6 @@ class Design:
             total.addmm_(left, left.T)
         return total
 
-    def apply(self, vectors: Tensor) -> Tensor:
-        """A vectors, (columns, k) -> (rows, k)."""
-        result = self.features.new_empty(self.shape[0], vectors.shape[1])
-        for where, block in self.row_blocks():
-            torch.mm(block, vectors, out=result[where])
-        return result
-
     def apply_adjoint(self, vectors: Tensor) -> Tensor:
         """A^T vectors, (rows, k) -> (columns, k)."""
         result = self.features.new_empty(self.shape[1], vectors.shape[1])
@@ -96,30 +91,65 @@ class Design:
             torch.mm(block.T, vectors, out=result[where])
         return result
 
+    def lines(self, chosen: Tensor) -> Tensor:
+        """The chosen rows of a wide A, or columns of a tall one, as columns, (larger side, k)."""
+        result = self.features.new_empty(max(self.shape), len(chosen))
+        for where, block in self.column_blocks() if _is_wide(self) else self.row_blocks():
+            result[where] = block[chosen].T if _is_wide(self) else block[:, chosen]
+        return result
+
     def basis(self) -> ConstraintBasis:
         """Computed in float64, whatever the features' dtype; the memory is that of the basis and one copy of it."""
         exact, tolerance = Design(self.conv, self.features.double()), RANK_TOLERANCE[self.features.dtype]
-        left = exact._range(tolerance)
-        if not _is_wide(self):
-            left = torch.linalg.qr(exact.apply(left))[0]
-        # Householder QR is orthonormal to rounding however small the singular values are
-        right, triangle = torch.linalg.qr(exact.apply_adjoint(left))
-        preimage = torch.linalg.solve_triangular(triangle, left, upper=True, left=False)
+        right, preimage = exact._span(tolerance)
+        if not _is_wide(self):  # what is spanned are the columns of A: its rows are those of A^T left
+            left = right
+            right, triangle = torch.linalg.qr(exact.apply_adjoint(left))
+            preimage = torch.linalg.solve_triangular(triangle, left, upper=True, left=False)
         return ConstraintBasis(right.to(self.features), preimage.to(self.features), tolerance)
 
-    def _range(self, tolerance: float) -> Tensor:
-        """Orthonormal singular directions of A on its smaller side, those above the rank tolerance.
+    def _span(self, tolerance: float) -> tuple[Tensor, Tensor]:
+        """An orthonormal basis of the lines' span, (larger side, rank), and the combinations of lines that give it.
 
-        Squared singular values below RESOLVED^2 drown in the Gram matrix's rounding: those directions are looked at
-        again through A itself.
+        Lines are chosen by pivoted Cholesky factors of their Gram matrix, in two passes: the second looks at what the
+        lines left over in the first one add, which drowns in the rounding of the first Gram matrix.
         """
-        values, vectors = torch.linalg.eigh(self.gram())
-        largest = values[-1].clamp_min(torch.finfo(values.dtype).tiny)
-        resolved = values > RESOLVED**2 * largest
-        rest = vectors[:, ~resolved]
-        image = self.apply_adjoint(rest) if _is_wide(self) else self.apply(rest)
-        finer, turn = torch.linalg.eigh(image.T @ image)
-        return torch.cat([vectors[:, resolved], rest @ turn[:, finer > tolerance**2 * largest]], 1)
+        gram = self.gram()
+        largest = _largest(gram)
+        chosen, rest = _independent(gram, RESOLVED * largest)
+        basis, triangle = torch.linalg.qr(self.lines(chosen))
+        shares = gram.new_zeros(len(gram), len(chosen))
+        shares[chosen] = torch.linalg.solve_triangular(triangle, torch.eye(len(chosen)).to(gram), upper=True)
+        left_over = self.lines(rest)
+        overlap = gram.new_zeros(len(chosen), len(rest))
+        for _ in range(2):  # once leaves rounding of the size of A, twice rounding of the size of what is left
+            along = basis.T @ left_over
+            left_over -= basis @ along
+            overlap += along
+        fine, _ = _independent(left_over.T @ left_over, tolerance * largest)
+        finer, triangle = torch.linalg.qr(left_over[:, fine])
+        further = -(shares @ overlap[:, fine])
+        further[rest[fine], torch.arange(len(fine), device=gram.device)] += 1
+        further = torch.linalg.solve_triangular(triangle, further, upper=True, left=False)
+        return torch.cat([basis, finer], 1), torch.cat([shares, further], 1)
+
+
+def _largest(gram: Tensor) -> float:
+    """The square root of the largest eigenvalue, from below, to a few per cent."""
+    vector = gram.sum(1) + gram.diagonal()
+    for _ in range(POWER_STEPS):
+        vector = gram @ (vector / torch.linalg.vector_norm(vector).clamp_min(torch.finfo(gram.dtype).tiny))
+    return float(torch.linalg.vector_norm(vector).sqrt())
+
+
+def _independent(gram: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
+    """Lines whose distance from the span of those chosen before exceeds the threshold, largest first, and the others."""
+    order, rank = torch.arange(len(gram)), 0
+    stop = max(threshold**2, torch.finfo(gram.dtype).tiny)
+    if len(gram) and float(gram.diagonal().max()) > stop:  # LAPACK does not hold the first pivot against the threshold
+        _, pivots, rank, _ = lapack.dpstrf(gram.numpy(force=True), tol=stop, lower=1)
+        order = torch.as_tensor(pivots).long() - 1
+    return order[:rank].to(gram.device), order[rank:].to(gram.device)
 
 
 def _is_wide(design: Design) -> bool:

@@ -42,8 +42,8 @@ def test_products_in_blocks_are_those_of_the_matrix(monkeypatch, shape, bias, en
     assert A.shape == design.shape
     wide = A.shape[0] <= A.shape[1]
     torch.testing.assert_close(design.gram(), A @ A.T if wide else A.T @ A)
-    for vectors in (normal((A.shape[1], 3), 1), normal((A.shape[1], 0), 1)):
-        torch.testing.assert_close(design.apply(vectors), A @ vectors)
+    for chosen in ([2, 0, 5], []):
+        torch.testing.assert_close(design.lines(torch.tensor(chosen).long()), A[chosen].T if wide else A[:, chosen], rtol=0, atol=0)
     torch.testing.assert_close(design.apply_adjoint(normal((A.shape[0], 3), 2)), A.T @ normal((A.shape[0], 3), 2))
 
 
@@ -57,8 +57,8 @@ def test_small_singular_values_are_resolved_although_the_gram_matrix_squares_the
     found = Design(mf.Conv(1), A[:, :, None, None]).basis()
     assert found.rank == 2
     torch.testing.assert_close(found.right.T @ found.right, torch.eye(2, dtype=torch.float64), rtol=0, atol=1e-13)
-    # the second direction is known to eps / size
-    torch.testing.assert_close(found.right @ found.right.T, right[:, :2] @ right[:, :2].T, rtol=0, atol=1e-15 / size + 1e-13)
+    # a line of A carries the second direction and at most 1e-13 of the third: it is turned by their ratio
+    torch.testing.assert_close(found.right @ found.right.T, right[:, :2] @ right[:, :2].T, rtol=0, atol=1e-12 / size + 1e-13)
     torch.testing.assert_close(A.T @ found.preimage, found.right, rtol=0, atol=1e-15 / size + 1e-13)
 
 

@@ -127,7 +127,9 @@ class _PricedFeatures:
             norms.append(norm)
             pairings.append(pairing)
         response = torch.einsum("nk,nj...->j...k", output, program.readout_features)
-        return cls(program, output, norms, pairings, response.flatten(1).square().sum(1), multipliers.amplitude)
+        # without a source penalty kappa_j = max_i |b_ij|* is the only choice, and the search finds it
+        amplitude = multipliers.amplitude if program.problem.penalty.source > 0 else None
+        return cls(program, output, norms, pairings, response.flatten(1).square().sum(1), amplitude)
 
     @property
     def bounded(self) -> bool:
