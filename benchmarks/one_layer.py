@@ -22,6 +22,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -38,14 +39,14 @@ PYSCNN_MODULES = ("models", "optimize", "solvers", "regularizers", "metrics", "a
 
 @dataclass(frozen=True)
 class Case:
-    """Digits 0 against 1 averaged to height x width, kernels of height x width; `peers` sweeps pyscnn's tolerance."""
+    """Digits 0 against 1, drawn by the seed and averaged to `size`; `peers` sweeps pyscnn's tolerance, over `gates` patterns."""
 
     name: str
     images: int
     size: tuple[int, int]
     kernel: tuple[int, int]
     particles: int = 64
-    gates: int = 50
+    gates: int = 500
     peers: tuple[float, ...] = (1e-4, 1e-6, 1e-8)
     rounds: int = 8
     flow_steps: int = 2000
@@ -70,15 +71,16 @@ CASES = (
     Case("4x4 image, kernel 4x4", 100, (4, 4), (4, 4)),
     Case("8x8 image, kernel 3x3", 100, (8, 8), (3, 3)),
 )
-TINY = Case("strip of 3 columns, kernel 1x3", 8, (1, 3), (1, 3), particles=8, peers=(1e-3,), rounds=1, flow_steps=50)
+TINY = Case("strip of 3 columns, kernel 1x3", 8, (1, 3), (1, 3), particles=8, gates=20, peers=(1e-3,), rounds=1, flow_steps=50)
 
 
 def problem(case: Case) -> mf.Problem:
     """The training problem of a case, in float64."""
-    digits = data.load("digits", classes=(0, 1), samples=case.images, seed=case.seed)
-    inputs = torch.nn.functional.adaptive_avg_pool2d(digits.inputs.double(), case.size)
+    digits = data.load("digits", classes=(0, 1))
+    chosen = torch.as_tensor(np.random.default_rng(case.seed).permutation(len(digits))[: case.images])
+    inputs = torch.nn.functional.adaptive_avg_pool2d(digits.inputs[chosen].double(), case.size)
     architecture = mf.Architecture((1, *case.size), (mf.Conv(case.kernel, activation="relu"),), readout="average")
-    return mf.Problem(architecture, inputs, digits.targets("squared"), "squared", mf.Penalty(input=STRENGTH, readout=STRENGTH))
+    return mf.Problem(architecture, inputs, digits.targets("squared")[chosen], "squared", mf.Penalty(input=STRENGTH, readout=STRENGTH))
 
 
 def measure(case: Case, max_seconds: float, fresh: bool, report: Callable[[str], None]) -> dict[str, Any]:
