@@ -248,12 +248,12 @@ def test_scaling_and_rotation(seed, dimension, size, weight):
 
 
 @given(seeds)
-@costly(5)
+@costly(3)
 def test_weight_may_move_between_row_and_weight(seed):
     """w relu(a z) = (w / c) relu(c a z)."""
     A, W = normal((6, 4), seed), normal((6, 1), seed + 1)
     factors = normal((6, 1), seed + 2).exp()
-    first, second = (maximise(*pair, tolerance=1e-5) for pair in ((A, W), (factors * A, W / factors)))
+    first, second = (maximise(*pair, tolerance=1e-3) for pair in ((A, W), (factors * A, W / factors)))
     assert first.upper >= second.lower
     assert second.upper >= first.lower
 
