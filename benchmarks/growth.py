@@ -21,6 +21,7 @@ import numpy as np
 import torch
 
 from benchmarks import isolated, machine, problems
+from benchmarks.contenders import WARM_UP
 from benchmarks.machine import forget_peak, peak_bytes
 from benchmarks.problems import Case
 from meanfield.program import ConvexProgram
@@ -94,16 +95,16 @@ def row(name: str, case: Case, chosen: Settings, report: Callable[[str], None]) 
 def measure(order: dict[str, Any]) -> dict[str, Any]:
     """Times, rates and memory of one program; for a process that has done nothing else."""
     program = problems.program(Case.from_dict(order["case"]))
-    _iterate(problems.program(Case(4, 2, (3, 2))), 3)
+    _iterate(problems.program(WARM_UP), 3)
     gc.collect()
     forget_peak()
     before, began = peak_bytes(), time.process_time()
     basis = program.basis(1)
     basis_seconds = time.process_time() - began
-    _iterate(program, 2)
+    fast = _iterate(program, SHORT) < FAST * SHORT
     grown = peak_bytes() - before
     products, rates, iterations = [], [], []
-    long, least = _long_run(program, order["long_if_fast"]), order["timed_seconds"]
+    long, least = order["long_if_fast"] if fast else LONG, order["timed_seconds"]
     for _ in range(order["repetitions"]):
         products.append(product_seconds(program.widths[1], basis.right, least))
         rates.append(square_rate(order["square"], least))
@@ -126,11 +127,6 @@ def _iterate(program: ConvexProgram, iterations: int) -> float:
     began = time.process_time()
     splitting.solve(program, NEVER, max_iterations=iterations, check_every=iterations + 1)
     return time.process_time() - began
-
-
-def _long_run(program: ConvexProgram, if_fast: int) -> int:
-    estimate = (_iterate(program, SHORT) - _iterate(program, 2)) / (SHORT - 2)
-    return if_fast if estimate < FAST else LONG
 
 
 def product_seconds(rows: int, right: torch.Tensor, least: float) -> float:
