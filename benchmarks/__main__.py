@@ -18,7 +18,7 @@ from meanfield.storage import write_atomically
 PIPED_WIDTH = 160  # columns, where the output is no terminal
 DEFAULTS = flow_step.Settings()
 PICTURES: dict[str, Callable[[dict[str, Any]], bytes]] = {"solve": figures.solve_picture, "growth": figures.growth_picture}
-LARGE_TEXT = "also the next size that CLARABEL can do (an hour, several GiB) and N=64 at 8x8, widths 1024/128"
+LARGE_TEXT = "also the next size that CLARABEL can do (about an hour, mostly its compilation, and 3 GiB) and N=64 at 8x8, widths 1024/128"
 IN_PROCESS = "run everything in this process: quicker, but peak memory then means little"
 
 

@@ -94,7 +94,7 @@ def _panels(count: int) -> tuple[Any, Any]:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(4.8 * max(count, 1), 4.2), layout="constrained")
-    return figure, figure.subplots(1, max(count, 1), squeeze=False)[0]
+    return figure, figure.subplots(1, max(count, 1), squeeze=False, sharey=True)[0]
 
 
 def _png(figure: Any) -> bytes:
