@@ -6,5 +6,6 @@ sphere: exact and rigorous maxima behind those bounds for one ReLU layer.
 """
 
 from meanfield.certificates.duality import Certificate, Multipliers, certify, dual_value, stationary_multipliers
+from meanfield.certificates.unseen import UnseenFeatures, search_features
 
-__all__ = ["Certificate", "Multipliers", "certify", "dual_value", "stationary_multipliers"]
+__all__ = ["Certificate", "Multipliers", "UnseenFeatures", "certify", "dual_value", "search_features", "stationary_multipliers"]
