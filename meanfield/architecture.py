@@ -25,6 +25,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "identity": lambda g: g,
 }
 BOUNDED_ACTIVATIONS = frozenset({"tanh"})
+HOMOGENEOUS_ACTIVATIONS = frozenset({"relu", "identity"})
 POOLINGS = ("none", "average", "max")
 READOUTS = ("average", "flatten")
 
@@ -68,12 +69,14 @@ class Conv:
         """Whether |h| is bounded."""
         return self.activation in BOUNDED_ACTIVATIONS
 
-    def convolve(self, inputs: Tensor, kernels: Tensor, bias: Tensor | None = None, groups: int = 1) -> Tensor:
-        """sum_i sum_s kernels[j, i, s] T_s inputs[:, i]: (N, C, H, W), (M, C, kh, kw) -> (N, M, H', W').
+    @property
+    def homogeneous(self) -> bool:
+        """Whether h(t g) = t h(g) for t >= 0."""
+        return self.activation in HOMOGENEOUS_ACTIVATIONS
 
-        groups > 1: that many networks side by side, input channels and targets dealt out among them in order.
-        """
-        return nn.conv2d(inputs, kernels, bias, stride=self.stride, padding=self.padding, groups=groups)  # type: ignore[arg-type]
+    def convolve(self, inputs: Tensor, kernels: Tensor, bias: Tensor | None = None) -> Tensor:
+        """sum_i sum_s kernels[j, i, s] T_s inputs[:, i]: (N, C, H, W), (M, C, kh, kw) -> (N, M, H', W')."""
+        return nn.conv2d(inputs, kernels, bias, stride=self.stride, padding=self.padding)  # type: ignore[arg-type]
 
     def patches(self, inputs: Tensor) -> Tensor:
         """The shifts T_s of every channel, (N, C, H, W) -> (N, P, C S), columns channel-major."""

@@ -11,6 +11,7 @@ from torch import Tensor
 from meanfield import validation
 from meanfield.architecture import Architecture
 from meanfield.network import MASS_TOLERANCE, ParticleNetwork
+from meanfield.penalties import input_norms
 
 ANCHOR_ROWS = 1024
 STARTS = ("anchored", "low_rank")
@@ -110,6 +111,39 @@ def mixture(first: ParticleNetwork, second: ParticleNetwork, t: float) -> Partic
     biases = [None if a is None or b is None else torch.cat([a, b]) for a, b in zip(first.biases, second.biases)]
     readout = torch.cat([first.readout, second.readout], 1)
     return ParticleNetwork(first.architecture, masses, kernels, readout, biases)
+
+
+def balance(network: ParticleNetwork, input_strength: float, readout_strength: float) -> ParticleNetwork:
+    """The same output at the least lambda_1 int |(z, b)|^2 + lambda_u int |u|^2, for one positively homogeneous layer.
+
+    A particle matters by t = p |(z, b)| |u| only.  With T = sum t the least is 2 sqrt(lambda_1 lambda_u) T, at masses t / T
+    and squared norms sqrt(lambda_u / lambda_1) T and sqrt(lambda_1 / lambda_u) T (section 4 of Bach, JMLR 2017).
+    Particles without response are dropped; a network without any is returned as it is.
+    """
+    norms, sizes = input_norms(network.kernels[0], network.biases[0]), network.readout.movedim(1, 0).flatten(1).norm(dim=1)
+    amounts = network.masses[0] * norms * sizes
+    if network.architecture.depth > 1 or not bool((amounts > 0).any()):
+        return network
+    live = select(network, [torch.nonzero(amounts > 0).flatten()])
+    norms, sizes, amounts = (each[amounts > 0] for each in (norms, sizes, amounts))
+    total, ratio = amounts.sum(), (readout_strength / input_strength) ** 0.25
+    masses, stretch, squeeze = amounts / total, ratio * total.sqrt() / norms, total.sqrt() / ratio / sizes
+    bias, readout = live.biases[0], live.readout * squeeze.reshape(1, -1, *[1] * (live.readout.ndim - 2))
+    kernels = live.kernels[0] * stretch[:, None, None, None]
+    return ParticleNetwork(network.architecture, [masses / masses.sum()], [kernels], readout, [None if bias is None else bias * stretch])
+
+
+def adjoin(network: ParticleNetwork, others: ParticleNetwork) -> ParticleNetwork:
+    """The network with the particles of `others` beside its own at zero mass: the end t = 0 of their `mixture`.
+
+    Output and value stay.  Zero mass carries no flow, so that what the others are is for a program to remember.
+    """
+    if network.architecture != others.architecture:
+        raise ValueError("network and others must have the same architecture")
+    union = mixture(network, others, 0.5)
+    masses = [torch.cat([p, torch.zeros_like(q)]) for p, q in zip(network.masses, others.masses)]
+    kernels = [union.kernels[0], *(w / 2 for w in union.kernels[1:])]
+    return ParticleNetwork(network.architecture, masses, kernels, union.readout, union.biases)
 
 
 def interpolate(first: ParticleNetwork, second: ParticleNetwork, t: float) -> ParticleNetwork:

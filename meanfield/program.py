@@ -9,7 +9,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from meanfield import repopulation
+from meanfield import measures, repopulation
 from meanfield.basis import ConstraintBasis, Design
 from meanfield.network import ParticleNetwork
 from meanfield.penalties import perspective
@@ -43,6 +43,21 @@ class ConvexProgram:
         with torch.no_grad():
             responses = network.responses(problem.inputs)
         return cls(problem, network, tuple(responses.features), tuple(responses.preactivations))
+
+    @classmethod
+    def with_candidates(cls, problem: Problem, network: ParticleNetwork, candidates: ParticleNetwork) -> ConvexProgram:
+        """Freeze the features of `network`, and those of `candidates` beside them at zero mass.
+
+        A candidate of a later layer stands on lower candidates without mass: its features are those it has in the network
+        `candidates`, where they do have mass.  Its readout is not used.
+        """
+        own, other = cls.freeze(problem, network), cls.freeze(problem, candidates)
+        return cls(
+            problem,
+            measures.adjoin(own.frozen, other.frozen),
+            tuple(torch.cat(pair, 1) for pair in zip(own.features, other.features)),
+            tuple(torch.cat(pair, 1) for pair in zip(own.preactivations, other.preactivations)),
+        )
 
     def to(self, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> ConvexProgram:
         convert = lambda tensor: tensor.to(dtype=dtype, device=device)  # noqa: E731

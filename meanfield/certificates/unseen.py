@@ -4,48 +4,181 @@ For any output multipliers r in the domain of the loss conjugate and any mu_l >=
 
     J >= -(1/N) sum_n loss*(N r_n) - sum_{l<L} mu_l - sup_g [ |q(h(g))|^2 / (4 lambda_u) - gamma_L(g) ],
 
-gamma_1(z) = lambda_1 |(z, b)|^2,   c_l = 2 sqrt(lambda_s (mu_l + gamma_l)),   gamma_{l+1}(g) = inf { int c_l |a| : g = int a * f },
+gamma_1(z) = lambda_1 |(z, b)|^2,   c_l = 2 sqrt(lambda_s (mu_l + gamma_l)),   gamma_{l+1}(g) = inf { int c_l |a| : g = int a * f }.
 
-because lambda_s s^2 + gamma + mu >= c s at every feature, layer by layer.  The sup runs over compositional features: a
-small network of its own, kernels of all layers jointly.  A search from K starts finds it from below, so its bound may be
-too high: it is called the best of K starts and proves nothing.  For one ReLU layer the sup is a maximum over the unit
-sphere, which `sphere` bounds from above: that bound is rigorous.
+Why: loss(F) >= <N r, F> - loss*(N r) leaves sum_j p_j (lambda_u |u_j|^2 + <u_j, q_j>) >= -sum_j p_j |q_j|^2 / (4 lambda_u);
+a source with outflow s = sum_j |w_ij| p_j has lambda_s s^2 + gamma + mu >= c s, and with flows a_ij = w_ij p_i the sum of
+p_i c_i s_i is sum_j p_j sum_i c_i |a_ij| >= sum_j p_j gamma(g_j), layer by layer.  Bounds on a and z restrict the sup.
+
+The sup runs over compositional features, each a small network of its own, and is not concave.  A search from K starts
+finds it from below, so its bound may be too high: it is called the best of K starts and proves nothing.  For one ReLU or
+linear layer the sup follows from the largest |q| over unit kernels, which `sphere` bounds from above: that is rigorous.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 import torch
-from scipy.optimize import minimize, minimize_scalar
+from scipy.optimize import minimize
 from torch import Tensor
+from torch.nn import functional
 
 from meanfield import measures, validation
 from meanfield.architecture import Architecture
 from meanfield.certificates import sphere
+from meanfield.certificates.duality import GOLDEN
 from meanfield.network import ParticleNetwork
-from meanfield.penalties import input_norms
+from meanfield.penalties import Penalty, input_norms
 from meanfield.problem import Problem
 
 HIDDEN = 16  # sources of a searched feature, per layer
-MOST_HIDDEN = 64  # sources that a feature of the given network keeps, the heaviest ones
-LEARNING_RATE = 0.05
-AGREEMENT = 1e-4  # relative to the bound: the search finds no more than the pool knew
+MOST_OWN = 64  # sources that a start from the network keeps, the heaviest ones
+LEARNING_RATE = 0.1  # of the root mean square of each tensor of a start
+AGREEMENT = 2e-4  # relative: the search finds no more than the pool knew
 SAME_FEATURE = 0.99  # cosine of two features on the training inputs
-LEAST_SHARE = 1e-6  # atoms lighter than this share of a feature's heaviest are left out
+LEAST_SHARE = 1e-4  # flows below this share of a feature's largest are set to zero
+KEPT = 256  # features that the pool keeps of one search, the best ones
+ENTRIES = 1 << 22  # of the widest feature maps that are in memory at a time
+SPHERE_STEPS = 60
 HOMOGENEOUS = ("relu", "identity")
-RECESSION = {"softplus": "relu", "gelu": "relu"}  # what these activations become far away
+RECESSION = {"softplus": "relu", "gelu": "relu"}  # what these activations are far from zero, up to lower order
+RAYS = (1.0, 10.0, 100.0, 1000.0)
+SMOOTHING = (1e-1, 1e-2, 1e-3, 1e-4)  # of the bound: temperatures of the soft maximum over the pool
+PROVEN_ENTRIES = 1 << 22  # of the weights handed to `sphere`
+QUICK_ENTRIES = 3  # kernels of so few entries are proven exactly at once
+
+
+@dataclass(frozen=True, eq=False)
+class UnseenFeatures:
+    """What a search found: a bound over all measures, how far it can be trusted, and features worth adding.
+
+    bound: the best figure, of the given kind; -inf, with a reason, where the theory or the search gives none.
+    kind: "best of K starts", "exact over the arrangement", "exact spectral norm", "branch and bound" or "none"; rigorous
+    says whether the bound is proven.  searched_bound: best of `starts` starts.  rigorous_bound: proven (up to rounding)
+    by rigorous_kind; None where no method applies or no time was given.
+    output (N, K), mu (L - 1): the multipliers of the bound; scale: |output| / |r given|.
+    features: the best features as the last layer of a network of their own (None if there are none), scores (F,) their
+    |q|^2 / (4 lambda_u) - gamma_L at the r given, all above `level`, the best of the network's own features.
+    """
+
+    bound: float
+    kind: str
+    starts: int
+    reason: str = ""
+    searched_bound: float = -math.inf
+    rigorous: bool = False
+    rigorous_bound: float | None = None
+    rigorous_kind: str = ""
+    output: Tensor | None = None
+    mu: tuple[float, ...] = ()
+    scale: float = 1.0
+    features: ParticleNetwork | None = None
+    scores: Tensor | None = None
+    level: float = 0.0
+    seconds: float = 0.0
+
+    def summary(self) -> str:
+        """One line that claims no more than was shown."""
+        if self.kind == "none":
+            return f"no bound over all measures: {self.reason}"
+        text = f"best of {self.starts} starts: every network has J >= {self.searched_bound:.6g} unless the search missed a feature"
+        if self.rigorous_bound is not None:
+            text += f"; proven ({self.rigorous_kind}): every network has J >= {self.rigorous_bound:.6g}"
+        return text
+
+
+def search_features(
+    problem: Problem,
+    output: Tensor,
+    network: ParticleNetwork | None = None,
+    *,
+    mu: Sequence[float] | None = None,
+    starts: int = 256,
+    steps: int = 200,
+    rounds: int = 6,
+    count: int = 8,
+    seed: int = 0,
+    max_seconds: float = math.inf,
+    rigorous_seconds: float = 0.0,
+    fixed: bool = False,
+) -> UnseenFeatures:
+    """A lower bound of J over all measures from output multipliers r = `output` (N, K), and the features that violate it.
+
+    Each of at most `rounds` searches ascends from `starts` starts (the particles of `network`, data patches, random
+    draws) for `steps` steps; then r and mu are chosen anew against all that was found, until search and pool agree.
+    fixed: keep the direction of r, choose its scale and mu only.  mu: first mu_1..mu_{L-1}, by default those of `network`.
+    count: features to return.  max_seconds is looked at between batches of starts; one round is always begun.
+    rigorous_seconds: time for the proven bound of one ReLU layer; up to three kernel entries it is always computed.
+    """
+    began = time.perf_counter()
+    for value, name in ((starts, "starts"), (steps, "steps"), (rounds, "rounds"), (count, "count")):
+        validation.integer(value, name)
+    validation.finite(validation.shaped(output, (len(problem.inputs), problem.architecture.outputs), "output"), "output")
+    problem, output = problem.to(dtype=torch.float64), output.detach().to(problem.inputs.device, torch.float64)
+    if network is not None:
+        network = network.detach().to(dtype=torch.float64)
+        problem.require_feasible(network)
+    prices = _checked_prices(problem, mu, network)
+    reason = _no_bound(problem)
+    if reason:
+        return UnseenFeatures(-math.inf, "none", 0, reason, seconds=time.perf_counter() - began)
+    output = problem.loss.feasible(len(output) * output, problem.targets) / len(output)
+    search = _Search(problem, output, network, torch.Generator().manual_seed(seed), starts, steps, began + max_seconds)
+    if rigorous_seconds > 0 or _kernel_entries(problem.architecture) <= QUICK_ENTRIES:
+        search.prove(max(rigorous_seconds, 2.0))
+    found = search.run(prices, rounds, fixed)
+    found = search.result(found, prices, count)
+    return replace(found, seconds=time.perf_counter() - began)
+
+
+def _checked_prices(problem: Problem, mu: Sequence[float] | None, network: ParticleNetwork | None) -> tuple[float, ...]:
+    hidden = problem.architecture.depth - 1
+    if mu is None:
+        return _network_prices(problem, network)
+    if len(mu) != hidden or any(not math.isfinite(m) or m < 0 for m in mu):
+        raise ValueError(f"mu={list(mu)} must hold {hidden} finite numbers >= 0, one per layer but the last")
+    return tuple(float(m) for m in mu)
+
+
+def _network_prices(problem: Problem, network: ParticleNetwork | None) -> tuple[float, ...]:
+    """mu_l = sum_i p_i (lambda_s s_i^2 - gamma_i), what the optimality of the masses asks for; gamma_{l+1} sums to 2 lambda_s s_i^2."""
+    strength, prices = problem.penalty.source, []
+    if network is None:
+        return (strength,) * (problem.architecture.depth - 1)
+    gamma = float(problem.terms(network).input)
+    for layer in range(1, problem.architecture.depth):
+        outflow = network.masses[layer] @ problem.penalty.norms(network.kernels[layer])
+        source = strength * float(network.masses[layer - 1] @ outflow.square())
+        prices.append(max(source - gamma, 0.0))
+        gamma = 2 * source
+    return tuple(prices)
+
+
+def _no_bound(problem: Problem) -> str:
+    """Why there is no bound: the sup is infinite, or so far out that no search finds it."""
+    if problem.penalty.readout == 0:
+        return "without a readout penalty the supremum over features is infinite; missing: a positive readout penalty"
+    missing = problem.missing_bounds()
+    if missing:
+        names = " and ".join(missing)
+        return f"with these activations, biases and penalties the supremum over features is infinite or not attained; missing: {names}"
+    return ""
+
+
+# --- features with the kernels that realise them ----------------------------------------------------------------------
 
 
 @dataclass(frozen=True, eq=False)
 class Compositions:
-    """R features of the last layer, each with the kernels of all layers that realise it.
+    """R small networks with T features in the last layer each: R T features with the kernels of all layers that realise them.
 
-    kernels[0] (R, m_1, C_0, kh, kw) first-layer kernels z; kernels[l] (R, m_{l+1}, m_l, kh, kw) flows a, m_L = 1;
+    kernels[0] (R, m_1, C_0, kh, kw) first-layer kernels z; kernels[l] (R, m_{l+1}, m_l, kh, kw) flows a, m_L = T;
     biases[l] (R, m_{l+1}) or None.
     """
 
@@ -59,394 +192,143 @@ class Compositions:
     def tensors(self) -> list[Tensor]:
         return [*self.kernels, *(b for b in self.biases if b is not None)]
 
-    def __getitem__(self, chosen: Tensor) -> Compositions:
-        return replace(
-            self, kernels=tuple(k[chosen] for k in self.kernels), biases=tuple(None if b is None else b[chosen] for b in self.biases)
-        )
+    def with_tensors(self, tensors: Sequence[Tensor]) -> Compositions:
+        """With other tensors, in the order of `tensors`."""
+        rest = list(tensors[len(self.kernels) :])
+        biases = tuple(None if b is None else rest.pop(0) for b in self.biases)
+        return Compositions(self.architecture, tuple(tensors[: len(self.kernels)]), biases)
+
+    def __getitem__(self, chosen: Tensor | slice) -> Compositions:
+        return self.with_tensors([t[chosen] for t in self.tensors()])
 
     def preactivations(self, inputs: Tensor) -> Tensor:
-        """g of every feature, (N, R, H', W')."""
-        signal, groups = inputs, 1
-        for index, (layer, kernels, bias) in enumerate(zip(self.architecture.layers, self.kernels, self.biases)):
-            if index:
-                signal = self.architecture.layers[index - 1].activate(signal)
-            weights = kernels.flatten(0, 1) / (1 if index else self.architecture.input_shape[0])
-            signal = layer.convolve(signal, weights, None if bias is None else bias.flatten(), groups)
-            groups = len(self)
-        return signal
+        """g of every feature, (R T, N, H', W').
 
-    def responses(self, problem: Problem, output: Tensor) -> Tensor:
-        """|q|^2 of every feature, (R,)."""
-        arch = self.architecture
-        read = arch.readout_features(arch.layers[-1].activate(self.preactivations(problem.inputs)))
-        return torch.einsum("nk,nr...->rk...", output, read).flatten(1).square().sum(1)
+        Kernels are applied before shifts: one matrix product per layer, whatever the number of starts.
+        """
+        first, bias = self.architecture.layers[0], self.biases[0]
+        columns = first.patches(inputs).flatten(0, 1) / inputs.shape[1]  # (N P, d)
+        signal = (self.kernels[0].flatten(2).flatten(0, 1) @ columns.T).view(*self.kernels[0].shape[:2], len(inputs), -1)
+        signal = signal if bias is None else signal + bias[:, :, None, None]
+        signal = signal.unflatten(3, self.architecture.geometry[0].output)  # (R, m_1, N, H', W')
+        for index in range(1, len(self.kernels)):
+            features = self.architecture.layers[index - 1].activate(signal.flatten(0, 1)).unflatten(0, signal.shape[:2])
+            signal = _flow(self.architecture, index, self.kernels[index], features, self.biases[index])
+        return signal.flatten(0, 1)
 
-    def costs(self, problem: Problem, mu: Sequence[float | Tensor]) -> Tensor:
-        """gamma_L of this realisation, (R,): no less than that of the feature."""
-        penalty, norms = problem.penalty, self._input_norms()
-        gamma = penalty.input * norms.square()
+    def readouts(self, inputs: Tensor) -> Tensor:
+        """What the readout multiplies, (R T, N, 1) or (R T, N, positions)."""
+        read = self.architecture.readout_features(self.architecture.layers[-1].activate(self.preactivations(inputs)))
+        return read if read.ndim == 3 else read[:, :, None]
+
+    def costs(self, penalty: Penalty, mu: Sequence[float] | Tensor) -> Tensor:
+        """gamma_L of this realisation, (R T,): no less than that of the feature; differentiable in kernels and mu."""
+        gamma = penalty.input * self.input_norms().square()
         for kernels, price in zip(self.kernels[1:], mu):
+            amounts = _amounts(penalty, kernels)
+            if penalty.source == 0:
+                gamma = torch.zeros_like(amounts[:, :, 0])
+                continue
             tiny = torch.finfo(gamma.dtype).tiny  # the root has no gradient at zero
-            prices = 2 * (penalty.source * (price + gamma).clamp_min(tiny)).sqrt()
-            gamma = (_flows(problem, kernels) * prices[:, None]).sum(2)
-        return gamma[:, 0]
+            gamma = (amounts * (2 * (penalty.source * (price + gamma)).clamp_min(tiny).sqrt())[:, None]).sum(2)
+        return gamma.flatten()
 
-    def _input_norms(self) -> Tensor:
-        """|(z, b)| (R, m_1)."""
+    def input_norms(self) -> Tensor:
+        """|(z, b)|, (R, m_1)."""
         bias = self.biases[0]
         return input_norms(self.kernels[0].flatten(0, 1), None if bias is None else bias.flatten()).view(self.kernels[0].shape[:2])
 
-    def projected(self, problem: Problem) -> Compositions:
-        """Scaled down to the problem's bounds."""
-        kernels, biases, penalty = list(self.kernels), list(self.biases), problem.penalty
+    def scaled_first(self, factors: Tensor | float) -> Compositions:
+        """First-layer kernels and biases times factors, (R, m_1) or a number."""
+        bias = self.biases[0]
+        wide = factors[:, :, None, None, None] if isinstance(factors, Tensor) else factors
+        return replace(
+            self, kernels=(self.kernels[0] * wide, *self.kernels[1:]), biases=(None if bias is None else bias * factors, *self.biases[1:])
+        )
+
+    def unit(self) -> Compositions:
+        """First-layer kernels on the unit sphere."""
+        return self.scaled_first(1 / self.input_norms().clamp_min(torch.finfo(self.kernels[0].dtype).tiny))
+
+    def projected(self, penalty: Penalty) -> Compositions:
+        """Scaled down to the bounds of the penalty."""
+        result = self
         if penalty.input_bound is not None:
-            shrink = (penalty.input_bound / self._input_norms().clamp_min(1e-300)).clamp_max(1)
-            kernels[0] = kernels[0] * shrink[:, :, None, None, None]
-            biases[0] = None if biases[0] is None else biases[0] * shrink
-        if penalty.amplitude_bound is not None:
-            for index in range(1, len(kernels)):
-                amounts = _flows(problem, kernels[index]).sum(2).clamp_min(1e-300)
-                kernels[index] = kernels[index] * (penalty.amplitude_bound / amounts).clamp_max(1)[:, :, None, None, None]
-                bias = biases[index]
-                biases[index] = None if bias is None else bias.clamp(-penalty.amplitude_bound, penalty.amplitude_bound)
-        return replace(self, kernels=tuple(kernels), biases=tuple(biases))
+            result = self.scaled_first(_shrink(penalty.input_bound, self.input_norms()))
+        kernels, biases, bound = list(result.kernels), list(result.biases), penalty.amplitude_bound
+        for index in range(1, len(kernels)) if bound is not None else ():
+            kernels[index] = kernels[index] * _shrink(bound, _amounts(penalty, kernels[index]).sum(2))[:, :, None, None, None]
+            bias = biases[index]
+            biases[index] = None if bias is None else bias.clamp(-bound, bound)
+        return replace(result, kernels=tuple(kernels), biases=tuple(biases))
 
-    def network(self, problem: Problem) -> ParticleNetwork:
-        """A network with these features in its last layer, uniform masses and no readout; atoms without flow are dropped."""
-        pieces = [self._piece(problem, index) for index in range(len(self))]
-        masses = [inputs.new_full((count,), 1 / count) for inputs, count in zip([problem.inputs] * len(self.kernels), map(sum, zip(*[p[2] for p in pieces])))]
-        kernels = [torch.cat([piece[0][0] for piece in pieces])]
-        for layer in range(1, len(self.kernels)):
-            blocks = [piece[0][layer] for piece in pieces]
-            kernels.append(_block_diagonal(blocks) * len(masses[layer - 1]))  # w = a / p of the source
-        biases = [None if b is None else torch.cat([piece[1][layer] for piece in pieces]) for layer, b in enumerate(self.biases)]
-        readout = problem.inputs.new_zeros(self.architecture.readout_shape(len(self)))
-        return ParticleNetwork(self.architecture, masses, kernels, readout, biases)
-
-    def _piece(self, problem: Problem, index: int) -> tuple[list[Tensor], list[Tensor], list[int]]:
-        """Kernels, biases and widths of one feature without the sources that nothing flows out of."""
-        kernels = [k[index] for k in self.kernels]
-        biases = [kernels[0].new_zeros(0) if b is None else b[index] for b in self.biases]
-        for layer in range(len(kernels) - 1, 0, -1):
-            outflow = problem.penalty.norms(kernels[layer]).sum(0)
-            keep = torch.nonzero(outflow >= LEAST_SHARE * outflow.max()).flatten()
-            kernels[layer], kernels[layer - 1] = kernels[layer][:, keep], kernels[layer - 1][keep]
-            biases[layer - 1] = biases[layer - 1][keep] if len(biases[layer - 1]) else biases[layer - 1]
-        return kernels, biases, [len(k) for k in kernels]
+    def pruned(self, penalty: Penalty) -> Compositions:
+        """With the smallest flows set to zero, so that few atoms remain."""
+        kernels = list(self.kernels)
+        for index in range(1, len(kernels)):
+            amounts = _amounts(penalty, kernels[index])
+            keep = amounts >= LEAST_SHARE * amounts.amax(2, keepdim=True)
+            kernels[index] = kernels[index] * keep[..., None, None]
+        return replace(self, kernels=tuple(kernels))
 
 
-@dataclass(frozen=True, eq=False)
-class UnseenFeatures:
-    """What a search found: a bound over all measures, how far it can be trusted, and features worth adding.
-
-    bound: best of `starts` starts; -inf, with a reason, where the theory gives none.  rigorous_bound: proven, by
-    `rigorous_kind`; None where no method applies or no time was given for it.  scale, mu: multipliers r times scale, and
-    mu_1..mu_{L-1}, at which the bound is attained.  features: the best features as the last layer of a network of their
-    own (None if there is none), scores (F,) their |q|^2 / (4 lambda_u) - gamma_L at the unscaled r.
-    """
-
-    bound: float
-    starts: int
-    reason: str = ""
-    rigorous_bound: float | None = None
-    rigorous_kind: str = ""
-    scale: float = 1.0
-    mu: tuple[float, ...] = ()
-    features: ParticleNetwork | None = None
-    scores: Tensor | None = None
-    seconds: float = 0.0
-
-    def summary(self) -> str:
-        """One line that claims no more than what was shown."""
-        if self.bound == -math.inf:
-            text = f"no bound over all measures: {self.reason}"
-        else:
-            text = f"J >= {self.bound:.8g} for every network, unless the best of {self.starts} starts missed a feature"
-        if self.rigorous_bound is not None:
-            text += f"; J >= {self.rigorous_bound:.8g} for every network, proven ({self.rigorous_kind})"
-        return text
+def _shrink(bound: float, reached: Tensor) -> Tensor:
+    return (bound / reached.clamp_min(torch.finfo(reached.dtype).tiny)).clamp_max(1)
 
 
-def search_features(
-    problem: Problem,
-    output: Tensor,
-    network: ParticleNetwork | None = None,
-    *,
-    starts: int = 256,
-    steps: int = 200,
-    rounds: int = 4,
-    count: int = 8,
-    seed: int = 0,
-    rigorous_seconds: float = 0.0,
-) -> UnseenFeatures:
-    """The bound over all measures at the output multipliers r = `output` (N, K), and the features that violate it most.
-
-    Each of at most `rounds` searches ascends from `starts` starts for `steps` steps (particles of `network`, data patches
-    and random draws), then r's scale and mu are chosen anew on all that was found; the bound uses everything found.
-    count: features to return.  rigorous_seconds: time for the proven bound of one ReLU layer with average readout; up to
-    three kernel entries it is always computed, being quick.
-    """
-    began = time.perf_counter()
-    starts, steps, count = (validation.integer(v, n) for v, n in ((starts, "starts"), (steps, "steps"), (count, "count")))
-    validation.shaped(output, (len(problem.inputs), problem.architecture.outputs), "output")
-    problem, output = problem.to(dtype=torch.float64), output.double()
-    network = None if network is None else network.to(dtype=torch.float64)
-    reason = _no_bound(problem)
-    if reason:
-        return UnseenFeatures(-math.inf, 0, reason, seconds=time.perf_counter() - began)
-    output = problem.loss.feasible(len(output) * output, problem.targets) / len(output)
-    search = _Search(problem, output, network, torch.Generator().manual_seed(seed), starts, steps)
-    found = search.run(rounds, count)
-    found = replace(found, **_rigorous(problem, output, network, rigorous_seconds))
-    return replace(found, seconds=time.perf_counter() - began)
-
-
-def _no_bound(problem: Problem) -> str:
-    penalty = problem.penalty
-    if penalty.readout == 0:
-        return "without a readout penalty the supremum over features is infinite"
-    if problem.architecture.depth > 1 and penalty.source == 0:
-        return "without a source penalty features of the last layer cost nothing"
-    missing = problem.missing_bounds()
-    if missing:
-        return "with these activations, biases and penalties the supremum over features is infinite; missing: " + ", ".join(missing)
-    return ""
-
-
-class _Search:
-    """The pool of features found so far, and the multipliers that suit it best."""
-
-    def __init__(self, problem: Problem, output: Tensor, network: ParticleNetwork | None, generator: torch.Generator, starts: int, steps: int):
-        self.problem, self.output, self.network, self.generator, self.starts, self.steps = problem, output, network, generator, starts, steps
-        self.depth = problem.architecture.depth
-        only = problem.architecture.layers[0]
-        free = self.depth == 1 and problem.penalty.input_bound is None
-        self.homogeneous = free and only.activation in HOMOGENEOUS
-        self.scale_limit = 2.0 if problem.loss.name == "squared" else 1.0
-        self.tried = 0
-        self.pool: list[Compositions] = []
-        if free and only.activation in RECESSION:
-            self.scale_limit = min(self.scale_limit, self._recession_limit(RECESSION[only.activation]))
-
-    def run(self, rounds: int, count: int) -> UnseenFeatures:
-        scale, mu = min(1.0, self.scale_limit), self._first_mu()
-        bound = -math.inf
-        for index in range(rounds):
-            self.pool.append(self._ascend(self._starts(), scale, mu))
-            known, bound = bound, self._bound(scale, mu)
-            scale, mu, bound = self._best_multipliers(scale, mu)
-            if index and abs(bound - known) <= AGREEMENT * abs(known):
-                break
-        return self._result(scale, mu, bound, count)
-
-    def _first_mu(self) -> list[float]:
-        """mu_l = lambda_s sum_i p_i s_i^2, which complementary slackness makes the right size."""
-        source, network = self.problem.penalty.source, self.network
-        if network is None:
-            return [source] * (self.depth - 1)
-        found = []
-        for layer in range(1, self.depth):
-            outflow = network.masses[layer] @ self.problem.penalty.norms(network.kernels[layer])
-            found.append(max(source * float(network.masses[layer - 1] @ outflow.square()), 1e-12))
-        return found
-
-    # ---- the bound on the pool
-
-    def _conjugate(self, scale: float) -> float:
-        return float(self.problem.loss.conjugate(len(self.output) * scale * self.output, self.problem.targets).mean())
-
-    def _figures(self) -> tuple[Tensor, list[Compositions]]:
-        return torch.cat([part.responses(self.problem, self.output) for part in self.pool]), self.pool
-
-    def _worst(self, responses: Tensor, scale: float, mu: Sequence[float]) -> Tensor:
-        gamma = torch.cat([part.costs(self.problem, mu) for part in self.pool])
-        return scale**2 * responses / (4 * self.problem.penalty.readout) - gamma
-
-    def _bound(self, scale: float, mu: Sequence[float]) -> float:
-        """The lower bound with the sup over the pool (the feature g = 0, which costs nothing, is in it)."""
-        if self.homogeneous and scale > self._homogeneous_limit():
-            return -math.inf
-        worst = 0.0 if self.homogeneous else max(float(self._worst(self._figures()[0], scale, mu).max()), self._nothing(scale))
-        return -self._conjugate(scale) - sum(mu) - worst
-
-    def _nothing(self, scale: float) -> float:
-        """The score of g = 0: zero unless h(0) is not."""
-        zero = _zeros_like(self.problem, 1)
-        return scale**2 * float(zero.responses(self.problem, self.output)) / (4 * self.problem.penalty.readout)
-
-    def _homogeneous_limit(self) -> float:
-        """Largest scale of r for which no unit kernel of the pool gains more than it costs."""
-        largest = float(self._figures()[0].max().sqrt())  # the pool holds unit kernels
-        return min(self.scale_limit, 2 * math.sqrt(self.problem.penalty.input * self.problem.penalty.readout) / max(largest, 1e-300))
-
-    def _best_multipliers(self, scale: float, mu: Sequence[float]) -> tuple[float, list[float], float]:
-        if self.depth == 1:
-            limit = self._homogeneous_limit() if self.homogeneous else self.scale_limit
-            best = _maximum(lambda s: self._bound(s, []), limit)
-            return best[0], [], best[1]
-        return self._best_prices(scale, list(mu))
-
-    def _best_prices(self, scale: float, mu: list[float]) -> tuple[float, list[float], float]:
-        """Maximise the bound, concave in (scale, mu), in its epigraph form; any point it ends at gives a valid figure."""
-        responses, pool = self._figures()
-        near = self._worst(responses, scale, mu).topk(min(200, len(responses))).indices
-        kept = Compositions(pool[0].architecture, *_joined(pool))[near]
-        responses = responses[near]
-
-        def gaps(x: np.ndarray) -> np.ndarray:
-            gamma = kept.costs(self.problem, [float(m) for m in x[1:-1]])
-            return (x[-1] - x[0] ** 2 * responses / (4 * self.problem.penalty.readout) + gamma).numpy(force=True)
-
-        unit = max(abs(self._bound(scale, mu)), 1e-12)
-        objective = lambda x: (self._conjugate(float(x[0])) + float(x[1:].sum())) / unit  # noqa: E731
-        start = np.array([scale, *mu, float(self._worst(self._figures()[0], scale, mu).max().clamp_min(0))])
-        limits = [(0.0, self.scale_limit), *[(0.0, None)] * len(mu), (0.0, None)]
-        answer = minimize(objective, start, method="SLSQP", bounds=limits, constraints={"type": "ineq", "fun": lambda x: gaps(x) / unit})
-        candidates = [(scale, mu), (float(np.clip(answer.x[0], 0, self.scale_limit)), [max(float(m), 0.0) for m in answer.x[1:-1]])]
-        values = [self._bound(*candidate) for candidate in candidates]
-        best = int(np.argmax(values))
-        return candidates[best][0], candidates[best][1], values[best]
-
-    # ---- the search
-
-    def _starts(self) -> Compositions:
-        """A third from the network's particles, a third from data patches, a third random; later rounds also the pool's best."""
-        parts = []
-        if self.network is not None:
-            parts.append(_own(self.problem, self.network, self.starts // 3, self._width()))
-        left = self.starts - sum(map(len, parts))
-        parts.append(self._drawn(left // 2, patches=True))
-        parts.append(self._drawn(left - left // 2, patches=False))
-        return Compositions(self.problem.architecture, *_joined(parts))
-
-    def _width(self) -> int:
-        alive = max((int((p > 0).sum()) for p in self.network.masses[:-1]), default=1) if self.network is not None else 1
-        return max(HIDDEN, min(alive, MOST_HIDDEN))
-
-    def _drawn(self, number: int, patches: bool) -> Compositions:
-        arch, inputs = self.problem.architecture, self.problem.inputs
-        widths = [self._width()] * (self.depth - 1) + [1]
-        shapes = [(number, *shape) for shape in arch.kernel_shapes(widths)]
-        kernels = [measures.normal(shapes[0], self.generator, inputs)]
-        if patches:
-            kernels[0] = kernels[0].sign()[:, :, :1, :1, :1] * self._patches(number * widths[0]).reshape(shapes[0])
-        kernels[0] = kernels[0] * (self._radius() / kernels[0].flatten(2).norm(dim=2).clamp_min(1e-12))[:, :, None, None, None]
-        kernels += [measures.normal(shape, self.generator, inputs) / shape[2] for shape in shapes[1:]]
-        biases = [measures.normal(k.shape[:2], self.generator, inputs) * 0.1 if layer.bias else None for layer, k in zip(arch.layers, kernels)]
-        return Compositions(arch, tuple(kernels), tuple(biases))
-
-    def _radius(self) -> float:
-        """Root mean square |z| of the network, or that of a standard normal kernel."""
-        arch = self.problem.architecture
-        usual = math.sqrt(arch.input_shape[0] * arch.layers[0].offsets)
-        if self.network is None:
-            return usual
-        return float((self.network.masses[0] @ self.network.kernels[0].flatten(1).square().sum(1)).sqrt()) or usual
-
-    def _patches(self, number: int) -> Tensor:
-        rows = self.problem.architecture.layers[0].patches(self.problem.inputs).flatten(0, 1)
-        rows = rows[rows.norm(dim=1) > 0]
-        if not len(rows):
-            return measures.normal((number, self.problem.architecture.layers[0].offsets * self.problem.inputs.shape[1]), self.generator, self.problem.inputs)
-        return rows[torch.randint(len(rows), (number,), generator=self.generator).to(rows.device)]
-
-    def _ascend(self, begun: Compositions, scale: float, mu: Sequence[float]) -> Compositions:
-        """Adam on all starts at once; every start keeps the best of its path."""
-        self.tried += len(begun)
-        leaves = [t.detach().clone().requires_grad_() for t in begun.projected(self.problem).tensors()]
-        optimiser = torch.optim.Adam(leaves, lr=LEARNING_RATE)
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, self.steps)
-        best: list[Tensor] = []
-        top = torch.full((len(begun),), -torch.inf, dtype=torch.float64, device=leaves[0].device)
-        for _ in range(self.steps):
-            current = _with_tensors(begun, leaves)
-            scores = self._merit(current, scale, mu)
-            better = scores.detach() > top
-            top = torch.where(better, scores.detach(), top)
-            best = [torch.where(better.view(-1, *[1] * (t.ndim - 1)), t.detach(), b) for t, b in zip(leaves, best or leaves)]
-            optimiser.zero_grad()
-            (-scores.sum()).backward()
-            optimiser.step()
-            schedule.step()
-            with torch.no_grad():
-                for leaf, moved in zip(leaves, self._retracted(_with_tensors(begun, leaves)).tensors()):
-                    leaf.copy_(moved)
-        return self._retracted(_with_tensors(begun, [t.detach() for t in best]))
-
-    def _merit(self, current: Compositions, scale: float, mu: Sequence[float]) -> Tensor:
-        responses = current.responses(self.problem, self.output)
-        if self.homogeneous:  # the logarithm gives every start steps of the same size
-            return responses.clamp_min(torch.finfo(responses.dtype).tiny).log()
-        unit = max(abs(self._conjugate(scale)), 1e-12)
-        return (scale**2 * responses / (4 * self.problem.penalty.readout) - current.costs(self.problem, mu)) / unit
-
-    def _retracted(self, current: Compositions) -> Compositions:
-        if not self.homogeneous:
-            return current.projected(self.problem)
-        norms = current._input_norms().clamp_min(1e-300)
-        bias = current.biases[0]
-        return replace(current, kernels=(current.kernels[0] / norms[:, :, None, None, None],), biases=(None if bias is None else bias / norms,))
-
-    def _recession_limit(self, activation: str) -> float:
-        """The scale of r beyond which ever longer kernels gain more than they cost: that of the activation far away."""
-        arch = self.problem.architecture
-        far = replace(arch, layers=(replace(arch.layers[0], activation=activation),))
-        problem = Problem(far, self.problem.inputs, self.problem.targets, self.problem.loss.name, self.problem.penalty)
-        other = _Search(problem, self.output, None, self.generator, self.starts, self.steps)
-        other.pool.append(other._ascend(other._starts(), 1.0, []))
-        self.tried += other.tried
-        return other._homogeneous_limit()
-
-    def _result(self, scale: float, mu: list[float], bound: float, count: int) -> UnseenFeatures:
-        everything = Compositions(self.problem.architecture, *_joined(self.pool))
-        responses = everything.responses(self.problem, self.output)
-        if self.homogeneous:  # unit kernels: their gain over their cost, at the radius the network uses
-            scores = self._radius() ** 2 * (responses / (4 * self.problem.penalty.readout) - self.problem.penalty.input)
-        else:
-            scores = responses / (4 * self.problem.penalty.readout) - everything.costs(self.problem, mu)
-        chosen = self._distinct(everything, scores, count)
-        best = everything[chosen]
-        if self.homogeneous:
-            bias = best.biases[0]
-            best = replace(best, kernels=(best.kernels[0] * self._radius(),), biases=(None if bias is None else bias * self._radius(),))
-        features = best.network(self.problem) if len(chosen) else None
-        return UnseenFeatures(bound, self.tried, "", None, "", scale, tuple(mu), features, scores[chosen])
-
-    def _distinct(self, everything: Compositions, scores: Tensor, count: int) -> Tensor:
-        """The best features with a positive score, no two alike on the training inputs."""
-        order = scores.argsort(descending=True)[: 16 * count]
-        order = order[scores[order] > 0]
-        if not len(order):
-            return order
-        rows = torch.nn.functional.normalize(everything[order].preactivations(self.problem.inputs).movedim(1, 0).flatten(1), dim=1)
-        alike = (rows @ rows.T).tolist()
-        kept: list[int] = []
-        for index in range(len(order)):
-            if len(kept) < count and all(alike[index][other] < SAME_FEATURE for other in kept):
-                kept.append(index)
-        return order[kept]
-
-
-def _flows(problem: Problem, kernels: Tensor) -> Tensor:
+def _amounts(penalty: Penalty, kernels: Tensor) -> Tensor:
     """|a_ij| (R, targets, sources)."""
-    return problem.penalty.norms(kernels.flatten(0, 1)).view(kernels.shape[:3])
+    return penalty.norms(kernels.flatten(0, 1)).view(kernels.shape[:3])
 
 
-def _joined(parts: Sequence[Compositions]) -> tuple[tuple[Tensor, ...], tuple[Tensor | None, ...]]:
-    kernels = tuple(torch.cat(each) for each in zip(*(part.kernels for part in parts)))
-    biases = tuple(None if each[0] is None else torch.cat(each) for each in zip(*(part.biases for part in parts)))
+def _flow(architecture: Architecture, index: int, kernels: Tensor, features: Tensor, bias: Tensor | None) -> Tensor:
+    """sum_i sum_s a_ijs T_s f_i + b_j: features (R, m, N, H, W) -> (R, m', N, H', W')."""
+    layer = architecture.layers[index]
+    (height, width), (rows, columns) = architecture.geometry[index].output, layer.padding  # type: ignore[misc]
+    R, targets, sources = kernels.shape[:3]
+    weights = kernels.flatten(3).movedim(3, 1).reshape(R, -1, sources)  # (R, S m', m)
+    moved = torch.bmm(weights, features.flatten(2)).view(R, layer.offsets, targets, *features.shape[2:])
+    total = 0
+    for offset, part in enumerate(moved.unbind(1)):
+        y, x = divmod(offset, layer.kernel[1])
+        part = functional.pad(part, (columns, columns, rows, rows))
+        down, right = layer.stride  # type: ignore[misc]
+        total = total + part[..., y : y + down * (height - 1) + 1 : down, x : x + right * (width - 1) + 1 : right]
+    return total if bias is None else total + bias[:, :, None, None, None]  # type: ignore[operator]
+
+
+def _own(network: ParticleNetwork) -> Compositions:
+    """The features of a network, realised by the network: a_ij = w_ij p_i."""
+    network = measures.drop_massless(network)
+    flows = [w * p[None, :, None, None] for w, p in zip(network.kernels[1:], network.masses)]
+    kernels = tuple(k[None] for k in (network.kernels[0], *flows))
+    return Compositions(network.architecture, kernels, tuple(None if b is None else b[None] for b in network.biases))
+
+
+def as_network(found: Sequence[Compositions], penalty: Penalty) -> ParticleNetwork:
+    """A network with these features (R = T = 1 each) in its last layer, uniform masses and no readout; idle atoms are left out."""
+    pieces = [_without_idle(piece, penalty) for piece in found]
+    arch = found[0].architecture
+    widths = [sum(len(kernels[layer]) for kernels, _ in pieces) for layer in range(arch.depth)]
+    like = found[0].kernels[0]
+    masses = [like.new_full((width,), 1 / width) for width in widths]
+    kernels = [torch.cat([piece[0] for piece, _ in pieces])]
+    for layer in range(1, arch.depth):  # w = a / p of the source
+        kernels.append(_block_diagonal([piece[layer] for piece, _ in pieces]) * widths[layer - 1])
+    biases = [torch.cat([b[layer] for _, b in pieces]) if conv.bias else None for layer, conv in enumerate(arch.layers)]
+    return ParticleNetwork(arch, masses, kernels, like.new_zeros(arch.readout_shape(widths[-1])), biases)
+
+
+def _without_idle(piece: Compositions, penalty: Penalty) -> tuple[list[Tensor], list[Tensor]]:
+    """Kernels and biases of one feature without the atoms that nothing flows out of (one atom is kept)."""
+    kernels = [k[0] for k in piece.kernels]
+    biases = [kernels[0].new_zeros(0) if b is None else b[0] for b in piece.biases]
+    for layer in range(len(kernels) - 1, 0, -1):
+        outflow = penalty.norms(kernels[layer]).sum(0)
+        keep = torch.nonzero((outflow > 0) | (outflow.cumsum(0).amax() == 0) & (torch.arange(len(outflow), device=outflow.device) == 0)).flatten()
+        kernels[layer], kernels[layer - 1] = kernels[layer][:, keep], kernels[layer - 1][keep]
+        biases[layer - 1] = biases[layer - 1][keep] if len(biases[layer - 1]) else biases[layer - 1]
     return kernels, biases
-
-
-def _with_tensors(like: Compositions, tensors: Sequence[Tensor]) -> Compositions:
-    rest = list(tensors[len(like.kernels) :])
-    return replace(like, kernels=tuple(tensors[: len(like.kernels)]), biases=tuple(None if b is None else rest.pop(0) for b in like.biases))
-
-
-def _zeros_like(problem: Problem, number: int) -> Compositions:
-    arch = problem.architecture
-    kernels = tuple(problem.inputs.new_zeros(number, *shape) for shape in arch.kernel_shapes([1] * arch.depth))
-    return Compositions(arch, kernels, tuple(k.new_zeros(k.shape[:2]) if layer.bias else None for layer, k in zip(arch.layers, kernels)))
 
 
 def _block_diagonal(blocks: Sequence[Tensor]) -> Tensor:
@@ -460,62 +342,458 @@ def _block_diagonal(blocks: Sequence[Tensor]) -> Tensor:
     return whole
 
 
-def _own(problem: Problem, network: ParticleNetwork, number: int, width: int) -> Compositions:
-    """The network's heaviest features of the last layer, realised by its own particles, the `width` heaviest of each layer."""
-    heavy = [p.argsort(descending=True)[:width] for p in network.masses[:-1]]
-    heavy.append(network.masses[-1].argsort(descending=True)[:number])
-    few = measures.select(network, heavy)
-    count = len(heavy[-1])
-    kernels, biases = [], []
-    for layer, (w, b) in enumerate(zip(few.kernels, few.biases)):
-        last, first = layer == len(few.kernels) - 1, layer == 0
-        flow = w if first else w * few.masses[layer - 1][None, :, None, None]
-        padded = w.new_zeros(len(w) if last else width, w.shape[1] if first else width, *w.shape[2:])
-        padded[: len(w), : w.shape[1]] = flow
-        kernels.append(padded[:, None] if last else padded.expand(count, *padded.shape))
-        if b is None:
-            biases.append(None)
+# --- the bound on what was found --------------------------------------------------------------------------------------
+
+
+class _Pool:
+    """Features found so far with what the readout sees of them; `own` says which belong to the network."""
+
+    def __init__(self, problem: Problem) -> None:
+        self.problem = problem
+        self.parts: list[Compositions] = []
+        self._readouts: list[Tensor] = []
+
+    def add(self, part: Compositions) -> None:
+        self.parts.append(part)
+        self._readouts.append(part.readouts(self.problem.inputs))
+
+    @property
+    def readouts(self) -> Tensor:
+        """(F, N, positions)."""
+        self._readouts = [torch.cat(self._readouts)]
+        return self._readouts[0]
+
+    def responses(self, output: Tensor) -> Tensor:
+        """|q|^2, (F,)."""
+        return _responses(output, self.readouts)
+
+    def costs(self, mu: Sequence[float] | Tensor) -> Tensor:
+        return torch.cat([part.costs(self.problem.penalty, mu) for part in self.parts])
+
+    def scores(self, output: Tensor, mu: Sequence[float] | Tensor) -> Tensor:
+        """|q|^2 / (4 lambda_u) - gamma_L, (F,)."""
+        return self.responses(output) / (4 * self.problem.penalty.readout) - self.costs(mu)
+
+    def single(self, index: int) -> Compositions:
+        """One feature as R = T = 1."""
+        for part in self.parts:
+            targets = part.kernels[-1].shape[1]
+            if index < len(part) * targets:
+                one, target = part[index // targets : index // targets + 1], index % targets
+                last, bias = one.kernels[-1][:, target : target + 1], one.biases[-1]
+                last_bias = None if bias is None else bias[:, target : target + 1]
+                return replace(one, kernels=(*one.kernels[:-1], last), biases=(*one.biases[:-1], last_bias))
+            index -= len(part) * targets
+        raise IndexError(index)
+
+
+def _responses(output: Tensor, readouts: Tensor) -> Tensor:
+    """|q|^2 (F,) of readouts (F, N, positions) to r (N, K)."""
+    return torch.einsum("nk,fnq->fkq", output, readouts).flatten(1).square().sum(1)
+
+
+def _golden(function: Callable[[float], float], low: float, high: float, steps: int = 60) -> tuple[float, float]:
+    """(where, value) of the largest value met by golden-section search of a concave function, ends included."""
+    seen = [(function(x), x) for x in (low, high)]
+    left, right = high - GOLDEN * (high - low), low + GOLDEN * (high - low)
+    at_left, at_right = function(left), function(right)
+    for _ in range(steps):
+        seen += [(at_left, left), (at_right, right)]
+        if at_left > at_right or at_right == -math.inf:
+            high, right, at_right = right, left, at_left
+            left = high - GOLDEN * (high - low)
+            at_left = function(left)
         else:
-            wide = b.new_zeros(len(b) if last else width)
-            wide[: len(b)] = b
-            biases.append(wide[:, None] if last else wide.expand(count, -1))
-    return Compositions(network.architecture, tuple(kernels), tuple(biases))
+            low, left, at_left = left, right, at_right
+            right = low + GOLDEN * (high - low)
+            at_right = function(right)
+    value, where = max([*seen, (at_left, left), (at_right, right)])
+    return where, value
 
 
-def _maximum(function, limit: float) -> tuple[float, float]:
-    """(where, value) of the maximum of a concave function over [0, limit], the ends included."""
-    answer = minimize_scalar(lambda s: -function(float(s)), bounds=(0.0, limit), method="bounded", options={"xatol": 1e-12 * limit})
-    return max(((float(s), function(float(s))) for s in (answer.x, limit, 0.0)), key=lambda pair: pair[1])
+@dataclass(frozen=True, eq=False)
+class _Tried:
+    """Multipliers at which features were searched for, and the bound there."""
+
+    output: Tensor
+    mu: tuple[float, ...]
+    bound: float
 
 
-def _rigorous(problem: Problem, output: Tensor, network: ParticleNetwork | None, seconds: float) -> dict[str, float | str | None]:
-    """The proven bound of one ReLU layer with average readout: r scaled by 2 sqrt(lambda_1 lambda_u) over an upper bound of max |q|."""
-    arch, penalty = problem.architecture, problem.penalty
-    conv = arch.layers[0]
-    if arch.depth > 1 or conv.activation != "relu" or conv.pooling == "max" or arch.readout != "average" or penalty.input_bound is not None:
-        return {}
-    entries = arch.input_shape[0] * conv.offsets + conv.bias
-    if entries > 3 and seconds <= 0:
-        return {}
-    patches = conv.patches(problem.inputs).flatten(0, 1) / arch.input_shape[0]  # (N P, d)
-    if conv.bias:
-        patches = torch.cat([patches, patches.new_ones(len(patches), 1)], 1)
-    weights = (output[:, None] * _position_weights(arch).to(output)[None, :, None]).flatten(0, 1)  # (N P, K)
-    own = None
-    if network is not None:
-        own = network.kernels[0].flatten(1)
-        own = own if network.biases[0] is None else torch.cat([own, network.biases[0][:, None]], 1)
-    found = sphere.maximise(patches, weights, max_seconds=max(seconds, 2.0), start=own)
-    limit = 2 * math.sqrt(penalty.input * penalty.readout) / max(found.upper, 1e-300)
-    count = len(output)
-    value = lambda s: -float(problem.loss.conjugate(count * s * output, problem.targets).mean())  # noqa: E731
-    best = _maximum(value, min(limit, 2.0 if problem.loss.name == "squared" else 1.0))
-    return {"rigorous_bound": best[1], "rigorous_kind": f"{found.method}, max |q| between {found.lower:.6g} and {found.upper:.6g}"}
+class _Search:
+    """What was found so far, and the multipliers that suit it best.
+
+    finite: features as they are, those of the network and g = 0 among them.  sphere: unit kernels of one homogeneous
+    layer, or, for softplus and gelu, of the ReLU layer that theirs becomes far away; their kernels may be of any length.
+    """
+
+    def __init__(
+        self, problem: Problem, output: Tensor, network: ParticleNetwork | None, generator: torch.Generator, starts: int, steps: int, deadline: float
+    ) -> None:
+        self.problem, self.given, self.network, self.generator = problem, output, network, generator
+        self.starts, self.steps, self.deadline, self.tried = starts, steps, deadline, 0
+        self.proven: sphere.SphereMaximum | None = None
+        arch = problem.architecture
+        activation, single = arch.layers[0].activation, arch.depth == 1
+        self.homogeneous = single and activation in HOMOGENEOUS
+        self.free = single and problem.penalty.input_bound is None
+        self.finite = None if self.homogeneous else _Pool(problem)
+        self.sphere = _Pool(problem) if self.homogeneous else None
+        if self.free and activation in RECESSION:
+            self.sphere = _Pool(_with_activation(problem, RECESSION[activation]))
+        self._fill()
+
+    def _fill(self) -> None:
+        arch, like = self.problem.architecture, self.problem.inputs
+        nothing = Compositions(
+            arch,
+            tuple(like.new_zeros(1, *shape) for shape in arch.kernel_shapes([1] * arch.depth)),
+            tuple(like.new_zeros(1, 1) if conv.bias else None for conv in arch.layers),
+        )
+        for part in (nothing,) if self.network is None else (nothing, _own(self.network)):
+            if self.finite is not None:
+                self.finite.add(part)
+            if self.sphere is not None:
+                first = replace(part, architecture=self.sphere.problem.architecture, kernels=(part.kernels[0].movedim(1, 0),))
+                first = replace(first, biases=tuple(None if b is None else b.T for b in part.biases))
+                self.sphere.add(first.unit())
+
+    # --- the bound
+
+    def conjugate(self, output: Tensor) -> float:
+        return float(self.problem.loss.conjugate(len(output) * output, self.problem.targets).mean())
+
+    def bound(self, output: Tensor, mu: Sequence[float], scale: float = 1.0) -> float:
+        """The bound at r = scale * output with the sup over everything found."""
+        return self._line(output, mu)(scale)
+
+    def _line(self, output: Tensor, mu: Sequence[float]) -> Callable[[float], float]:
+        """The bound as a function of the scale of r."""
+        readout, input_ = 4 * self.problem.penalty.readout, self.problem.penalty.input
+        rows = costs = None
+        if self.finite is not None:
+            rows, costs = self.finite.responses(output) / readout, self.finite.costs(mu)
+        largest = float(self.sphere.responses(output).max()) / readout if self.sphere is not None else 0.0
+
+        def value(scale: float) -> float:
+            worst = 0.0 if rows is None or costs is None else float((scale**2 * rows - costs).max())
+            gain = scale**2 * largest - input_
+            if self.sphere is not None and self.homogeneous and not self.free:
+                worst = max(worst, self._radius_squared * gain)
+            elif self.sphere is not None and gain > 1e-12 * input_:
+                return -math.inf
+            return -self.conjugate(scale * output) - sum(mu) - worst
+
+        return value
+
+    @cached_property
+    def _radius_squared(self) -> float:
+        """B_1^2, or a square length that no kernel of an optimal network needs: kernels may share one, lambda_1 |z|^2 <= J."""
+        penalty = self.problem.penalty
+        if penalty.input_bound is not None:
+            return penalty.input_bound**2
+        if self.network is not None:
+            value = float(self.problem.value(self.network))
+        else:
+            nothing = self.problem.inputs.new_zeros(self.given.shape)
+            value = float(self.problem.loss.value(nothing, self.problem.targets).mean())
+        return 2 * value / penalty.input
+
+    def largest_scale(self, output: Tensor) -> float:
+        """The scale of r beyond which the conjugate part falls or ends, or unit kernels gain more than they cost."""
+        limit = _conjugate_limit(self.problem, output)
+        if self.sphere is not None and self.free:
+            largest = float(self.sphere.responses(output).max().sqrt())
+            room = 2 * math.sqrt(self.problem.penalty.input * self.problem.penalty.readout) / max(largest, 1e-300)
+            limit = min(limit, room if self.homogeneous else 0.999 * room)
+        return limit
+
+    def scaled(self, output: Tensor, mu: tuple[float, ...]) -> _Tried:
+        """The best scale of r."""
+        scale, value = _golden(self._line(output, mu), 0.0, self.largest_scale(output))
+        return _Tried(scale * output, mu, value)
+
+    # --- the rounds
+
+    def run(self, prices: tuple[float, ...], rounds: int, fixed: bool) -> _Tried:
+        output, mu, tried = self.given, prices, []
+        best = _Tried(output, mu, -math.inf)
+        for _ in range(rounds):
+            self.look(output, mu)
+            tried.append((output, mu))
+            best = max((self.scaled(*each) for each in tried), key=lambda t: t.bound)
+            if time.perf_counter() >= self.deadline:
+                break
+            better = self.maximised(best, fixed)
+            if better.bound - best.bound <= AGREEMENT * abs(best.bound):
+                break
+            output, mu = better.output, better.mu
+        return best
+
+    def maximised(self, start: _Tried, fixed: bool) -> _Tried:
+        """r and mu of the largest bound over the pool: concave, the maximum over features softened less and less; L-BFGS."""
+        problem, unit = self.problem, max(abs(start.bound), 1e-12)
+        hidden = len(start.mu)
+        begin = np.ones(1) if fixed else _outputs_of(problem, start.output).flatten().numpy(force=True)
+        x = np.concatenate([begin, np.array(start.mu) / unit])
+        limits = [(0.0, _conjugate_limit(problem, start.output))] if fixed else [(None, None)] * len(begin)
+        limits += [(0.0, None)] * hidden
+
+        def multipliers(point: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            mu = unit * point[len(begin) :]
+            if fixed:
+                output = point[0] * start.output
+                return output, mu, problem.loss.conjugate(len(output) * output, problem.targets).mean()
+            outputs = point[: len(begin)].view(start.output.shape)
+            slopes = problem.loss.gradient(outputs, problem.targets)
+            conjugate = (outputs * slopes).sum(1) - problem.loss.value(outputs, problem.targets)  # equality of Fenchel
+            return slopes / len(slopes), mu, conjugate.mean()
+
+        def negative(values: np.ndarray, temperature: float) -> tuple[float, np.ndarray]:
+            point = torch.from_numpy(values).to(start.output).requires_grad_()
+            output, mu, conjugate = multipliers(point)
+            worst = temperature * (self._scores(output, mu) / temperature).logsumexp(0)
+            total = (conjugate + mu.sum() + worst) / unit
+            total.backward()
+            assert point.grad is not None
+            return total.item(), point.grad.numpy(force=True)
+
+        best = start
+        for share in SMOOTHING:
+            x = minimize(negative, x, args=(share * unit,), jac=True, method="L-BFGS-B", bounds=limits, options={"maxiter": 300, "maxcor": 30}).x
+            with torch.no_grad():
+                output, mu, _ = multipliers(torch.from_numpy(x).to(start.output))
+            found = self.scaled(output, tuple(float(m) for m in mu))
+            best = found if found.bound > best.bound else best
+        return best
+
+    def _scores(self, output: Tensor, mu: Tensor) -> Tensor:
+        """Scores of everything found; unit kernels at the length of `_radius_squared`, and nothing."""
+        found = [output.new_zeros(1)]
+        if self.finite is not None:
+            found.append(self.finite.scores(output, mu))
+        if self.sphere is not None:
+            penalty = self.problem.penalty
+            found.append(self._radius_squared * (self.sphere.responses(output) / (4 * penalty.readout) - penalty.input))
+        return torch.cat(found)
+
+    # --- the search
+
+    def look(self, output: Tensor, mu: tuple[float, ...]) -> None:
+        """Search at these multipliers; the best features join the pools."""
+        if self.sphere is not None:
+            for begun in self._chunks(self._begun(output, mu, self.sphere)):
+                self._join(self.sphere, self._ascend_sphere(begun.unit(), output), output, mu)
+        if self.finite is not None:
+            for begun in self._chunks(self._begun(output, mu, self.finite)):
+                self._join(self.finite, self._ascend(begun, output, mu), output, mu)
+
+    def _join(self, pool: _Pool, found: Compositions, output: Tensor, mu: tuple[float, ...]) -> None:
+        self.tried += len(found)
+        if len(found) > KEPT:
+            readouts = found.readouts(self.problem.inputs)
+            scores = _responses(output, readouts) / (4 * self.problem.penalty.readout) - found.costs(self.problem.penalty, mu)
+            found = found[scores.topk(KEPT).indices]
+        pool.add(found)
+
+    def _chunks(self, parts: list[Compositions]):
+        """Batches of starts that fit into memory; none once time is up, the first one apart."""
+        count = len(self.problem.inputs)
+        for part in parts:
+            maps = [k.shape[1] * g.output[0] * g.output[1] for k, g in zip(part.kernels, self.problem.architecture.geometry)]
+            size = max(1, ENTRIES // (count * max(maps)))
+            for low in range(0, len(part), size):
+                if self.tried and time.perf_counter() >= self.deadline:
+                    return
+                yield part[low : low + size]
+
+    def _begun(self, output: Tensor, mu: tuple[float, ...], pool: _Pool) -> list[Compositions]:
+        """Starts: a third from the network or the best found before, a third from data patches, the rest random."""
+        arch, parts = pool.problem.architecture, []
+        third = max(1, self.starts // 3)
+        if len(pool.parts) > 1:
+            order = pool.scores(output, mu).argsort(descending=True)[: max(1, third // 2)]
+            known = [pool.single(int(index)) for index in order]
+            for width in sorted({piece.kernels[0].shape[1] for piece in known}):
+                alike = [piece for piece in known if piece.kernels[0].shape[1] == width]
+                same = _stacked(alike, MOST_OWN, self.problem.penalty)
+                parts += [same, self._disturbed(same)]
+        left = self.starts - sum(map(len, parts))
+        widths = [HIDDEN] * (arch.depth - 1) + [1]
+        parts.append(self._drawn(arch, widths, max(1, left)))
+        return parts
+
+    def _disturbed(self, known: Compositions) -> Compositions:
+        noise = [measures.normal(t.shape, self.generator, t) for t in known.tensors()]
+        return known.with_tensors([t + 0.3 * e * _size(t) for t, e in zip(known.tensors(), noise)])
+
+    def _drawn(self, arch: Architecture, widths: list[int], number: int) -> Compositions:
+        """Random kernels, every other start with data patches on layer 1; pre-activations of later layers of size one."""
+        inputs = self.problem.inputs
+        shapes = [(number, *shape) for shape in arch.kernel_shapes(widths)]
+        first = measures.normal(shapes[0], self.generator, inputs)
+        signs = first[:, :, :1, :1, :1].sign()
+        patches = signs * self._patches(number * widths[0]).view(shapes[0])
+        first = torch.where((torch.arange(number, device=inputs.device) % 2 == 0).view(-1, 1, 1, 1, 1), patches, first)
+        kernels = [first, *(measures.normal(shape, self.generator, inputs) / shape[2] for shape in shapes[1:])]
+        biases = [0.1 * measures.normal(k.shape[:2], self.generator, inputs) if conv.bias else None for conv, k in zip(arch.layers, kernels)]
+        return Compositions(arch, tuple(kernels), tuple(biases)).unit().scaled_first(self._radius)
+
+    @cached_property
+    def _radius(self) -> float:
+        """Root mean square |(z, b)| of the network, or that of a standard normal kernel."""
+        usual = math.sqrt(_kernel_entries(self.problem.architecture))
+        if self.network is None:
+            return usual
+        norms = input_norms(self.network.kernels[0], self.network.biases[0])
+        return float((self.network.masses[0] @ norms.square()).sqrt()) or usual
+
+    def _patches(self, number: int) -> Tensor:
+        inputs, conv = self.problem.inputs, self.problem.architecture.layers[0]
+        rows = conv.patches(inputs).flatten(0, 1)
+        rows = rows[rows.norm(dim=1) > 0]
+        if not len(rows):
+            return measures.normal((number, inputs.shape[1] * conv.offsets), self.generator, inputs)
+        return rows[torch.randint(len(rows), (number,), generator=self.generator).to(rows.device)]
+
+    def _ascend_sphere(self, begun: Compositions, output: Tensor) -> Compositions:
+        """Unit kernels follow the normalised gradient of |q|^2, after a while by steps that shrink."""
+        for step in range(SPHERE_STEPS):
+            leaves = [t.detach().requires_grad_() for t in begun.tensors()]
+            current = begun.with_tensors(leaves)
+            with torch.enable_grad():
+                total = _responses(output, current.readouts(self.problem.inputs)).sum()
+            slopes = begun.with_tensors(torch.autograd.grad(total, leaves)).unit()
+            moved = [z.detach() + 0.8 ** max(0, step - SPHERE_STEPS // 3) * slope for z, slope in zip(leaves, slopes.tensors())]
+            begun = begun.with_tensors(moved).unit()
+        return begun
+
+    def _ascend(self, begun: Compositions, output: Tensor, mu: tuple[float, ...]) -> Compositions:
+        """Adam on all starts at once, in units of each start's own size; what a start began with stays where it is better."""
+        begun = begun.projected(self.problem.penalty)
+        sizes = [_size(t) for t in begun.tensors()]
+        leaves = [(t / s).detach().clone().requires_grad_() for t, s in zip(begun.tensors(), sizes)]
+        optimiser = torch.optim.Adam(leaves, lr=LEARNING_RATE)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, self.steps)
+        for _ in range(self.steps):
+            scores = self._merit(begun.with_tensors([x * s for x, s in zip(leaves, sizes)]), output, mu)
+            optimiser.zero_grad()
+            (-scores.sum()).backward()
+            optimiser.step()
+            schedule.step()
+            if time.perf_counter() >= self.deadline:
+                break
+            with torch.no_grad():
+                inside = begun.with_tensors([x * s for x, s in zip(leaves, sizes)]).projected(self.problem.penalty)
+                for leaf, tensor, s in zip(leaves, inside.tensors(), sizes):
+                    leaf.copy_(tensor / s)
+        with torch.no_grad():
+            ended = begun.with_tensors([x * s for x, s in zip(leaves, sizes)]).projected(self.problem.penalty)
+            candidates = [begun, ended, ended.pruned(self.problem.penalty)]
+            scores = torch.stack([self._merit(each, output, mu) for each in candidates])
+            chosen = scores.argmax(0)
+            stacks = [torch.stack(each) for each in zip(*(c.tensors() for c in candidates))]
+            return begun.with_tensors([s[chosen, torch.arange(len(chosen), device=chosen.device)] for s in stacks])
+
+    def _merit(self, current: Compositions, output: Tensor, mu: tuple[float, ...]) -> Tensor:
+        responses = _responses(output, current.readouts(self.problem.inputs))
+        return responses / (4 * self.problem.penalty.readout) - current.costs(self.problem.penalty, mu)
+
+    # --- the answer
+
+    def prove(self, seconds: float) -> None:
+        """An upper bound of the largest |q| at the given r; its direction joins the pool."""
+        self.proven = None
+
+    def result(self, best: _Tried, prices: tuple[float, ...], count: int) -> UnseenFeatures:
+        size = float(self.given.norm())
+        found = UnseenFeatures(
+            best.bound, "best of K starts", self.tried, "", best.bound,
+            output=best.output, mu=best.mu, scale=float(best.output.norm()) / size if size else 1.0,
+        )  # fmt: skip
+        return replace(found, **self._features(prices, count))
+
+    def _features(self, mu: tuple[float, ...], count: int) -> dict:
+        pool = self.finite or self.sphere
+        assert pool is not None
+        scores = pool.scores(self.given, mu)
+        lengths = 1.0
+        if self.finite is None:  # a longer kernel scores more: all get the length of the network's
+            lengths = self._radius if self.free else math.sqrt(self._radius_squared)
+            scores = lengths**2 * scores
+        own = 0 if self.network is None else sum(int((p > 0).sum()) for p in self.network.masses[-1:])
+        level = max(float(scores[: 1 + own].max()), 0.0)
+        order = scores.argsort(descending=True)[: 16 * count]
+        order = order[scores[order] > level + 1e-12 * abs(level)].tolist()
+        pieces = [pool.single(index).scaled_first(lengths) for index in order]
+        kept = _distinct(pieces, self.problem.inputs)[:count]
+        if not kept:
+            return {"level": level}
+        chosen = torch.tensor([order[i] for i in kept], device=scores.device)
+        return {"level": level, "features": as_network([pieces[i] for i in kept], self.problem.penalty), "scores": scores[chosen]}
 
 
-def _position_weights(arch: Architecture) -> Tensor:
-    """Weight of every position before pooling in the average readout, (P,)."""
-    height, width = arch.geometry[0].output
-    features = torch.zeros(1, 1, height, width, dtype=torch.float64, requires_grad=True)
-    pooled = replace(arch.layers[0], activation="identity").activate(features)
-    return torch.autograd.grad(arch.readout_features(pooled).sum(), features)[0].flatten()
+def _size(tensor: Tensor) -> Tensor:
+    """Root mean square of every start's entries, broadcastable; one where there are none."""
+    rms = tensor.flatten(1).square().mean(1).sqrt().view(-1, *[1] * (tensor.ndim - 1))
+    return torch.where(rms > 0, rms, 1.0)
+
+
+def _stacked(pieces: Sequence[Compositions], width: int, penalty: Penalty) -> Compositions:
+    """Compositions of equal widths as one batch; of more than `width` sources those of the largest outflow stay."""
+    whole = pieces[0].with_tensors([torch.cat(each) for each in zip(*(p.tensors() for p in pieces))])
+    kernels, biases = list(whole.kernels), list(whole.biases)
+    for layer in range(len(kernels) - 1, 0, -1):
+        outflow = _amounts(penalty, kernels[layer]).sum(1)  # (R, sources)
+        if outflow.shape[1] > width:
+            keep = outflow.topk(width).indices
+            rows = torch.arange(len(keep), device=keep.device)[:, None]
+            kernels[layer] = kernels[layer].movedim(2, 1)[rows, keep].movedim(1, 2)
+            kernels[layer - 1] = kernels[layer - 1][rows, keep]
+            bias = biases[layer - 1]
+            biases[layer - 1] = None if bias is None else bias[rows, keep]
+    return replace(whole, kernels=tuple(kernels), biases=tuple(biases))
+
+
+def _distinct(pieces: Sequence[Compositions], inputs: Tensor) -> list[int]:
+    """Indices of features no two of which are alike on the inputs, earlier ones first."""
+    if not pieces:
+        return []
+    rows = functional.normalize(torch.cat([piece.preactivations(inputs).flatten(1) for piece in pieces]), dim=1)
+    alike = (rows @ rows.T).tolist()
+    kept: list[int] = []
+    for index, near in enumerate(alike):
+        if all(near[other] < SAME_FEATURE for other in kept):
+            kept.append(index)
+    return kept
+
+
+def _kernel_entries(arch: Architecture) -> int:
+    return arch.input_shape[0] * arch.layers[0].offsets + arch.layers[0].bias
+
+
+def _with_activation(problem: Problem, activation: str) -> Problem:
+    arch = problem.architecture
+    far = replace(arch, layers=(replace(arch.layers[0], activation=activation), *arch.layers[1:]))
+    return Problem(far, problem.inputs, problem.targets, problem.loss.name, problem.penalty)
+
+
+def _conjugate_limit(problem: Problem, output: Tensor) -> float:
+    """The scale of r at which the conjugate part is largest (squared loss) or its domain ends."""
+    scores = len(output) * output
+    if problem.loss.name == "squared":
+        size = float(scores.square().sum())
+        return max(0.0, -float((scores * problem.targets).sum()) / size) if size else 1.0
+    largest = float(scores.abs().max())
+    return (1 - 1e-12) / largest if largest else 1.0
+
+
+def _outputs_of(problem: Problem, output: Tensor) -> Tensor:
+    """Outputs F at which the loss has the gradient N r."""
+    slopes, targets = len(output) * output, problem.targets
+    if problem.loss.name == "squared":
+        return slopes + targets
+    if problem.loss.name == "logistic":
+        return -targets * torch.logit(-targets * slopes, eps=1e-9)
+    share = slopes + functional.one_hot(targets, output.shape[1])
+    return share.clamp_min(1e-9).log()

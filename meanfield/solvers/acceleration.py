@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-MEMORY, PERIOD, SHRINK, REACH, RIDGE = 20, 5, 0.9, 10.0, 1e-10
+MEMORY, PERIOD, SHRINK, REACH, RIDGE = 20, 5, 1.0, 10.0, 1e-10
 
 
 class Anderson:
@@ -14,7 +14,7 @@ class Anderson:
     Walker & Ni 2011, eq. (2.2).  A jump counts only if the step taken from it is at most SHRINK times as long as the
     last one before it, else the iteration goes on from where it jumped (the safeguard of Zhang, O'Donoghue & Boyd 2020,
     with the steps of the map itself, which never grow, as its measure).  While the state drifts in steps of equal length,
-    all combinations are as good as each other: hence SHRINK < 1, and a jump goes at most REACH times as far as the steps
+    all combinations are as good as each other: hence a jump goes at most REACH times as far as the steps
     in memory went together.
     """
 

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from meanfield import certificates, measures, validation
+from meanfield.certificates import UnseenFeatures
 from meanfield.network import ParticleNetwork
 from meanfield.problem import Problem
 from meanfield.program import ConvexProgram
@@ -38,11 +39,17 @@ def solve(
     program_tolerance: float | None = None,
     program_iterations: int = 4000,
     clones: Sequence[int] | None = None,
+    grow: int = 0,
     seed: int = 0,
     max_seconds: float = math.inf,
     callback: Callable[[dict[str, Any]], None] | None = None,
 ) -> Solution:
     """Alternate flow and convex program from `network` until a flow ends within `tolerance` (relative to J) of optimal.
+
+    grow > 0 adds up to that many new features after every program, the best that `certificates.search_features` finds,
+    as candidates of zero mass for the next one (column generation).  Then the loop ends when J is within `tolerance` of
+    the search's lower bound over all measures (best of its starts; the message says what is left otherwise), and
+    `Solution.lower_bound` is set only where a bound is proven.
 
     flow_steps: steps of the first round's flow; later rounds take later_steps (default: half) at rates that decay by
     RATE_DECAY a round.  A flow that does not lower J proves nothing, as its program was solved a round before: the next
@@ -53,13 +60,15 @@ def solve(
 
     History rows, one per round: round, seconds, rate, flow_value, flow_drop (what the flow took off J), flow_speed (its
     metric speed at the end), flow_gap, value, dual_value, gap, violation, widths, accepted, flow_steps,
-    program_iterations.  callback receives every row of the inner histories, marked with "round"
+    program_iterations; with grow also search_bound (best of search_starts starts), proven_bound, added (features that
+    entered this program), kept (those of them with mass after it).  callback receives every row of the inner histories, marked with "round"
     and "phase" ("flow", "program"), and each round's own row (phase "round").
     """
     rounds = validation.integer(rounds, "rounds")
     validation.positive(tolerance, "tolerance")
     later = later_steps if later_steps is not None else max(1, flow_steps // 2)
-    run = _Run(problem, network, program_tolerance or tolerance / 5, program_iterations, clones, seed, callback, max_seconds)
+    grow = validation.integer(grow, "grow", 0)
+    run = _Run(problem, network, program_tolerance or tolerance / 5, program_iterations, clones, grow, seed, callback, max_seconds)
     flow.warn_unattained(problem)
     status, rate = "max_rounds", RATE
     for index in range(rounds):
@@ -73,8 +82,11 @@ def solve(
             status = ended
             break
         row = run.history[-1]
+        if grow and row["value"] - row["search_bound"] <= tolerance * abs(row["value"]):
+            status = "search_converged"
+            break
         moved = row["flow_drop"] > 0
-        if row["flow_gap"] <= tolerance * abs(row["flow_value"]) and (moved or rate <= LEAST_RATE):
+        if not grow and row["flow_gap"] <= tolerance * abs(row["flow_value"]) and (moved or rate <= LEAST_RATE):
             status = "alternation_converged"
             break
         rate *= RATE_DECAY if moved else RATE_CUT
@@ -88,11 +100,13 @@ class _Run:
     program_tolerance: float
     program_iterations: int
     clones: Sequence[int] | None
+    grow: int
     seed: int
     callback: Callable[[dict[str, Any]], None] | None
     max_seconds: float
     history: list[dict[str, Any]] = field(default_factory=list)
     best: Solution | None = None
+    found: UnseenFeatures | None = None
     began: float = field(default_factory=time.perf_counter)
 
     def round(self, index: int, steps: int, rate: float) -> str:
@@ -105,11 +119,11 @@ class _Run:
             self.network, self.best = flowed.network, flowed
         if flowed.status in STATUSES_ENDING_A_RUN:
             return flowed.status
-        program = ConvexProgram.freeze(self.problem, self._grown(index))
+        program = self._program(index)
         solved = splitting.solve(
             program, self.program_tolerance, max_iterations=self.program_iterations, max_seconds=self._left(), callback=self._relay(index, "program")
         )
-        self._close(index, program, flowed, solved, {"rate": rate, "flow_drop": before - flowed.value})
+        self._close(index, program, flowed, solved, {"rate": rate, "flow_drop": before - flowed.value, **self._growth(program, solved)})
         return solved.status if solved.status in STATUSES_ENDING_A_RUN else "done"
 
     def _close(self, index: int, program: ConvexProgram, flowed: Solution, solved: Solution, figures: dict[str, float]) -> None:
@@ -118,7 +132,7 @@ class _Run:
         assert solved.multipliers is not None
         accepted = float(self.problem.value(solved.network)) <= self.best.value
         if accepted:
-            self.network, self.best = solved.network, solved
+            self.network, self.best = self._balanced(solved.network), solved
         else:  # the flow's network stays, with the better multipliers of the program frozen there
             point = program.point(program.frozen)
             certificate = certificates.certify(program, point, solved.multipliers)
@@ -136,11 +150,36 @@ class _Run:
         if self.callback is not None:
             self.callback(row)
 
-    def _grown(self, index: int) -> ParticleNetwork:
-        if self.clones is None:
-            return self.network
-        generator = torch.Generator().manual_seed(self.seed + 7919 * (index + 1))
-        return measures.extend(self.network, self.clones, CLONE_NOISE, generator)
+    def _balanced(self, network: ParticleNetwork) -> ParticleNetwork:
+        """In one homogeneous layer the frozen norms of kernels are no part of the problem: the next round starts from the best."""
+        penalty, only = self.problem.penalty, self.problem.architecture.layers[0]
+        free = penalty.input > 0 and penalty.readout > 0 and penalty.input_bound is None
+        if network.architecture.depth > 1 or not only.homogeneous or not free:
+            return network
+        return measures.balance(network, penalty.input, penalty.readout)
+
+    def _program(self, index: int) -> ConvexProgram:
+        """The program of the present features, of perturbed clones and of what the last search found."""
+        network = self.network
+        if self.clones is not None:
+            generator = torch.Generator().manual_seed(self.seed + 7919 * (index + 1))
+            network = measures.extend(network, self.clones, CLONE_NOISE, generator)
+        if self.found is None or self.found.features is None:
+            return ConvexProgram.freeze(self.problem, network)
+        return ConvexProgram.with_candidates(self.problem, network, self.found.features.to(dtype=network.dtype))
+
+    def _growth(self, program: ConvexProgram, solved: Solution) -> dict[str, Any]:
+        """Search for the next features with this program's multipliers; what became of the last ones."""
+        if not self.grow:
+            return {}
+        assert solved.multipliers is not None
+        added = 0 if self.found is None or self.found.features is None else self.found.features.widths[-1]
+        kept = int((solved.point.masses[-1][program.widths[-1] - added :] > 0).sum()) if added else 0
+        self.found = certificates.search_features(
+            self.problem, solved.multipliers.output, solved.network, count=self.grow, seed=self.seed + len(self.history)
+        )
+        figures = {"search_bound": self.found.bound, "search_starts": self.found.starts, "proven_bound": self.found.rigorous_bound}
+        return {**figures, "added": added, "kept": kept}
 
     def _left(self) -> float:
         return self.max_seconds - (time.perf_counter() - self.began)
@@ -160,10 +199,16 @@ class _Run:
     def solution(self, status: str) -> Solution:
         best = self.best
         assert best is not None
+        bounds = [row["proven_bound"] for row in self.history if row.get("proven_bound") is not None]
         detail = f"{len(self.history)} rounds, value {best.value:.8g}, gap {best.gap:.2g} on this support"
         if self.history:
             detail += f", last flow within {self.history[-1]['flow_gap']:.2g} of its program's dual value"
+        if self.found is not None:
+            detail += f"; {self.found.summary()}"
+            added, kept = (sum(row[name] for row in self.history) for name in ("added", "kept"))
+            detail += f"; {added} features were added, {kept} of them kept mass"
         return Solution(
             value=best.value, gap=best.gap, status=status, message=message(status, detail), network=best.network, point=best.point,
-            history=self.history, certificate=best.certificate, multipliers=best.multipliers, seconds=time.perf_counter() - self.began,
+            lower_bound=max(bounds, default=None), history=self.history, certificate=best.certificate, multipliers=best.multipliers,
+            seconds=time.perf_counter() - self.began,
         )  # fmt: skip

@@ -39,7 +39,7 @@ Blocks = dict[Key, Tensor]
 
 RELAXATION = 1.7
 BALANCE_EVERY, BALANCE_RATIO, BALANCE_FACTOR, BALANCE_RANGE = 10, 5.0, 2.0, 1e4
-RESCALE_AT = (20, 40, 80, 160)  # finitely often: convergence is that of fixed weights
+RESCALE_AT = (20, 40, 80, 160, 320)  # finitely often: convergence is that of fixed weights
 RESCALE_RANGE = 100.0  # a block without multipliers (masses that no term prices) must not lose its weight
 CHECK_SHARE, CHECK_COST = 0.1, 10  # of the run; iterations that a check costs beside the products it makes
 FROBENIUS = Penalty(kernel_norm="l2")
