@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from scipy.linalg import lapack
+from scipy.linalg import get_lapack_funcs
 from torch import Tensor
 
 from meanfield.architecture import Conv
@@ -147,7 +147,8 @@ def _independent(gram: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
     order, rank = torch.arange(len(gram)), 0
     stop = max(threshold**2, torch.finfo(gram.dtype).tiny)
     if len(gram) and float(gram.diagonal().max()) > stop:  # LAPACK does not hold the first pivot against the threshold
-        _, pivots, rank, _ = lapack.dpstrf(gram.numpy(force=True), tol=stop, lower=1)
+        (pivoted_cholesky,) = get_lapack_funcs(("pstrf",), dtype="float64")
+        _, pivots, rank, _ = pivoted_cholesky(gram.numpy(force=True), tol=stop, lower=1)
         order = torch.as_tensor(pivots).long() - 1
     return order[:rank].to(gram.device), order[rank:].to(gram.device)
 

@@ -202,8 +202,9 @@ class ConvexProgram:
             current = ProgramPoint(point.masses, tuple(kernels), point.readout, tuple(biases))
             error = self.residual(current, layer).movedim(1, 0).flatten(1)  # (M_l, N P)
             step = solve(error @ basis.preimage) * (target > 0)[:, None]
-            if conv.bias:
-                biases[layer - 1] = biases[layer - 1] - step[:, -1]
+            bias = biases[layer - 1]
+            if bias is not None:
+                biases[layer - 1] = bias - step[:, -1]
                 step = step[:, :-1]
             kernels[layer - 1] = kernels[layer - 1] - step.reshape(kernels[layer - 1].shape)
         return ProgramPoint(point.masses, tuple(kernels), point.readout, tuple(biases))
