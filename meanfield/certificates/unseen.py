@@ -40,6 +40,10 @@ from meanfield.problem import Problem
 HIDDEN = 16  # sources of a searched feature, per layer
 MOST_OWN = 64  # sources that a start from the network keeps, the heaviest ones
 LEARNING_RATE = 0.1  # of the root mean square of each tensor of a start
+NOISE = 1.0  # of disturbed starts, in the same units
+STAGES = (0.25, 0.25)  # of the starts of a climb go on to the next
+LEAST_COST = 1e-3  # of the conjugate part, joins the cost in gain over cost
+PROOF_SUFFICES = 1e-3  # relative: a proven bound this close to the searched one is quoted instead
 AGREEMENT = 2e-4  # relative: the search finds no more than the pool knew
 SAME_FEATURE = 0.99  # cosine of two features on the training inputs
 LEAST_SHARE = 1e-4  # flows below this share of a feature's largest are set to zero
@@ -99,8 +103,8 @@ def search_features(
     network: ParticleNetwork | None = None,
     *,
     mu: Sequence[float] | None = None,
-    starts: int = 256,
-    steps: int = 200,
+    starts: int = 128,
+    steps: int = 150,
     rounds: int = 6,
     count: int = 8,
     seed: int = 0,
@@ -130,10 +134,9 @@ def search_features(
         return UnseenFeatures(-math.inf, "none", 0, reason, seconds=time.perf_counter() - began)
     output = problem.loss.feasible(len(output) * output, problem.targets) / len(output)
     search = _Search(problem, output, network, torch.Generator().manual_seed(seed), starts, steps, began + max_seconds)
-    if rigorous_seconds > 0 or _kernel_entries(problem.architecture) <= QUICK_ENTRIES:
-        search.prove(max(rigorous_seconds, 2.0))
-    found = search.run(prices, rounds, fixed)
-    found = search.result(found, prices, count)
+    best = search.run(prices, rounds, fixed)
+    quick = _kernel_entries(problem.architecture) <= QUICK_ENTRIES
+    found = search.result(best, prices, count, max(rigorous_seconds, 2.0) if quick else rigorous_seconds)
     return replace(found, seconds=time.perf_counter() - began)
 
 
@@ -432,7 +435,6 @@ class _Search:
     ) -> None:
         self.problem, self.given, self.network, self.generator = problem, output, network, generator
         self.starts, self.steps, self.deadline, self.tried = starts, steps, deadline, 0
-        self.proven: sphere.SphereMaximum | None = None
         arch = problem.architecture
         activation, single = arch.layers[0].activation, arch.depth == 1
         self.homogeneous = single and activation in HOMOGENEOUS
@@ -583,18 +585,31 @@ class _Search:
         """Search at these multipliers; the best features join the pools."""
         if self.sphere is not None:
             for begun in self._chunks(self._begun(output, mu, self.sphere)):
+                self.tried += len(begun)
                 self._join(self.sphere, self._ascend_sphere(begun.unit(), output), output, mu)
+            if self.finite is not None:
+                self._add_rays(output)
         if self.finite is not None:
             for begun in self._chunks(self._begun(output, mu, self.finite)):
-                self._join(self.finite, self._ascend(begun, output, mu), output, mu)
+                self.tried += len(begun)
+                for found in self._ascend(begun, output, mu):
+                    self._join(self.finite, found, output, mu)
 
     def _join(self, pool: _Pool, found: Compositions, output: Tensor, mu: tuple[float, ...]) -> None:
-        self.tried += len(found)
         if len(found) > KEPT:
             readouts = found.readouts(self.problem.inputs)
             scores = _responses(output, readouts) / (4 * self.problem.penalty.readout) - found.costs(self.problem.penalty, mu)
             found = found[scores.topk(KEPT).indices]
         pool.add(found)
+
+    def _add_rays(self, output: Tensor) -> None:
+        """The directions in which long kernels pay most, at several lengths."""
+        assert self.sphere is not None
+        assert self.finite is not None
+        order = self.sphere.responses(output).argsort(descending=True)[:8].tolist()
+        for ray in RAYS:
+            far = _stacked([self.sphere.single(index) for index in order], 1, self.problem.penalty).scaled_first(ray)
+            self.finite.add(replace(far, architecture=self.problem.architecture))
 
     def _chunks(self, parts: list[Compositions]):
         """Batches of starts that fit into memory; none once time is up, the first one apart."""
@@ -617,15 +632,16 @@ class _Search:
             for width in sorted({piece.kernels[0].shape[1] for piece in known}):
                 alike = [piece for piece in known if piece.kernels[0].shape[1] == width]
                 same = _stacked(alike, MOST_OWN, self.problem.penalty)
-                parts += [same, self._disturbed(same)]
+                parts += [same, self._disturbed(same, max(1, round(len(same) / len(known) * third)))]
         left = self.starts - sum(map(len, parts))
         widths = [HIDDEN] * (arch.depth - 1) + [1]
         parts.append(self._drawn(arch, widths, max(1, left)))
         return parts
 
-    def _disturbed(self, known: Compositions) -> Compositions:
+    def _disturbed(self, known: Compositions, number: int) -> Compositions:
+        known = known[torch.arange(number, device=known.kernels[0].device) % len(known)]
         noise = [measures.normal(t.shape, self.generator, t) for t in known.tensors()]
-        return known.with_tensors([t + 0.3 * e * _size(t) for t, e in zip(known.tensors(), noise)])
+        return known.with_tensors([t + NOISE * e * _size(t) for t, e in zip(known.tensors(), noise)])
 
     def _drawn(self, arch: Architecture, widths: list[int], number: int) -> Compositions:
         """Random kernels, every other start with data patches on layer 1; pre-activations of later layers of size one."""
@@ -668,50 +684,100 @@ class _Search:
             begun = begun.with_tensors(moved).unit()
         return begun
 
-    def _ascend(self, begun: Compositions, output: Tensor, mu: tuple[float, ...]) -> Compositions:
-        """Adam on all starts at once, in units of each start's own size; what a start began with stays where it is better."""
-        begun = begun.projected(self.problem.penalty)
-        sizes = [_size(t) for t in begun.tensors()]
-        leaves = [(t / s).detach().clone().requires_grad_() for t, s in zip(begun.tensors(), sizes)]
-        optimiser = torch.optim.Adam(leaves, lr=LEARNING_RATE)
+    def _ascend(self, begun: Compositions, output: Tensor, mu: tuple[float, ...]) -> list[Compositions]:
+        """All starts, then the better ones again, by gain over cost; the best at last by gain less cost.
+
+        Gain over cost does not let a feature vanish on its way: g = 0 is a local maximum of gain less cost.
+        """
+        assert self.finite is not None
+        level = max(0.0, float(self.finite.scores(output, mu).max())) + LEAST_COST * abs(self.conjugate(output))
+        begun, ended = begun.projected(self.problem.penalty), []
+        for share in (*STAGES, 0.0):
+            moved = self._climb(begun, output, mu, level if share else None)
+            kept = [moved, moved.pruned(self.problem.penalty)]
+            ended += [begun, *kept] if not ended else kept
+            if not share or time.perf_counter() >= self.deadline:
+                break
+            begun = moved[self._merit(moved, output, mu, level).topk(max(1, round(share * len(moved)))).indices]
+        return ended
+
+    def _climb(self, begun: Compositions, output: Tensor, mu: tuple[float, ...], level: float | None) -> Compositions:
+        """Adam on all starts at once, in float32 and in units of each start's own size.
+
+        Flows are a = |v| v: their cost is then smooth in v, and flows that do not pay die out.
+        """
+        penalty, single = self.problem.penalty, torch.float32
+        inputs, output = self.problem.inputs.to(single), output.to(single)
+        roots = _roots(begun, penalty)
+        sizes = [_size(t).to(single) for t in roots.tensors()]
+        leaves = [(t.to(single) / s).requires_grad_() for t, s in zip(roots.tensors(), sizes)]
+        current = lambda: _powers(begun.with_tensors([x * s for x, s in zip(leaves, sizes)]), penalty)  # noqa: E731
+        optimiser = torch.optim.Adam(leaves, lr=LEARNING_RATE, betas=(0.9, 0.98))
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, self.steps)
+        bounded = penalty.amplitude_bound is not None or penalty.input_bound is not None
         for _ in range(self.steps):
-            scores = self._merit(begun.with_tensors([x * s for x, s in zip(leaves, sizes)]), output, mu)
             optimiser.zero_grad()
-            (-scores.sum()).backward()
+            with torch.enable_grad():
+                (-_merit(current(), inputs, penalty, output, mu, level).sum()).backward()
             optimiser.step()
             schedule.step()
             if time.perf_counter() >= self.deadline:
                 break
-            with torch.no_grad():
-                inside = begun.with_tensors([x * s for x, s in zip(leaves, sizes)]).projected(self.problem.penalty)
-                for leaf, tensor, s in zip(leaves, inside.tensors(), sizes):
-                    leaf.copy_(tensor / s)
+            if bounded:
+                with torch.no_grad():
+                    for leaf, tensor, s in zip(leaves, _roots(current().projected(penalty), penalty).tensors(), sizes):
+                        leaf.copy_(tensor / s)
         with torch.no_grad():
-            ended = begun.with_tensors([x * s for x, s in zip(leaves, sizes)]).projected(self.problem.penalty)
-            candidates = [begun, ended, ended.pruned(self.problem.penalty)]
-            scores = torch.stack([self._merit(each, output, mu) for each in candidates])
-            chosen = scores.argmax(0)
-            stacks = [torch.stack(each) for each in zip(*(c.tensors() for c in candidates))]
-            return begun.with_tensors([s[chosen, torch.arange(len(chosen), device=chosen.device)] for s in stacks])
+            ended = current()
+        return ended.with_tensors([t.to(self.problem.inputs.dtype) for t in ended.tensors()]).projected(penalty)
 
-    def _merit(self, current: Compositions, output: Tensor, mu: tuple[float, ...]) -> Tensor:
-        responses = _responses(output, current.readouts(self.problem.inputs))
-        return responses / (4 * self.problem.penalty.readout) - current.costs(self.problem.penalty, mu)
+    def _merit(self, current: Compositions, output: Tensor, mu: tuple[float, ...], level: float | None = None) -> Tensor:
+        return _merit(current, self.problem.inputs, self.problem.penalty, output, mu, level)
 
     # --- the answer
 
-    def prove(self, seconds: float) -> None:
-        """An upper bound of the largest |q| at the given r; its direction joins the pool."""
-        self.proven = None
+    def prove(self, best: _Tried, seconds: float) -> tuple[_Tried, dict[str, float | str | bool]]:
+        """A rigorous bound at the direction of the best r, from an upper bound of the largest |q| over unit kernels."""
+        found = _largest_response(self.problem, best.output, seconds, self._directions())
+        if found is None or self.sphere is None:
+            return best, {}
+        upper, method, argmax = found
+        if argmax is not None:
+            self.sphere.add(_from_direction(self.problem.architecture, argmax))
+            best = self.scaled(best.output, best.mu)
+        penalty = self.problem.penalty
 
-    def result(self, best: _Tried, prices: tuple[float, ...], count: int) -> UnseenFeatures:
+        def value(scale: float) -> float:
+            gain = scale**2 * upper**2 / (4 * penalty.readout) - penalty.input
+            worst = 0.0 if self.free else self._radius_squared * max(gain, 0.0)
+            return -self.conjugate(scale * best.output) - worst
+
+        limit = _conjugate_limit(self.problem, best.output)
+        if self.free:
+            limit = min(limit, 2 * math.sqrt(penalty.input * penalty.readout) / max(upper, 1e-300))
+        return best, {"rigorous_bound": _golden(value, 0.0, limit)[1], "rigorous_kind": method}
+
+    def _directions(self) -> Tensor | None:
+        """First-layer kernels on the sphere, biases appended, (F, d)."""
+        if self.sphere is None:
+            return None
+        rows = [part.kernels[0].flatten(0, 1).flatten(1) for part in self.sphere.parts]
+        biases = [part.biases[0] for part in self.sphere.parts]
+        return torch.cat([z if b is None else torch.cat([z, b.reshape(-1, 1)], 1) for z, b in zip(rows, biases)])
+
+    def result(self, best: _Tried, prices: tuple[float, ...], count: int, seconds: float) -> UnseenFeatures:
+        proof: dict[str, float | str | bool] = {}
+        if seconds > 0:
+            best, proof = self.prove(best, seconds)
         size = float(self.given.norm())
+        bound, kind = best.bound, "best of K starts"
+        if proof and float(proof["rigorous_bound"]) >= bound - PROOF_SUFFICES * abs(bound):  # close enough to quote what is proven
+            bound, kind = float(proof["rigorous_bound"]), str(proof["rigorous_kind"])
         found = UnseenFeatures(
-            best.bound, "best of K starts", self.tried, "", best.bound,
+            bound, kind, self.tried, "", best.bound, rigorous=kind != "best of K starts",
             output=best.output, mu=best.mu, scale=float(best.output.norm()) / size if size else 1.0,
         )  # fmt: skip
-        return replace(found, **self._features(prices, count))
+        return replace(found, **proof, **self._features(prices, count))
 
     def _features(self, mu: tuple[float, ...], count: int) -> dict:
         pool = self.finite or self.sphere
@@ -731,6 +797,38 @@ class _Search:
             return {"level": level}
         chosen = torch.tensor([order[i] for i in kept], device=scores.device)
         return {"level": level, "features": as_network([pieces[i] for i in kept], self.problem.penalty), "scores": scores[chosen]}
+
+
+def _merit(
+    current: Compositions, inputs: Tensor, penalty: Penalty, output: Tensor, mu: Sequence[float] | Tensor, level: float | None
+) -> Tensor:
+    """Gain less cost, or with a level log gain / (cost + level), (R,)."""
+    gain = _responses(output, current.readouts(inputs)) / (4 * penalty.readout)
+    cost = current.costs(penalty, mu)
+    if level is None:
+        return gain - cost
+    return gain.clamp_min(torch.finfo(gain.dtype).tiny).log() - (cost + level).clamp_min(torch.finfo(gain.dtype).tiny).log()
+
+
+def _powers(roots: Compositions, penalty: Penalty) -> Compositions:
+    """Flows a = |v| v from v; l1: entry by entry."""
+    kernels = [roots.kernels[0]]
+    for v in roots.kernels[1:]:
+        kernels.append(v * _lengths(v, penalty))
+    return replace(roots, kernels=tuple(kernels))
+
+
+def _roots(flows: Compositions, penalty: Penalty) -> Compositions:
+    """v from a = |v| v."""
+    kernels = [flows.kernels[0]]
+    for a in flows.kernels[1:]:
+        kernels.append(a / _lengths(a, penalty).sqrt())
+    return replace(flows, kernels=tuple(kernels))
+
+
+def _lengths(kernels: Tensor, penalty: Penalty) -> Tensor:
+    lengths = kernels.abs() if penalty.kernel_norm == "l1" else torch.linalg.vector_norm(kernels, dim=(3, 4), keepdim=True)
+    return lengths.clamp_min(1e-12)
 
 
 def _size(tensor: Tensor) -> Tensor:
@@ -766,6 +864,40 @@ def _distinct(pieces: Sequence[Compositions], inputs: Tensor) -> list[int]:
         if all(near[other] < SAME_FEATURE for other in kept):
             kept.append(index)
     return kept
+
+
+def _largest_response(problem: Problem, output: Tensor, seconds: float, starts: Tensor | None) -> tuple[float, str, Tensor | None] | None:
+    """(upper bound of |q| over unit kernels, method, where) for one ReLU or linear layer without max pooling; None elsewhere."""
+    arch = problem.architecture
+    conv, geometry = arch.layers[0], arch.geometry[0]
+    positions = geometry.output[0] * geometry.output[1]
+    columns = arch.outputs * (1 if arch.readout == "average" else arch.readout_positions)
+    if arch.depth > 1 or conv.activation not in HOMOGENEOUS or conv.pooling == "max":
+        return None
+    if max(positions**2, len(output) * positions * columns) > PROVEN_ENTRIES:
+        return None
+    patches = conv.patches(problem.inputs).flatten(0, 1) / arch.input_shape[0]  # (N P, d)
+    if conv.bias:
+        patches = torch.cat([patches, patches.new_ones(len(patches), 1)], 1)
+    weights = torch.einsum("nk,pq->npkq", output, _position_weights(arch).to(output)).flatten(2).flatten(0, 1)
+    if conv.activation == "identity":
+        return float(torch.linalg.matrix_norm(patches.T @ weights, 2)) * (1 + 1e-12), "exact spectral norm", None
+    found = sphere.maximise(patches, weights, max_seconds=seconds, start=starts)
+    method = "exact over the arrangement" if found.method == "arrangement" else found.method
+    return found.upper, method, found.argmax
+
+
+def _position_weights(arch: Architecture) -> Tensor:
+    """What every position before pooling adds to the readout's features, (P, 1) or (P, positions)."""
+    conv, (height, width) = replace(arch.layers[0], activation="identity"), arch.geometry[0].output
+    units = torch.eye(height * width, dtype=torch.float64).view(-1, 1, height, width)
+    return arch.readout_features(conv.activate(units)).flatten(1)
+
+
+def _from_direction(arch: Architecture, direction: Tensor) -> Compositions:
+    """A first-layer kernel (d,), its bias last, as a composition."""
+    kernel, bias = (direction[:-1], direction[-1:]) if arch.layers[0].bias else (direction, None)
+    return Compositions(arch, (kernel.view(1, 1, arch.input_shape[0], *arch.layers[0].kernel),), (None if bias is None else bias.view(1, 1),))
 
 
 def _kernel_entries(arch: Architecture) -> int:
