@@ -105,7 +105,7 @@ def search_features(
     mu: Sequence[float] | None = None,
     starts: int = 128,
     steps: int = 150,
-    rounds: int = 6,
+    rounds: int = 4,
     count: int = 8,
     seed: int = 0,
     max_seconds: float = math.inf,
@@ -201,7 +201,7 @@ class Compositions:
         biases = tuple(None if b is None else rest.pop(0) for b in self.biases)
         return Compositions(self.architecture, tuple(tensors[: len(self.kernels)]), biases)
 
-    def __getitem__(self, chosen: Tensor | slice) -> Compositions:
+    def take(self, chosen: Tensor | slice) -> Compositions:
         return self.with_tensors([t[chosen] for t in self.tensors()])
 
     def preactivations(self, inputs: Tensor) -> Tensor:
@@ -259,7 +259,9 @@ class Compositions:
         if penalty.input_bound is not None:
             result = self.scaled_first(_shrink(penalty.input_bound, self.input_norms()))
         kernels, biases, bound = list(result.kernels), list(result.biases), penalty.amplitude_bound
-        for index in range(1, len(kernels)) if bound is not None else ():
+        if bound is None:
+            return result
+        for index in range(1, len(kernels)):
             kernels[index] = kernels[index] * _shrink(bound, _amounts(penalty, kernels[index]).sum(2))[:, :, None, None, None]
             bias = biases[index]
             biases[index] = None if bias is None else bias.clamp(-bound, bound)
@@ -349,22 +351,35 @@ def _block_diagonal(blocks: Sequence[Tensor]) -> Tensor:
 
 
 class _Pool:
-    """Features found so far with what the readout sees of them; `own` says which belong to the network."""
+    """Features found so far with what the readout sees of them; those of equal widths are held as one batch.
+
+    The first part is g = 0, the second the network's own where there is one.
+    """
 
     def __init__(self, problem: Problem) -> None:
         self.problem = problem
         self.parts: list[Compositions] = []
-        self._readouts: list[Tensor] = []
+        self._seen: list[Tensor] = []
+        self._readouts: Tensor | None = None
 
-    def add(self, part: Compositions) -> None:
+    def add(self, part: Compositions, keep_apart: bool = False) -> None:
+        """keep_apart: the part stays a batch of its own, before those that are not."""
+        read, self._readouts = part.readouts(self.problem.inputs), None
+        shapes = [k.shape[1:] for k in part.kernels]
+        for index, other in enumerate(self.parts[2:], start=2):
+            if not keep_apart and [k.shape[1:] for k in other.kernels] == shapes:
+                self.parts[index] = other.with_tensors([torch.cat(pair) for pair in zip(other.tensors(), part.tensors())])
+                self._seen[index] = torch.cat([self._seen[index], read])
+                return
         self.parts.append(part)
-        self._readouts.append(part.readouts(self.problem.inputs))
+        self._seen.append(read)
 
     @property
     def readouts(self) -> Tensor:
         """(F, N, positions)."""
-        self._readouts = [torch.cat(self._readouts)]
-        return self._readouts[0]
+        if self._readouts is None:
+            self._readouts = torch.cat(self._seen)
+        return self._readouts
 
     def responses(self, output: Tensor) -> Tensor:
         """|q|^2, (F,)."""
@@ -382,7 +397,7 @@ class _Pool:
         for part in self.parts:
             targets = part.kernels[-1].shape[1]
             if index < len(part) * targets:
-                one, target = part[index // targets : index // targets + 1], index % targets
+                one, target = part.take(slice(index // targets, index // targets + 1)), index % targets
                 last, bias = one.kernels[-1][:, target : target + 1], one.biases[-1]
                 last_bias = None if bias is None else bias[:, target : target + 1]
                 return replace(one, kernels=(*one.kernels[:-1], last), biases=(*one.biases[:-1], last_bias))
@@ -454,11 +469,11 @@ class _Search:
         )
         for part in (nothing,) if self.network is None else (nothing, _own(self.network)):
             if self.finite is not None:
-                self.finite.add(part)
+                self.finite.add(part, keep_apart=True)
             if self.sphere is not None:
                 first = replace(part, architecture=self.sphere.problem.architecture, kernels=(part.kernels[0].movedim(1, 0),))
                 first = replace(first, biases=tuple(None if b is None else b.T for b in part.biases))
-                self.sphere.add(first.unit())
+                self.sphere.add(first.unit(), keep_apart=True)
 
     # --- the bound
 
@@ -599,7 +614,7 @@ class _Search:
         if len(found) > KEPT:
             readouts = found.readouts(self.problem.inputs)
             scores = _responses(output, readouts) / (4 * self.problem.penalty.readout) - found.costs(self.problem.penalty, mu)
-            found = found[scores.topk(KEPT).indices]
+            found = found.take(scores.topk(KEPT).indices)
         pool.add(found)
 
     def _add_rays(self, output: Tensor) -> None:
@@ -620,26 +635,26 @@ class _Search:
             for low in range(0, len(part), size):
                 if self.tried and time.perf_counter() >= self.deadline:
                     return
-                yield part[low : low + size]
+                yield part.take(slice(low, low + size))
 
     def _begun(self, output: Tensor, mu: tuple[float, ...], pool: _Pool) -> list[Compositions]:
-        """Starts: a third from the network or the best found before, a third from data patches, the rest random."""
-        arch, parts = pool.problem.architecture, []
-        third = max(1, self.starts // 3)
-        if len(pool.parts) > 1:
-            order = pool.scores(output, mu).argsort(descending=True)[: max(1, third // 2)]
-            known = [pool.single(int(index)) for index in order]
-            for width in sorted({piece.kernels[0].shape[1] for piece in known}):
-                alike = [piece for piece in known if piece.kernels[0].shape[1] == width]
-                same = _stacked(alike, MOST_OWN, self.problem.penalty)
-                parts += [same, self._disturbed(same, max(1, round(len(same) / len(known) * third)))]
-        left = self.starts - sum(map(len, parts))
-        widths = [HIDDEN] * (arch.depth - 1) + [1]
-        parts.append(self._drawn(arch, widths, max(1, left)))
+        """Starts: half of them the best known features and disturbed ones, half random, every other of these from data patches.
+
+        Starts of equal widths make one batch.
+        """
+        arch, half = pool.problem.architecture, max(1, self.starts // 2)
+        order = (1 + pool.scores(output, mu)[1:].argsort(descending=True))[: max(1, half // 3)].tolist()  # without g = 0
+        known = [pool.single(index) for index in order]
+        parts = [self._drawn(arch, [HIDDEN] * (arch.depth - 1) + [1], max(1, self.starts - half if known else self.starts))]
+        for widths in sorted({tuple(k.shape[2] for k in piece.kernels) for piece in known}):
+            alike = [piece for piece in known if tuple(k.shape[2] for k in piece.kernels) == widths]
+            same = _stacked(alike, MOST_OWN, self.problem.penalty)
+            number = max(1, round(half * len(same) / len(known)) - len(same))
+            parts.append(_joined([same, self._disturbed(same, number)]))
         return parts
 
     def _disturbed(self, known: Compositions, number: int) -> Compositions:
-        known = known[torch.arange(number, device=known.kernels[0].device) % len(known)]
+        known = known.take(torch.arange(number, device=known.kernels[0].device) % len(known))
         noise = [measures.normal(t.shape, self.generator, t) for t in known.tensors()]
         return known.with_tensors([t + NOISE * e * _size(t) for t, e in zip(known.tensors(), noise)])
 
@@ -698,7 +713,7 @@ class _Search:
             ended += [begun, *kept] if not ended else kept
             if not share or time.perf_counter() >= self.deadline:
                 break
-            begun = moved[self._merit(moved, output, mu, level).topk(max(1, round(share * len(moved)))).indices]
+            begun = moved.take(self._merit(moved, output, mu, level).topk(max(1, round(share * len(moved)))).indices)
         return ended
 
     def _climb(self, begun: Compositions, output: Tensor, mu: tuple[float, ...], level: float | None) -> Compositions:
@@ -837,9 +852,14 @@ def _size(tensor: Tensor) -> Tensor:
     return torch.where(rms > 0, rms, 1.0)
 
 
+def _joined(parts: Sequence[Compositions]) -> Compositions:
+    """Compositions of equal widths as one batch."""
+    return parts[0].with_tensors([torch.cat(each) for each in zip(*(part.tensors() for part in parts))])
+
+
 def _stacked(pieces: Sequence[Compositions], width: int, penalty: Penalty) -> Compositions:
     """Compositions of equal widths as one batch; of more than `width` sources those of the largest outflow stay."""
-    whole = pieces[0].with_tensors([torch.cat(each) for each in zip(*(p.tensors() for p in pieces))])
+    whole = _joined(pieces)
     kernels, biases = list(whole.kernels), list(whole.biases)
     for layer in range(len(kernels) - 1, 0, -1):
         outflow = _amounts(penalty, kernels[layer]).sum(1)  # (R, sources)
