@@ -1,11 +1,11 @@
 """Judges any answer from outside its solver, in float64.
 
 duality: dual value, duality gap and violation of a point of the convex program, on its support.
-unseen: lower bounds over all measures, features that no support holds yet included.
+search: lower bounds over all measures, features that no support holds yet included.
 sphere: exact and rigorous maxima behind those bounds for one ReLU layer.
 """
 
 from meanfield.certificates.duality import Certificate, Multipliers, certify, dual_value, stationary_multipliers
-from meanfield.certificates.unseen import UnseenFeatures, search_features
+from meanfield.certificates.search import UnseenFeatures, search_features
 
 __all__ = ["Certificate", "Multipliers", "UnseenFeatures", "certify", "dual_value", "search_features", "stationary_multipliers"]

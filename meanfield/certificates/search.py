@@ -1,0 +1,564 @@
+"""Lower bounds of J over all measures, and the search for features that no support holds yet.
+
+For any output multipliers r in the domain of the loss conjugate and any mu_l >= 0, every network has
+
+    J >= -(1/N) sum_n loss*(N r_n) - sum_{l<L} mu_l - sup_g [ |q(h(g))|^2 / (4 lambda_u) - gamma_L(g) ],
+
+gamma_1(z) = lambda_1 |(z, b)|^2,   c_l = 2 sqrt(lambda_s (mu_l + gamma_l)),   gamma_{l+1}(g) = inf { int c_l |a| : g = int a * f },
+
+because lambda_s s^2 + gamma + mu >= c s at every feature, layer by layer.  The sup runs over compositional features: a
+small network of its own, kernels of all layers jointly.  A search from K starts finds it from below, so its bound may be
+too high: it is called the best of K starts and proves nothing.  For one ReLU layer the sup is a maximum over the unit
+sphere, which `sphere` bounds from above: that bound is rigorous.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from scipy.optimize import minimize, minimize_scalar
+from torch import Tensor
+
+from meanfield import measures, validation
+from meanfield.architecture import Architecture, Conv
+from meanfield.certificates import sphere
+from meanfield.network import ParticleNetwork
+from meanfield.penalties import input_norms
+from meanfield.problem import Problem
+
+HIDDEN = 16  # sources of a searched feature, per layer
+MOST_HIDDEN = 64  # sources that a feature of the given network keeps, the heaviest ones
+UNIT_RATE, KERNEL_RATE, FLOW_RATE = 0.05, 0.2, 0.02  # of Adam: unit kernels, first-layer kernels, flows between layers
+STEPS = {True: 60, False: 300}  # for one layer, for more
+LEAST_ROUNDS = 3
+RADII = (-2.0, 1.0)  # logarithms of the factors on the network's own |z|: sources of one feature differ that much
+AGREEMENT = 1e-4  # relative to the bound: the search finds no more than the pool knew
+SAME_FEATURE = 0.99  # cosine of two features on the training inputs
+LEAST_SHARE = 1e-6  # atoms lighter than this share of a feature's heaviest are left out
+RECESSION = {"softplus": "relu", "gelu": "relu"}  # what these activations become far away
+
+
+@dataclass(frozen=True, eq=False)
+class Compositions:
+    """R features of the last layer, each with the kernels of all layers that realise it.
+
+    kernels[0] (R, m_1, C_0, kh, kw) first-layer kernels z; kernels[l] (R, m_{l+1}, m_l, kh, kw) flows a, m_L = 1;
+    biases[l] (R, m_{l+1}) or None.
+    """
+
+    architecture: Architecture
+    kernels: tuple[Tensor, ...]
+    biases: tuple[Tensor | None, ...]
+
+    def __len__(self) -> int:
+        return len(self.kernels[0])
+
+    def tensors(self) -> list[Tensor]:
+        return [*self.kernels, *(b for b in self.biases if b is not None)]
+
+    def __getitem__(self, chosen: Tensor) -> Compositions:
+        return replace(
+            self, kernels=tuple(k[chosen] for k in self.kernels), biases=tuple(None if b is None else b[chosen] for b in self.biases)
+        )
+
+    def preactivations(self, inputs: Tensor) -> Tensor:
+        """g of every feature, (N, R, H', W')."""
+        arch = self.architecture
+        first, bias = self.kernels[0].flatten(0, 1) / arch.input_shape[0], self.biases[0]
+        g = arch.layers[0].convolve(inputs, first, None if bias is None else bias.flatten())
+        for index in range(1, arch.depth):
+            signal = arch.layers[index - 1].activate(g).unflatten(1, (len(self), -1))
+            g = _convolve_each(arch.layers[index], signal, self.kernels[index])
+            bias = self.biases[index]
+            g = (g if bias is None else g + bias[None, :, :, None, None]).flatten(1, 2)
+        return g
+
+    def responses(self, problem: Problem, output: Tensor) -> Tensor:
+        """|q|^2 of every feature, (R,)."""
+        arch = self.architecture
+        read = arch.readout_features(arch.layers[-1].activate(self.preactivations(problem.inputs)))
+        return torch.einsum("nk,nr...->rk...", output, read).flatten(1).square().sum(1)
+
+    def costs(self, problem: Problem, mu: Sequence[float | Tensor]) -> Tensor:
+        """gamma_L of this realisation, (R,): no less than that of the feature."""
+        penalty, norms = problem.penalty, self._input_norms()
+        gamma = penalty.input * norms.square()
+        for kernels, price in zip(self.kernels[1:], mu):
+            tiny = torch.finfo(gamma.dtype).tiny  # the root has no gradient at zero
+            prices = 2 * (penalty.source * (price + gamma).clamp_min(tiny)).sqrt()
+            gamma = (_flows(problem, kernels) * prices[:, None]).sum(2)
+        return gamma[:, 0]
+
+    def _input_norms(self) -> Tensor:
+        """|(z, b)| (R, m_1)."""
+        bias = self.biases[0]
+        return input_norms(self.kernels[0].flatten(0, 1), None if bias is None else bias.flatten()).view(self.kernels[0].shape[:2])
+
+    def projected(self, problem: Problem) -> Compositions:
+        """Scaled down to the problem's bounds."""
+        kernels, biases, penalty = list(self.kernels), list(self.biases), problem.penalty
+        if penalty.input_bound is not None:
+            shrink = (penalty.input_bound / self._input_norms().clamp_min(1e-300)).clamp_max(1)
+            kernels[0] = kernels[0] * shrink[:, :, None, None, None]
+            biases[0] = None if biases[0] is None else biases[0] * shrink
+        if penalty.amplitude_bound is not None:
+            for index in range(1, len(kernels)):
+                amounts = _flows(problem, kernels[index]).sum(2).clamp_min(1e-300)
+                kernels[index] = kernels[index] * (penalty.amplitude_bound / amounts).clamp_max(1)[:, :, None, None, None]
+                bias = biases[index]
+                biases[index] = None if bias is None else bias.clamp(-penalty.amplitude_bound, penalty.amplitude_bound)
+        return replace(self, kernels=tuple(kernels), biases=tuple(biases))
+
+    def network(self, problem: Problem) -> ParticleNetwork:
+        """A network with these features in its last layer, uniform masses and no readout; atoms without flow are dropped."""
+        pieces = [self._piece(problem, index) for index in range(len(self))]
+        widths = [sum(each) for each in zip(*(piece[2] for piece in pieces))]
+        masses = [problem.inputs.new_full((count,), 1 / count) for count in widths]
+        kernels = [torch.cat([piece[0][0] for piece in pieces])]
+        for layer in range(1, len(self.kernels)):
+            blocks = [piece[0][layer] for piece in pieces]
+            kernels.append(_block_diagonal(blocks) * len(masses[layer - 1]))  # w = a / p of the source
+        biases = [None if b is None else torch.cat([piece[1][layer] for piece in pieces]) for layer, b in enumerate(self.biases)]
+        readout = problem.inputs.new_zeros(self.architecture.readout_shape(len(self)))
+        return ParticleNetwork(self.architecture, masses, kernels, readout, biases)
+
+    def _piece(self, problem: Problem, index: int) -> tuple[list[Tensor], list[Tensor], list[int]]:
+        """Kernels, biases and widths of one feature without the sources that nothing flows out of."""
+        kernels = [k[index] for k in self.kernels]
+        biases = [kernels[0].new_zeros(0) if b is None else b[index] for b in self.biases]
+        for layer in range(len(kernels) - 1, 0, -1):
+            outflow = problem.penalty.norms(kernels[layer]).sum(0)
+            keep = torch.nonzero(outflow >= LEAST_SHARE * outflow.max()).flatten()
+            kernels[layer], kernels[layer - 1] = kernels[layer][:, keep], kernels[layer - 1][keep]
+            biases[layer - 1] = biases[layer - 1][keep] if len(biases[layer - 1]) else biases[layer - 1]
+        return kernels, biases, [len(k) for k in kernels]
+
+
+@dataclass(frozen=True, eq=False)
+class UnseenFeatures:
+    """What a search found: a bound over all measures, how far it can be trusted, and features worth adding.
+
+    bound: best of `starts` starts; -inf, with a reason, where the theory gives none.  rigorous_bound: proven, by
+    `rigorous_kind`; None where no method applies or no time was given for it.  scale, mu: multipliers r times scale, and
+    mu_1..mu_{L-1}, at which the bound is attained.  features: the best features as the last layer of a network of their
+    own (None if there is none), scores (F,) their |q|^2 / (4 lambda_u) - gamma_L at the unscaled r.
+    """
+
+    bound: float
+    starts: int
+    reason: str = ""
+    rigorous_bound: float | None = None
+    rigorous_kind: str = ""
+    scale: float = 1.0
+    mu: tuple[float, ...] = ()
+    features: ParticleNetwork | None = None
+    scores: Tensor | None = None
+    seconds: float = 0.0
+
+    def summary(self) -> str:
+        """One line that claims no more than what was shown."""
+        if self.bound == -math.inf:
+            text = f"no bound over all measures: {self.reason}"
+        else:
+            text = f"J >= {self.bound:.8g} for every network, unless the best of {self.starts} starts missed a feature"
+        if self.rigorous_bound is not None:
+            text += f"; J >= {self.rigorous_bound:.8g} for every network, proven ({self.rigorous_kind})"
+        return text
+
+
+def search_features(
+    problem: Problem,
+    output: Tensor,
+    network: ParticleNetwork | None = None,
+    *,
+    starts: int = 64,
+    steps: int | None = None,
+    rounds: int = 4,
+    count: int = 8,
+    seed: int = 0,
+    rigorous_seconds: float = 0.0,
+) -> UnseenFeatures:
+    """The bound over all measures at the output multipliers r = `output` (N, K), and the features that violate it most.
+
+    Each of at most `rounds` searches ascends from `starts` starts, drawn from data patches, at random and from the best
+    features so far, those of `network` at first, for `steps` steps (default: 60 for one layer, 300 for more); then r's
+    scale and mu are chosen anew on all that was found.  The bound uses everything found.  r itself stays: the convex
+    program of a support that holds the found features gives the next one.  count: features to return.
+    rigorous_seconds: time for the proven bound of one ReLU layer with average readout; up to three kernel entries it is
+    always computed, being quick.
+    """
+    began = time.perf_counter()
+    steps = STEPS[problem.architecture.depth == 1] if steps is None else steps
+    for value, name in ((starts, "starts"), (steps, "steps"), (rounds, "rounds"), (count, "count")):
+        validation.integer(value, name)
+    validation.shaped(output, (len(problem.inputs), problem.architecture.outputs), "output")
+    problem, output = problem.to(dtype=torch.float64), output.double()
+    network = None if network is None else network.to(dtype=torch.float64)
+    reason = _no_bound(problem)
+    if reason:
+        return UnseenFeatures(-math.inf, 0, reason, seconds=time.perf_counter() - began)
+    output = problem.loss.feasible(len(output) * output, problem.targets) / len(output)
+    search = _Search(problem, output, network, torch.Generator().manual_seed(seed), starts, steps)
+    found = search.run(rounds, count)
+    found = replace(found, **_rigorous(problem, output, network, rigorous_seconds))
+    return replace(found, seconds=time.perf_counter() - began)
+
+
+def _no_bound(problem: Problem) -> str:
+    penalty = problem.penalty
+    if penalty.readout == 0:
+        return "without a readout penalty the supremum over features is infinite"
+    if problem.architecture.depth > 1 and penalty.source == 0:
+        return "without a source penalty features of the last layer cost nothing"
+    missing = problem.missing_bounds()
+    if missing:
+        return "with these activations, biases and penalties the supremum over features is infinite; missing: " + ", ".join(missing)
+    return ""
+
+
+class _Search:
+    """The pool of features found so far, and the multipliers that suit it best."""
+
+    def __init__(self, problem: Problem, output: Tensor, network: ParticleNetwork | None, generator: torch.Generator, starts: int, steps: int):
+        self.problem, self.output, self.network, self.generator, self.starts, self.steps = problem, output, network, generator, starts, steps
+        self.depth = problem.architecture.depth
+        only = problem.architecture.layers[0]
+        free = self.depth == 1 and problem.penalty.input_bound is None
+        self.homogeneous = free and only.homogeneous
+        self.scale_limit = 2.0 if problem.loss.name == "squared" else 1.0
+        self.tried = 0
+        # the network's own features stay in the pool as they are: no bound comes out above its value
+        self.pool = [] if network is None else [self._retracted(_own(problem, network, self._width()))]
+        if free and only.activation in RECESSION:
+            self.scale_limit = min(self.scale_limit, self._recession_limit(RECESSION[only.activation]))
+
+    def run(self, rounds: int, count: int) -> UnseenFeatures:
+        """Search and choose multipliers in turn; only multipliers at which a search was made can give the bound."""
+        scale, mu, searched = min(1.0, self.scale_limit), self._first_mu(), []
+        for index in range(1 if self.homogeneous else rounds):  # what is sought in the homogeneous case depends on no multiplier
+            self.pool.append(self._ascend(self._starts(scale, mu), scale, mu))
+            searched.append((scale, mu))
+            bound = self._bound(scale, mu)
+            scale, mu, hoped = self._best_multipliers(scale, mu)
+            if index + 1 >= LEAST_ROUNDS and hoped - bound <= AGREEMENT * abs(hoped):
+                break
+        if self.homogeneous:  # here the scale follows from the largest response, whatever multipliers it was sought at
+            searched.append((scale, mu))
+        scale, mu = max(searched, key=lambda each: self._bound(*each))
+        return self._result(scale, mu, self._bound(scale, mu), count)
+
+    def _first_mu(self) -> list[float]:
+        """mu_l = lambda_s sum_i p_i s_i^2, which complementary slackness makes the right size."""
+        source, network = self.problem.penalty.source, self.network
+        if network is None:
+            return [source] * (self.depth - 1)
+        found = []
+        for layer in range(1, self.depth):
+            outflow = network.masses[layer] @ self.problem.penalty.norms(network.kernels[layer])
+            found.append(max(source * float(network.masses[layer - 1] @ outflow.square()), 1e-12))
+        return found
+
+    # ---- the bound on the pool
+
+    def _conjugate(self, scale: float) -> float:
+        return float(self.problem.loss.conjugate(len(self.output) * scale * self.output, self.problem.targets).mean())
+
+    def _responses(self) -> Tensor:
+        """|q|^2 of the pool at the unscaled r."""
+        return torch.cat([part.responses(self.problem, self.output) for part in self.pool])
+
+    def _worst(self, responses: Tensor, scale: float, mu: Sequence[float]) -> Tensor:
+        gamma = torch.cat([part.costs(self.problem, mu) for part in self.pool])
+        return scale**2 * responses / (4 * self.problem.penalty.readout) - gamma
+
+    def _bound(self, scale: float, mu: Sequence[float]) -> float:
+        """The lower bound with the sup over the pool (the feature g = 0, which costs nothing, is in it)."""
+        if self.homogeneous and scale > self._homogeneous_limit():
+            return -math.inf
+        worst = 0.0 if self.homogeneous else max(float(self._worst(self._responses(), scale, mu).max()), self._nothing(scale))
+        return -self._conjugate(scale) - sum(mu) - worst
+
+    def _nothing(self, scale: float) -> float:
+        """The score of g = 0: zero unless h(0) is not."""
+        zero = _zeros_like(self.problem, 1)
+        return scale**2 * float(zero.responses(self.problem, self.output)) / (4 * self.problem.penalty.readout)
+
+    def _homogeneous_limit(self) -> float:
+        """Largest scale of r for which no unit kernel of the pool gains more than it costs."""
+        largest = float(self._responses().max().sqrt())  # the pool holds unit kernels
+        return min(self.scale_limit, 2 * math.sqrt(self.problem.penalty.input * self.problem.penalty.readout) / max(largest, 1e-300))
+
+    def _best_multipliers(self, scale: float, mu: Sequence[float]) -> tuple[float, list[float], float]:
+        if self.depth == 1:
+            limit = self._homogeneous_limit() if self.homogeneous else self.scale_limit
+            best = _maximum(lambda s: self._bound(s, []), limit)
+            return best[0], [], best[1]
+        return self._best_prices(scale, list(mu))
+
+    def _best_prices(self, scale: float, mu: list[float]) -> tuple[float, list[float], float]:
+        """Maximise the bound, concave in (scale, mu), in its epigraph form; any point it ends at gives a valid figure."""
+        responses, pool = self._responses(), self.pool
+        near = self._worst(responses, scale, mu).topk(min(200, len(responses))).indices
+        kept = Compositions(pool[0].architecture, *_joined(pool))[near]
+        responses = responses[near]
+
+        def gaps(x: np.ndarray) -> np.ndarray:
+            gamma = kept.costs(self.problem, [float(m) for m in x[1:-1]])
+            return (x[-1] - x[0] ** 2 * responses / (4 * self.problem.penalty.readout) + gamma).numpy(force=True)
+
+        unit = max(abs(self._bound(scale, mu)), 1e-12)
+        objective = lambda x: (self._conjugate(float(x[0])) + float(x[1:].sum())) / unit  # noqa: E731
+        start = np.array([scale, *mu, float(self._worst(self._responses(), scale, mu).max().clamp_min(0))])
+        limits = [(0.0, self.scale_limit), *[(0.0, None)] * len(mu), (0.0, None)]
+        answer = minimize(objective, start, method="SLSQP", bounds=limits, constraints={"type": "ineq", "fun": lambda x: gaps(x) / unit})
+        candidates = [(scale, mu), (float(np.clip(answer.x[0], 0, self.scale_limit)), [max(float(m), 0.0) for m in answer.x[1:-1]])]
+        values = [self._bound(*candidate) for candidate in candidates]
+        best = int(np.argmax(values))
+        return candidates[best][0], candidates[best][1], values[best]
+
+    # ---- the search
+
+    def _starts(self, scale: float, mu: Sequence[float]) -> Compositions:
+        """Half from the best features so far, the network's own at first; the rest from data patches and at random."""
+        parts = []
+        if self.pool:
+            pool = Compositions(self.problem.architecture, *_joined(self.pool))
+            order = self._worst(self._responses(), scale, mu).argsort(descending=True)
+            parts.append(pool[order[: self.starts // 2]])
+        left = self.starts - sum(map(len, parts))
+        parts.append(self._drawn(left // 2, patches=True))
+        parts.append(self._drawn(left - left // 2, patches=False))
+        return Compositions(self.problem.architecture, *_joined(parts))
+
+    def _width(self) -> int:
+        alive = max((int((p > 0).sum()) for p in self.network.masses[:-1]), default=1) if self.network is not None else 1
+        return max(HIDDEN, min(alive, MOST_HIDDEN))
+
+    def _drawn(self, number: int, patches: bool) -> Compositions:
+        arch, inputs = self.problem.architecture, self.problem.inputs
+        widths = [self._width()] * (self.depth - 1) + [1]
+        shapes = [(number, *shape) for shape in arch.kernel_shapes(widths)]
+        kernels = [measures.normal(shapes[0], self.generator, inputs)]
+        if patches:
+            kernels[0] = kernels[0].sign()[:, :, :1, :1, :1] * self._patches(number * widths[0]).reshape(shapes[0])
+        draws = torch.rand(shapes[0][:2], generator=self.generator, dtype=torch.float64).to(inputs)
+        radii = self._radius() * (RADII[0] + (RADII[1] - RADII[0]) * draws).exp()
+        kernels[0] = kernels[0] * (radii / kernels[0].flatten(2).norm(dim=2).clamp_min(1e-12))[:, :, None, None, None]
+        kernels += [measures.normal(shape, self.generator, inputs) / shape[2] for shape in shapes[1:]]
+        biases = [measures.normal(k.shape[:2], self.generator, inputs) * 0.1 if layer.bias else None for layer, k in zip(arch.layers, kernels)]
+        return Compositions(arch, tuple(kernels), tuple(biases))
+
+    def _radius(self) -> float:
+        """Root mean square |z| of the network, or that of a standard normal kernel."""
+        arch = self.problem.architecture
+        usual = math.sqrt(arch.input_shape[0] * arch.layers[0].offsets)
+        if self.network is None:
+            return usual
+        return float((self.network.masses[0] @ self.network.kernels[0].flatten(1).square().sum(1)).sqrt()) or usual
+
+    def _patches(self, number: int) -> Tensor:
+        rows = self.problem.architecture.layers[0].patches(self.problem.inputs).flatten(0, 1)
+        rows = rows[rows.norm(dim=1) > 0]
+        if not len(rows):  # black images
+            return measures.normal((number, rows.shape[1]), self.generator, rows)
+        return rows[torch.randint(len(rows), (number,), generator=self.generator).to(rows.device)]
+
+    def _ascend(self, begun: Compositions, scale: float, mu: Sequence[float]) -> Compositions:
+        """Adam on all starts at once; every start keeps the best of its path."""
+        self.tried += len(begun)
+        level = 0.0 if self.homogeneous or not self.pool else max(float(self._worst(self._responses(), scale, mu).max()), 0.0)
+        leaves = [t.detach().clone().requires_grad_() for t in begun.projected(self.problem).tensors()]
+        rates = [UNIT_RATE if self.homogeneous else KERNEL_RATE] + [FLOW_RATE] * (len(leaves) - 1)
+        optimiser = torch.optim.Adam([{"params": [leaf], "lr": rate} for leaf, rate in zip(leaves, rates)])
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, self.steps)
+        best: list[Tensor] = []
+        top = torch.full((len(begun),), -torch.inf, dtype=torch.float64, device=leaves[0].device)
+        for _ in range(self.steps):
+            current = _with_tensors(begun, leaves)
+            scores = self._merit(current, scale, mu, level)
+            better = scores.detach() > top
+            top = torch.where(better, scores.detach(), top)
+            best = [torch.where(better.view(-1, *[1] * (t.ndim - 1)), t.detach(), b) for t, b in zip(leaves, best or leaves)]
+            optimiser.zero_grad()
+            (-scores.sum()).backward()
+            optimiser.step()
+            schedule.step()
+            with torch.no_grad():
+                for leaf, moved in zip(leaves, self._retracted(_with_tensors(begun, leaves)).tensors()):
+                    leaf.copy_(moved)
+        return self._retracted(_with_tensors(begun, [t.detach() for t in best]))
+
+    def _merit(self, current: Compositions, scale: float, mu: Sequence[float], level: float) -> Tensor:
+        """log of |q|^2 / (4 lambda_u) over gamma + level: above zero just where a feature beats the level.
+
+        The score itself has a local maximum at g = 0, where the cost falls like |a| and the response like |a|^2: most
+        starts would end there.
+        """
+        tiny = torch.finfo(torch.float64).tiny
+        gain = scale**2 * current.responses(self.problem, self.output) / (4 * self.problem.penalty.readout)
+        return gain.clamp_min(tiny).log() - (current.costs(self.problem, mu) + level).clamp_min(tiny).log()
+
+    def _retracted(self, current: Compositions) -> Compositions:
+        if not self.homogeneous:
+            return current.projected(self.problem)
+        norms = current._input_norms().clamp_min(1e-300)
+        bias = current.biases[0]
+        return replace(current, kernels=(current.kernels[0] / norms[:, :, None, None, None],), biases=(None if bias is None else bias / norms,))
+
+    def _recession_limit(self, activation: str) -> float:
+        """The scale of r beyond which ever longer kernels gain more than they cost: that of the activation far away."""
+        arch = self.problem.architecture
+        far = replace(arch, layers=(replace(arch.layers[0], activation=activation),))
+        problem = Problem(far, self.problem.inputs, self.problem.targets, self.problem.loss.name, self.problem.penalty)
+        other = _Search(problem, self.output, None, self.generator, self.starts, self.steps)
+        other.pool.append(other._ascend(other._starts(1.0, []), 1.0, []))
+        self.tried += other.tried
+        return other._homogeneous_limit()
+
+    def _result(self, scale: float, mu: list[float], bound: float, count: int) -> UnseenFeatures:
+        everything = Compositions(self.problem.architecture, *_joined(self.pool))
+        responses = everything.responses(self.problem, self.output)
+        if self.homogeneous:  # unit kernels: their gain over their cost, at the radius the network uses
+            scores = self._radius() ** 2 * (responses / (4 * self.problem.penalty.readout) - self.problem.penalty.input)
+        else:
+            scores = responses / (4 * self.problem.penalty.readout) - everything.costs(self.problem, mu)
+        chosen = self._distinct(everything, scores, count)
+        best = everything[chosen]
+        if self.homogeneous:
+            bias = best.biases[0]
+            best = replace(best, kernels=(best.kernels[0] * self._radius(),), biases=(None if bias is None else bias * self._radius(),))
+        features = best.network(self.problem) if len(chosen) else None
+        return UnseenFeatures(bound, self.tried, "", None, "", scale, tuple(mu), features, scores[chosen])
+
+    def _distinct(self, everything: Compositions, scores: Tensor, count: int) -> Tensor:
+        """The best features with a positive score, no two alike on the training inputs."""
+        order = scores.argsort(descending=True)[: 16 * count]
+        order = order[scores[order] > 0]
+        if not len(order):
+            return order
+        rows = torch.nn.functional.normalize(everything[order].preactivations(self.problem.inputs).movedim(1, 0).flatten(1), dim=1)
+        alike = (rows @ rows.T).tolist()
+        kept: list[int] = []
+        for index in range(len(order)):
+            if len(kept) < count and all(alike[index][other] < SAME_FEATURE for other in kept):
+                kept.append(index)
+        return order[kept]
+
+
+def _convolve_each(conv: Conv, signal: Tensor, kernels: Tensor) -> Tensor:
+    """Every feature's own convolution, (N, R, m, H, W), (R, m', m, kh, kw) -> (N, R, m', H', W').
+
+    One batched product over sources, then a sum of shifts: several times faster than a grouped convolution.
+    """
+    count, features, _, height, width = signal.shape
+    weights = kernels.flatten(3).transpose(2, 3).flatten(1, 2)  # (R, m' S, m)
+    moved = weights @ signal.transpose(0, 1).transpose(1, 2).flatten(2)  # (R, m' S, N H W)
+    moved = moved.view(features, kernels.shape[1], conv.offsets, count, height, width)
+    (up, left), (down, right) = conv.padding, conv.stride  # type: ignore[misc]
+    moved = torch.nn.functional.pad(moved, (left, left, up, up))
+    rows, columns = conv.sizes(height, width, where="the layer")[0]
+    shifts = [
+        moved[:, :, y * conv.kernel[1] + x, :, y : y + (rows - 1) * down + 1 : down, x : x + (columns - 1) * right + 1 : right]
+        for y in range(conv.kernel[0])
+        for x in range(conv.kernel[1])
+    ]
+    return torch.stack(shifts).sum(0).movedim(2, 0)
+
+
+def _flows(problem: Problem, kernels: Tensor) -> Tensor:
+    """|a_ij| (R, targets, sources)."""
+    return problem.penalty.norms(kernels.flatten(0, 1)).view(kernels.shape[:3])
+
+
+def _joined(parts: Sequence[Compositions]) -> tuple[tuple[Tensor, ...], tuple[Tensor | None, ...]]:
+    kernels = tuple(torch.cat(each) for each in zip(*(part.kernels for part in parts)))
+    biases = tuple(None if each[0] is None else torch.cat(each) for each in zip(*(part.biases for part in parts)))
+    return kernels, biases
+
+
+def _with_tensors(like: Compositions, tensors: Sequence[Tensor]) -> Compositions:
+    rest = list(tensors[len(like.kernels) :])
+    return replace(like, kernels=tuple(tensors[: len(like.kernels)]), biases=tuple(None if b is None else rest.pop(0) for b in like.biases))
+
+
+def _zeros_like(problem: Problem, number: int) -> Compositions:
+    arch = problem.architecture
+    kernels = tuple(problem.inputs.new_zeros(number, *shape) for shape in arch.kernel_shapes([1] * arch.depth))
+    return Compositions(arch, kernels, tuple(k.new_zeros(k.shape[:2]) if layer.bias else None for layer, k in zip(arch.layers, kernels)))
+
+
+def _block_diagonal(blocks: Sequence[Tensor]) -> Tensor:
+    """Kernels (targets, sources, kh, kw) on the diagonal of one."""
+    rows, columns = sum(len(b) for b in blocks), sum(b.shape[1] for b in blocks)
+    whole = blocks[0].new_zeros(rows, columns, *blocks[0].shape[2:])
+    row = column = 0
+    for block in blocks:
+        whole[row : row + block.shape[0], column : column + block.shape[1]] = block
+        row, column = row + block.shape[0], column + block.shape[1]
+    return whole
+
+
+def _own(problem: Problem, network: ParticleNetwork, width: int) -> Compositions:
+    """The network's features of the last layer, realised by its own particles, the `width` heaviest of each layer."""
+    heavy = [p.argsort(descending=True)[:width] for p in network.masses[:-1]]
+    heavy.append(torch.nonzero(network.masses[-1] > 0).flatten())
+    few = measures.select(network, heavy)
+    count = len(heavy[-1])
+    kernels, biases = [], []
+    for layer, (w, b) in enumerate(zip(few.kernels, few.biases)):
+        last, first = layer == len(few.kernels) - 1, layer == 0
+        flow = w if first else w * few.masses[layer - 1][None, :, None, None]
+        padded = w.new_zeros(len(w) if last else width, w.shape[1] if first else width, *w.shape[2:])
+        padded[: len(w), : w.shape[1]] = flow
+        kernels.append(padded[:, None] if last else padded.expand(count, *padded.shape))
+        if b is None:
+            biases.append(None)
+        else:
+            wide = b.new_zeros(len(b) if last else width)
+            wide[: len(b)] = b
+            biases.append(wide[:, None] if last else wide.expand(count, -1))
+    return Compositions(network.architecture, tuple(kernels), tuple(biases))
+
+
+def _maximum(function, limit: float) -> tuple[float, float]:
+    """(where, value) of the maximum of a concave function over [0, limit], the ends included."""
+    answer = minimize_scalar(lambda s: -function(float(s)), bounds=(0.0, limit), method="bounded", options={"xatol": 1e-12 * limit})
+    return max(((float(s), function(float(s))) for s in (answer.x, limit, 0.0)), key=lambda pair: pair[1])
+
+
+def _rigorous(problem: Problem, output: Tensor, network: ParticleNetwork | None, seconds: float) -> dict[str, float | str | None]:
+    """The proven bound of one ReLU layer with average readout: r scaled by 2 sqrt(lambda_1 lambda_u) over an upper bound of max |q|."""
+    arch, penalty = problem.architecture, problem.penalty
+    conv = arch.layers[0]
+    if arch.depth > 1 or conv.activation != "relu" or conv.pooling == "max" or arch.readout != "average" or penalty.input_bound is not None:
+        return {}
+    entries = arch.input_shape[0] * conv.offsets + conv.bias
+    if entries > 3 and seconds <= 0:
+        return {}
+    patches = conv.patches(problem.inputs).flatten(0, 1) / arch.input_shape[0]  # (N P, d)
+    if conv.bias:
+        patches = torch.cat([patches, patches.new_ones(len(patches), 1)], 1)
+    weights = (output[:, None] * _position_weights(arch).to(output)[None, :, None]).flatten(0, 1)  # (N P, K)
+    own = None
+    if network is not None:
+        own = network.kernels[0].flatten(1)
+        own = own if network.biases[0] is None else torch.cat([own, network.biases[0][:, None]], 1)
+    found = sphere.maximise(patches, weights, max_seconds=max(seconds, 2.0), start=own)
+    limit = 2 * math.sqrt(penalty.input * penalty.readout) / max(found.upper, 1e-300)
+    count = len(output)
+    value = lambda s: -float(problem.loss.conjugate(count * s * output, problem.targets).mean())  # noqa: E731
+    best = _maximum(value, min(limit, 2.0 if problem.loss.name == "squared" else 1.0))
+    return {"rigorous_bound": best[1], "rigorous_kind": f"{found.method}, max |q| between {found.lower:.6g} and {found.upper:.6g}"}
+
+
+def _position_weights(arch: Architecture) -> Tensor:
+    """Weight of every position before pooling in the average readout, (P,)."""
+    height, width = arch.geometry[0].output
+    features = torch.zeros(1, 1, height, width, dtype=torch.float64, requires_grad=True)
+    pooled = replace(arch.layers[0], activation="identity").activate(features)
+    return torch.autograd.grad(arch.readout_features(pooled).sum(), features)[0].flatten()
