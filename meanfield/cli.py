@@ -30,7 +30,7 @@ DATA, MODEL, OBJECTIVE, WORK, OUTPUT = "Data", "Network", "Objective", "Work", "
 INTERRUPTED, MISUSE = 130, 2
 ARGUMENTS = re.compile(
     r"(?<![\w-])(data|classes|samples|pool|widths|activation|kernel_size|stride|pooling|readout|loss|source|input|readout_penalty|source_penalty|input_penalty"
-    r"|kernel_norm|amplitude_bound|input_bound|seed|rounds|flow_steps|tolerance|max_seconds|dtype|device|out)=('?)"
+    r"|kernel_norm|amplitude_bound|input_bound|seed|grow|rounds|flow_steps|tolerance|max_seconds|dtype|device|out)=('?)"
 )
 
 
@@ -91,6 +91,8 @@ def solve(
     rounds: Annotated[int, option("At most this many rounds, each a particle flow and a convex program. Default: 8.", WORK, "N")] = 8,
     flow_steps: Annotated[int, option("Steps of the first flow; later flows take half as many. Default: 800.", WORK, "N")] = 800,
     tolerance: Annotated[float, option("Stop when a flow ends within this share of J above the dual bound. Default: 0.0001.", WORK, "X")] = 1e-4,
+    grow: Annotated[int, option("After every program search for features that no particle has yet and offer the best N to the next one; "
+                                "with it comes a lower bound over all measures, best of its starts. Default: 0, no search.", WORK, "N")] = 0,
     max_seconds: Annotated[float | None, option("Stop the solve after about this many seconds and report what there is. Default: no limit.",
                                                 WORK, "X")] = None,
     dtype: Annotated[str, option("float64 or float32. Gaps are computed in float64 either way. Default: float64.", WORK, "NAME")] = "float64",
@@ -176,8 +178,9 @@ def _check(settings: dict[str, Any]) -> None:
     for name in ("rounds", "flow_steps", "kernel_size", "stride", "pool", "samples"):
         if settings[name] < 1:
             raise Misuse(f"{name}={settings[name]} must be an integer of at least 1")
-    if settings["seed"] < 0:
-        raise Misuse(f"seed={settings['seed']} must be an integer of at least 0")
+    for name in ("seed", "grow"):
+        if settings[name] < 0:
+            raise Misuse(f"{name}={settings[name]} must be an integer of at least 0")
     for name in ("tolerance", "max_seconds"):
         value = settings[name]
         if value is not None and not (0 < value < math.inf):
@@ -271,7 +274,7 @@ def _solve(settings: dict[str, Any], data: Dataset, problem: Problem, said: list
         warnings.filterwarnings("ignore", message="the infimum over all measures")
         solution = alternating.solve(
             problem, start, rounds=settings["rounds"], tolerance=settings["tolerance"], flow_steps=settings["flow_steps"],
-            seed=settings["seed"], max_seconds=settings["max_seconds"] or math.inf, callback=progress,
+            grow=settings["grow"], seed=settings["seed"], max_seconds=settings["max_seconds"] or math.inf, callback=progress,
         )  # fmt: skip
     training, held_out = data.split() if data.rest is not None else (data, None)
     return Run(problem, training, held_out, start, solution, settings, said, settings["seed"], settings["tolerance"])

@@ -185,7 +185,8 @@ class SoftmaxLoss:
             inverse = 1 / (v + weight)
             along = (inverse * v * gradient).sum(1, keepdim=True) / (1 - (inverse * v * v).sum(1, keepdim=True))
             step = inverse * (gradient + v * along)
-            settled = step.abs() <= 8 * torch.finfo(v.dtype).eps * (1 + outputs.abs())
+            # rounding of the gradient over the least curvature
+            settled = step.abs() <= 8 * torch.finfo(v.dtype).eps * (1 + outputs.abs() + 1 / weight)
             if not step.is_cuda and bool(settled.all()):
                 break
             outputs, merit = self._advance(outputs, step, merit, center, targets, weight)

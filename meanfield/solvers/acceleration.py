@@ -50,9 +50,11 @@ class Anderson:
         count, last = min(self.steps, MEMORY), self.changes[self.last]
         differences = self.changes[:count] - last
         gram = differences @ differences.T
-        ridge = RIDGE * gram.diagonal().mean() + torch.finfo(gram.dtype).tiny
+        eps, tiny = torch.finfo(gram.dtype).eps, torch.finfo(gram.dtype).tiny
+        ridge = max(RIDGE, 10 * eps) * gram.diagonal().mean() + tiny
         shares = torch.linalg.solve_ex(gram + ridge * torch.eye(count, dtype=gram.dtype, device=gram.device), -(differences @ last))[0]
         jump = shares @ self.images[:count] - shares.sum() * image
+        jump = torch.where(jump.isfinite(), jump, 0.0)  # of a singular system
         travelled = torch.linalg.vector_norm(self.changes[:count], dim=1).sum()
-        reach = REACH * travelled / torch.linalg.vector_norm(metric * jump).clamp_min(torch.finfo(gram.dtype).tiny)
+        reach = REACH * travelled / torch.linalg.vector_norm(metric * jump).clamp_min(tiny)
         return image + reach.clamp_max(1) * jump

@@ -25,6 +25,7 @@ from meanfield.solvers import flow, splitting
 
 RATE, RATE_DECAY, RATE_CUT, LEAST_RATE = 0.1, 0.7, 0.25, 1e-3
 CLONE_NOISE = 0.3
+STARTS, CONFIRMING_STARTS = 64, 256  # of a search for new features
 STATUSES_ENDING_A_RUN = ("interrupted", "max_seconds")
 
 
@@ -60,15 +61,15 @@ def solve(
 
     History rows, one per round: round, seconds, rate, flow_value, flow_drop (what the flow took off J), flow_speed (its
     metric speed at the end), flow_gap, value, dual_value, gap, violation, widths, accepted, flow_steps,
-    program_iterations; with grow also search_bound (best of search_starts starts), proven_bound, added (features that
-    entered this program), kept (those of them with mass after it).  callback receives every row of the inner histories, marked with "round"
-    and "phase" ("flow", "program"), and each round's own row (phase "round").
+    program_iterations; with grow also search_bound (best of search_starts starts), proven_bound, added (how many features
+    entered this program), kept (which particles of the network after it they are, where they have mass).  callback
+    receives every row of the inner histories, marked with "round" and "phase" ("flow", "program"), and each round's own row (phase "round").
     """
     rounds = validation.integer(rounds, "rounds")
     validation.positive(tolerance, "tolerance")
     later = later_steps if later_steps is not None else max(1, flow_steps // 2)
     grow = validation.integer(grow, "grow", 0)
-    run = _Run(problem, network, program_tolerance or tolerance / 5, program_iterations, clones, grow, seed, callback, max_seconds)
+    run = _Run(problem, network, tolerance, program_tolerance or tolerance / 5, program_iterations, clones, grow, seed, callback, max_seconds)
     flow.warn_unattained(problem)
     status, rate = "max_rounds", RATE
     for index in range(rounds):
@@ -97,6 +98,7 @@ def solve(
 class _Run:
     problem: Problem
     network: ParticleNetwork
+    tolerance: float
     program_tolerance: float
     program_iterations: int
     clones: Sequence[int] | None
@@ -174,10 +176,14 @@ class _Run:
             return {}
         assert solved.multipliers is not None
         added = 0 if self.found is None or self.found.features is None else self.found.features.widths[-1]
-        kept = int((solved.point.masses[-1][program.widths[-1] - added :] > 0).sum()) if added else 0
-        self.found = certificates.search_features(
-            self.problem, solved.multipliers.output, solved.network, count=self.grow, seed=self.seed + len(self.history)
-        )
+        alive = torch.nonzero(solved.point.masses[-1] > 0).flatten()  # the particles of solved.network, in order
+        kept = torch.nonzero(alive >= program.widths[-1] - added).flatten().tolist()
+        for starts in (STARTS, CONFIRMING_STARTS):  # what a small search leaves open, a large one has to confirm
+            self.found = certificates.search_features(
+                self.problem, solved.multipliers.output, solved.network, starts=starts, count=self.grow, seed=self.seed + len(self.history)
+            )
+            if solved.value - self.found.bound > self.tolerance * abs(solved.value):
+                break
         figures = {"search_bound": self.found.bound, "search_starts": self.found.starts, "proven_bound": self.found.rigorous_bound}
         return {**figures, "added": added, "kept": kept}
 
@@ -205,7 +211,7 @@ class _Run:
             detail += f", last flow within {self.history[-1]['flow_gap']:.2g} of its program's dual value"
         if self.found is not None:
             detail += f"; {self.found.summary()}"
-            added, kept = (sum(row[name] for row in self.history) for name in ("added", "kept"))
+            added, kept = sum(row["added"] for row in self.history), sum(len(row["kept"]) for row in self.history)
             detail += f"; {added} features were added, {kept} of them kept mass"
         return Solution(
             value=best.value, gap=best.gap, status=status, message=message(status, detail), network=best.network, point=best.point,
