@@ -35,7 +35,7 @@ def test_the_test_command_is_the_one_of_the_ci():
 
 
 def test_files_named_in_the_text_exist():
-    for name in ("constraints.txt", "CITATION.cff", "LICENSE", "Makefile", "benchmarks", "meanfield/certificates.py", "tests/data"):
+    for name in ("constraints.txt", "CITATION.cff", "LICENSE", "Makefile", "benchmarks", "meanfield/certificates/duality.py", "tests/data"):
         assert (ROOT / name).exists(), name
 
 
