@@ -39,6 +39,23 @@ class ProgramPoint:
             tuple(None if b is None else function(b) for b in self.biases),
         )
 
+    def tensors(self) -> list[Tensor]:
+        """Every variable: masses, kernels, readout, biases."""
+        return [*self.masses, *self.kernels, self.readout, *(b for b in self.biases if b is not None)]
+
+    def vector(self) -> Tensor:
+        """All variables as one vector (d,), in the order of `tensors`."""
+        return torch.cat([tensor.flatten() for tensor in self.tensors()])
+
+    def at(self, vector: Tensor) -> ProgramPoint:
+        """The point of the same shapes whose variables are those of `vector`."""
+        own = self.tensors()
+        parts = [part.reshape(tensor.shape) for part, tensor in zip(vector.split([tensor.numel() for tensor in own]), own)]
+        layers, inner = len(self.masses), len(self.kernels)
+        rest = parts[layers + inner + 1 :]
+        biases = tuple(None if b is None else rest.pop(0) for b in self.biases)
+        return ProgramPoint(tuple(parts[:layers]), tuple(parts[layers : layers + inner]), parts[layers + inner], biases)
+
     def combine(self, other: ProgramPoint, t: float) -> ProgramPoint:
         """(1 - t) self + t other: the straight line along which the program is convex."""
         mix = lambda a, b: (1 - t) * a + t * b  # noqa: E731

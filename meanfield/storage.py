@@ -8,6 +8,8 @@ import secrets
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from meanfield.architecture import Architecture
 from meanfield.network import ParticleNetwork
 
@@ -35,12 +37,9 @@ def save_network(network: ParticleNetwork, path: str | Path) -> Path:
 
     The description is written last: where it is there, so are the tensors.
     """
-    from safetensors.torch import save
-
-    path = _tensors_path(path)
     tensors = {f"masses.{i}": p for i, p in enumerate(network.masses)} | {f"kernels.{i}": w for i, w in enumerate(network.kernels)}
     tensors |= {"readout": network.readout} | {f"biases.{i}": b for i, b in enumerate(network.biases) if b is not None}
-    write_atomically(path, save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}))
+    path = save_tensors(tensors, path)
     description = {
         "format": FORMAT,
         "tensors": path.name,
@@ -61,7 +60,7 @@ def load_network(path: str | Path) -> ParticleNetwork:
     path = path / f"network{TENSORS}" if path.is_dir() else _tensors_path(path)
     description = _description(path.with_suffix(DESCRIPTION))
     architecture = Architecture.from_dict(description["architecture"])
-    tensors = _tensors(path)
+    tensors = load_tensors(path)
     layers = range(architecture.depth)
     expected = {"readout", *(f"{kind}.{i}" for kind in ("masses", "kernels") for i in layers)}
     expected |= {f"biases.{i}" for i in layers if architecture.layers[i].bias}
@@ -72,6 +71,14 @@ def load_network(path: str | Path) -> ParticleNetwork:
         return ParticleNetwork(architecture, masses, kernels, tensors["readout"], [tensors.get(f"biases.{i}") for i in layers])
     except ValueError as error:
         raise ValueError(f"{path} does not fit its description: {error}") from error
+
+
+def save_tensors(tensors: dict[str, Tensor], path: str | Path) -> Path:
+    """Write tensors to `path` (.safetensors)."""
+    from safetensors.torch import save
+
+    path = _tensors_path(path)
+    return write_atomically(path, save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}))
 
 
 def _tensors_path(path: str | Path) -> Path:
@@ -93,10 +100,12 @@ def _description(path: Path) -> dict[str, Any]:
     return description
 
 
-def _tensors(path: Path) -> dict[str, Any]:
+def load_tensors(path: str | Path) -> dict[str, Tensor]:
+    """The tensors of `path` (.safetensors), on the CPU; FileNotFoundError, ValueError where it is truncated or of another kind."""
     from safetensors import SafetensorError
     from safetensors.torch import load
 
+    path = _tensors_path(path)
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist; give the path of a {TENSORS} file")
     try:

@@ -1,0 +1,1 @@
+"""Studies: each module is one question about the theory, asked with numbers."""

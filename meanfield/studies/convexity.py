@@ -1,0 +1,366 @@
+"""Is a function convex?  Segments, curvature on a tangent space, and an adversarial search for a witness against it.
+
+All three work on any scalar function of a vector (d,), so that a theorist can point them at an objective of their own;
+`ProgramVariables` makes the convex program of frozen features such a function (Fang et al. 2019, section 4).  A
+violation counts only beyond what rounding can explain.
+
+    >>> import torch
+    >>> from meanfield.studies import convexity
+    >>> points = torch.randn(4, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    >>> convexity.segments(lambda x: x.square().sum(), points).convex
+    True
+    >>> convexity.segments(lambda x: x.square().sum().sqrt().sqrt(), points).convex
+    False
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import combinations
+from pathlib import Path
+
+import numpy as np
+import torch
+from scipy.sparse.linalg import LinearOperator, eigsh
+from torch import Tensor
+
+from meanfield import storage
+from meanfield.program import ConvexProgram
+from meanfield.repopulation import ProgramPoint
+from meanfield.validation import integer
+
+Function = Callable[[Tensor], Tensor]
+Sampler = Callable[[torch.Generator], Tensor]
+
+DENSE_DIMENSION = 1000  # up to here all eigenvalues are computed, which is quicker too; beyond, Lanczos finds the two ends
+LANCZOS_TOLERANCE = 1e-6  # of the residual, relative to the largest eigenvalue
+VERTICES, ASCENT_STEPS, ASCENT_RATE = 8, 40, 0.2  # of one restart of the search
+LIGHT_MASSES = 0.25  # concentration of sampled masses: below 1, so that light particles are common
+
+
+@dataclass(frozen=True, eq=False)
+class Witness:
+    """Two points between which a function lies above its chord, or the most suspicious ones found.
+
+    violation = f((1-t) start + t end) - (1-t) f(start) - t f(end); scale = (1-t) |f(start)| + t |f(end)|; rounding
+    bounds what float errors can contribute to the violation.
+    """
+
+    start: Tensor
+    end: Tensor
+    t: float
+    violation: float
+    scale: float
+    rounding: float
+
+    @property
+    def relative(self) -> float:
+        """violation / scale."""
+        return self.violation / max(self.scale, torch.finfo(torch.float64).tiny)
+
+    @property
+    def proves(self) -> bool:
+        """Whether the function is not convex: the violation exceeds rounding."""
+        return self.violation > self.rounding
+
+    def replay(self, function: Function) -> float:
+        """The violation, evaluated afresh."""
+        with torch.no_grad():
+            ends = (1 - self.t) * function(self.start) + self.t * function(self.end)
+            return float(function((1 - self.t) * self.start + self.t * self.end) - ends)
+
+    def save(self, path: str | Path) -> Path:
+        """Both points and t as safetensors."""
+        figures = torch.tensor([self.t, self.violation, self.scale, self.rounding], dtype=torch.float64)
+        return storage.save_tensors({"start": self.start, "end": self.end, "figures": figures}, path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Witness:
+        tensors = storage.load_tensors(path)
+        return cls(tensors["start"], tensors["end"], *tensors["figures"].tolist())
+
+
+def rounding_of_sums(function: Function, point: Tensor) -> float:
+    """(d + 8) eps |f|: bounds the error of f where it is a sum of at most d non-negative terms (Higham 2002, section 4.2)."""
+    return (len(point) + 8) * torch.finfo(point.dtype).eps * abs(float(function(point)))
+
+
+@dataclass(frozen=True, eq=False)
+class Segments:
+    """A function along straight lines: excess over the chord and its rounding bound, (pairs, times) each."""
+
+    points: Tensor
+    pairs: list[tuple[int, int]]
+    times: Tensor
+    excess: Tensor
+    scale: Tensor
+    rounding: Tensor
+
+    @property
+    def convex(self) -> bool:
+        """Whether no excess goes beyond rounding: not a proof of convexity, only the absence of a witness."""
+        return bool((self.excess <= self.rounding).all())
+
+    @property
+    def violated(self) -> Tensor:
+        """(pairs,), whether the chord is broken somewhere on the line."""
+        return (self.excess > self.rounding).any(1)
+
+    @cached_property
+    def worst(self) -> Witness:
+        """The largest excess in units of its rounding bound."""
+        place = int((self.excess / self.rounding.clamp_min(torch.finfo(self.rounding.dtype).tiny)).argmax())
+        pair, time = divmod(place, len(self.times))
+        first, second = self.pairs[pair]
+        figures = (float(each[pair, time]) for each in (self.excess, self.scale, self.rounding))
+        return Witness(self.points[first], self.points[second], float(self.times[time]), *figures)
+
+
+@torch.no_grad()
+def segments(function: Function, points: Tensor, *, times: int = 7, rounding: Callable[[Tensor], float] | None = None) -> Segments:
+    """`function` at `times` inner points of the straight lines between all pairs of `points` (count, d).
+
+    rounding(point) bounds the float error of function(point); default `rounding_of_sums`.
+    """
+    if points.ndim != 2 or len(points) < 2:
+        raise ValueError(f"points has shape {tuple(points.shape)}; expected (count, d) with at least two points")
+    bound = rounding if rounding is not None else lambda point: rounding_of_sums(function, point)
+    inner = torch.linspace(0, 1, integer(times, "times") + 2, dtype=points.dtype, device=points.device)[1:-1]
+    ends = torch.stack([function(point) for point in points])
+    errors = torch.tensor([bound(point) for point in points], dtype=points.dtype, device=points.device)
+    pairs = list(combinations(range(len(points)), 2))
+    mix = lambda values, a, b: (1 - inner) * values[a] + inner * values[b]  # noqa: E731
+    excess, scale, allowed = [], [], []
+    for a, b in pairs:
+        line = [(1 - t) * points[a] + t * points[b] for t in inner]
+        excess.append(torch.stack([function(point) for point in line]) - mix(ends, a, b))
+        scale.append(mix(ends.abs(), a, b))
+        allowed.append(mix(errors, a, b) + torch.tensor([bound(point) for point in line], dtype=points.dtype, device=points.device))
+    return Segments(points, pairs, inner, torch.stack(excess), torch.stack(scale), torch.stack(allowed))
+
+
+@dataclass(frozen=True, eq=False)
+class Curvature:
+    """Ends of the spectrum of Z^T H Z, for the Hessian H at a point and a basis Z (d, k) of a tangent space.
+
+    residual |Z^T H Z v - smallest v|: an eigenvalue lies within it of `smallest`, and smallest = v^T Z^T H Z v is never below
+    the least one; `direction` is Z v, (d,).  rounding: the error of an eigenvalue from sums of d products, d^{3/2} eps
+    max |eigenvalue|.
+    """
+
+    smallest: float
+    largest: float
+    residual: float
+    rounding: float
+    direction: Tensor
+    dimension: int
+
+    @property
+    def negative(self) -> bool:
+        """Whether there is a direction of negative curvature: its Rayleigh quotient is below zero by more than rounding."""
+        return self.smallest < -self.rounding
+
+
+def curvature(function: Function, point: Tensor, tangent: Tensor | None = None, *, seed: int = 0) -> Curvature:
+    """Smallest and largest eigenvalue of Z^T H Z, H the Hessian at `point` (d,) and Z = `tangent` (d, k), by default all of R^d.
+
+    Signs are those of H on the span of Z whatever the basis; with orthonormal columns eigenvalues are curvatures per unit
+    length.  Lanczos on autograd's Hessian products (all of them up to k = DENSE_DIMENSION), in the dtype of `point`.  The
+    function must be twice differentiable at the point.
+    """
+    basis = tangent if tangent is not None else torch.eye(len(point), dtype=point.dtype, device=point.device)
+    if basis.shape[0] != len(point):
+        raise ValueError(f"tangent has shape {tuple(basis.shape)}; expected ({len(point)}, k), one column per direction")
+    leaf = point.detach().clone().requires_grad_()
+    with torch.enable_grad():
+        (slope,) = torch.autograd.grad(function(leaf), leaf, create_graph=True)
+
+    def product(vector: Tensor) -> Tensor:
+        if not slope.requires_grad:  # an affine function
+            return torch.zeros_like(vector)
+        (moved,) = torch.autograd.grad(slope, leaf, basis @ vector, retain_graph=True, materialize_grads=True)
+        return basis.T @ moved
+
+    values, vectors = _spectrum_ends(product, basis, seed)
+    lowest = vectors[:, 0]
+    residual = float((product(lowest) - values[0] * lowest).norm())
+    size = max(abs(values[0]), abs(values[1]))
+    rounding = len(point) ** 1.5 * torch.finfo(point.dtype).eps * size
+    return Curvature(values[0], values[1], residual, rounding, basis @ lowest, basis.shape[1])
+
+
+def _spectrum_ends(product: Callable[[Tensor], Tensor], basis: Tensor, seed: int) -> tuple[list[float], Tensor]:
+    """Smallest and largest eigenvalue and the eigenvector of the smallest, (k, 1)."""
+    count = basis.shape[1]
+    if count <= DENSE_DIMENSION:
+        matrix = torch.stack([product(unit) for unit in torch.eye(count, dtype=basis.dtype, device=basis.device)])
+        values, vectors = torch.linalg.eigh((matrix + matrix.T) / 2)
+        return [float(values[0]), float(values[-1])], vectors[:, :1]
+
+    def apply(vector: np.ndarray) -> np.ndarray:
+        return product(torch.as_tensor(vector.ravel(), dtype=basis.dtype, device=basis.device)).cpu().numpy()
+
+    def ends(which: str, shift: float, tolerance: float) -> tuple[np.ndarray, np.ndarray]:
+        operator = LinearOperator((count, count), matvec=lambda v: apply(v) + shift * v.ravel(), dtype=np.float64)  # type: ignore[call-arg]
+        return eigsh(operator, k=1, which=which, v0=np.random.default_rng(seed).normal(size=count), tol=tolerance)
+
+    size = abs(float(ends("LM", 0.0, 1e-3)[0][0]))
+    if size == 0:
+        return [0.0, 0.0], basis.new_ones(count, 1) / count**0.5
+    # ARPACK converges relative to the eigenvalue it looks for, and that one may be zero: the shift makes it at least `size`
+    low, vectors = ends("SA", 2 * size, LANCZOS_TOLERANCE)
+    high, _ = ends("LA", 2 * size, 1e-3)
+    return [float(low[0]) - 2 * size, float(high[0]) - 2 * size], torch.as_tensor(vectors, dtype=basis.dtype, device=basis.device)
+
+
+@dataclass(frozen=True, eq=False)
+class Falsification:
+    """What an adversarial search found: the worst witness, the largest relative violation of every restart, what it cost."""
+
+    witness: Witness
+    reached: list[float] = field(repr=False)
+    evaluations: int
+
+    @property
+    def falsified(self) -> bool:
+        return self.witness.proves
+
+
+def falsify(
+    function: Function,
+    feasible_sampler: Sampler,
+    budget: int = 4000,
+    *,
+    seed: int = 0,
+    rounding: Callable[[Tensor], float] | None = None,
+) -> Falsification:
+    """Search for the pair of feasible points whose midpoint lies highest above the chord, relative to the values.
+
+    feasible_sampler(generator) draws one point (d,) of a CONVEX feasible set.  A restart draws a few and moves two points
+    through their convex hull by gradient ascent, so that nothing needs to be known of the constraints.  budget: evaluations
+    of the function, three to a step.  The best witness of all restarts is returned whether it proves anything or not.
+    """
+    bound = rounding if rounding is not None else lambda point: rounding_of_sums(function, point)
+    generator = torch.Generator().manual_seed(seed)
+    restarts = max(1, integer(budget, "budget") // (3 * (ASCENT_STEPS + 1)))
+    best, reached = None, []
+    for _ in range(restarts):
+        vertices = torch.stack([feasible_sampler(generator) for _ in range(VERTICES)])
+        found = _witness(function, *_ascend(function, vertices, generator), bound)
+        reached.append(found.relative)
+        best = found if best is None or _score(found) > _score(best) else best
+    assert best is not None
+    return Falsification(best, reached, 3 * restarts * (ASCENT_STEPS + 1))
+
+
+def _score(witness: Witness) -> tuple[bool, float]:
+    return witness.proves, witness.relative
+
+
+def _ascend(function: Function, vertices: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Adam on the softmax weights of two points of the hull; the best pair seen."""
+    draw = torch.randn(2, len(vertices), generator=generator, dtype=torch.float64)
+    weights = (3 * draw).to(vertices).requires_grad_()
+    optimiser = torch.optim.Adam([weights], lr=ASCENT_RATE)
+    best, pair = -torch.inf, vertices[:2]
+    for _ in range(ASCENT_STEPS + 1):
+        ends = torch.softmax(weights, 1) @ vertices
+        at_ends = torch.stack([function(ends[0]), function(ends[1])])
+        rise = (function(ends.mean(0)) - at_ends.mean()) / at_ends.detach().abs().mean()
+        if float(rise.detach()) > best:
+            best, pair = float(rise.detach()), ends.detach().clone()
+        optimiser.zero_grad()
+        (-rise).backward()
+        optimiser.step()
+    return pair[0], pair[1]
+
+
+@torch.no_grad()
+def _witness(function: Function, start: Tensor, end: Tensor, bound: Callable[[Tensor], float]) -> Witness:
+    middle = (start + end) / 2
+    at_start, at_end = float(function(start)), float(function(end))
+    violation = float(function(middle)) - (at_start + at_end) / 2
+    return Witness(start, end, 0.5, violation, (abs(at_start) + abs(at_end)) / 2, bound(middle) + (bound(start) + bound(end)) / 2)
+
+
+@dataclass(frozen=True, eq=False)
+class ProgramVariables:
+    """The convex program of frozen features as a function of one vector (p, W, U, B), for the three functions above.
+
+    The frozen network must have positive masses and is best small: `tangent` is dense.
+    """
+
+    program: ConvexProgram
+
+    @cached_property
+    def template(self) -> ProgramPoint:
+        return self.program.point(self.program.frozen)
+
+    def point(self, vector: Tensor) -> ProgramPoint:
+        return self.template.at(vector)
+
+    def objective(self, vector: Tensor) -> Tensor:
+        """The program's value at a vector (d,)."""
+        return self.program.value(self.point(vector))
+
+    def rounding(self, vector: Tensor) -> float:
+        """Bound of the float error of `objective`: sums of non-negative terms, and the loss through the error of F."""
+        problem, point = self.program.problem, self.point(vector)
+        eps = torch.finfo(vector.dtype).eps
+        features = self.program.readout_features.flatten(1)
+        output = self.program.output(point)
+        error = (features.shape[1] + 2) * eps * (features.abs() @ point.readout.flatten(1).abs().T)  # (N, K), of F
+        steepest = problem.loss.gradient(output, problem.targets).abs()
+        loss = float((error * (steepest + error)).sum(1).mean())  # curvatures of all losses are at most 1
+        return loss + (len(vector) + problem.inputs.shape[0] + 8) * eps * float(self.program.value(point))
+
+    def sample(self, generator: torch.Generator) -> Tensor:
+        """A feasible vector: random masses and readout, kernels near those of the frozen network at the new masses.
+
+        W_ij = (w_ij + noise) p_i p_j with noise of random size, moved to the realisation constraints by `restore`, which
+        moves what flows from light sources least.
+        """
+        frozen, template = self.program.frozen, self.template
+        draw = lambda shape: torch.randn(shape, generator=generator, dtype=torch.float64).to(frozen.readout)  # noqa: E731
+        masses = tuple(self._masses(len(p), generator) for p in template.masses)
+        amount = float(draw(())) ** 2
+        kernels = tuple(
+            (w + amount * draw(w.shape) * w.square().mean().sqrt()) * (q[:, None] * p)[:, :, None, None]
+            for w, p, q in zip(frozen.kernels[1:], masses, masses[1:])
+        )
+        biases = tuple(None if b is None else b * q for b, q in zip(frozen.biases[1:], masses[1:]))
+        last = masses[-1].reshape(1, -1, *[1] * (template.readout.ndim - 2))
+        readout = draw(template.readout.shape) * last * frozen.readout.abs().mean()
+        return self.program.restore(ProgramPoint(masses, kernels, readout, biases)).vector()
+
+    def _masses(self, count: int, generator: torch.Generator) -> Tensor:
+        raw = torch._standard_gamma(torch.full((count,), LIGHT_MASSES, dtype=torch.float64), generator=generator)
+        raw = raw + 1e-6 * raw.sum()
+        return (raw / raw.sum()).to(self.program.frozen.readout)
+
+    @cached_property
+    def tangent(self) -> Tensor:
+        """Orthonormal basis (d, k) of the directions that keep the mass and the realisation constraints; no bound may be on."""
+        count = len(self.template.vector())
+        rows = torch.func.jacrev(self._constraints)(torch.zeros(count, dtype=self.program.frozen.dtype, device=self.program.frozen.device))
+        _, sizes, right = torch.linalg.svd(rows, full_matrices=True)
+        rank = int((sizes > sizes[0] * max(rows.shape) * torch.finfo(rows.dtype).eps).sum())
+        return right[rank:].T.contiguous()
+
+    def scaled_tangent(self, vector: Tensor) -> Tensor:
+        """A basis of the same directions whose columns change every variable by a share of its own size at `vector`.
+
+        Light particles make the plain Hessian ill-conditioned (1 / p^3); here eigenvalues are of the order of the value.
+        """
+        point, norms = self.point(vector), self.program.problem.penalty.norms
+        sizes = [*point.masses, *(norms(W)[:, :, None, None].expand_as(W) for W in point.kernels)]
+        sizes += [point.readout.abs(), *(b.abs() for b in point.biases if b is not None)]
+        scale = torch.cat([size.flatten() for size in sizes])
+        return scale[:, None] * torch.linalg.qr(self.tangent / scale[:, None]).Q
+
+    def _constraints(self, vector: Tensor) -> Tensor:
+        point = self.point(vector)
+        sums = torch.stack([p.sum() for p in point.masses])
+        return torch.cat([sums, *(self.program.residual(point, layer).flatten() for layer in range(1, self.program.depth))])

@@ -1,0 +1,106 @@
+"""Claim 1: the change of variables network -> program -> network is exact."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+import meanfield as mf
+from meanfield import repopulation
+from theory_checks.claim import Axes, Claim, Evidence, Series, Setting
+from theory_checks.instances import random_network, random_problem
+from theory_checks.rounding import output_error, value_error
+from theory_checks.statistics import share_text
+
+WIDTHS = ((5,), (5, 4), (4, 3, 5))
+Change = Callable[[mf.ParticleNetwork], mf.ProgramPoint]
+
+
+def _errors(problem: mf.Problem, network: mf.ParticleNetwork, change: Change) -> dict[str, float]:
+    """Errors of value, output, features and realisation constraint, and of the way back, in units of their rounding bounds."""
+    program = mf.ConvexProgram.freeze(problem, network)
+    point = change(network)
+    back = program.network(point)
+    allowed, spread = output_error(network, problem.inputs), value_error(problem, network)
+    responses, returned = network.responses(problem.inputs), back.responses(problem.inputs)
+    value = float(problem.terms(network).total())
+    return {
+        "value": abs(float(program.value(point)) - value) / (2 * spread),
+        "output": _largest(program.output(point) - responses.output, 2 * allowed),
+        "features": max(
+            _largest(program.residual(point, layer), _residual_error(program, point, layer)) for layer in range(1, program.depth)
+        ) if program.depth > 1 else 0.0,
+        "value of the network back": abs(float(problem.terms(back).total()) - value) / (2 * spread),
+        "output of the network back": _largest(returned.output - responses.output, 2 * allowed),
+    }  # fmt: skip
+
+
+def _largest(error: Tensor, allowed: Tensor) -> float:
+    return float((error.abs() / allowed).max())
+
+
+def _residual_error(program: mf.ConvexProgram, point: mf.ProgramPoint, layer: int) -> Tensor:
+    """Bound of the float error in sum W T f + B - p g: twice the sum of absolute values, once for g and once for the sum."""
+    conv = program.problem.architecture.layers[layer]
+    eps = torch.finfo(point.readout.dtype).eps
+    bias = point.biases[layer - 1]
+    terms = point.kernels[layer - 1][0].numel() + 8
+    total = conv.convolve(program.features[layer - 1].abs(), point.kernels[layer - 1].abs(), None if bias is None else bias.abs())
+    return 2 * terms * eps * total
+
+
+def _compare(setting: Setting, change: Change) -> Evidence:
+    worst: list[float] = []
+    names: list[str] = []
+    for instance in range(setting.either(24, 240)):
+        generator = setting.generator(1, instance)
+        depth, bias, norm = 1 + instance % 3, bool(instance // 3 % 2), ("l2", "l1")[instance // 6 % 2]
+        problem = random_problem(generator, depth, bias=bias, kernel_norm=norm, device=setting.device)
+        network = random_network(problem, WIDTHS[depth - 1], generator)
+        errors = _errors(problem, network, change)
+        name = max(errors, key=lambda key: errors[key])
+        worst.append(errors[name])
+        names.append(name)
+    top = max(range(len(worst)), key=worst.__getitem__)
+    beyond = sum(error > 1 for error in worst)
+    text = f"{share_text(beyond, len(worst), 'networks change')}; the largest change is {worst[top]:.2g} rounding bounds, in the {names[top]}"
+    series = Series("largest change", [float(i) for i in range(len(worst))], sorted(worst), "points")
+    return Evidence(worst[top], text, len(worst), beyond, (series,))
+
+
+def _without_source_mass(network: mf.ParticleNetwork) -> mf.ProgramPoint:
+    """W_ij = w_ij p_j."""
+    point = repopulation.to_program(network)
+    kernels = tuple(W / source[None, :, None, None] for W, source in zip(point.kernels, network.masses))
+    readout = point.readout if kernels else network.readout  # one layer has no W: U = u there
+    return replace(point, kernels=kernels, readout=readout)
+
+
+def _uniform_masses(network: mf.ParticleNetwork) -> mf.ProgramPoint:
+    """W_ij = w_ij / (M M'), U_j = u_j / M: as if all particles weighed the same."""
+    count = [len(p) for p in network.masses]
+    point = repopulation.to_program(network)
+    kernels = tuple(w / (a * b) for w, a, b in zip(network.kernels[1:], count, count[1:]))
+    return replace(point, kernels=kernels, readout=network.readout / count[-1])
+
+
+CLAIMS = (
+    Claim(
+        name="change_of_variables",
+        statement="Network -> program variables -> network keeps value, output and features.",
+        source="theory.md section 3; Fang et al. 2019, section 4",
+        statistic="largest change of value, output or features over random networks, in rounding bounds",
+        threshold=1.0,
+        derivation="running error bound of every quantity in float64; 1 means that rounding alone explains the change",
+        limits="It is an identity for one network. It says nothing of what can be reached from it.",
+        measure=lambda setting: _compare(setting, repopulation.to_program),
+        controls={
+            "W without the source's mass": lambda setting: _compare(setting, _without_source_mass),
+            "uniform masses in place of p": lambda setting: _compare(setting, _uniform_masses),
+        },
+        axes=Axes("network, sorted by its change", "change / rounding bound", "y"),
+    ),
+)

@@ -1,0 +1,178 @@
+"""A claim of the theory, the measurement that would refute it, and the controls that have to come out the other way."""
+
+from __future__ import annotations
+
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from meanfield.studies.convexity import Witness
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What the runner hands to a measurement: the seed, the effort and the device."""
+
+    seed: int = 0
+    full: bool = False
+    device: str = "cpu"
+
+    def either(self, quick: int, full: int) -> int:
+        """A size of the measurement at this effort."""
+        return full if self.full else quick
+
+    def generator(self, *place: int) -> torch.Generator:
+        """A generator of its own for every place (instance, width, ...), on the CPU: the same draws on every device."""
+        return torch.Generator().manual_seed(self.derived_seed(*place))
+
+    def derived_seed(self, *place: int) -> int:
+        return int(np.random.SeedSequence([self.seed, *place]).generate_state(1)[0])
+
+
+@dataclass(frozen=True)
+class Series:
+    """What a figure shows of a measurement: y over x, as a "line", "dashed" line or "points"."""
+
+    name: str
+    x: list[float]
+    y: list[float]
+    style: str = "line"
+
+
+@dataclass(frozen=True)
+class Axes:
+    """Labels and scales of a claim's figure; `log` names the logarithmic axes: "", "x", "y" or "xy"."""
+
+    x: str
+    y: str
+    log: str = ""
+
+
+@dataclass(frozen=True, eq=False)
+class Evidence:
+    """The outcome of one measurement: its statistic, what it says in words, how many instances were looked at.
+
+    beyond: how many of them lie on the other side of the claim's threshold, where the statistic is their worst.
+    witness: a replayable pair of points, where there is one.
+    """
+
+    statistic: float
+    text: str
+    instances: int = 1
+    beyond: int | None = None
+    series: tuple[Series, ...] = ()
+    witness: Witness | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Claim:
+    """A statement with the measurement that could refute it and controls in which an assumption of it is dropped.
+
+    The claim holds where statistic <= threshold (>= with at_least).  A control takes the same measurement without an
+    assumption and is rejected where its statistic is on the other side.  derivation says where the threshold comes
+    from; limits says what the claim does not prove.
+    """
+
+    name: str
+    statement: str
+    source: str
+    statistic: str
+    threshold: float
+    derivation: str
+    limits: str
+    measure: Callable[[Setting], Evidence]
+    controls: Mapping[str, Callable[[Setting], Evidence]]
+    axes: Axes
+    at_least: bool = False
+
+    def supported(self, statistic: float) -> bool:
+        """NaN supports nothing."""
+        return statistic >= self.threshold if self.at_least else statistic <= self.threshold
+
+    def refuted(self, statistic: float) -> bool:
+        """NaN refutes nothing."""
+        return statistic < self.threshold if self.at_least else statistic > self.threshold
+
+
+@dataclass(frozen=True, eq=False)
+class Verdict:
+    """What became of a claim at one seed; `error` holds the traceback of a measurement that failed."""
+
+    claim: Claim
+    setting: Setting
+    evidence: Evidence | None
+    controls: dict[str, Evidence] = field(default_factory=dict)
+    seconds: float = 0.0
+    error: str = ""
+
+    @property
+    def statistic(self) -> float:
+        return self.evidence.statistic if self.evidence is not None else float("nan")
+
+    @property
+    def threshold(self) -> float:
+        return self.claim.threshold
+
+    @property
+    def holds(self) -> bool:
+        return self.evidence is not None and self.claim.supported(self.evidence.statistic)
+
+    @property
+    def control_statistic(self) -> float:
+        """That of the control which comes closest to passing."""
+        found = [each.statistic for each in self.controls.values()]
+        if not found or any(np.isnan(found)):
+            return float("nan")
+        return max(found) if self.claim.at_least else min(found)
+
+    @property
+    def passing_controls(self) -> list[str]:
+        """The controls that are not rejected: each makes the check worthless."""
+        return [name for name, each in self.controls.items() if not self.claim.refuted(each.statistic)]
+
+    @property
+    def control_rejected(self) -> bool:
+        return bool(self.controls) and not self.passing_controls
+
+    @property
+    def passed(self) -> bool:
+        return not self.error and self.holds and self.control_rejected
+
+    def to_dict(self) -> dict[str, Any]:
+        """Strictly plain values, for JSON."""
+        claim = self.claim
+        return {
+            "name": claim.name, "statement": claim.statement, "source": claim.source, "measured": claim.statistic,
+            "threshold": claim.threshold, "at_least": claim.at_least, "derivation": claim.derivation, "limits": claim.limits,
+            "seed": self.setting.seed, "full": self.setting.full, "statistic": self.statistic, "holds": self.holds,
+            "control_statistic": self.control_statistic, "control_rejected": self.control_rejected, "passed": self.passed,
+            "seconds": self.seconds, "error": self.error, "evidence": _plain(self.evidence),
+            "controls": {name: _plain(each) for name, each in self.controls.items()},
+        }  # fmt: skip
+
+
+def _plain(evidence: Evidence | None) -> dict[str, Any] | None:
+    if evidence is None:
+        return None
+    series = [{"name": s.name, "x": list(map(float, s.x)), "y": list(map(float, s.y)), "style": s.style} for s in evidence.series]
+    return {
+        "statistic": float(evidence.statistic), "text": evidence.text, "instances": evidence.instances, "beyond": evidence.beyond, "series": series,
+    }  # fmt: skip
+
+
+def judge(claim: Claim, setting: Setting) -> Verdict:
+    """Measure a claim and its controls; a measurement that raises is a failed check, not the end of the run."""
+    began = time.perf_counter()
+    evidence, controls, error = None, {}, ""
+    try:
+        evidence = claim.measure(setting)
+        for name, control in claim.controls.items():
+            controls[name] = control(setting)
+    except Exception:
+        error = traceback.format_exc(limit=-4)
+    return Verdict(claim, setting, evidence, controls, time.perf_counter() - began, error)

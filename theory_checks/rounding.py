@@ -1,0 +1,52 @@
+"""Running error bounds: how far float arithmetic can move what a network computes (Higham 2002, section 3.3).
+
+A claim that something is exact or non-negative is tested against these, not against a tolerance somebody liked.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from meanfield.network import ParticleNetwork
+from meanfield.problem import Problem
+
+STEEPEST = {"relu": 1.0, "tanh": 1.0, "softplus": 1.0, "gelu": 1.13, "identity": 1.0}  # Lipschitz constants of the activations
+EXTRA = 8  # roundings outside the sums: products of masses, activation, pooling
+
+
+def output_error(network: ParticleNetwork, inputs: Tensor) -> Tensor:
+    """Bound of |computed F - F| in every entry (N, K), first order in eps."""
+    eps = torch.finfo(inputs.dtype).eps
+    responses = network.responses(inputs)
+    channels = inputs.shape[1]
+    scales = (inputs.new_full((channels,), 1 / channels), *network.masses[:-1])
+    signals = [inputs, *responses.features]
+    error = torch.zeros_like(inputs)
+    for layer, kernel, bias, scale, signal in zip(network.architecture.layers, network.kernels, network.biases, scales, signals):
+        terms = kernel.shape[1] * layer.offsets + EXTRA
+        weights = (kernel * scale[None, :, None, None]).abs()
+        moved = layer.convolve(error + terms * eps * signal.abs(), weights, None if bias is None else eps * bias.abs())
+        error = _spread(layer, STEEPEST[layer.activation] * moved)
+    last = signals[-1]
+    terms = network.readout.shape[1] * last[0, 0].numel() + EXTRA
+    absolute = network.map(torch.abs)
+    return absolute.read(error + terms * eps * last.abs())
+
+
+def _spread(layer, error: Tensor) -> Tensor:
+    """The error of a pooled feature: at most the largest in its window, plus the rounding of a mean."""
+    if layer.pooling == "none":
+        return error
+    return torch.nn.functional.max_pool2d(error, layer.pool_size)
+
+
+def value_error(problem: Problem, network: ParticleNetwork) -> float:
+    """Bound of |computed J - J|: through F, and from the sums of the non-negative penalties."""
+    eps = torch.finfo(problem.inputs.dtype).eps
+    error = output_error(network, problem.inputs)
+    output = network.responses(problem.inputs).output
+    steepest = problem.loss.gradient(output, problem.targets).abs()
+    loss = float((error * (steepest + error)).sum(1).mean())  # the curvature of every loss is at most 1
+    terms = sum(tensor.numel() for tensor in network.tensors()) + len(problem.inputs)
+    return loss + (terms + EXTRA) * eps * float(problem.terms(network).total())
