@@ -153,10 +153,10 @@ def interpolate(first: ParticleNetwork, second: ParticleNetwork, t: float) -> Pa
     if first.widths != second.widths:
         raise ValueError(f"widths differ, {first.widths} and {second.widths}: weights can only be averaged at equal widths")
     blend = [a + t * (b - a) for a, b in zip(first.tensors(), second.tensors())]
-    return _with_tensors(first, blend)
+    return with_tensors(first, blend)
 
 
-def _with_tensors(network: ParticleNetwork, tensors: Sequence[Tensor]) -> ParticleNetwork:
+def with_tensors(network: ParticleNetwork, tensors: Sequence[Tensor]) -> ParticleNetwork:
     """The network with its tensors replaced, in the order of `ParticleNetwork.tensors`."""
     depth, remaining = network.architecture.depth, list(tensors)
     masses, kernels, readout, rest = remaining[:depth], remaining[depth : 2 * depth], remaining[2 * depth], remaining[2 * depth + 1 :]

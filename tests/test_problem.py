@@ -39,7 +39,7 @@ def test_gradient_of_every_term_matches_finite_differences(case, term):
         ends = []
         for sign in (1, -1):
             moved = [t + sign * step * direction if k == index else t for k, t in enumerate(case.network.tensors())]
-            ends.append(case.problem.terms(mf.measures._with_tensors(case.network, moved))[term])
+            ends.append(case.problem.terms(mf.measures.with_tensors(case.network, moved))[term])
         expected = (gradient * direction).sum().item()
         size = max(1.0, *(end.item() for end in ends))
         # rounding eps / step, truncation step^2

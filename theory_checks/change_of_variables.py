@@ -13,7 +13,7 @@ from meanfield import repopulation
 from theory_checks.claim import Axes, Claim, Evidence, Series, Setting
 from theory_checks.instances import random_network, random_problem
 from theory_checks.rounding import output_error, value_error
-from theory_checks.statistics import share_text
+from theory_checks.statistics import largest, share_text
 
 WIDTHS = ((5,), (5, 4), (4, 3, 5))
 Change = Callable[[mf.ParticleNetwork], mf.ProgramPoint]
@@ -68,7 +68,7 @@ def _compare(setting: Setting, change: Change) -> Evidence:
     beyond = sum(error > 1 for error in worst)
     text = f"{share_text(beyond, len(worst), 'networks change')}; the largest change is {worst[top]:.2g} rounding bounds, in the {names[top]}"
     series = Series("largest change", [float(i) for i in range(len(worst))], sorted(worst), "points")
-    return Evidence(worst[top], text, len(worst), beyond, (series,))
+    return Evidence(largest(worst), text, len(worst), beyond, (series,))
 
 
 def _without_source_mass(network: mf.ParticleNetwork) -> mf.ProgramPoint:

@@ -17,7 +17,7 @@ from meanfield.studies import convexity
 from meanfield.studies.convexity import Function, ProgramVariables
 from theory_checks.claim import Axes, Claim, Evidence, Series, Setting
 from theory_checks.instances import random_network, random_problem
-from theory_checks.statistics import share_text
+from theory_checks.statistics import largest, share_text
 
 WIDTHS = ((6,), (8, 4), (7, 6, 3))
 SOURCE = "theory.md section 3; Fang et al. 2019, section 4; Gu et al. 2020, theorem 1"
@@ -115,7 +115,7 @@ def _along_segments(setting: Setting, objective: Objective, least_depth: int = 1
             worst, shown = found.worst, _line(function, found.worst)
     assert worst is not None
     text = f"{share_text(violated, lines, 'lines rise above their chord')}; the worst by {worst.relative:+.1e} of the chord"
-    return Evidence(max(shares), text, lines, violated, shown, worst)
+    return Evidence(largest(shares), text, lines, violated, shown, worst)
 
 
 @torch.no_grad()
@@ -130,25 +130,25 @@ def _line(function: Function, witness: convexity.Witness, count: int = 41) -> tu
 def _curvatures(setting: Setting, objective: Objective, least_depth: int = 1) -> Evidence:
     """Smallest eigenvalue of the Hessian on the tangent space of the constraints, in units of its rounding."""
     ratios, relative, negative = [], [], 0
-    for instance, variables in enumerate(_cases(setting, 9, 90, least_depth)):
+    for instance, variables in enumerate(_cases(setting, 4, 60, least_depth)):
         point = variables.sample(setting.generator(22, instance))
-        found = convexity.curvature(objective(variables), point, variables.scaled_tangent(point), seed=setting.derived_seed(22, instance))
+        found = convexity.curvature(objective(variables), point, variables.tangent(point), seed=setting.derived_seed(22, instance))
         ratios.append(-found.smallest / found.rounding)
         relative.append(-found.smallest / max(abs(found.smallest), abs(found.largest)))
         negative += found.negative
     text = f"{share_text(negative, len(ratios), 'points have negative curvature')}; most negative eigenvalue over the largest {max(relative):+.1e}"
     series = Series("minus the smallest eigenvalue / its rounding", [float(i) for i in range(len(ratios))], sorted(ratios), "points")
-    return Evidence(max(ratios), text, len(ratios), negative, (series,))
+    return Evidence(largest(ratios), text, len(ratios), negative, (series,))
 
 
 def _adversary(setting: Setting, objective: Objective, least_depth: int = 1) -> Evidence:
     """Gradient ascent of the midpoint's rise over pairs of feasible points."""
     ratios, found_at, worst, shown = [], 0, None, ()
-    for instance, variables in enumerate(_cases(setting, 3, 30, least_depth)):
+    for instance, variables in enumerate(_cases(setting, 3, 18, least_depth)):
         function = objective(variables)
         rounding = variables.rounding if objective is _program else None
         search = convexity.falsify(
-            function, variables.sample, setting.either(1000, 4000), seed=setting.derived_seed(23, instance), rounding=rounding
+            function, variables.sample, setting.either(750, 4000), seed=setting.derived_seed(23, instance), rounding=rounding
         )
         ratios.append(search.witness.violation / search.witness.rounding)
         found_at += search.falsified
@@ -156,7 +156,7 @@ def _adversary(setting: Setting, objective: Objective, least_depth: int = 1) -> 
             worst, shown = search.witness, _line(function, search.witness)
     assert worst is not None
     text = f"{share_text(found_at, len(ratios), 'searches found a witness')}; the midpoint's worst rise is {worst.relative:+.1e} of the chord"
-    return Evidence(max(ratios), text, len(ratios), found_at, shown, worst)
+    return Evidence(largest(ratios), text, len(ratios), found_at, shown, worst)
 
 
 Measurement = Callable[..., Evidence]

@@ -10,6 +10,16 @@ from scipy import stats
 LEVEL = 0.95
 
 
+def largest(values: Sequence[float]) -> float:
+    """The maximum; NaN where one of them is, which supports and refutes nothing."""
+    return float(np.max(np.asarray(values, dtype=float)))
+
+
+def smallest(values: Sequence[float]) -> float:
+    """The minimum; NaN where one of them is."""
+    return float(np.min(np.asarray(values, dtype=float)))
+
+
 def share_interval(count: int, total: int) -> tuple[float, float]:
     """Clopper-Pearson interval of a share, at 95%."""
     interval = stats.binomtest(count, total).proportion_ci(LEVEL, method="exact")

@@ -168,11 +168,12 @@ def curvature(function: Function, point: Tensor, tangent: Tensor | None = None, 
 
     Signs are those of H on the span of Z whatever the basis; with orthonormal columns eigenvalues are curvatures per unit
     length.  Lanczos on autograd's Hessian products (all of them up to k = DENSE_DIMENSION), in the dtype of `point`.  The
-    function must be twice differentiable at the point.
+    function must be twice differentiable along the span of Z: entries that no column moves may sit on a kink.
     """
     basis = tangent if tangent is not None else torch.eye(len(point), dtype=point.dtype, device=point.device)
     if basis.shape[0] != len(point):
         raise ValueError(f"tangent has shape {tuple(basis.shape)}; expected ({len(point)}, k), one column per direction")
+    moved = (basis != 0).any(1)
     leaf = point.detach().clone().requires_grad_()
     with torch.enable_grad():
         (slope,) = torch.autograd.grad(function(leaf), leaf, create_graph=True)
@@ -180,8 +181,8 @@ def curvature(function: Function, point: Tensor, tangent: Tensor | None = None, 
     def product(vector: Tensor) -> Tensor:
         if not slope.requires_grad:  # an affine function
             return torch.zeros_like(vector)
-        (moved,) = torch.autograd.grad(slope, leaf, basis @ vector, retain_graph=True, materialize_grads=True)
-        return basis.T @ moved
+        (change,) = torch.autograd.grad(slope, leaf, basis @ vector, retain_graph=True, materialize_grads=True)
+        return basis[moved].T @ change[moved]
 
     values, vectors = _spectrum_ends(product, basis, seed)
     lowest = vectors[:, 0]
@@ -285,11 +286,20 @@ def _witness(function: Function, start: Tensor, end: Tensor, bound: Callable[[Te
     return Witness(start, end, 0.5, violation, (abs(at_start) + abs(at_end)) / 2, bound(middle) + (bound(start) + bound(end)) / 2)
 
 
+def _null_space(rows: Tensor, active: Tensor) -> Tensor:
+    """Orthonormal basis (d, k) of the vectors x with rows x = 0 that vanish off the `active` entries, exactly."""
+    _, sizes, right = torch.linalg.svd(rows[:, active], full_matrices=True)
+    rank = int((sizes > sizes[0] * max(rows.shape) * torch.finfo(rows.dtype).eps).sum())
+    basis = rows.new_zeros(rows.shape[1], len(right) - rank)
+    basis[active] = right[rank:].T
+    return basis
+
+
 @dataclass(frozen=True, eq=False)
 class ProgramVariables:
     """The convex program of frozen features as a function of one vector (p, W, U, B), for the three functions above.
 
-    The frozen network must have positive masses and is best small: `tangent` is dense.
+    The frozen network must have positive masses and is best small: the constraints are dense here.
     """
 
     program: ConvexProgram
@@ -340,25 +350,25 @@ class ProgramVariables:
         raw = raw + 1e-6 * raw.sum()
         return (raw / raw.sum()).to(self.program.frozen.readout)
 
-    @cached_property
-    def tangent(self) -> Tensor:
-        """Orthonormal basis (d, k) of the directions that keep the mass and the realisation constraints; no bound may be on."""
-        count = len(self.template.vector())
-        rows = torch.func.jacrev(self._constraints)(torch.zeros(count, dtype=self.program.frozen.dtype, device=self.program.frozen.device))
-        _, sizes, right = torch.linalg.svd(rows, full_matrices=True)
-        rank = int((sizes > sizes[0] * max(rows.shape) * torch.finfo(rows.dtype).eps).sum())
-        return right[rank:].T.contiguous()
+    def tangent(self, vector: Tensor) -> Tensor:
+        """A basis (d, k) of the directions that keep the mass and the realisation constraints; no bound may be on.
 
-    def scaled_tangent(self, vector: Tensor) -> Tensor:
-        """A basis of the same directions whose columns change every variable by a share of its own size at `vector`.
-
-        Light particles make the plain Hessian ill-conditioned (1 / p^3); here eigenvalues are of the order of the value.
+        Columns change every variable by a share of its own size at `vector`: light particles make the plain Hessian
+        ill-conditioned (1 / p^3), and this keeps eigenvalues of the order of the value.  Kernels that vanish are kinks of
+        the penalty and stay zero.
         """
         point, norms = self.point(vector), self.program.problem.penalty.norms
         sizes = [*point.masses, *(norms(W)[:, :, None, None].expand_as(W) for W in point.kernels)]
         sizes += [point.readout.abs(), *(b.abs() for b in point.biases if b is not None)]
         scale = torch.cat([size.flatten() for size in sizes])
-        return scale[:, None] * torch.linalg.qr(self.tangent / scale[:, None]).Q
+        return scale[:, None] * _null_space(self._constraint_rows * scale, scale > 0)
+
+    @cached_property
+    def _constraint_rows(self) -> Tensor:
+        """The linear constraints as a matrix, dense."""
+        frozen = self.program.frozen
+        origin = torch.zeros(len(self.template.vector()), dtype=frozen.dtype, device=frozen.device)
+        return torch.func.jacrev(self._constraints)(origin)
 
     def _constraints(self, vector: Tensor) -> Tensor:
         point = self.point(vector)

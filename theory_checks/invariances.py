@@ -1,0 +1,131 @@
+"""Claim 9: what is done to the particles and leaves the measure alone leaves the network alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+import meanfield as mf
+from meanfield import measures
+from theory_checks.claim import Axes, Claim, Evidence, Series, Setting
+from theory_checks.instances import random_masses, random_network, random_problem
+from theory_checks.rounding import output_error, value_error
+from theory_checks.statistics import largest, share_text
+
+WIDTHS = ((5,), (5, 4), (4, 3, 5))
+Move = Callable[[mf.ParticleNetwork, torch.Generator], mf.ParticleNetwork]
+
+
+def _pick(network: mf.ParticleNetwork, generator: torch.Generator) -> tuple[int, int]:
+    """A random layer and particle."""
+    layer = int(torch.randint(network.architecture.depth, (), generator=generator))
+    return layer, int(torch.randint(network.widths[layer], (), generator=generator))
+
+
+def _permuted(network: mf.ParticleNetwork, generator: torch.Generator) -> mf.ParticleNetwork:
+    return measures.permute(network, [torch.randperm(m, generator=generator).to(network.device) for m in network.widths])
+
+
+def _split(network: mf.ParticleNetwork, generator: torch.Generator) -> mf.ParticleNetwork:
+    return measures.split(network, *_pick(network, generator), random_masses(3, generator).to(network.readout))
+
+
+def _split_and_merged(network: mf.ParticleNetwork, generator: torch.Generator) -> mf.ParticleNetwork:
+    layer, particle = _pick(network, generator)
+    cloned = measures.split(network, layer, particle, random_masses(2, generator).to(network.readout))
+    return measures.merge(cloned, layer, [particle, particle + 1])
+
+
+def _copied_whole(network: mf.ParticleNetwork, generator: torch.Generator) -> mf.ParticleNetwork:
+    """A clone that takes the whole mass of its original, the layer then renormalised."""
+    layer, particle = _pick(network, generator)
+    half = network.readout.new_full((2,), 0.5)
+    cloned = measures.split(network, layer, particle, half)
+    masses = list(cloned.masses)
+    masses[layer] = masses[layer].clone()
+    masses[layer][particle : particle + 2] = network.masses[layer][particle]
+    masses[layer] = masses[layer] / masses[layer].sum()
+    return mf.ParticleNetwork(network.architecture, masses, cloned.kernels, cloned.readout, cloned.biases)
+
+
+MOVES: dict[str, Move] = {"permutation": _permuted, "splitting": _split, "splitting and merging": _split_and_merged}
+
+
+def _change(problem: mf.Problem, network: mf.ParticleNetwork, moved: mf.ParticleNetwork) -> float:
+    """Change of output and value, in rounding bounds of both networks."""
+    outputs = (network.responses(problem.inputs).output - moved.responses(problem.inputs).output).abs()
+    allowed = output_error(network, problem.inputs) + output_error(moved, problem.inputs)
+    values = abs(float(problem.terms(network).total()) - float(problem.terms(moved).total()))
+    return max(float((outputs / allowed).max()), values / (value_error(problem, network) + value_error(problem, moved)))
+
+
+def _changes(setting: Setting, moves: dict[str, Move]) -> Evidence:
+    found: dict[str, list[float]] = {}
+    for instance in range(setting.either(24, 240)):
+        generator = setting.generator(9, instance)
+        depth = 1 + instance % 3
+        problem = random_problem(generator, depth, bias=bool(instance % 2), device=setting.device)
+        network = random_network(problem, WIDTHS[depth - 1], generator)
+        for name, move in moves.items():
+            found.setdefault(name, []).append(_change(problem, network, move(network, generator)))
+    return _evidence(found)
+
+
+def _evidence(found: dict[str, list[float]]) -> Evidence:
+    every = [change for changes in found.values() for change in changes]
+    beyond = sum(change > 1 for change in every)
+    worst = ", ".join(f"{name} {max(changes):.2g}" for name, changes in found.items())
+    series = tuple(Series(name, [float(i) for i in range(len(c))], sorted(c), "points") for name, c in found.items())
+    return Evidence(largest(every), f"{share_text(beyond, len(every), 'moves change the network')}; largest change in rounding bounds: {worst}", len(every), beyond, series)
+
+
+def _rescaled(network: mf.ParticleNetwork, generator: torch.Generator) -> mf.ParticleNetwork:
+    """z_j -> c_j z_j, u_j -> u_j / c_j for one layer."""
+    factors = torch.exp(2 * torch.rand(network.widths[0], generator=generator, dtype=torch.float64) - 1).to(network.readout)
+    kernels = [network.kernels[0] * factors[:, None, None, None]]
+    biases = [None if b is None else b * factors for b in network.biases]
+    return mf.ParticleNetwork(network.architecture, network.masses, kernels, network.readout / factors[None, :], biases)
+
+
+def _rescalings(setting: Setting, activation: str) -> Evidence:
+    """The output under rescaling, and J balanced by `measures.balance` before and after, which depends on p |z| |u| alone."""
+    changes = []
+    for instance in range(setting.either(24, 240)):
+        generator = setting.generator(91, instance)
+        problem = random_problem(generator, 1, activation=activation, device=setting.device)
+        network = random_network(problem, WIDTHS[0], generator)
+        moved = _rescaled(network, generator)
+        outputs = (network.responses(problem.inputs).output - moved.responses(problem.inputs).output).abs()
+        allowed = output_error(network, problem.inputs) + output_error(moved, problem.inputs)
+        balanced = [measures.balance(each, problem.penalty.input, problem.penalty.readout) for each in (network, moved)]
+        changes.append(max(float((outputs / allowed).max()), _change(problem, *balanced)))
+    return _evidence({"rescaling": changes})
+
+
+CLAIMS = (
+    Claim(
+        name="invariances.particles",
+        statement="Permuting particles, splitting one into clones that share its mass, and merging clones change neither F nor J.",
+        source="theory.md section 6",
+        statistic="largest change of output or value over random networks, in rounding bounds",
+        threshold=1.0,
+        derivation="running error bounds of both networks",
+        limits="Clones are equal at one moment; a flow keeps them equal, noise does not.",
+        measure=lambda setting: _changes(setting, MOVES),
+        controls={"a clone with the whole mass, renormalised": lambda setting: _changes(setting, {"copying": _copied_whole})},
+        axes=Axes("network, sorted by its change", "change / rounding bound", "y"),
+    ),
+    Claim(
+        name="invariances.scale",
+        statement="One ReLU layer: scaling z up and u down changes neither F nor the balanced J, which sees p |z| |u| only.",
+        source="theory.md section 4.4; Bach 2017, section 2",
+        statistic="largest change of the output or of the balanced value, in rounding bounds",
+        threshold=1.0,
+        derivation="running error bounds of both networks",
+        limits="Positive homogeneity only: tanh and softplus have no such invariance, nor have deeper layers with a source penalty.",
+        measure=lambda setting: _rescalings(setting, "relu"),
+        controls={"tanh": lambda setting: _rescalings(setting, "tanh"), "softplus": lambda setting: _rescalings(setting, "softplus")},
+        axes=Axes("network, sorted by its change", "change / rounding bound", "y"),
+    ),
+)

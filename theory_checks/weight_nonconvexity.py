@@ -1,0 +1,159 @@
+"""Claim 3: in the weights of a network J is not convex, and explicit witnesses show it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+import meanfield as mf
+from meanfield import measures
+from meanfield.studies import convexity
+from meanfield.studies.convexity import Function, ProgramVariables
+from theory_checks.claim import Axes, Claim, Evidence, Series, Setting
+from theory_checks.instances import random_problem, random_start
+from theory_checks.rounding import value_error
+from theory_checks.statistics import share_text, smallest
+
+WIDTHS = ((8,), (8, 5), (6, 5, 4))
+TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)
+Join = Callable[[mf.ParticleNetwork, mf.ParticleNetwork, float], mf.ParticleNetwork]
+
+
+@lru_cache(maxsize=256)
+def _problem(setting: Setting, depth: int, instance: int) -> mf.Problem:
+    generator = setting.generator(4, depth, instance)
+    return random_problem(generator, depth, side=2, images=6, activation="tanh", loss="squared", device=setting.device)
+
+
+def _start(setting: Setting, depth: int, instance: int, copy: int = 0) -> mf.ParticleNetwork:
+    return random_start(_problem(setting, depth, instance), WIDTHS[depth - 1], setting.derived_seed(41, depth, instance, copy))
+
+
+@lru_cache(maxsize=256)
+def _trained(setting: Setting, depth: int, instance: int, copy: int = 0) -> mf.ParticleNetwork:
+    """Weights moved to a minimum, masses uniform."""
+    problem, start = _problem(setting, depth, instance), _start(setting, depth, instance, copy)
+    return mf.solvers.flow.solve(problem, start, steps=setting.either(200, 1500), masses=False).network
+
+
+def _copy(setting: Setting, network: mf.ParticleNetwork, instance: int) -> mf.ParticleNetwork:
+    """The same function: the particles of every layer in reversed order, rolled by a random amount."""
+    generator = setting.generator(42, instance)
+    roll = lambda m: int(torch.randint(m, (), generator=generator))  # noqa: E731
+    return measures.permute(network, [torch.arange(m, device=network.device).flip(0).roll(roll(m)) for m in network.widths])
+
+
+def _cases(setting: Setting) -> list[tuple[int, int]]:
+    return [(depth, instance) for depth in (1, 2, 3) for instance in range(setting.either(2, 10))]
+
+
+def _barriers(setting: Setting, join: Join) -> Evidence:
+    """The largest rise above the chord on every line: from a trained network to its copy, and to one trained from another start."""
+    ratios, series = [], []
+    for depth, instance in _cases(setting):
+        problem, first = _problem(setting, depth, instance), _trained(setting, depth, instance)
+        for name, second in {"its copy": _copy(setting, first, instance), "another start": _trained(setting, depth, instance, 1)}.items():
+            ratio, rises = _line(problem, first, second, join)
+            ratios.append(ratio)
+            if instance == 0:
+                series.append(Series(f"L = {depth}, to {name}", [0.0, *TIMES, 1.0], [0.0, *rises, 0.0]))
+    above = sum(ratio > 1 for ratio in ratios)
+    heights = [max(line.y) for line in series]
+    text = f"{share_text(above, len(ratios), 'lines rise above their chord')}; those shown by up to {min(heights):+.2g} to {max(heights):+.2g} of J"
+    return Evidence(smallest(ratios), text, len(ratios), len(ratios) - above, tuple(series))
+
+
+def _line(problem: mf.Problem, first: mf.ParticleNetwork, second: mf.ParticleNetwork, join: Join) -> tuple[float, list[float]]:
+    """Largest rise in rounding bounds, and the rises at TIMES relative to J."""
+    ends = [float(problem.terms(end).total()) for end in (first, second)]
+    allowed, ratios, rises = max(value_error(problem, first), value_error(problem, second)), [], []
+    for t in TIMES:
+        middle = join(first, second, t)
+        rise = float(problem.terms(middle).total()) - (1 - t) * ends[0] - t * ends[1]
+        ratios.append(rise / (allowed + value_error(problem, middle)))
+        rises.append(rise / max(ends))
+    return max(ratios), rises
+
+
+def _in_weights(problem: mf.Problem, network: mf.ParticleNetwork) -> tuple[Function, Tensor]:
+    """J of kernels and readout as one vector, masses kept, and the vector of the network."""
+    depth, weights = network.architecture.depth, [*network.kernels, network.readout]
+    sizes = [tensor.numel() for tensor in weights]
+
+    def value(vector: Tensor) -> Tensor:
+        parts = [part.reshape(tensor.shape) for part, tensor in zip(vector.split(sizes), weights)]
+        moved = mf.ParticleNetwork.unchecked(network.architecture, network.masses, parts[:depth], parts[depth])
+        return problem.terms(moved).total()
+
+    return value, torch.cat([tensor.flatten() for tensor in weights])
+
+
+def _in_program(problem: mf.Problem, network: mf.ParticleNetwork) -> convexity.Curvature:
+    """The same network, curvature in (p, W, U) at its frozen features."""
+    variables = ProgramVariables(mf.ConvexProgram.freeze(problem, network))
+    vector = variables.template.vector()
+    return convexity.curvature(variables.objective, vector, variables.tangent(vector))
+
+
+def _in_network(problem: mf.Problem, network: mf.ParticleNetwork) -> convexity.Curvature:
+    """Curvature in (w, u); kernels that vanish are kinks of the source penalty and stay zero."""
+    function, vector = _in_weights(problem, network)
+    norms = [problem.penalty.norms(w)[:, :, None, None].expand_as(w).flatten() for w in network.kernels[1:]]
+    smooth = torch.cat([torch.ones_like(network.kernels[0]).flatten(), *norms, torch.ones_like(network.readout).flatten()]) > 0
+    return convexity.curvature(function, vector, torch.eye(len(vector)).to(vector)[:, smooth])
+
+
+def _curvatures(setting: Setting, of: Callable[[mf.Problem, mf.ParticleNetwork], convexity.Curvature]) -> Evidence:
+    """-(smallest eigenvalue) / rounding at random starts and midway between a trained network and its copy."""
+    ratios: dict[str, list[float]] = {"starts": [], "midpoints between copies": []}
+    relative, minima = [], []
+    for depth, instance in _cases(setting):
+        problem, trained = _problem(setting, depth, instance), _trained(setting, depth, instance)
+        middle = measures.interpolate(trained, _copy(setting, trained, instance), 0.5)
+        for name, network in (("starts", _start(setting, depth, instance)), ("midpoints between copies", middle)):
+            found = of(problem, network)
+            ratios[name].append(-found.smallest / found.rounding)
+            relative.append(found.smallest / max(found.largest, -found.smallest))
+        at_minimum = of(problem, trained)
+        minima.append(at_minimum.smallest / at_minimum.largest)
+    every = [ratio for each in ratios.values() for ratio in each]
+    negative = sum(ratio > 1 for ratio in every)
+    text = (
+        f"{share_text(negative, len(every), 'points have negative curvature')}, {min(relative):+.2g} to {max(relative):+.2g} of the largest; "
+        f"at the trained networks {min(minima):+.2g} to {max(minima):+.2g}"
+    )
+    series = tuple(Series(name, [float(i) for i in range(len(r))], sorted(r), "points") for name, r in ratios.items())
+    return Evidence(smallest(every), text, len(every), len(every) - negative, series)
+
+
+CLAIMS = (
+    Claim(
+        name="weight_nonconvexity.barriers",
+        statement="J is not convex in the weights: it rises between a trained network and its permuted copy, and another trained one.",
+        source="theory.md sections 3 and 4.1",
+        statistic="least, over pairs, of the largest rise of J above the chord, in rounding bounds",
+        threshold=1.0,
+        at_least=True,
+        derivation="a rise beyond the running error bound of the three values is a witness against convexity",
+        limits="Non-convexity by itself does not make training fail: it says that convexity has to come from elsewhere.",
+        measure=lambda setting: _barriers(setting, measures.interpolate),
+        controls={"the same pairs, mixture of measures": lambda setting: _barriers(setting, measures.mixture)},
+        axes=Axes("t along the line", "rise above the chord / J"),
+    ),
+    Claim(
+        name="weight_nonconvexity.curvature",
+        statement="The Hessian of J in the weights has a negative eigenvalue at random starts and midway between permuted copies.",
+        source="theory.md sections 3 and 4.1",
+        statistic="least, over points, of minus the smallest eigenvalue (autograd products, float64), in units of its rounding",
+        threshold=1.0,
+        at_least=True,
+        derivation="a Rayleigh quotient below zero by more than d^(3/2) eps times the largest eigenvalue is a direction of negative curvature",
+        limits="At a trained minimum the smallest eigenvalue cannot be negative; it is reported beside.",
+        measure=lambda setting: _curvatures(setting, _in_network),
+        controls={"the same networks in (p, W, U)": lambda setting: _curvatures(setting, _in_program)},
+        axes=Axes("point, sorted", "minus the smallest eigenvalue / rounding"),
+    ),
+)
