@@ -101,6 +101,6 @@ CLAIMS = (
             "W without the source's mass": lambda setting: _compare(setting, _without_source_mass),
             "uniform masses in place of p": lambda setting: _compare(setting, _uniform_masses),
         },
-        axes=Axes("network, sorted by its change", "change / rounding bound", "y"),
+        axes=Axes("network, sorted by its change", "change / rounding bound", "y", 1.0),
     ),
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 import traceback
 from collections.abc import Callable, Mapping
@@ -36,7 +37,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Series:
-    """What a figure shows of a measurement: y over x, as a "line", "dashed" line or "points"."""
+    """What a figure shows of a measurement: y over x, as a "line", "dashed" line, "points" or "hollow" points."""
 
     name: str
     x: list[float]
@@ -46,11 +47,13 @@ class Series:
 
 @dataclass(frozen=True)
 class Axes:
-    """Labels and scales of a claim's figure; `log` names the logarithmic axes: "", "x", "y" or "xy"."""
+    """Labels and scales of a claim's figure; `log` names the logarithmic axes: "", "x", "y" or "xy"; `level` is drawn dotted."""
 
     x: str
     y: str
     log: str = ""
+    level: float | None = None
+    level_name: str = "threshold"
 
 
 @dataclass(frozen=True, eq=False)
@@ -144,24 +147,28 @@ class Verdict:
         return not self.error and self.holds and self.control_rejected
 
     def to_dict(self) -> dict[str, Any]:
-        """Strictly plain values, for JSON."""
-        claim = self.claim
+        """Plain values for JSON, numbers that are not finite as text."""
+        claim, setting = self.claim, self.setting
         return {
             "name": claim.name, "statement": claim.statement, "source": claim.source, "measured": claim.statistic,
             "threshold": claim.threshold, "at_least": claim.at_least, "derivation": claim.derivation, "limits": claim.limits,
-            "seed": self.setting.seed, "full": self.setting.full, "statistic": self.statistic, "holds": self.holds,
-            "control_statistic": self.control_statistic, "control_rejected": self.control_rejected, "passed": self.passed,
-            "seconds": self.seconds, "error": self.error, "evidence": _plain(self.evidence),
-            "controls": {name: _plain(each) for name, each in self.controls.items()},
+            "seed": setting.seed, "full": setting.full, "device": setting.device, "statistic": _number(self.statistic), "holds": self.holds,
+            "control_statistic": _number(self.control_statistic), "control_rejected": self.control_rejected,
+            "passing_controls": self.passing_controls, "passed": self.passed, "seconds": self.seconds, "error": self.error,
+            "evidence": _plain(self.evidence), "controls": {name: _plain(each) for name, each in self.controls.items()},
         }  # fmt: skip
+
+
+def _number(value: float) -> float | str:
+    return float(value) if math.isfinite(value) else str(float(value))
 
 
 def _plain(evidence: Evidence | None) -> dict[str, Any] | None:
     if evidence is None:
         return None
-    series = [{"name": s.name, "x": list(map(float, s.x)), "y": list(map(float, s.y)), "style": s.style} for s in evidence.series]
+    series = [{"name": s.name, "x": list(map(_number, s.x)), "y": list(map(_number, s.y)), "style": s.style} for s in evidence.series]
     return {
-        "statistic": float(evidence.statistic), "text": evidence.text, "instances": evidence.instances, "beyond": evidence.beyond, "series": series,
+        "statistic": _number(evidence.statistic), "text": evidence.text, "instances": evidence.instances, "beyond": evidence.beyond, "series": series,
     }  # fmt: skip
 
 

@@ -49,7 +49,8 @@ def _optimum(program: mf.ConvexProgram, order: Order) -> tuple[np.ndarray, np.nd
     constraints = [cp.sum(source) == 1, cp.sum(target) == 1, flat @ design.T == cp.diag(target) @ g]
     model = cp.Problem(cp.Minimize(objective), constraints)
     model.solve(solver="CLARABEL", **CLARABEL)
-    outflow = np.linalg.norm(kernels.value, axis=1).reshape(WIDTHS[::-1]).sum(0)
+    assert model.solution is not None
+    outflow = np.linalg.norm(np.asarray(kernels.value), axis=1).reshape(WIDTHS[::-1]).sum(0)
     return np.asarray(source.value), outflow, float(model.solution.opt_val)
 
 

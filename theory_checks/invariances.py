@@ -77,7 +77,8 @@ def _evidence(found: dict[str, list[float]]) -> Evidence:
     beyond = sum(change > 1 for change in every)
     worst = ", ".join(f"{name} {max(changes):.2g}" for name, changes in found.items())
     series = tuple(Series(name, [float(i) for i in range(len(c))], sorted(c), "points") for name, c in found.items())
-    return Evidence(largest(every), f"{share_text(beyond, len(every), 'moves change the network')}; largest change in rounding bounds: {worst}", len(every), beyond, series)
+    text = f"{share_text(beyond, len(every), 'moves change the network')}; largest change in rounding bounds: {worst}"
+    return Evidence(largest(every), text, len(every), beyond, series)
 
 
 def _rescaled(network: mf.ParticleNetwork, generator: torch.Generator) -> mf.ParticleNetwork:
@@ -114,7 +115,7 @@ CLAIMS = (
         limits="Clones are equal at one moment; a flow keeps them equal, noise does not.",
         measure=lambda setting: _changes(setting, MOVES),
         controls={"a clone with the whole mass, renormalised": lambda setting: _changes(setting, {"copying": _copied_whole})},
-        axes=Axes("network, sorted by its change", "change / rounding bound", "y"),
+        axes=Axes("network, sorted by its change", "change / rounding bound", "y", 1.0),
     ),
     Claim(
         name="invariances.scale",
@@ -126,6 +127,6 @@ CLAIMS = (
         limits="Positive homogeneity only: tanh and softplus have no such invariance, nor have deeper layers with a source penalty.",
         measure=lambda setting: _rescalings(setting, "relu"),
         controls={"tanh": lambda setting: _rescalings(setting, "tanh"), "softplus": lambda setting: _rescalings(setting, "softplus")},
-        axes=Axes("network, sorted by its change", "change / rounding bound", "y"),
+        axes=Axes("network, sorted by its change", "change / rounding bound", "y", 1.0),
     ),
 )

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import meanfield as mf
-from meanfield import measures, repopulation
+from meanfield import repopulation
 from meanfield.studies import convexity
 from meanfield.studies.convexity import Function, ProgramVariables
 from theory_checks.claim import Axes, Claim, Evidence, Series, Setting
@@ -184,7 +184,7 @@ CLAIMS = (
         "largest rise above a chord, in rounding bounds",
         "the rise of a convex function is at most rounding, which is bounded for the three values it is made of",
         _along_segments,
-        Axes("t along the worst line", "rise above the chord / chord"),
+        Axes("t along the worst line", "rise above the chord / chord", "", 0.0, "chord"),
         **{"J along the same lines in weights": lambda setting: _along_segments(setting, _in_weights, 2, weights=True)},
     ),
     _claim(
@@ -193,7 +193,7 @@ CLAIMS = (
         "minus the smallest eigenvalue (autograd products, float64), in units of its rounding",
         "eigenvalues of a computed Hessian move by at most d^(3/2) eps times the largest",
         _curvatures,
-        Axes("point, sorted", "minus the smallest eigenvalue / rounding"),
+        Axes("point, sorted", "minus the smallest eigenvalue / rounding", "", 1.0),
     ),
     _claim(
         "falsification",
@@ -201,6 +201,6 @@ CLAIMS = (
         "largest rise of a midpoint that gradient ascent with restarts finds, in rounding bounds",
         "as for segments; the same search finds a witness in every control",
         _adversary,
-        Axes("t along the worst line", "rise above the chord / chord"),
+        Axes("t along the worst line", "rise above the chord / chord", "", 0.0, "chord"),
     ),
 )

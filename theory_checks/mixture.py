@@ -101,6 +101,6 @@ CLAIMS = (
         limits="The line leads through networks of the added width. It is no statement about averages of weights at one width.",
         measure=_mixture,
         controls={"raw weight interpolation": _raw_weights},
-        axes=Axes("t along the line", "rise above the chord / J"),
+        axes=Axes("t along the line", "rise above the chord / J", "", 0.0, "chord"),
     ),
 )

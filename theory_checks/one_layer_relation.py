@@ -12,7 +12,8 @@ from theory_checks.claim import Axes, Claim, Evidence, Series, Setting
 from theory_checks.instances import random_start
 from theory_checks.statistics import largest
 
-WIDTH = 32
+WIDTH, STOPPING = 32, 1e-5  # of the start; the alternation ends within STOPPING of its lower bound over all measures
+EXACT = 1e-6  # what `solvers.arrangements` calls optimal
 
 
 def _real(classes: tuple[int, int], kernel: tuple[int, int]) -> mf.Problem:
@@ -26,24 +27,25 @@ def _random(setting: Setting, kernel: tuple[int, int]) -> mf.Problem:
 
 
 def _of(inputs: torch.Tensor, targets: torch.Tensor, kernel: tuple[int, int]) -> mf.Problem:
-    architecture = mf.Architecture(tuple(inputs.shape[1:]), (mf.Conv(kernel, activation="relu"),), "average", 1)
+    architecture = mf.Architecture((1, inputs.shape[2], inputs.shape[3]), (mf.Conv(kernel, activation="relu"),), "average", 1)
     return mf.Problem(architecture, inputs, targets, "squared", mf.Penalty(source=0.0, readout=2e-3, input=4e-3))
 
 
 @lru_cache(maxsize=8)
 def _problems(setting: Setting) -> dict[str, mf.Problem]:
-    found = {"digits 3/5": _real((3, 5), (1, 2)), "digits 0/1": _real((0, 1), (2, 1)), "Gaussian": _random(setting, (1, 2))}
+    found = {"digits 3/5": _real((3, 5), (1, 2)), "digits 0/1": _real((0, 1), (2, 1))}
     if setting.full:
-        found |= {"digits 4/9": _real((4, 9), (1, 2)), "digits 1/7, three entries": _real((1, 7), (1, 3)), "Gaussian, vertical": _random(setting, (2, 1))}
+        found |= {"digits 4/9": _real((4, 9), (1, 2)), "digits 1/7, three entries": _real((1, 7), (1, 3))}
+        found |= {"Gaussian": _random(setting, (1, 2)), "Gaussian, vertical": _random(setting, (2, 1))}
     return found
 
 
 @lru_cache(maxsize=32)
 def _by_particles(setting: Setting, name: str) -> float:
-    """J of the best particles that flow and program find, without any use of the relation; the best of a few starts."""
+    """J of the particles that flow, program and growth find, without any use of the relation."""
     problem = _problems(setting)[name].to(device=setting.device)
-    starts = [random_start(problem, (WIDTH,), setting.derived_seed(111, index)) for index in range(setting.either(1, 3))]
-    return min(mf.solvers.alternating.solve(problem, start, rounds=6, flow_steps=400, grow=8, tolerance=1e-6).value for start in starts)
+    start = random_start(problem, (WIDTH,), setting.derived_seed(111))
+    return mf.solvers.alternating.solve(problem, start, rounds=20, flow_steps=300, grow=8, tolerance=STOPPING).value
 
 
 @lru_cache(maxsize=64)
@@ -66,11 +68,11 @@ def _differences(setting: Setting, factor: float) -> Evidence:
     told = ", ".join(f"{name} {difference:+.1e}" for name, difference in zip(names, differences))
     text = f"particles against the relation, relative: {told}; below its lower bound by at most {max(below, 0.0):.1e}"
     places = [float(i) for i in range(len(names))]
-    series = (Series("particles", places, particles, "points"), Series("the relation", places, [value for value, _ in exact], "dashed"))
+    series = (Series("particles", places, particles, "points"), Series("the relation", places, [value for value, _ in exact], "hollow"))
     return Evidence(largest([abs(d) for d in differences]), text, len(names), sum(abs(d) > THRESHOLD for d in differences), series)
 
 
-THRESHOLD = 1e-4
+THRESHOLD = STOPPING + EXACT
 
 CLAIMS = (
     Claim(
@@ -79,7 +81,7 @@ CLAIMS = (
         source="theory.md sections 4.4 and 8; Bach 2017, section 2; Pilanci & Ergen 2020",
         statistic="largest relative difference of the particles' J from the exact optimum of the relation, over data sets",
         threshold=THRESHOLD,
-        derivation="a definition: equal to 1e-4, a hundred times what the exact solver (1e-6) and the stopping rule of the alternation (1e-6) leave",
+        derivation="the alternation stops within 1e-5 of its lower bound over all measures, the exact solver within 1e-6",
         limits="One layer, positive homogeneity, average readout; small kernels, where all activation patterns can be listed.",
         measure=lambda setting: _differences(setting, 2.0),
         controls={"factor 1 in place of 2": lambda setting: _differences(setting, 1.0)},

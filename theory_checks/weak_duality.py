@@ -71,7 +71,8 @@ def _pairs(setting: Setting, bound: Bound) -> Evidence:
         total, beyond = total + ratios.numel(), beyond + int((ratios > 1).sum())
     closest = [max(each[k] for each in at_optimum) for k in range(len(NOISES))]
     text = f"{share_text(beyond, total, 'pairs have the bound above the value')}; the best bound reaches {max(closest):.7f} of an optimal value"
-    lines = tuple(Series(f"program {k}", [max(noise, 1e-7) for noise in NOISES], line) for k, line in enumerate(at_optimum[:6]))
+    shown = [max(noise, 1e-7) for noise in NOISES if noise <= 1]
+    lines = tuple(Series(f"program {k}", shown, line[: len(shown)]) for k, line in enumerate(at_optimum[:6]))
     return Evidence(max(worst), text, total, beyond, lines)
 
 
@@ -86,6 +87,6 @@ CLAIMS = (
         limits="A bound on this support. Features nobody has tried need the bound over all measures.",
         measure=lambda setting: _pairs(setting, _repaired),
         controls={"multipliers not repaired": lambda setting: _pairs(setting, _unrepaired)},
-        axes=Axes("noise on the optimal multipliers (its root mean square = 1)", "best lower bound / optimal value", "x"),
+        axes=Axes("noise on the optimal multipliers (its root mean square = 1)", "best lower bound / optimal value", "x", 1.0, "the optimal value"),
     ),
 )

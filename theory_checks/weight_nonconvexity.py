@@ -141,7 +141,7 @@ CLAIMS = (
         limits="Non-convexity by itself does not make training fail: it says that convexity has to come from elsewhere.",
         measure=lambda setting: _barriers(setting, measures.interpolate),
         controls={"the same pairs, mixture of measures": lambda setting: _barriers(setting, measures.mixture)},
-        axes=Axes("t along the line", "rise above the chord / J"),
+        axes=Axes("t along the line", "rise above the chord / J", "", 0.0, "chord"),
     ),
     Claim(
         name="weight_nonconvexity.curvature",
@@ -154,6 +154,6 @@ CLAIMS = (
         limits="At a trained minimum the smallest eigenvalue cannot be negative; it is reported beside.",
         measure=lambda setting: _curvatures(setting, _in_network),
         controls={"the same networks in (p, W, U)": lambda setting: _curvatures(setting, _in_program)},
-        axes=Axes("point, sorted", "minus the smallest eigenvalue / rounding"),
+        axes=Axes("point, sorted", "minus the smallest eigenvalue / rounding", "", 1.0),
     ),
 )

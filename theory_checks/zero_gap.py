@@ -94,6 +94,6 @@ CLAIMS = (
             "weights of the limit perturbed by 10%": lambda setting: _excesses(setting, _perturbed),
             "a tenth of the steps": lambda setting: _excesses(setting, _early),
         },
-        axes=Axes("run, sorted by its excess", "excess over the dual value / J", "y"),
+        axes=Axes("run, sorted by its excess", "excess over the dual value / J", "y", THRESHOLD),
     ),
 )

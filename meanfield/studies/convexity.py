@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -205,7 +206,8 @@ def _spectrum_ends(product: Callable[[Tensor], Tensor], basis: Tensor, seed: int
 
     def ends(which: str, shift: float, tolerance: float) -> tuple[np.ndarray, np.ndarray]:
         operator = LinearOperator((count, count), matvec=lambda v: apply(v) + shift * v.ravel(), dtype=np.float64)  # type: ignore[call-arg]
-        return eigsh(operator, k=1, which=which, v0=np.random.default_rng(seed).normal(size=count), tol=tolerance)
+        found: Any = eigsh(operator, k=1, which=which, v0=np.random.default_rng(seed).normal(size=count), tol=tolerance)  # type: ignore[arg-type]
+        return found
 
     size = abs(float(ends("LM", 0.0, 1e-3)[0][0]))
     if size == 0:
@@ -346,9 +348,10 @@ class ProgramVariables:
         return self.program.restore(ProgramPoint(masses, kernels, readout, biases)).vector()
 
     def _masses(self, count: int, generator: torch.Generator) -> Tensor:
-        raw = torch._standard_gamma(torch.full((count,), LIGHT_MASSES, dtype=torch.float64), generator=generator)
-        raw = raw + 1e-6 * raw.sum()
-        return (raw / raw.sum()).to(self.program.frozen.readout)
+        """Dirichlet masses, many of them light, none below 1e-6."""
+        seed = int(torch.randint(2**31, (), generator=generator))
+        raw = np.random.default_rng(seed).dirichlet(np.full(count, LIGHT_MASSES)) + 1e-6
+        return torch.as_tensor(raw / raw.sum()).to(self.program.frozen.readout)
 
     def tangent(self, vector: Tensor) -> Tensor:
         """A basis (d, k) of the directions that keep the mass and the realisation constraints; no bound may be on.

@@ -1,0 +1,319 @@
+"""Claim 6: without bounds the infimum over measures is that without penalties and is not attained; where features are bounded it has a floor.
+
+A family of networks is a network whose live particles hold masses p e^m, with kernels times powers of e and the rest of the mass on dead
+particles (no kernels, no readout).  All its penalties are powers of e, and its output does not depend on e where layers above the first are
+homogeneous: the output has the factor e_L v prod_l (e_{l-1} a_l) c = 1 for masses e_l, kernels a_l (c on layer 1) and readout v.  The product of the
+L + 1 penalties e_1 c^2, e_{l-1} (a_l e_l)^2, e_L v^2 is then e_2 ... e_L whatever the rest is, so all fall together as soon as masses above the
+first layer do.  L = 1 leaves the product 1.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import meanfield as mf
+from meanfield import measures
+from meanfield.penalties import input_norms
+from theory_checks.claim import Axes, Claim, Evidence, Series, Setting
+from theory_checks.instances import digits_problem, random_network, random_problem
+from theory_checks.rounding import output_error
+from theory_checks.statistics import largest, share_text, smallest
+
+WIDTHS = ((8,), (6, 8), (6, 8, 8))
+DIGITS_WIDTHS = (12, 24)
+TO_LIMIT = {"relu": 0.0, "identity": 0.0, "softplus": math.log(2), "gelu": 0.17}  # sup |h - h_limit|, h_limit positively homogeneous
+AT_ZERO = {"relu": 0.0, "softplus": math.log(2), "gelu": 0.0}  # |h(x)| <= AT_ZERO + |x|
+EXTRA = 8  # roundings outside the sums
+SHARES = np.logspace(-24, -6, 10)  # e, the mass of the live features of the last layer
+CONCENTRATIONS = np.logspace(-36, 0, 10)
+LIGHT = mf.Penalty(source=1e-6, readout=0.05, input=1e-5)
+WIDE, SATURATION = 60, 4.0
+Activations = tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Law:
+    """Powers of e: of the live masses and the kernels of every layer, of the readout, and of the penalties that result."""
+
+    masses: tuple[float, ...]
+    kernels: tuple[float, ...]
+    readout: float
+    value: float
+
+
+# Every penalty has the power `value`: m_1 + 2 c, m_{l-1} + 2 (a_l + m_l), m_L + 2 v; the output has the power 0.
+FREE = {2: Law((1 / 3, 1), (0, -1), -1 / 3, 1 / 3), 3: Law((1 / 2, 1, 1), (0, -1, -5 / 4), -1 / 4, 1 / 2)}
+# As above, and the amplitude's power m_{l-1} + a_l is 0.
+AMPLITUDE = {2: Law((5 / 3, 1), (-2 / 3, -5 / 3), -1 / 3, 1 / 3), 3: Law((11 / 5, 7 / 5, 1), (-4 / 5, -11 / 5, -7 / 5), -1 / 5, 3 / 5)}
+# One layer: the product of both penalties stays; to hold against the power of two layers.
+SINGLE = {1: Law((1,), (-1 / 2,), -1 / 2, 1 / 3)}
+Laws = dict[int, Law]
+
+
+def concentrate(network: mf.ParticleNetwork, law: Law, share: float) -> mf.ParticleNetwork:
+    """The family's network at e = share, with one dead particle in every layer."""
+    masses = [torch.cat([p * share**m, p.new_tensor([1 - share**m])]) for p, m in zip(network.masses, law.masses)]
+    kernels = [torch.cat([network.kernels[0], torch.zeros_like(network.kernels[0][:1])]) * share ** law.kernels[0]]
+    kernels += [torch.nn.functional.pad(w, (0, 0, 0, 0, 0, 1, 0, 1)) * share**a for w, a in zip(network.kernels[1:], law.kernels[1:])]
+    readout = torch.nn.functional.pad(network.readout, (0, 1)) * share**law.readout
+    return mf.ParticleNetwork(network.architecture, masses, kernels, readout)
+
+
+def _with(problem: mf.Problem, activations: Activations, penalty: mf.Penalty | None = None) -> mf.Problem:
+    """The problem with other activations and another penalty."""
+    old = problem.architecture
+    layers = tuple(replace(layer, activation=name) for layer, name in zip(old.layers, activations))
+    architecture = mf.Architecture(old.input_shape, layers, old.readout, old.outputs)
+    return mf.Problem(architecture, problem.inputs, problem.targets, problem.loss.name, penalty or problem.penalty)
+
+
+def _moved(problem: mf.Problem, network: mf.ParticleNetwork) -> mf.ParticleNetwork:
+    """The same particles with the activations of the problem."""
+    return mf.ParticleNetwork(problem.architecture, network.masses, network.kernels, network.readout)
+
+
+def _fitted(problem: mf.Problem, network: mf.ParticleNetwork) -> mf.ParticleNetwork:
+    """With the least readout whose output is nearest to the targets; exact where features outnumber images."""
+    return _with_readout(network, torch.linalg.pinv(_design(problem, network)) @ problem.targets)
+
+
+def _ridge(problem: mf.Problem, network: mf.ParticleNetwork) -> mf.ParticleNetwork:
+    """With the readout that minimises mean |F - y|^2 / 2 + lambda_u int |u|^2."""
+    design = _design(problem, network)
+    shift = 2 * problem.penalty.readout * len(design) * torch.eye(len(design)).to(design)
+    return _with_readout(network, design.T @ torch.linalg.solve(design @ design.T + shift, problem.targets))
+
+
+def _design(problem: mf.Problem, network: mf.ParticleNetwork) -> Tensor:
+    """(N, M_L): F is it times sqrt(p) u."""
+    return problem.architecture.readout_features(network.features(problem.inputs)[-1]) * network.masses[-1].sqrt()
+
+
+def _with_readout(network: mf.ParticleNetwork, scaled: Tensor) -> mf.ParticleNetwork:
+    """The network with sqrt(p) u = scaled, (M_L, K)."""
+    readout = (scaled / network.masses[-1].sqrt()[:, None]).T.contiguous()
+    return mf.ParticleNetwork(network.architecture, network.masses, network.kernels, readout)
+
+
+def _instances(setting: Setting, depth: int, quick: int, full: int) -> list[tuple[mf.Problem, mf.ParticleNetwork]]:
+    """Random small problems with the targets of the squared loss, and one of real digits for L = 2; random particles."""
+    found = []
+    for index in range(setting.either(quick, full)):
+        generator = setting.generator(6, depth, index)
+        if depth == 2 and index == 0:
+            problem, widths = digits_problem(setting, 2, activation="relu"), DIGITS_WIDTHS
+        else:
+            problem, widths = random_problem(generator, depth, activation="relu", loss="squared", device=setting.device), WIDTHS[depth - 1]
+        found.append((problem, random_network(problem, widths, generator)))
+    return found
+
+
+def _limit(activations: Activations, law: Law) -> Activations:
+    """The activations whose network all of the family resembles: layers whose pre-activations grow become homogeneous."""
+    keeps_first = law.kernels[0] == 0
+    return tuple(
+        name if (layer == 0 and keeps_first) or name in ("tanh", "identity") else "relu" for layer, name in enumerate(activations)
+    )  # fmt: skip
+
+
+def _remainder(network: mf.ParticleNetwork, activations: Activations, law: Law, share: float) -> float:
+    """Bound of |F - F_limit|: a layer with pre-activations t g has |h(t g) / t - h_limit(g)| <= TO_LIMIT / t, and
+    |g - g'| <= (int |w|_1) max |f - f'| carries the error upwards.
+    """
+    gain, error = share ** law.kernels[0], 0.0
+    for layer, (name, limit) in enumerate(zip(activations, _limit(activations, law))):
+        if layer > 0:
+            gain *= share ** (law.masses[layer - 1] + law.kernels[layer])
+            error *= float((network.kernels[layer].abs().sum((2, 3)) @ network.masses[layer - 1]).max())
+        error += 0.0 if name == limit else TO_LIMIT[name] / gain
+    return error * float(network.readout.abs().sum(0) @ network.masses[-1])
+
+
+def _allowed(limit: mf.Problem, base: mf.ParticleNetwork, far: float, level: float) -> float:
+    """Bound of |log(J / (P e^k))|: J is P e^k plus the loss that the fit, the remainder and rounding leave.
+
+    Running error bounds scale as the quantities do, so that the base's, doubled for the dead particles and for the powers of e, hold.
+    """
+    misfit = (base.responses(limit.inputs).output - limit.targets).abs() + far + 2 * output_error(base, limit.inputs)
+    loss = 0.5 * float(misfit.square().sum(1).mean())
+    entries = sum(tensor.numel() for tensor in base.tensors()) + len(limit.inputs) + EXTRA
+    return loss / level + 4 * entries * torch.finfo(misfit.dtype).eps
+
+
+def _family(problem: mf.Problem, particles: mf.ParticleNetwork, activations: Activations, law: Law, bounds: str) -> tuple[list[float], float, float]:
+    """J along the family, its fitted log-log slope, and how far from the law's power the remainders let that slope be."""
+    limit = _with(problem, _limit(activations, law))
+    base = _fitted(limit, _moved(limit, particles))
+    problem = _with(problem, activations, _bounded(problem, base, bounds))
+    terms = limit.terms(base)
+    penalties = float(terms.source + terms.readout + terms.input)
+    values, slack = [], []
+    for share in SHARES:
+        member = _within(problem, _moved(problem, concentrate(base, law, share)))
+        values.append(float(problem.value(member)))
+        slack.append(_allowed(limit, base, _remainder(base, activations, law, share), penalties * share**law.value))
+    logs = np.log(SHARES) - np.log(SHARES).mean()
+    weights = logs / (logs @ logs)
+    return values, float(np.log(values) @ weights), float(np.abs(weights) @ slack)
+
+
+def _bounded(problem: mf.Problem, base: mf.ParticleNetwork, bounds: str, scale: float = 1.0) -> mf.Penalty:
+    """The penalty with the bounds "none", "amplitude", "input" or "both", at `scale` times what the base network reaches."""
+    amplitude, size = (scale * reached for reached in _reached(problem, base))
+    return replace(
+        problem.penalty,
+        amplitude_bound=amplitude if bounds in ("amplitude", "both") and base.architecture.depth > 1 else None,
+        input_bound=size if bounds in ("input", "both") else None,
+    )
+
+
+def _reached(problem: mf.Problem, network: mf.ParticleNetwork) -> tuple[float, float]:
+    """max int |w| d rho over features of layers >= 2, and max |z|."""
+    norms = [problem.penalty.norms(w) for w in network.kernels[1:]]
+    amplitude = max((float(network.amplitudes(layer, norm).max()) for layer, norm in enumerate(norms, 1)), default=0.0)
+    return amplitude, float(input_norms(network.kernels[0], network.biases[0]).max())
+
+
+def _within(problem: mf.Problem, network: mf.ParticleNetwork) -> mf.ParticleNetwork:
+    """Every kernel shortened into the bounds that are on."""
+    penalty, kernels = problem.penalty, list(network.kernels)
+    if penalty.input_bound is not None:
+        factor = (penalty.input_bound / input_norms(kernels[0], None)).clamp(max=1)
+        kernels[0] = kernels[0] * factor[:, None, None, None]
+    if penalty.amplitude_bound is not None:
+        for layer in range(1, len(kernels)):
+            factor = (penalty.amplitude_bound / network.amplitudes(layer, penalty.norms(kernels[layer]))).clamp(max=1)
+            kernels[layer] = kernels[layer] * factor[:, None, None, None]
+    return mf.ParticleNetwork(network.architecture, network.masses, kernels, network.readout)
+
+
+def _rates(setting: Setting, laws: Laws, choices: Sequence[Activations], bounds: str = "none") -> Evidence:
+    """The slope of J over the share e against the law's power; `choices`: activations of the first and of all later layers."""
+    ratios, slopes, allowed, series = [], [], [], []
+    for depth, law in laws.items():
+        for index, (problem, particles) in enumerate(_instances(setting, depth, 6, 60)):
+            ends = choices[index % len(choices)]
+            values, slope, slack = _family(problem, particles, _activations(ends, depth), law, bounds)
+            slopes.append(slope)
+            allowed.append(slack)
+            ratios.append(abs(slope - law.value) / slack)
+            if index < 2:
+                series.append(Series(f"{depth} layers, {' and '.join(ends)}", SHARES.tolist(), values))
+    powers = " and ".join(f"{law.value:.4g} (L = {depth})" for depth, law in laws.items())
+    beyond = sum(ratio > 1 for ratio in ratios)
+    text = (
+        f"{share_text(beyond, len(ratios), 'families leave their power')}; slopes {min(slopes):.6f} to {max(slopes):.6f}, "
+        f"expected {powers} to within {min(allowed):.1g} to {max(allowed):.1g}"
+    )
+    return Evidence(largest(ratios), text, len(ratios), beyond, tuple(series))
+
+
+def _activations(ends: Activations, depth: int) -> Activations:
+    return (ends[0],) + (ends[-1],) * (depth - 1)
+
+
+def _ceiling(problem: mf.Problem) -> float:
+    """D with |f^L| <= D for every network in the bounds: |h(x)| <= h_0 + |x|, and |g| <= |z| |patch| / C_0, |g| <= B sqrt(S) max |f|.
+
+    Infinite where a bound is missing.
+    """
+    penalty, layers = problem.penalty, problem.architecture.layers
+    patch = float(layers[0].patches(problem.inputs).norm(dim=2).max()) / problem.architecture.input_shape[0]
+    reach = math.inf if penalty.input_bound is None else penalty.input_bound * patch
+    for index, layer in enumerate(layers):
+        if index > 0:
+            reach = math.inf if penalty.amplitude_bound is None else penalty.amplitude_bound * math.sqrt(layer.offsets) * reach
+        reach = 1.0 if layer.activation == "tanh" else AT_ZERO[layer.activation] + reach
+    return reach
+
+
+def _floor(problem: mf.Problem) -> float:
+    """min over t of lambda_u t^2 + (1 - D t)_+^2 / 2: |F| <= D int |u| <= D sqrt(int |u|^2), targets of size 1."""
+    strength = problem.penalty.readout
+    return strength / (_ceiling(problem) ** 2 + 2 * strength)
+
+
+@dataclass(frozen=True)
+class Case:
+    """Activations of the first and of all later layers, the bounds that are on, and those whose floor J is held against."""
+
+    ends: Activations
+    bounds: str = "none"
+    floor: str = ""
+
+
+def _settled(setting: Setting, case: Case, depth: int, index: int) -> tuple[mf.Problem, mf.ParticleNetwork, float]:
+    """A problem with targets of size 1, a network that fits it, and the floor; ReLU's ceiling is 1 in both bounds."""
+    old, particles = _instances(setting, depth, index + 1, index + 1)[index]
+    targets = torch.where(old.targets > 0, 1.0, -1.0)
+    activations = _activations(case.ends, depth)
+    problem = _with(mf.Problem(old.architecture, old.inputs, targets, "squared", LIGHT), activations)
+    base = _fitted(problem, _moved(problem, particles))
+    linear = _with(problem, ("relu",) * depth, _bounded(problem, base, "both"))
+    scale = _ceiling(linear) ** (-1 / depth)
+    within, compared = (_with(problem, activations, _bounded(problem, base, bounds, scale)) for bounds in (case.bounds, case.floor or case.bounds))
+    if case.floor == "tanh":
+        compared = _with(problem, ("tanh",) * depth)
+    return within, base, _floor(compared)
+
+
+def _members(problem: mf.Problem, base: mf.ParticleNetwork, generator: torch.Generator) -> list[mf.ParticleNetwork]:
+    """Both families, then a saturated network; in the bounds, with the best readout."""
+    depth = problem.architecture.depth
+    found = [_moved(problem, concentrate(base, law, share)) for law in (FREE[depth], AMPLITUDE[depth]) for share in CONCENTRATIONS]
+    found.append(_saturated(problem, generator))
+    return [_ridge(problem, _within(problem, measures.drop_massless(member))) for member in found]
+
+
+def _saturated(problem: mf.Problem, generator: torch.Generator) -> mf.ParticleNetwork:
+    """One feature above wide layers with g = SATURATION y_n at every position: with tanh it nearly reaches the floor at light penalties."""
+    network = random_network(problem, (WIDE,) * (problem.architecture.depth - 1) + (1,), generator)
+    below, mass = network.features(problem.inputs)[-2], network.masses[-2]
+    layer = problem.architecture.layers[-1]
+    weights = mass.repeat_interleave(layer.offsets)
+    rows = layer.patches(below).flatten(0, 1)
+    targets = SATURATION * problem.targets.repeat_interleave(len(rows) // len(problem.inputs), 0)
+    kernel = torch.linalg.pinv(rows * weights) @ targets
+    return mf.ParticleNetwork(network.architecture, network.masses, [*network.kernels[:-1], kernel.T.reshape(network.kernels[-1].shape)], network.readout)
+
+
+def _descended(problem: mf.Problem, network: mf.ParticleNetwork, steps: int) -> float:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="the infimum over all measures")
+        return float(problem.value(mf.solvers.flow.solve(problem, network, steps=steps, record_every=10).network))
+
+
+def _lowest(setting: Setting, case: Case, depth: int, index: int) -> tuple[list[float], list[float]]:
+    """J in units of the floor: the lower of both families at every e, and what descents from the best networks reach."""
+    problem, base, floor = _settled(setting, case, depth, index)
+    members = _members(problem, base, setting.generator(61, depth, index))
+    values = [float(problem.value(member)) / floor for member in members]
+    best = sorted(range(len(members)), key=values.__getitem__)[: setting.either(1, 4)]
+    descents = [_descended(problem, members[k], setting.either(60, 400)) / floor for k in best]
+    count = len(CONCENTRATIONS)
+    return [min(pair) for pair in zip(values[:count], values[count:])], [values[-1], *descents]
+
+
+def _floors(setting: Setting, cases: Sequence[Case]) -> Evidence:
+    ratios, series = [], []
+    for index in range(setting.either(2, 12)):
+        for case in cases:
+            family, others = _lowest(setting, case, 2 + index % 2, index // 2 + 1)
+            ratios.append(smallest(family + others))
+            if index == 0:
+                series.append(Series(f"{' and '.join(case.ends)}, bounds: {case.bounds}", CONCENTRATIONS.tolist(), family))
+    beyond = sum(ratio < 1 for ratio in ratios)
+    text = f"{share_text(beyond, len(ratios), 'problems get below the floor')}; J / floor gets down to {min(ratios):.4g} to {max(ratios):.4g}"
+    return Evidence(smallest(ratios), text, len(ratios), beyond, tuple(series))
+
+
+UNBOUNDED = (("relu",), ("gelu",), ("softplus",), ("tanh", "relu"), ("relu", "identity"))
+HOMOGENEOUS = (("relu",), ("gelu",), ("softplus",), ("relu", "identity"))
+DEEP = (("relu",),)
