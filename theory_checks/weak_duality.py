@@ -17,7 +17,7 @@ from theory_checks.statistics import share_text
 
 WIDTHS = ((6,), (6, 4), (5, 4, 3))
 NOISES = (0.0, 1e-6, 1e-4, 1e-2, 0.1, 0.5, 1.0, 10.0)
-SOLVER_TOLERANCE = 1e-6
+SOLVER_TOLERANCE, MOST_ITERATIONS = 1e-6, 400
 
 
 @lru_cache(maxsize=128)
@@ -27,7 +27,7 @@ def _optimal(setting: Setting, instance: int) -> tuple[mf.ConvexProgram, mf.Prog
     depth, loss = 1 + instance % 3, LOSSES[instance // 3 % 3]
     problem = random_problem(generator, depth, side=2, images=3, loss=loss, kernel_norm=("l2", "l1")[instance % 2], device=setting.device)
     program = mf.ConvexProgram.freeze(problem, random_network(problem, WIDTHS[depth - 1], generator))
-    solved = mf.solvers.splitting.solve(program, SOLVER_TOLERANCE)
+    solved = mf.solvers.splitting.solve(program, SOLVER_TOLERANCE, max_iterations=MOST_ITERATIONS)
     assert solved.point is not None
     assert solved.multipliers is not None
     return program, program.restore(solved.point), solved.multipliers
@@ -63,7 +63,7 @@ def _pairs(setting: Setting, bound: Bound) -> Evidence:
         vectors = [point.vector(), *(variables.sample(generator) for _ in range(11))]
         values = torch.tensor([float(program.value(point.at(vector))) for vector in vectors], dtype=torch.float64)
         allowed = torch.tensor([2 * variables.rounding(vector) for vector in vectors], dtype=torch.float64)
-        moved = [_perturbed(multipliers, noise, generator) for noise in NOISES for _ in range(setting.either(2, 4))]
+        moved = [_perturbed(multipliers, noise, generator) for noise in NOISES for _ in range(setting.either(1, 4))]
         bounds = torch.tensor([bound(program, multipliers, each) for each in moved], dtype=torch.float64)
         ratios = (bounds[:, None] - values) / allowed
         worst.append(float(ratios.max()))

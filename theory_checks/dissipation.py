@@ -1,0 +1,225 @@
+"""Claim 7: J falls along the flow by the squared metric speed, and the flow has a limit as the particles grow in number."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from functools import lru_cache, partial
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import meanfield as mf
+from meanfield import finite
+from meanfield.solvers import flow
+from meanfield.solvers.flow import Tangent
+from theory_checks.claim import Axes, Claim, Evidence, Series, Setting
+from theory_checks.instances import random_network, random_problem
+from theory_checks.statistics import largest, slope
+
+SOURCE = "theory.md section 6; Chizat & Bach 2018; Fang et al. 2021"
+Rescaling = Callable[[mf.ParticleNetwork, Tangent], Tangent]
+
+
+def _mean_field(network: mf.ParticleNetwork, move: Tangent) -> Tangent:
+    """The metric of the flow."""
+    return move
+
+
+def _times_masses(network: mf.ParticleNetwork, move: Tangent, power: float) -> Tangent:
+    """Velocities times mass^power of what they move: 1 leaves the plain gradient, 1/2 the 1/sqrt(m) scaling."""
+    p = [mass**power for mass in network.masses]
+    sources = (torch.ones_like(p[0][:1]), *p[:-1])
+    kernels = [w * target[:, None, None, None] * source[None, :, None, None] for w, target, source in zip(move.kernels, p, sources)]
+    return replace(move, kernels=kernels, readout=move.readout * p[-1])
+
+
+def _euler(problem: mf.Problem, network: mf.ParticleNetwork, step: float, rescaling: Rescaling) -> mf.ParticleNetwork:
+    """One explicit Euler step, proximal in the source penalty."""
+    move = rescaling(network, flow.velocity(problem, network)[1])
+    return flow.advance(problem, network, move.map(lambda v: step * v), [step] * (problem.architecture.depth - 1))
+
+
+# --- the identity ---------------------------------------------------------------------------------------------------
+
+WIDTHS = ((7,), (6, 5), (6, 5, 4))
+STEP, HALVINGS, EARLIER = 0.04, 3, 20
+TOO_LARGE = 1000.0
+
+
+def _squared_speed(problem: mf.Problem, network: mf.ParticleNetwork) -> float:
+    """Sum of (dJ/dx)^2 / mass over kernels and readout and the variance of dJ/dp over p: section 6, by differentiating all of J."""
+    leaf = network.map(lambda tensor: tensor.detach().requires_grad_())
+    gradients = torch.autograd.grad(problem.terms(leaf).total(), leaf.tensors())
+    depth, p = len(network.masses), network.masses
+    total = sum(mass @ slopes.square() - (mass @ slopes).square() for mass, slopes in zip(p, gradients))
+    for target, source, gradient in zip(p, (torch.ones_like(p[0][:1]), *p[:-1]), gradients[depth : 2 * depth]):
+        total = total + (gradient.square().sum((2, 3)) / (target[:, None] * source)).sum()
+    return float(total + (gradients[2 * depth].square() / p[-1]).sum())
+
+
+def _identity_errors(problem: mf.Problem, network: mf.ParticleNetwork, steps: list[float], rescaling: Rescaling) -> list[float]:
+    """(J after a step - J + step speed^2) / (step speed^2), for every step."""
+    before, speed = float(problem.value(network)), _squared_speed(problem, network)
+    after = [float(problem.value(_euler(problem, network, step, rescaling))) for step in steps]
+    return [1 + (value - before) / (step * speed) for value, step in zip(after, steps)]
+
+
+def _at_zero(errors: list[float]) -> float:
+    """Richardson: the limit at step zero of a power series in the step, from steps that halve."""
+    table = np.asarray(errors)
+    for order in range(1, len(table)):
+        table = (2.0**order * table[1:] - table[:-1]) / (2.0**order - 1)
+    return float(table[0])
+
+
+def _identity_case(setting: Setting, instance: int) -> tuple[mf.Problem, mf.ParticleNetwork]:
+    """Tanh, uneven masses; every second network has flowed for a while."""
+    generator, depth = setting.generator(7, instance), 1 + instance % 3
+    problem = random_problem(generator, depth, activation="tanh", device=setting.device)
+    network = random_network(problem, WIDTHS[depth - 1], generator)
+    for _ in range(EARLIER * (instance // 3 % 2)):
+        network = _euler(problem, network, STEP, _mean_field)
+    return problem, network
+
+
+def _identity(setting: Setting, rescaling: Rescaling, factor: float = 1.0) -> Evidence:
+    steps = [factor * STEP / 2**k for k in range(HALVINGS + 1)]
+    cases = [_identity_case(setting, instance) for instance in range(setting.either(18, 300))]
+    errors = np.array([_identity_errors(problem, network, steps, rescaling) for problem, network in cases])
+    limits = [abs(_at_zero(list(row))) for row in errors]
+    typical = np.sqrt((errors**2).mean(0))
+    rises = int((errors[:, -1] > 1).sum())
+    beyond = sum(limit > IDENTITY_THRESHOLD for limit in limits)
+    text = (
+        f"error of the identity at step zero: {min(limits):.1e} to {max(limits):.1e}, {beyond} of {len(limits)} beyond the threshold; "
+        f"root mean square {typical[0]:.1e} at step {steps[0]:.3g}, {typical[-1]:.1e} at {steps[-1]:.3g}, "
+        f"order {math.log2(typical[-2] / typical[-1]):.3f}; J rose in {rises} steps of {steps[-1]:.3g}"
+    )
+    series = (Series("root mean square over networks", steps, typical.tolist()), Series("largest", steps, np.abs(errors).max(0).tolist(), "dashed"))
+    return Evidence(largest(limits), text, len(limits), beyond, series)
+
+
+# --- the limit ------------------------------------------------------------------------------------------------------
+
+POPULATION = 512
+FLOW_STEP = 0.5
+Dynamics = Callable[[mf.Problem, mf.ParticleNetwork, int], mf.ParticleNetwork]
+
+
+@lru_cache(maxsize=8)
+def _limit_problem(setting: Setting) -> mf.Problem:
+    """Digits of all ten classes, one output each: ten nearly independent errors tighten the interval of the rate."""
+    data = mf.data.load("digits", samples=20, pool=2)
+    architecture = mf.Architecture(data.input_shape, (mf.Conv(3, padding=1, activation="tanh"),) * 2, "average", 10)
+    targets = torch.nn.functional.one_hot(torch.as_tensor(data.targets("softmax")).long(), 10).double()
+    return mf.Problem(architecture, data.inputs, targets, "squared", mf.Penalty()).to(device=setting.device)
+
+
+@lru_cache(maxsize=8)
+def _population(setting: Setting, law: int) -> mf.ParticleNetwork:
+    """The measure that starts are drawn from i.i.d.; another `law` has other random functions phi_r."""
+    problem = _limit_problem(setting)
+    return mf.ParticleNetwork.start(problem.architecture, (POPULATION,) * 2, problem.inputs, setting.generator(71, law), "low_rank")
+
+
+def _in_mean_field(problem: mf.Problem, network: mf.ParticleNetwork, steps: int) -> mf.ParticleNetwork:
+    for _ in range(steps):
+        network = _euler(problem, network, FLOW_STEP, _mean_field)
+    return network
+
+
+def _in_root_scaling(problem: mf.Problem, network: mf.ParticleNetwork, steps: int) -> mf.ParticleNetwork:
+    """F = m^(-1/2) sum u f trained at rates of order one: as particles, readout m^(1/2) u and kernels slower by 1/m."""
+    width = network.widths[-1]
+    network = mf.ParticleNetwork(network.architecture, network.masses, network.kernels, network.readout * math.sqrt(width))
+    slower = partial(_slower_kernels, factor=1 / width)
+    for _ in range(steps):
+        network = _euler(problem, network, FLOW_STEP, slower)
+    return network
+
+
+def _slower_kernels(network: mf.ParticleNetwork, move: Tangent, factor: float) -> Tangent:
+    return replace(move, kernels=[factor * w for w in move.kernels])
+
+
+@lru_cache(maxsize=64)
+def _runs(setting: Setting, width: int, law: int, dynamics: Dynamics) -> tuple[Tensor, Tensor]:
+    """Outputs (runs, N K) and random features of the last layer's measure (runs, D) at the end of runs of one width."""
+    problem, population = _limit_problem(setting), _population(setting, law)
+    steps, count = setting.either(12, 40), setting.either(10, 20)
+    outputs, embeddings = [], []
+    for run in range(count):
+        start = finite.sample(population, (width, width), setting.generator(72, width, run)).particles()
+        network = dynamics(problem, start, steps)
+        responses = network.responses(problem.inputs)
+        outputs.append(responses.output.flatten())
+        embeddings.append(_embedding(setting, responses.features[-1], network.masses[-1]))
+    return torch.stack(outputs), torch.stack(embeddings)
+
+
+def _embedding(setting: Setting, features: Tensor, masses: Tensor, count: int = 256) -> Tensor:
+    """Random Fourier features of a Gaussian kernel of bandwidth 1 in root mean square: squared distances of these are MMD^2."""
+    values = features.movedim(1, 0).flatten(1)  # one row per particle
+    directions = torch.randn(values.shape[1], count, generator=setting.generator(73), dtype=torch.float64).to(values)
+    phases = values @ directions / math.sqrt(values.shape[1])
+    return torch.cat([masses @ phases.cos(), masses @ phases.sin()]) / math.sqrt(count)
+
+
+def _approach(setting: Setting, dynamics: Dynamics, other_law: int = 0) -> Evidence:
+    """Rate of E|F_m - F_2m|^2 at equal flow time; the runs of width 2m start from `other_law`."""
+    widths = [4, 8, 16] if not setting.full else [8, 16, 32, 64]
+    outputs, features = [], []
+    for width in widths:
+        ours, theirs = _runs(setting, width, 0, dynamics), _runs(setting, 2 * width, other_law, dynamics)
+        outputs.append((ours[0] - theirs[0]).square().mean(1).tolist())
+        features.append((ours[1] - theirs[1]).square().sum(1).tolist())
+    fitted, low, high = slope(widths, outputs, setting.derived_seed(74))
+    rate, least, most = slope(widths, features, setting.derived_seed(75))
+    means = [float(np.mean(each)) for each in outputs]
+    text = (
+        f"E|F_m - F_2m|^2 falls from {means[0]:.2g} at m = {widths[0]} to {means[-1]:.2g} at {widths[-1]}, slope {fitted:.2f} ({low:.2f} to {high:.2f}); "
+        f"squared MMD of the last layer's features {rate:.2f} ({least:.2f} to {most:.2f}); {len(outputs[0])} runs per width"
+    )
+    x = [float(width) for width in widths]
+    series = (Series("E|F_m - F_2m|^2", x, means), Series("rate 1/m", x, [means[0] * x[0] / m for m in x], "dashed"))
+    return Evidence(high, text, len(outputs[0]) * len(widths), None, series)
+
+
+IDENTITY_THRESHOLD = 1e-5
+
+CLAIMS = (
+    Claim(
+        name="dissipation.identity",
+        statement="Along the flow dJ/dt is minus the squared speed in the metric.",
+        source=SOURCE,
+        statistic="largest |(J(t + h) - J(t) + h speed^2) / (h speed^2)|, extrapolated to h = 0 from four Euler steps that halve",
+        threshold=IDENTITY_THRESHOLD,
+        derivation="the error is a power series in h and up to 0.06 at the largest step: extrapolation over four steps leaves its fourth power, 1e-5",
+        limits="A smooth activation, no kernel at zero and exact arithmetic in t; the speed differentiates J independently of the flow's code.",
+        measure=lambda setting: _identity(setting, _mean_field),
+        controls={
+            "plain gradient, not divided by masses": lambda setting: _identity(setting, partial(_times_masses, power=1.0)),
+            "velocities in 1/sqrt(m) scaling": lambda setting: _identity(setting, partial(_times_masses, power=0.5)),
+            "too large a step": lambda setting: _identity(setting, _mean_field, TOO_LARGE),
+        },
+        axes=Axes("Euler step h", "relative error of the identity", "xy"),
+    ),
+    Claim(
+        name="dissipation.limit",
+        statement="Flows of widths m and 2m that start from the same measure approach each other at equal times as m grows.",
+        source=f"{SOURCE}; theory.md section 10",
+        statistic="upper end of the 95% bootstrap interval of the log-log slope of E|F_m - F_2m|^2 over m at the end of the flow",
+        threshold=-0.5,
+        derivation="Monte Carlo has the rate 1/m, slope -1, and no approach has slope 0: halfway between, fixed beforehand",
+        limits="Two tanh layers, one bounded flow time, explicit Euler at a fixed step; starts drawn i.i.d. from one measure.",
+        measure=lambda setting: _approach(setting, _in_mean_field),
+        controls={
+            "readout in 1/sqrt(m) scaling": lambda setting: _approach(setting, _in_root_scaling),
+            "width 2m starts from another measure": lambda setting: _approach(setting, _in_mean_field, other_law=1),
+        },
+        axes=Axes("width m", "E|F_m - F_2m|^2", "xy"),
+    ),
+)
