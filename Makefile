@@ -43,4 +43,4 @@ $(VENV)/.installed-test: $(PINS) $(VENV)/.created
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache demo
-	find meanfield tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+	find meanfield tests benchmarks theory_checks -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -6,7 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from meanfield import certificates, data, finite, measures, solvers
+    from meanfield import certificates, data, finite, measures, solvers, studies
     from meanfield.architecture import Architecture, Conv
     from meanfield.main_job import solve
     from meanfield.network import ParticleNetwork
@@ -36,6 +36,7 @@ __all__ = [
     "save_network",
     "solve",
     "solvers",
+    "studies",
 ]
 
 # Names are imported when they are first asked for (PEP 562): torch takes a second, and `meanfield --help` needs none of it.

@@ -296,8 +296,8 @@ def _lowest(setting: Setting, case: Case, depth: int, index: int) -> tuple[list[
     problem, base, floor = _settled(setting, case, depth, index)
     members = _members(problem, base, setting.generator(61, depth, index))
     values = [float(problem.value(member)) / floor for member in members]
-    best = sorted(range(len(members)), key=values.__getitem__)[: setting.either(1, 4)]
-    descents = [_descended(problem, members[k], setting.either(30, 400)) / floor for k in best]
+    best = sorted(range(len(members)), key=values.__getitem__)[: setting.either(1, 2)]
+    descents = [_descended(problem, members[k], setting.either(30, 100)) / floor for k in best]
     count = len(CONCENTRATIONS)
     return [min(pair) for pair in zip(values[:count], values[count:])], [values[-1], *descents]
 
@@ -309,14 +309,14 @@ def _rounds(setting: Setting, activation: str) -> list[float]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="the infimum over all measures")
         solved = mf.solvers.alternating.solve(
-            problem, start, rounds=8, flow_steps=600, later_steps=300, program_iterations=400, tolerance=1e-9, program_tolerance=1e-3
+            problem, start, rounds=6, flow_steps=300, later_steps=150, program_iterations=400, tolerance=1e-9, program_tolerance=1e-3
         )
     return [row["value"] for row in solved.history]
 
 
 def _floors(setting: Setting, cases: Sequence[Case]) -> Evidence:
     ratios, series, more = [], [], ""
-    for index in range(setting.either(2, 12)):
+    for index in range(setting.either(2, 4)):
         for case in cases:
             family, others = _lowest(setting, case, 2 + index % 2, index // 2)
             ratios.append(smallest(family + others))

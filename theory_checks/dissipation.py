@@ -105,8 +105,8 @@ def _identity(setting: Setting, rescaling: Rescaling, factor: float = 1.0) -> Ev
 # --- the limit ------------------------------------------------------------------------------------------------------
 
 POPULATION = 512
-FLOW_STEP = 0.5
-Dynamics = Callable[[mf.Problem, mf.ParticleNetwork, int], mf.ParticleNetwork]
+FLOW_STEP, FLOW_STEPS, ALIGNED = 0.5, 12, 20.0
+Dynamics = Callable[[mf.Problem, mf.ParticleNetwork], mf.ParticleNetwork]
 
 
 @lru_cache(maxsize=8)
@@ -120,40 +120,43 @@ def _limit_problem(setting: Setting) -> mf.Problem:
 
 @lru_cache(maxsize=8)
 def _population(setting: Setting, law: int) -> mf.ParticleNetwork:
-    """The measure that starts are drawn from i.i.d.; another `law` has other random functions phi_r."""
+    """The measure that starts are drawn from i.i.d.; law 1 adds ALIGNED times a particle's mean feature to its readout."""
     problem = _limit_problem(setting)
-    return mf.ParticleNetwork.start(problem.architecture, (POPULATION,) * 2, problem.inputs, setting.generator(71, law), "low_rank")
+    drawn = mf.ParticleNetwork.start(problem.architecture, (POPULATION,) * 2, problem.inputs, setting.generator(71), "low_rank")
+    mean = drawn.features(problem.inputs)[-1].mean((0, 2, 3))
+    return mf.ParticleNetwork(drawn.architecture, drawn.masses, drawn.kernels, drawn.readout + law * ALIGNED * mean, drawn.biases)
 
 
-def _in_mean_field(problem: mf.Problem, network: mf.ParticleNetwork, steps: int) -> mf.ParticleNetwork:
-    for _ in range(steps):
+def _in_mean_field(problem: mf.Problem, network: mf.ParticleNetwork) -> mf.ParticleNetwork:
+    for _ in range(FLOW_STEPS):
         network = _euler(problem, network, FLOW_STEP, _mean_field)
     return network
 
 
-def _in_root_scaling(problem: mf.Problem, network: mf.ParticleNetwork, steps: int) -> mf.ParticleNetwork:
-    """F = m^(-1/2) sum u f trained at rates of order one: as particles, readout m^(1/2) u and kernels slower by 1/m."""
+def _in_root_scaling(problem: mf.Problem, network: mf.ParticleNetwork) -> mf.ParticleNetwork:
+    """F = m^(-1/2) sum u f trained at rates of order one: as particles, readout m^(1/2) u and all else slower by 1/m."""
     width = network.widths[-1]
     network = mf.ParticleNetwork(network.architecture, network.masses, network.kernels, network.readout * math.sqrt(width))
-    slower = partial(_slower_kernels, factor=1 / width)
-    for _ in range(steps):
+    slower = partial(_slower_features, factor=1 / width)
+    for _ in range(FLOW_STEPS):
         network = _euler(problem, network, FLOW_STEP, slower)
     return network
 
 
-def _slower_kernels(network: mf.ParticleNetwork, move: Tangent, factor: float) -> Tangent:
-    return replace(move, kernels=[factor * w for w in move.kernels])
+def _slower_features(network: mf.ParticleNetwork, move: Tangent, factor: float) -> Tangent:
+    rates = [None if rate is None else factor * rate for rate in move.masses]
+    return replace(move, masses=rates, kernels=[factor * w for w in move.kernels])
 
 
 @lru_cache(maxsize=64)
 def _runs(setting: Setting, width: int, law: int, dynamics: Dynamics) -> tuple[Tensor, Tensor]:
     """Outputs (runs, N K) and random features of the last layer's measure (runs, D) at the end of runs of one width."""
     problem, population = _limit_problem(setting), _population(setting, law)
-    steps, count = setting.either(12, 40), setting.either(10, 20)
+    count = setting.either(10, 40)
     outputs, embeddings = [], []
     for run in range(count):
         start = finite.sample(population, (width, width), setting.generator(72, width, run)).particles()
-        network = dynamics(problem, start, steps)
+        network = dynamics(problem, start)
         responses = network.responses(problem.inputs)
         outputs.append(responses.output.flatten())
         embeddings.append(_embedding(setting, responses.features[-1], network.masses[-1]))

@@ -144,11 +144,11 @@ def _curvatures(setting: Setting, objective: Objective, least_depth: int = 1) ->
 def _adversary(setting: Setting, objective: Objective, least_depth: int = 1) -> Evidence:
     """Gradient ascent of the midpoint's rise over pairs of feasible points."""
     ratios, found_at, worst, shown = [], 0, None, ()
-    for instance, variables in enumerate(_cases(setting, 3, 18, least_depth)):
+    for instance, variables in enumerate(_cases(setting, 3, 12, least_depth)):
         function = objective(variables)
         rounding = variables.rounding if objective is _program else None
         search = convexity.falsify(
-            function, variables.sample, setting.either(750, 4000), seed=setting.derived_seed(23, instance), rounding=rounding
+            function, variables.sample, setting.either(750, 3000), seed=setting.derived_seed(23, instance), rounding=rounding
         )
         ratios.append(search.witness.violation / search.witness.rounding)
         found_at += search.falsified

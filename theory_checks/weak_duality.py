@@ -57,7 +57,7 @@ def _unrepaired(program: mf.ConvexProgram, optimal: Multipliers, moved: Multipli
 def _pairs(setting: Setting, bound: Bound) -> Evidence:
     """Every bound against the optimal value and against feasible points of all kinds; in units of rounding."""
     worst, at_optimum, total, beyond = [], [], 0, 0
-    for instance in range(setting.either(9, 90)):
+    for instance in range(setting.either(9, 45)):
         program, point, multipliers = _optimal(setting, instance)
         generator, variables = setting.generator(101, instance), ProgramVariables(program)
         vectors = [point.vector(), *(variables.sample(generator) for _ in range(11))]
