@@ -41,7 +41,10 @@ def test_segments_name_their_worst_line_and_replay_it():
     assert math.isclose(found.worst.replay(function), found.worst.violation, rel_tol=1e-12)
 
 
-@pytest.mark.parametrize("function", [lambda x: x.square().sum(), lambda x: x.abs().sum(), lambda x: x.square().sum().sqrt(), lambda x: x.exp().sum()])
+CONVEX = (lambda x: x.square().sum(), lambda x: x.abs().sum(), lambda x: x.square().sum().sqrt(), lambda x: x.exp().sum())
+
+
+@pytest.mark.parametrize("function", CONVEX)
 def test_convex_functions_pass_all_three(function):
     points = normal((6, 4), 5) + 0.1
     assert convexity.segments(function, points).convex

@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
@@ -123,6 +124,12 @@ def test_a_stored_verdict_is_taken_only_if_the_code_is_the_same(tmp_path, monkey
     assert next(runner.run(tasks, tmp_path, resume=True))["fresh"]
 
 
+def test_the_digest_of_a_claim_covers_its_own_file_and_the_frame():
+    assert runner.fingerprint("invariances.scale") == runner.fingerprint("invariances.particles") != runner.fingerprint("mixture")
+    for name in runner.FRAME:
+        assert (Path(runner.__file__).parent / f"{name}.py").exists()
+
+
 def test_the_command_writes_its_page_and_says_yes(tmp_path):
     result = CliRunner().invoke(app, ["--only", CHEAP, "--jobs", "1", "--seeds", "2", "--out", str(tmp_path)])
     assert result.exit_code == 0, result.output
@@ -142,8 +149,11 @@ def test_the_command_says_no_with_its_exit_status(monkeypatch):
 
 @pytest.mark.parametrize(
     ("options", "text"),
-    [(["--only", "nonsense"], "no such claim"), (["--resume"], "needs --out"), (["--device", "abacus"], "cannot be used"), (["--seeds", "0"], "--seeds")],
-)
+    [
+        (["--only", "nonsense"], "no such claim"), (["--resume"], "needs --out"), (["--device", "abacus"], "cannot be used"),
+        (["--seeds", "0"], "--seeds"),
+    ],
+)  # fmt: skip
 def test_wrong_options_are_named(options, text):
     result = CliRunner().invoke(app, options)
     assert result.exit_code == 2

@@ -19,7 +19,7 @@ LEGEND_LETTERS = 60
 
 def picture(record: Mapping[str, Any], axes: Axes) -> bytes:
     """PNG of a record."""
-    figure = Figure(figsize=(11, 4.4), layout="constrained")
+    figure = Figure(figsize=(11, 5), layout="constrained")
     FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2)
     measured = record["evidence"]["series"] if record["evidence"] else []
@@ -64,7 +64,7 @@ def _draw(panel: Any, series: list[dict[str, Any]], title: str, axes: Axes) -> N
         panel.set_yscale("symlog", linthresh=1)
     panel.grid(alpha=0.3)
     if series or axes.level is not None:
-        panel.legend(fontsize=8)
+        panel.legend(fontsize=7.5, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2, frameon=False)
 
 
 def _wide(series: list[dict[str, Any]]) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from meanfield.storage import write_atomically
 from theory_checks.catalogue import claim
 from theory_checks.claim import Setting, Verdict, judge
 
+FRAME = ("claim", "statistics", "rounding", "instances")
 Record = dict[str, Any]
 Task = tuple[str, Setting]
 
@@ -30,17 +32,16 @@ def run(tasks: Sequence[Task], directory: Path | None = None, jobs: int = 1, res
 
     A stored record counts only if it was made by the same code.
     """
-    code = fingerprint()
     waiting = []
     for task in tasks:
-        stored = _stored(directory, task, code) if resume and directory is not None else None
+        stored = _stored(directory, task) if resume and directory is not None else None
         if stored is None:
             waiting.append(task)
         else:
             yield stored
     finished: Any = Parallel(n_jobs=jobs, return_as="generator_unordered")(delayed(_measure)(task, directory) for task in waiting)
     for record in finished:
-        record["code"] = code
+        record["code"] = fingerprint(record["name"])
         if directory is not None:
             write_atomically(_record_path(directory, record["name"], record["seed"], record["full"]), to_json(record))
         yield record
@@ -71,18 +72,20 @@ def _record_path(directory: Path, name: str, seed: int, full: bool) -> Path:
     return directory / "verdicts" / f"{name}.{'full' if full else 'quick'}.{seed}.json"
 
 
-def _stored(directory: Path, task: Task, code: str) -> Record | None:
+def _stored(directory: Path, task: Task) -> Record | None:
     path = _record_path(directory, task[0], task[1].seed, task[1].full)
     if not path.exists():
         return None
     record = json.loads(path.read_text())
-    return record if record.get("code") == code and record.get("device") == task[1].device else None
+    return record if record.get("code") == fingerprint(task[0]) and record.get("device") == task[1].device else None
 
 
-def fingerprint() -> str:
-    """A digest of the library's and the checks' sources."""
+@cache
+def fingerprint(name: str) -> str:
+    """A digest of the sources that a claim's verdict depends on: the library, the frame of measurements and the claim's own file."""
+    own = Path(__file__).parent
+    paths = [*sorted(Path(meanfield.__file__).parent.rglob("*.py")), *(own / f"{module}.py" for module in (*FRAME, name.split(".")[0]))]
     digest = hashlib.sha256()
-    for folder in (Path(meanfield.__file__).parent, Path(__file__).parent):
-        for path in sorted(folder.rglob("*.py")):
-            digest.update(path.read_bytes())
+    for path in paths:
+        digest.update(path.read_bytes())
     return digest.hexdigest()[:16]

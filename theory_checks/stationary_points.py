@@ -89,7 +89,7 @@ def _two_layers(setting: Setting, number: int, widths: tuple[int, int], moving: 
             program_iterations=setting.either(100, 1000), seed=setting.seed,
         )  # fmt: skip
         return solved.value, solved.value
-    trained = mf.solvers.flow.solve(problem, start, masses=False, steps=2 * steps)
+    trained = mf.solvers.flow.solve(problem, start, masses=False, steps=steps)
     program = mf.ConvexProgram.freeze(problem, trained.network)
     return trained.value, min(trained.value, mf.solvers.splitting.solve(program, 1e-3, max_iterations=setting.either(300, 2000)).value)
 
@@ -97,6 +97,7 @@ def _two_layers(setting: Setting, number: int, widths: tuple[int, int], moving: 
 def _against_best(setting: Setting, widths: tuple[int, int], moving: bool) -> Evidence:
     count = setting.either(2, 4)
     reached = [_two_layers(setting, number, WIDTHS, True)[0] for number in range(count)]
+    count = count if moving else 2 * count
     ends = [_two_layers(setting, number, widths, moving) for number in range(count)]
     best = min(reached)
     excesses = [value / best - 1 for value, _ in ends]
