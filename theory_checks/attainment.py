@@ -336,7 +336,7 @@ def _lacking(bounds: str, floor: str) -> tuple[Case, ...]:
 
 UNBOUNDED = (("relu",), ("gelu",), ("softplus",), ("tanh", "relu"), ("relu", "identity"))
 GROWING = (("relu",), ("gelu",), ("softplus",), ("relu", "identity"))  # the amplitude bound leaves only z to grow: not behind a tanh
-SOURCE = "theory.md section 4.3; exponents derived in this file"
+SOURCE = "docs/theory.md, section 4.3; exponents derived in this file"
 RATE = {
     "statistic": "largest |fitted slope of log J over log e - derived power|, in units of what the remainders allow",
     "threshold": 1.0,
@@ -392,7 +392,7 @@ CLAIMS = (
             "With tanh on the last layer, or with both bounds, |f^L| <= D and no network gets below J = lambda_u / (D^2 + 2 lambda_u) "
             "(targets of size 1): the families that send J to zero, and descents from them, stay above."
         ),
-        source="theory.md section 4.3; |F| <= D int |u| and Cauchy-Schwarz",
+        source="docs/theory.md, section 4.3; |F| <= D int |u| and Cauchy-Schwarz",
         statistic="least J / floor over both families of concentration (e from 1 to 1e-36, best readout at each), a saturated network, and descents",
         threshold=1.0,
         derivation=(

@@ -91,7 +91,7 @@ CLAIMS = (
     Claim(
         name="change_of_variables",
         statement="Network -> program variables -> network keeps value, output and features.",
-        source="theory.md section 3; Fang et al. 2019, section 4",
+        source="docs/theory.md, section 3; Fang et al. 2019, section 4",
         statistic="largest change of value, output or features over random networks, in rounding bounds",
         threshold=1.0,
         derivation="running error bound of every quantity in float64; 1 means that rounding alone explains the change",

@@ -74,7 +74,7 @@ CLAIMS = (
     Claim(
         name="degeneracy",
         statement="With the source outside, nothing flows out of features without mass: the optimum of the program is a network.",
-        source="theory.md sections 2 and 3",
+        source="docs/theory.md, sections 2 and 3",
         statistic="largest outflow sum_j |W_ij| of a source at the optimum, over sqrt(J p_i / lambda_s)",
         threshold=1.0,
         derivation=(

@@ -19,7 +19,7 @@ from theory_checks.claim import Axes, Claim, Evidence, Series, Setting
 from theory_checks.instances import random_network, random_problem
 from theory_checks.statistics import largest, slope
 
-SOURCE = "theory.md section 6; Chizat & Bach 2018; Fang et al. 2021"
+SOURCE = "docs/theory.md, section 6; Chizat & Bach 2018; Fang et al. 2021"
 Rescaling = Callable[[mf.ParticleNetwork, Tangent], Tangent]
 
 
@@ -198,7 +198,10 @@ CLAIMS = (
         source=SOURCE,
         statistic="largest |(J(t + h) - J(t) + h speed^2) / (h speed^2)|, extrapolated to h = 0 from four Euler steps that halve",
         threshold=IDENTITY_THRESHOLD,
-        derivation="the error is a power series in h and up to 0.06 at the largest step: extrapolation over four steps leaves its fourth power, 1e-5",
+        derivation=(
+            "the error is a power series in h and a few per cent at the largest step; extrapolation over four steps leaves about its "
+            "fourth power"
+        ),
         limits="A smooth activation, no kernel at zero and exact arithmetic in t; the speed differentiates J independently of the flow's code.",
         measure=lambda setting: _identity(setting, _mean_field),
         controls={
@@ -211,7 +214,7 @@ CLAIMS = (
     Claim(
         name="dissipation.limit",
         statement="Flows of widths m and 2m that start from the same measure approach each other at equal times as m grows.",
-        source=f"{SOURCE}; theory.md section 10",
+        source=f"{SOURCE}; docs/theory.md, section 10",
         statistic="upper end of the 95% bootstrap interval of the log-log slope of E|F_m - F_2m|^2 over m at the end of the flow",
         threshold=-0.5,
         derivation="Monte Carlo has the rate 1/m, slope -1, and no approach has slope 0: halfway between, fixed beforehand",

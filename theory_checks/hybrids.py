@@ -186,7 +186,7 @@ CLAIMS = (
         statement=(
             "Networks fitted to features drawn in shares p and 1 - p from two trained networks meet no barrier beyond the cost of resampling one."
         ),
-        source="Gu et al. 2020, hybrid networks; experiments.md section A",
+        source="Gu et al. 2020, hybrid networks",
         statistic=(
             "mean over draws and pairs of the largest rise of the training loss above the chord between p = 0 and 1 (in units of the chord), upper "
             "95% bootstrap limit, over the 95% quantile of that rise where both shares are drawn from ONE network"

@@ -108,7 +108,7 @@ CLAIMS = (
     Claim(
         name="invariances.particles",
         statement="Permuting particles, splitting one into clones that share its mass, and merging clones change neither F nor J.",
-        source="theory.md section 6",
+        source="docs/theory.md, section 6",
         statistic="largest change of output or value over random networks, in rounding bounds",
         threshold=1.0,
         derivation="running error bounds of both networks",
@@ -120,7 +120,7 @@ CLAIMS = (
     Claim(
         name="invariances.scale",
         statement="One ReLU layer: scaling z up and u down changes neither F nor the balanced J, which sees p |z| |u| only.",
-        source="theory.md section 4.4; Bach 2017, section 2",
+        source="docs/theory.md, section 4.4; Bach 2017, section 2",
         statistic="largest change of the output or of the balanced value, in rounding bounds",
         threshold=1.0,
         derivation="running error bounds of both networks",

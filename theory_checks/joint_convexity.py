@@ -20,7 +20,7 @@ from theory_checks.instances import random_network, random_problem
 from theory_checks.statistics import largest, share_text
 
 WIDTHS = ((6,), (7, 4), (5, 4, 3))
-SOURCE = "theory.md section 3; Fang et al. 2019, section 4; Gu et al. 2020, theorem 1"
+SOURCE = "docs/theory.md, section 3; Fang et al. 2019, section 4; Gu et al. 2020, section 4"
 Penalty = Callable[[Tensor, Tensor, Tensor], Tensor]  # (|W_ij| (targets, sources), source masses, target masses) -> term
 
 

@@ -94,7 +94,7 @@ CLAIMS = (
     Claim(
         name="mixture",
         statement="Along the straight line of measures between two trained networks, of any widths, J stays below its chord.",
-        source="theory.md section 6; Fang et al. 2019, section 4",
+        source="docs/theory.md, section 6; Fang et al. 2019, section 4",
         statistic="largest rise of J above the chord, in rounding bounds",
         threshold=1.0,
         derivation="running error bounds of the three values",

@@ -78,7 +78,7 @@ CLAIMS = (
     Claim(
         name="one_layer_relation",
         statement="For one ReLU layer, minimising over masses and scales leaves mean loss + 2 sqrt(lambda_1 lambda_u) TV.",
-        source="theory.md sections 4.4 and 8; Bach 2017, section 2; Pilanci & Ergen 2020",
+        source="docs/theory.md, sections 4.4 and 8; Bach 2017, section 2; Pilanci & Ergen 2020",
         statistic="largest relative difference of the particles' J from the exact optimum of the relation, over data sets",
         threshold=THRESHOLD,
         derivation="the alternation stops within 1e-5 of its lower bound over all measures, the exact solver within 1e-6",

@@ -9,7 +9,7 @@ from theory_checks.claim import Axes, Claim, Evidence, Series, Setting
 from theory_checks.instances import digits_problem, random_start
 from theory_checks.statistics import largest
 
-SOURCE = "theory.md sections 4.2, 7 and 8; Gu et al. 2020, theorem 1; Chizat & Bach 2018"
+SOURCE = "docs/theory.md, sections 4.2, 7 and 8; Gu et al. 2020, section 4; Chizat & Bach 2018"
 
 # --- one layer, against the exact optimum ---------------------------------------------------------------------------
 
@@ -70,43 +70,80 @@ def _small_starts(setting: Setting) -> list[tuple[int, int]]:
     return [(SMALL, number) for number in range(setting.either(2, 10))]
 
 
-# --- two layers, against the best value known -----------------------------------------------------------------------
+# --- two layers, against the best value known and the bound over all measures ---------------------------------------
 
-WIDTHS, SMALL_WIDTHS = (24, 12), (4, 2)
-REBORN = (8, 4)
-SHARE = 0.25
+WIDTHS, SMALL_WIDTHS = ((8, 5), (16, 10), (32, 20)), ((2, 2), (3, 2))
+SHARE = 0.1
+NEW_FEATURES, GROWTH_STEPS = 8, 400
+Ends = dict[tuple[int, int], list[float]]
 
 
-@lru_cache(maxsize=64)
-def _two_layers(setting: Setting, number: int, widths: tuple[int, int], moving: bool) -> tuple[float, float]:
-    """(value at the end, what the program frozen there reaches)."""
-    problem = digits_problem(setting, 2, samples=setting.either(6, 12))
-    start = random_start(problem, widths, setting.derived_seed(41, number))
-    steps = setting.either(200, 1500)
-    if moving:
+@lru_cache(maxsize=4)
+def _two_layers(setting: Setting) -> mf.Problem:
+    """Real digits 3 against 5, averaged to 2x2 pixels."""
+    return digits_problem(setting, 2, samples=8, pool=4, penalty=mf.Penalty(source=3e-3, readout=5e-3, input=2e-3))
+
+
+@lru_cache(maxsize=8)
+def _ends(setting: Setting, moving: bool) -> Ends:
+    """J at the end of every start, by widths: masses that move, or equal ones that stay at small widths."""
+    problem, moved = _two_layers(setting), WIDTHS if setting.full else WIDTHS[::2]
+    widths = moved if moving else SMALL_WIDTHS
+    return {each: [_flowed(setting, problem, each, number, moving) for number in range(setting.either(2, 8))] for each in widths}
+
+
+def _flowed(setting: Setting, problem: mf.Problem, widths: tuple[int, int], number: int, moving: bool) -> float:
+    start = random_start(problem, widths, setting.derived_seed(43, number, *widths))
+    return mf.solvers.flow.solve(problem, start, masses=moving, steps=setting.either(800, 2000)).value
+
+
+def _against_best(setting: Setting, moving: bool) -> Evidence:
+    """The excess over the lowest value of any run, moving or not; it is the largest of these widths that counts."""
+    best = min(value for each in (True, False) for values in _ends(setting, each).values() for value in values)
+    found = {widths: [value / best - 1 for value in values] for widths, values in _ends(setting, moving).items()}
+    counted = list(found.values())[-1]
+    beyond = sum(excess > SHARE for excess in counted)
+    told = ", ".join(f"{min(e):.1%} to {max(e):.1%} at widths {widths}" for widths, e in found.items())
+    text = f"{len(counted)} starts at each width end above the best value known ({best:.5f}) by {told}"
+    series = [Series(f"widths {w}", [float(k) for k in range(len(e))], [max(v, 1e-4) for v in sorted(e)], "points") for w, e in found.items()]
+    return Evidence(largest(counted), text, len(counted), beyond, tuple(series))
+
+
+@lru_cache(maxsize=8)
+def _grown_wider(setting: Setting) -> list[tuple[mf.Solution, float]]:
+    """Alternations of flow, program and search from narrow starts (quick: wide ones), each with the bound of its last search."""
+    problem, widths, found = _two_layers(setting), WIDTHS[0] if setting.full else WIDTHS[-1], []
+    for number in range(setting.either(1, 4)):
+        start = random_start(problem, widths, setting.derived_seed(44, number))
         solved = mf.solvers.alternating.solve(
-            problem, start, rounds=setting.either(2, 4), flow_steps=steps, later_steps=steps, tolerance=STOPPING, clones=REBORN,
-            program_iterations=setting.either(100, 1000), seed=setting.seed,
+            problem, start, rounds=setting.either(2, 6), tolerance=1e-3, flow_steps=GROWTH_STEPS, later_steps=GROWTH_STEPS // 4,
+            program_tolerance=5e-3, program_iterations=200, grow=NEW_FEATURES, seed=setting.seed + number,
         )  # fmt: skip
-        return solved.value, solved.value
-    trained = mf.solvers.flow.solve(problem, start, masses=False, steps=steps)
-    program = mf.ConvexProgram.freeze(problem, trained.network)
-    return trained.value, min(trained.value, mf.solvers.splitting.solve(program, 1e-3, max_iterations=setting.either(300, 2000)).value)
+        found.append((solved, solved.history[-1]["search_bound"]))
+    return found
 
 
-def _against_best(setting: Setting, widths: tuple[int, int], moving: bool) -> Evidence:
-    count = setting.either(2, 4)
-    reached = [_two_layers(setting, number, WIDTHS, True)[0] for number in range(count)]
-    count = count if moving else 2 * count
-    ends = [_two_layers(setting, number, widths, moving) for number in range(count)]
-    best = min(reached)
-    excesses = [value / best - 1 for value, _ in ends]
-    gains = [1 - own / value for value, own in ends]
-    text = f"{min(excesses):.1%} to {max(excesses):.1%} above the best value known, {best:.5f}, over {count} starts of widths {widths}"
-    if not moving:
-        text += f"; the convex program of their own features lowers them by {min(gains):.1%} to {max(gains):.1%}"
-    series = Series("value at the end", [float(i) for i in range(count)], sorted(value for value, _ in ends), "points")
-    return Evidence(largest(excesses), text, count, sum(excess > SHARE for excess in excesses), (series,))
+def _against_bound(setting: Setting) -> Evidence:
+    runs = _grown_wider(setting)
+    found = [solved.value / bound - 1 for solved, bound in runs]
+    text = "; ".join(
+        f"J from {solved.history[0]['value']:.5f} to {solved.value:.5f} in {len(solved.history)} rounds, widths {solved.network.widths}, "
+        f"against {bound:.5f}, the best of {solved.history[-1]['search_starts']} starts" for solved, bound in runs
+    )  # fmt: skip
+    series = tuple(
+        Series(f"start {k}", [float(row["round"]) for row in solved.history], [row["value"] / bound - 1 for row in solved.history])
+        for k, (solved, bound) in enumerate(runs)
+    )
+    return Evidence(largest(found), text, len(found), sum(excess > SHARE for excess in found), series)
+
+
+def _ends_against_bound(setting: Setting) -> Evidence:
+    """Equal fixed masses at small widths, against the highest bound of the runs with growth."""
+    bound = max(bound for _, bound in _grown_wider(setting))
+    found = [value / bound - 1 for values in _ends(setting, False).values() for value in values]
+    text = f"{min(found):.1%} to {max(found):.1%} above the bound, {len(found)} runs"
+    series = (Series("equal fixed masses", [float(k) for k in range(len(found))], sorted(found), "points"),)
+    return Evidence(largest(found), text, len(found), sum(excess > SHARE for excess in found), series)
 
 
 CLAIMS = (
@@ -126,15 +163,33 @@ CLAIMS = (
         axes=Axes("width of the start", "(J - optimum) / optimum", "xy"),
     ),
     Claim(
-        name="stationary_points.two_layers",
-        statement="Two tanh layers: with moving masses, convex programs and reborn particles, the starts end close to each other.",
+        name="stationary_points.width",
+        statement="Two tanh layers: with moving masses the ends of different starts draw together with the width, to within a tenth of the best J.",
         source=SOURCE,
-        statistic="largest (J - best) / best over starts; best is the lowest value that any of these runs reached",
+        statistic="largest (J - best) / best over the starts of the largest width; best is the lowest value of any run, the control's included",
         threshold=SHARE,
-        derivation="a definition: within a quarter of the best value known",
-        limits="No optimum is known here: all starts may lie above it. A finite number of rounds, one data set.",
-        measure=lambda setting: _against_best(setting, WIDTHS, True),
-        controls={"equal fixed masses, small widths": lambda setting: _against_best(setting, SMALL_WIDTHS, False)},
-        axes=Axes("start, sorted", "J at the end"),
+        derivation="a definition, made after a first look: a tenth of J, which small networks with fixed masses miss by several tenths",
+        limits=(
+            "Starts do not end at one value: the limit of a flow is optimal for its own features only, and a narrow start can stay 30% above the "
+            "others. How wide is wide enough is not known in advance."
+        ),
+        measure=lambda setting: _against_best(setting, True),
+        controls={"equal fixed masses, small widths": lambda setting: _against_best(setting, False)},
+        axes=Axes("start, sorted", "(J - best) / best", "y", SHARE, "a tenth"),
+    ),
+    Claim(
+        name="stationary_points.growth",
+        statement="Two tanh layers: with growth every start ends within a tenth of the lower bound over all measures.",
+        source=SOURCE,
+        statistic="largest (J - bound) / bound; the bound over all measures comes from the best of many ascents",
+        threshold=SHARE,
+        derivation="a definition: a tenth, as in stationary_points.width; what is missed is the statistic",
+        limits=(
+            "The bound is not proven: with two layers the search for features is itself not convex, and bounds of 256 starts have been seen "
+            "4% above a J that another run reached. One data set of 2x2 pixels."
+        ),
+        measure=_against_bound,
+        controls={"equal fixed masses, small widths": _ends_against_bound},
+        axes=Axes("round (control: run)", "(J - bound) / bound", "y", SHARE, "a tenth"),
     ),
 )

@@ -80,7 +80,7 @@ CLAIMS = (
     Claim(
         name="weak_duality",
         statement="Any multipliers, once repaired, give a lower bound of the program: it never lies above a feasible value.",
-        source="theory.md section 5",
+        source="docs/theory.md, section 5",
         statistic="largest (lower bound - value) over random pairs, in rounding bounds of the value",
         threshold=1.0,
         derivation="running error bound of the value, twice (the bound is summed from as many terms)",

@@ -134,7 +134,7 @@ CLAIMS = (
     Claim(
         name="weight_nonconvexity.barriers",
         statement="J is not convex in the weights: it rises between a trained network and a permuted copy of it, or another trained one.",
-        source="theory.md sections 3 and 4.1",
+        source="docs/theory.md, sections 3 and 4.1",
         statistic="least, over problems, of the largest rise of J above the chord of a line, in rounding bounds",
         threshold=1.0,
         at_least=True,
@@ -147,7 +147,7 @@ CLAIMS = (
     Claim(
         name="weight_nonconvexity.curvature",
         statement="The Hessian of J in the weights has a negative eigenvalue at random starts and midway between permuted copies.",
-        source="theory.md sections 3 and 4.1",
+        source="docs/theory.md, sections 3 and 4.1",
         statistic="least, over points, of minus the smallest eigenvalue (autograd products, float64), in units of its rounding",
         threshold=1.0,
         at_least=True,

@@ -84,7 +84,7 @@ CLAIMS = (
     Claim(
         name="zero_gap",
         statement="Where the flow comes to rest with positive masses, its convex program has nothing left to gain.",
-        source="theory.md sections 5 and 7; Fang et al. 2019, section 5",
+        source="docs/theory.md, sections 4.2, 5 and 7; Fang et al. 2019, section 5",
         statistic="largest (J - dual value of the program frozen there) / J at the end of the flow",
         threshold=THRESHOLD,
         derivation="a definition: certified to 1e-4 of J. Convexity bounds the excess by the metric speed left times the distance to the optimum",

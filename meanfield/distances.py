@@ -1,0 +1,356 @@
+"""Distances between feature measures: optimal transport, maximum mean discrepancy, moments, kernel alignment, null bands.
+
+A feature is the vector x in R^D of its values over fixed probe inputs and positions; a layer is a measure sum_i p_i
+delta_{x_i} on such vectors.  Vectors are measured by their root mean square |x| / sqrt(D), so that every distance here
+has the unit of one feature value and does not grow with the number of probes.  Sums are taken in float64.
+
+    >>> import torch
+    >>> from meanfield.distances import FeatureMeasure, wasserstein
+    >>> here = FeatureMeasure.uniform(torch.tensor([[0.0, 0.0], [1.0, 1.0]]))
+    >>> round(wasserstein(here, FeatureMeasure.uniform(here.values + 3)), 6)
+    3.0
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from meanfield.measures import normal
+from meanfield.network import MASS_TOLERANCE, ParticleNetwork
+from meanfield.validation import finite, integer, positive, shaped
+
+if TYPE_CHECKING:
+    from meanfield.finite.network import FiniteCNN
+
+EXACT_PARTICLES = 2000  # exact transport takes about 2 s there
+SIMPLEX_PIVOTS = 10**8  # no limit in practice: Gaussian clouds of 2,000 particles need fewer than 10^5
+BANDWIDTH_MULTIPLES = (0.5, 1.0, 2.0)  # of the median distance
+COINCIDENT = 1e-13  # squared distances below this share of |x|^2 + |y|^2 are rounding of their difference
+CONSTANT = 32  # units of rounding of the largest value: a feature that varies by less does not vary
+
+
+@dataclass(frozen=True, eq=False)
+class FeatureMeasure:
+    """The features of one layer on probes: values (M, D), one row per feature, and masses (M,) that sum to one."""
+
+    values: Tensor
+    masses: Tensor
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.values, Tensor) or self.values.ndim != 2 or self.values.numel() == 0:
+            came = f"shape {tuple(self.values.shape)}" if isinstance(self.values, Tensor) else type(self.values).__name__
+            raise ValueError(f"values must be a tensor (M, D) of M >= 1 features on D >= 1 probes, got {came}")
+        shaped(self.masses, (self.size,), "masses")
+        kinds = {(each.dtype, each.device) for each in (self.values, self.masses)}
+        if len(kinds) != 1 or self.values.dtype not in MASS_TOLERANCE:
+            raise ValueError(f"values and masses must share one dtype, float32 or float64, and one device; got {sorted(map(str, kinds))}")
+        finite(self.values, "values")
+        low, total = float(finite(self.masses, "masses").min()), float(self.masses.sum())
+        if low < 0 or abs(total - 1) > MASS_TOLERANCE[self.masses.dtype]:
+            raise ValueError(f"masses have the least entry {low:g} and the sum {total:.10g}; they must be at least 0 and sum to 1")
+
+    @classmethod
+    def uniform(cls, values: Tensor) -> FeatureMeasure:
+        """Equal masses on the rows of values (M, D)."""
+        return cls(values, values.new_full(values.shape[:1], 1 / max(len(values), 1)))
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, network: ParticleNetwork | FiniteCNN, inputs: Tensor, layer: int, *, preactivations: bool = False) -> FeatureMeasure:
+        """f^l, or g^l with `preactivations`, of layer l (counted from 0) on inputs (N, C_0, H, W); D = N x positions."""
+        particles = network if isinstance(network, ParticleNetwork) else network.particles()
+        depth = particles.architecture.depth
+        if integer(layer, "layer", minimum=0) >= depth:
+            raise ValueError(f"layer={layer} is not one of the {depth} layers; they are counted from 0")
+        responses = particles.responses(particles._accept(inputs))
+        maps = responses.preactivations if preactivations else responses.features  # (N, M, H, W) per layer
+        return cls(maps[layer].transpose(0, 1).flatten(1), particles.masses[layer])
+
+    @property
+    def size(self) -> int:
+        """M, the number of particles."""
+        return self.values.shape[0]
+
+    @property
+    def dimension(self) -> int:
+        """D, the number of probe values."""
+        return self.values.shape[1]
+
+    def __repr__(self) -> str:
+        return f"FeatureMeasure(size={self.size}, dimension={self.dimension}, dtype={self.values.dtype}, device={self.values.device})"
+
+    def select(self, keep: Tensor) -> FeatureMeasure:
+        """The particles with the given indices, masses divided by their sum."""
+        masses = self.masses[keep]
+        return FeatureMeasure(self.values[keep], masses / masses.sum())
+
+    def standardised(self) -> FeatureMeasure:
+        """Each feature with mean 0 and root mean square 1 over the probes; features that are constant become 0.
+
+        The squared distance of two features is then 2 (1 - their correlation): offset and scale of a feature no longer
+        count, its sign does.
+        """
+        centred = _centred(self.values)
+        deviation = centred.square().mean(1, keepdim=True).sqrt()
+        return FeatureMeasure((centred / deviation.where(deviation > 0, 1.0)).to(self.values), self.masses)
+
+    def double(self) -> tuple[Tensor, Tensor]:
+        """Values and masses in float64, masses summing to one in it."""
+        masses = self.masses.detach().double()
+        return self.values.detach().double(), masses / masses.sum()
+
+
+Distance = Callable[[FeatureMeasure, FeatureMeasure], float]
+
+
+def _rounding(values: Tensor) -> Tensor:
+    """(..., D) -> (...): spreads up to here are rounding of constant values."""
+    return CONSTANT * torch.finfo(values.dtype).eps * values.abs().amax(-1).double()
+
+
+def _centred(values: Tensor) -> Tensor:
+    """Rows less their means, in float64; constant rows are exactly 0.  (M, D) -> (M, D)."""
+    centred = values.detach().double() - values.detach().double().mean(1, keepdim=True)
+    varies = centred.square().mean(1).sqrt() > _rounding(values.detach())
+    return centred * varies[:, None]
+
+
+def _check_pair(a: FeatureMeasure, b: FeatureMeasure) -> None:
+    if a.dimension != b.dimension:
+        raise ValueError(f"a has {a.dimension} probe values per feature and b has {b.dimension}; evaluate both on the same probes")
+    if a.values.device != b.values.device:
+        raise ValueError(f"a is on {a.values.device} and b on {b.values.device}; move one of them")
+
+
+def _squared_distances(x: Tensor, y: Tensor) -> Tensor:
+    """|x_i - y_j|^2 / D, (M, D), (M', D) -> (M, M'); vectors that agree to 3e-7 of their spread are at distance 0."""
+    centre = x.mean(0)  # a common offset would be lost in the difference of squares
+    x, y = x - centre, y - centre
+    sizes = x.square().sum(1)[:, None] + y.square().sum(1)
+    squared = sizes - 2 * x @ y.T
+    return squared.where(squared > COINCIDENT * sizes, 0.0) / x.shape[1]
+
+
+def wasserstein(a: FeatureMeasure, b: FeatureMeasure, p: float = 2) -> float:
+    """W_p(a, b) = ( min over couplings of E (|x - y| / sqrt(D))^p )^(1/p), exact up to rounding, p >= 1.
+
+    A linear program, solved by the network simplex method for any masses; at most EXACT_PARTICLES particles each.
+    """
+    if positive(p, "p") < 1:
+        raise ValueError(f"p={p!r} must be at least 1: below, W_p is no distance")
+    _check_pair(a, b)
+    for name, measure in (("a", a), ("b", b)):
+        if measure.size > EXACT_PARTICLES:
+            raise ValueError(f"{name} has {measure.size} particles, exact transport takes {EXACT_PARTICLES}; use sliced_wasserstein")
+    import ot  # takes seconds to import
+
+    (x, masses_x), (y, masses_y) = a.double(), b.double()
+    cost = _squared_distances(x, y) ** (p / 2)
+    least: Any = ot.emd2(masses_x.cpu().numpy(), masses_y.cpu().numpy(), cost.cpu().numpy(), numItermax=SIMPLEX_PIVOTS)
+    return max(float(least), 0.0) ** (1 / p)
+
+
+@dataclass(frozen=True)
+class SlicedWasserstein:
+    """squared: the mean over random directions of W_2^2 of the projections; squared_error: its standard error."""
+
+    squared: float
+    squared_error: float
+
+    @property
+    def value(self) -> float:
+        """The distance, the square root of `squared`."""
+        return math.sqrt(self.squared)
+
+    @property
+    def error(self) -> float:
+        """Standard error of `value` to first order."""
+        return self.squared_error / (2 * self.value) if self.squared > 0 else 0.0
+
+
+def sliced_wasserstein(a: FeatureMeasure, b: FeatureMeasure, *, generator: torch.Generator, projections: int = 1000) -> SlicedWasserstein:
+    """SW_2^2 = mean over unit vectors theta of W_2^2 between the laws of <theta, x> and <theta, y> (Bonneel et al. 2015).
+
+    Unit vectors make D E <theta, v>^2 = |v|^2, so that this has the unit of `wasserstein` without a further factor:
+    SW_2 <= W_2, with equality for a shift.  `squared` is unbiased over the directions, which `generator` draws.
+    Memory: projections x (M + M') numbers.
+    """
+    _check_pair(a, b)
+    (x, masses_x), (y, masses_y) = a.double(), b.double()
+    directions = _directions(a.dimension, integer(projections, "projections", minimum=2), generator, x)
+    costs = _transport_on_lines(directions @ x.T, masses_x, directions @ y.T, masses_y)
+    return SlicedWasserstein(float(costs.mean()), float(costs.std()) / math.sqrt(projections))
+
+
+def _directions(dimension: int, count: int, generator: torch.Generator, like: Tensor) -> Tensor:
+    """Uniform on the unit sphere, (count, D)."""
+    return torch.nn.functional.normalize(normal((count, dimension), generator, like), dim=1)
+
+
+def _transport_on_lines(x: Tensor, p: Tensor, y: Tensor, q: Tensor) -> Tensor:
+    """W_2^2 on the line, int_0^1 (quantile of x - quantile of y)^2 du, for each of R rows: (R, M), (M,), (R, M'), (M',) -> (R,)."""
+    (x, order_x), (y, order_y) = x.sort(1), y.sort(1)
+    levels_x, levels_y = p[order_x].cumsum(1), q[order_y].cumsum(1)
+    levels = torch.cat([levels_x, levels_y], 1).sort(1).values  # both quantile functions are constant in between
+    gaps = x.gather(1, _reach(levels_x, levels)) - y.gather(1, _reach(levels_y, levels))
+    return (levels.diff(dim=1, prepend=levels.new_zeros(len(levels), 1)) * gaps.square()).sum(1)
+
+
+def _reach(cumulated: Tensor, levels: Tensor) -> Tensor:
+    """The first index at which the cumulated masses reach each level; the last one where rounding keeps them below."""
+    return torch.searchsorted(cumulated, levels).clamp_max(cumulated.shape[1] - 1)
+
+
+@dataclass(frozen=True)
+class MMD:
+    """Squared maximum mean discrepancies and the bandwidths they belong to, in units of a feature value."""
+
+    bandwidths: tuple[float, ...]
+    squared: tuple[float, ...]
+
+    @property
+    def values(self) -> tuple[float, ...]:
+        """The distances; 0 where an unbiased estimate of the square is negative."""
+        return tuple(math.sqrt(max(square, 0.0)) for square in self.squared)
+
+
+def mmd(a: FeatureMeasure, b: FeatureMeasure, bandwidths: Sequence[float] | None = None, *, unbiased: bool = False) -> MMD:
+    """MMD^2 = E k(x, x') + E k(y, y') - 2 E k(x, y) with k(x, y) = exp(-|x - y|^2 / (2 s^2 D)), per bandwidth s.
+
+    By default the distance of the two measures themselves (a V-statistic), at least 0.  `unbiased`: without the pairs of
+    a particle with itself (Gretton et al. 2012, Lemma 6, for equal masses), a U-statistic whose expectation is MMD^2 of
+    the laws that the particles were drawn from independently, whatever their fixed masses; it can be negative.
+    bandwidths None takes BANDWIDTH_MULTIPLES of `median_distance`, which depends on a and b: to compare several pairs
+    give all of them the same bandwidths.  Memory: a few times (M + M')^2 numbers.
+    """
+    _check_pair(a, b)
+    for name, measure in (("a", a), ("b", b)):
+        if unbiased and int((measure.masses > 0).sum()) < 2:
+            raise ValueError(f"{name} has mass on one particle only; an unbiased estimate needs two")
+    (x, p), (y, q) = a.double(), b.double()
+    points = torch.cat([x, y])
+    squared = _squared_distances(points, points)
+    if bandwidths is None:
+        median = _median(squared, torch.cat([p, q]))
+        bandwidths = [multiple * median for multiple in BANDWIDTH_MULTIPLES]
+    scales = tuple(positive(bandwidth, "bandwidths") for bandwidth in bandwidths)
+    return MMD(scales, tuple(_discrepancy(torch.exp(squared / (-2 * scale**2)), p, q, unbiased) for scale in scales))
+
+
+def _discrepancy(kernel: Tensor, p: Tensor, q: Tensor, unbiased: bool) -> float:
+    """p' K p + q' K q - 2 p' K q from the kernel of the pooled points, (M + M', M + M')."""
+    size = len(p)
+    squares = [p @ kernel[:size, :size] @ p, q @ kernel[size:, size:] @ q]
+    if unbiased:  # the mean over the pairs i != j; k_ii = 1
+        squares = [(square - masses @ masses) / (1 - masses @ masses) for square, masses in zip(squares, (p, q))]
+    return float(squares[0] + squares[1] - 2 * p @ kernel[:size, size:] @ q)
+
+
+def median_distance(a: FeatureMeasure, b: FeatureMeasure) -> float:
+    """Median of |x - x'| / sqrt(D) over x, x' independent of the law (a + b) / 2, given that x and x' differ.
+
+    The lower median where two values qualify; 1 where all features are equal.  As a figure of the measures it does not
+    change when particles are split into clones.
+    """
+    _check_pair(a, b)
+    (x, p), (y, q) = a.double(), b.double()
+    points = torch.cat([x, y])
+    return _median(_squared_distances(points, points), torch.cat([p, q]))
+
+
+def _median(squared: Tensor, masses: Tensor) -> float:
+    first, second = torch.triu_indices(len(masses), len(masses), 1, device=masses.device)
+    squared, order = squared[first, second].sort()
+    cumulated = ((masses[first] * masses[second])[order] * (squared > 0)).cumsum(0)
+    if len(cumulated) == 0 or cumulated[-1] == 0:
+        return 1.0
+    # one part in 10^12 keeps a tie at one half from being decided by rounding
+    return math.sqrt(float(squared[torch.searchsorted(cumulated, cumulated[-1:] * (0.5 - 1e-12))]))
+
+
+class Moments(NamedTuple):
+    """Of one feature value: mean, variance (of the measure: no n - 1), excess kurtosis (0 for a Gaussian; nan for a constant)."""
+
+    mean: float
+    variance: float
+    kurtosis: float
+
+
+def moments(measure: FeatureMeasure) -> Moments:
+    """Moments of x_d with the feature x drawn by mass and the probe d uniformly: over features and probes jointly."""
+    values, masses = measure.double()
+    mean = masses @ values.mean(1)
+    square, fourth = (masses @ (values - mean).pow(power).mean(1) for power in (2, 4))
+    constant = square.sqrt() <= _rounding(measure.values.detach().flatten())
+    return Moments(float(mean), float(square), math.nan if constant else float(fourth / square**2 - 3))
+
+
+def linear_cka(a: FeatureMeasure, b: FeatureMeasure) -> float:
+    """|Y'X|^2 / (|X'X| |Y'Y|), Frobenius norms (Kornblith et al. 2019, table 1); between 0 and 1.
+
+    The D probes are the examples; column i of X is sqrt(p_i) times feature i less its mean over the probes.  Unchanged
+    by orthogonal maps of these columns (so by the order and the splitting of particles), by a common factor and by
+    an offset of each feature; not by a general linear map.  nan where a measure has only constant features.
+    """
+    _check_pair(a, b)
+    x, y = (_centred(measure.values) * measure.double()[1].sqrt()[:, None] for measure in (a, b))
+    scale = math.sqrt(_alignment(x, x) * _alignment(y, y))
+    return _alignment(x, y) / scale if scale > 0 else math.nan
+
+
+def _alignment(x: Tensor, y: Tensor) -> float:
+    """|x y'|_F^2 = <x'x, y'y>_F of (M, D), (M', D), by whichever matrices are smaller."""
+    if x.shape[1] < min(len(x), len(y)):
+        return float(((x.T @ x) * (y.T @ y)).sum())
+    return float((x @ y.T).square().sum())
+
+
+@dataclass(frozen=True)
+class NullBand:
+    """Distances that arise without a difference worth the name."""
+
+    distances: tuple[float, ...]
+
+    def quantile(self, level: float) -> float:
+        """Interpolated linearly between the order statistics, 0 <= level <= 1."""
+        return float(np.quantile(self.distances, level))
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """The central 90%."""
+        return self.quantile(0.05), self.quantile(0.95)
+
+
+def split_half(measure: FeatureMeasure, distance: Distance, generator: torch.Generator, repetitions: int = 100) -> NullBand:
+    """Distances between random halves of a measure's particles (those with mass; masses of each half divided by their sum).
+
+    What the finite number of particles alone makes of one law.  Halves have M / 2 particles, so the band lies above that
+    of two independent measures of M particles: by a factor 2 for squares of rate 1/M, such as the biased MMD^2.
+    """
+    live = torch.nonzero(measure.masses > 0).flatten()
+    if len(live) < 2:
+        raise ValueError(f"measure has {len(live)} particle with mass; halves need at least two")
+    distances = []
+    for _ in range(integer(repetitions, "repetitions")):
+        order = live[torch.randperm(len(live), generator=generator, device=generator.device).to(live.device)]
+        first, second = order.tensor_split([len(order) // 2])
+        distances.append(distance(measure.select(first), measure.select(second)))
+    return NullBand(tuple(distances))
+
+
+def null_band(measures: Sequence[FeatureMeasure], distance: Distance) -> NullBand:
+    """Distances of all pairs of given measures, such as one layer of independent untrained networks on the same probes.
+
+    Pairs that share a measure are not independent: n measures hold the information of n, not of n (n - 1) / 2 draws.
+    """
+    if len(measures) < 2:
+        raise ValueError(f"measures has {len(measures)} entries; pairs need at least two")
+    return NullBand(tuple(distance(first, second) for first, second in combinations(measures, 2)))
