@@ -1,4 +1,4 @@
-"""Convolutional networks of finite width, in three scalings, and finite networks sampled from a continuous one."""
+"""Convolutional networks of finite width, in four scalings, and finite networks sampled from a continuous one."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ SCALINGS: dict[str, Callable[[int], float]] = {
     "mean_field": lambda channels: 1 / channels,
     "ntk": lambda channels: 1 / math.sqrt(channels),
     "standard": lambda channels: 1.0,
+    "mup": lambda channels: 1.0,
 }
 VARIANCE_GAINS = {"relu": 2.0, "gelu": 2.0}  # He et al. 2015, eq. (10); 1 elsewhere
 
@@ -24,8 +25,10 @@ class FiniteCNN(nn.Module):
     """A CNN of widths m_1..m_L with m_l channels in layer l, m_0 = C_0.
 
     g^l_j = s(m_{l-1}) sum_i w_ij * f^{l-1}_i + b_j and F = s(m_L) sum_j <u_j, f^L_j>, where s(m) is 1/m ("mean_field"),
-    1/sqrt(m) ("ntk", Jacot et al. 2018) or 1 ("standard").  In the mean-field scaling this is the ParticleNetwork of the
-    same kernels with uniform masses.  Shapes of kernels, readout and biases as in ParticleNetwork; they become
+    1/sqrt(m) ("ntk", Jacot et al. 2018) or 1 ("standard", and "mup", the maximal update parameterisation of Yang & Hu
+    2021, which differs from "standard" in the readout of its start and in the learning rates of its layers, see
+    finite.training).  In the mean-field scaling this is the ParticleNetwork of the same kernels with uniform masses.
+    Shapes of kernels, readout and biases as in ParticleNetwork; they become
     parameters, and dtype and device follow them.
     """
 
@@ -55,7 +58,8 @@ class FiniteCNN(nn.Module):
 
         "mean_field": `ParticleNetwork.start`, whose features are of order one and whose output vanishes like
         1/sqrt(m_L), as that of a readout of order one must.  "ntk" and "standard": the He start, Gaussian kernels that
-        keep features and output of order one at every width (the same function for both), biases zero.
+        keep features and output of order one at every width (the same function for both), biases zero.  "mup": that of
+        "standard" with the readout divided by sqrt(m_L), so that the output vanishes like 1/sqrt(m_L).
         """
         validation.one_of(scaling, SCALINGS, "scaling")
         widths = validation.widths(widths, architecture.depth)
@@ -74,6 +78,8 @@ class FiniteCNN(nn.Module):
         readout = measures.normal(architecture.readout_shape(widths[-1]), generator, like)
         flattened = architecture.readout_positions if architecture.readout == "flatten" else 1
         readout = readout * math.sqrt(flattened / widths[-1]) / SCALINGS[scaling](widths[-1])
+        if scaling == "mup":
+            readout = readout / math.sqrt(widths[-1])  # variance 1/m_L^2: Yang & Hu 2021, maximal update parameterisation
         biases = [like.new_zeros(m) if layer.bias else None for layer, m in zip(architecture.layers, widths)]
         return cls(architecture, kernels, readout, biases, scaling)
 

@@ -1,18 +1,22 @@
-"""Training of finite networks on the objective J of a Problem: SGD or Adam, batches, schedules, bounds by projection."""
+"""Training of finite networks on the objective J of a Problem: SGD or Adam, batches, schedules, bounds by projection, noise, resuming."""
 
 from __future__ import annotations
 
+import bisect
 import copy
+import itertools
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from meanfield import validation
+from meanfield import measures, validation
+from meanfield.finite.checkpoints import StateFile, digest
 from meanfield.finite.network import SCALINGS, FiniteCNN
 from meanfield.network import ParticleNetwork
 from meanfield.penalties import input_norms, shrinkage_root
@@ -23,14 +27,18 @@ LEARNING_RATES = {
     ("adam", "mean_field"): 5e-2,
     ("adam", "ntk"): 3e-2,
     ("adam", "standard"): 1e-2,
+    ("adam", "mup"): 1e-2,
     ("sgd", "mean_field"): 5e-1,
     ("sgd", "ntk"): 5e-1,
     ("sgd", "standard"): 5e-2,
+    ("sgd", "mup"): 5e-2,
 }
 SCHEDULES: dict[str, Callable[[float], float]] = {
     "cosine": lambda progress: 0.5 * (1 + math.cos(math.pi * progress)),
     "constant": lambda progress: 1.0,
 }
+BASE_WIDTH = 64  # the width at which every layer of the maximal update parameterisation has the learning rate that was given
+TIME_TOLERANCE = 1e-9  # relative; the rounding of a sum of up to a million learning rates is below it
 RECORDS = 100  # J on all images is evaluated about this many times in a run
 BLOW_UP = 1e6  # a run whose J exceeds this many times its start (and 1) is taken as lost
 STATUS_TEXTS = {
@@ -47,7 +55,7 @@ class Training:
     network: the one of the smallest objective among those recorded, the start included.  value: its objective J_m on
     all images, at uniform masses.  history: one dict per record: step, value, the terms loss, source, readout, input,
     the learning rate of the next step and the seconds so far.  steps: optimiser steps taken.  status: a key of
-    STATUS_TEXTS.
+    STATUS_TEXTS.  checkpoints: (flow time reached, network) for every time asked for that the run came to.
     """
 
     network: FiniteCNN
@@ -57,6 +65,7 @@ class Training:
     seconds: float
     status: str
     message: str
+    checkpoints: tuple[tuple[float, FiniteCNN], ...] = field(default=(), repr=False)
 
 
 def train(
@@ -71,70 +80,153 @@ def train(
     batch_size: int | None = None,
     shuffle: bool = True,
     schedule: str = "cosine",
+    noise: float = 0.0,
     start: str | ParticleNetwork | FiniteCNN = "random",
+    checkpoints: Sequence[float] = (),
+    state: str | Path | None = None,
+    state_every: int = 1000,
     callback: Callable[[dict[str, Any]], None] | None = None,
 ) -> Training:
     """Train a finite CNN of the given widths on problem's J, its penalties taken at uniform masses.
 
-    scaling: "mean_field", "ntk" or "standard", see FiniteCNN.  In the mean-field scaling gradients are divided by the
-        masses 1/m of their particles (the metric of the particle flow), so that a step does not vanish with the width.
-    learning_rate: default 0.05, 0.03, 0.01 for Adam in the three scalings and 0.5, 0.5, 0.05 for SGD.
+    scaling: "mean_field", "ntk", "standard" or "mup", see FiniteCNN.  In the mean-field scaling gradients are divided by
+        the masses 1/m of their particles (the metric of the particle flow), so that a step does not vanish with the
+        width; in "mup" every layer has its own learning rate, see `layer_rates`.
+    learning_rate: default 0.05, 0.03, 0.01, 0.01 for Adam in the four scalings and 0.5, 0.5, 0.05, 0.05 for SGD.
     batch_size: images per step, None for all; shuffled anew every epoch, or in file order with shuffle=False.
     schedule: "cosine" (to zero over `steps`) or "constant".
+    noise: temperature tau of noisy SGD in the mean-field scaling: after a step every kernel, bias and readout entry gets
+        an independent normal of variance 2 tau learning_rate (Mei, Montanari & Nguyen 2018, noisy SGD with 1/beta = tau).
     start: "random" (`FiniteCNN.random` from `seed`), or a network of these widths with uniform masses.
-    callback: called with every record of the history.
+    checkpoints: increasing flow times at which a copy of the network is kept, at the first step that reaches them.  Flow
+        time is the sum of the learning rates of the steps taken, 0 at the start: for SGD in the mean-field scaling the
+        time of the particle gradient flow, whatever the schedule; otherwise a clock only.
+    state: file (.safetensors) to which the whole state of the run is written every `state_every` steps.  A call with the
+        same arguments continues from it and ends, on the same machine, with the same bits as a run without a pause
+        (seconds excepted).  It is removed when the run ends by itself, and refused (ValueError) where it is damaged or
+        of other arguments or data.
+    callback: called with every record of the history; after a resumption from the saved step on.
 
     The bounds of the penalty hold at every step: parameters are projected on them.  A start that breaks a bound is
     projected if it is random and refused (ValueError) if it was given.  Divergence and an interrupt from the keyboard
     end the run with a status.  dtype and device are those of the problem's inputs.
     """
-    settings = _Settings(optimiser, scaling, learning_rate, steps, schedule)
+    settings = _Settings(optimiser, scaling, learning_rate, steps, schedule, noise, checkpoints)
     generator = torch.Generator().manual_seed(validation.integer(seed, "seed", minimum=0))
-    batches = _batches(len(problem.inputs), batch_size, shuffle, generator)
-    network = _start(problem, widths, generator, scaling, start)
-    run = _Run(problem, network, callback)
+    batches = _Batches(len(problem.inputs), batch_size, shuffle, generator)
+    run = _Run(problem, _start(problem, widths, generator, scaling, start), settings, batches, callback)
+    every = validation.integer(state_every, "state_every")
+    choices = {"seed": seed, "widths": run.network.widths, "batch_size": batch_size, "shuffle": shuffle, "start": _named(start)}
+    file = None if state is None else StateFile(state, {**_data(problem), **settings.described, **choices})
+    run.restore(None if file is None else file.load())
     try:
-        status = _descend(run, settings, batches)
+        status = _descend(run, file, every)
     except KeyboardInterrupt:
         status = "interrupted"
+    if file is not None and status != "interrupted":
+        file.remove()
     return run.result(status)
 
 
-class _Settings:
-    """The optimiser, its learning rate at every step and the number of steps, checked."""
+def log_spaced_times(first: float, last: float, count: int) -> tuple[float, ...]:
+    """`count` >= 2 times from `first` to `last`, both included, each the same multiple of the one before."""
+    first, last, count = validation.positive(first, "first"), validation.positive(last, "last"), validation.integer(count, "count", minimum=2)
+    if last <= first:
+        raise ValueError(f"last={last:g} must be greater than first={first:g}")
+    return (*(first * (last / first) ** (k / (count - 1)) for k in range(count - 1)), last)
 
-    def __init__(self, optimiser: str, scaling: str, learning_rate: float | None, steps: int, schedule: str) -> None:
+
+class _Settings:
+    """What decides the course of a run, checked: optimiser, learning rate at every step, steps, noise, checkpoints."""
+
+    def __init__(
+        self,
+        optimiser: str,
+        scaling: str,
+        learning_rate: float | None,
+        steps: int,
+        schedule: str,
+        noise: float = 0.0,
+        checkpoints: Sequence[float] = (),
+    ) -> None:
         self.optimiser = OPTIMISERS[validation.one_of(optimiser, OPTIMISERS, "optimiser")]
         validation.one_of(scaling, SCALINGS, "scaling")
         self.peak = LEARNING_RATES[optimiser, scaling] if learning_rate is None else validation.positive(learning_rate, "learning_rate")
         self.steps = validation.integer(steps, "steps")
         self.shape = SCHEDULES[validation.one_of(schedule, SCHEDULES, "schedule")]
+        self.noise = validation.nonnegative(noise, "noise")
+        if self.noise and (optimiser, scaling) != ("sgd", "mean_field"):
+            raise ValueError(
+                f"noise={noise!r} needs optimiser='sgd' and scaling='mean_field', not {optimiser!r} and {scaling!r}: "
+                "only there is it the temperature of the particle flow"
+            )
+        self.checkpoints = _checkpoint_steps(_increasing(checkpoints), self)
+        self.described = {"optimiser": optimiser, "scaling": scaling, "learning_rate": self.peak, "steps": self.steps, "schedule": schedule}
+        self.described |= {"noise": self.noise, "checkpoints": [float(moment) for moment in checkpoints]}
 
     def rate(self, step: int) -> float:
         return self.peak * self.shape(step / self.steps)
 
 
-class _Run:
-    """A network in training, the best one so far and the history."""
+def _increasing(times: Sequence[float]) -> list[float]:
+    found = [validation.nonnegative(moment, "checkpoints") for moment in times]
+    if any(later <= earlier for earlier, later in itertools.pairwise(found)):
+        raise ValueError(f"checkpoints={tuple(found)} must be increasing flow times")
+    return found
 
-    def __init__(self, problem: Problem, network: FiniteCNN, callback: Callable[[dict[str, Any]], None] | None) -> None:
-        self.problem, self.network, self.callback = problem, network, callback
+
+def _checkpoint_steps(times: Sequence[float], settings: _Settings) -> list[tuple[int, float]]:
+    """(k, t_k) for every time t: the first step k with t_k = sum_(s < k) rate(s) >= t, up to rounding."""
+    if not times:
+        return []
+    reached = list(itertools.accumulate(map(settings.rate, range(settings.steps)), initial=0.0))
+    # 0.1 + 0.1 + 0.1 is not 3 * 0.1: without the tolerance an exact multiple of the rate could miss its step
+    found = [bisect.bisect_left(reached, moment * (1 - TIME_TOLERANCE)) for moment in times]
+    if found[-1] > settings.steps:
+        raise ValueError(
+            f"checkpoints={tuple(times)} go beyond the total flow time {reached[-1]:.6g} of the {settings.steps} steps: "
+            f"choose times up to it, more steps or a larger learning_rate than {settings.peak:g}"
+        )
+    return [(step, reached[step]) for step in found]
+
+
+class _Run:
+    """A network in training with all that its course depends on, the best network so far and the history."""
+
+    def __init__(
+        self,
+        problem: Problem,
+        network: FiniteCNN,
+        settings: _Settings,
+        batches: _Batches,
+        callback: Callable[[dict[str, Any]], None] | None = None,
+    ) -> None:
+        self.problem, self.network, self.settings, self.batches, self.callback = problem, network, settings, batches, callback
+        self.optimiser = _optimiser(network, settings)
         self.history: list[dict[str, Any]] = []
+        self.checkpoints: list[tuple[float, FiniteCNN]] = []
         self.steps, self.began = 0, time.perf_counter()
         self.best, self.best_value = copy.deepcopy(network), math.inf
 
     @torch.no_grad()
-    def record(self, rate: float) -> float:
+    def record(self) -> float:
         """Append J on all images and its terms to the history, keep the network if it is the best; returns J."""
         terms = self.problem.terms(self.network.particles())
         value = float(terms.total())
         if value < self.best_value:
             self.best_value, self.best = value, copy.deepcopy(self.network)
         figures = {name: float(term) for name, term in terms._asdict().items()}
+        rate = self.settings.rate(self.steps)
         self.history.append({"step": self.steps, "value": value, **figures, "learning_rate": rate, "seconds": self.seconds})
         if self.callback is not None:
             self.callback(self.history[-1])
         return value
+
+    def keep(self) -> None:
+        """Copy the network for every checkpoint that falls on this step."""
+        for step, moment in self.settings.checkpoints:
+            if step == self.steps:
+                self.checkpoints.append((moment, copy.deepcopy(self.network)))
 
     @property
     def seconds(self) -> float:
@@ -143,35 +235,134 @@ class _Run:
     def result(self, status: str) -> Training:
         value = float(self.problem.value(self.best.particles()))
         message = f"J = {value:.6g} after {self.steps} steps: {STATUS_TEXTS[status]}"
-        return Training(self.best, value, self.history, self.steps, self.seconds, status, message)
+        return Training(self.best, value, self.history, self.steps, self.seconds, status, message, tuple(self.checkpoints))
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Tensors and figures from which `restore` continues; gradients are not kept, they are taken anew at every step."""
+        networks = {"network": self.network, "best": self.best} | {f"checkpoint{i}": kept for i, (_, kept) in enumerate(self.checkpoints)}
+        tensors = {f"{prefix}.{name}": tensor for prefix, network in networks.items() for name, tensor in network.state_dict().items()}
+        moments = self.optimiser.state_dict()["state"]
+        tensors |= {f"optimiser.{i}.{name}": tensor for i, entry in moments.items() for name, tensor in entry.items()}
+        tensors |= {"batches.order": self.batches.order, "batches.generator": self.batches.generator.get_state()}
+        figures = {"steps": self.steps, "position": self.batches.position, "best_value": self.best_value, "history": self.history}
+        return tensors, figures | {"checkpoints": [moment for moment, _ in self.checkpoints], "seconds": self.seconds}
+
+    def restore(self, state: tuple[dict[str, Tensor], dict[str, Any]] | None) -> None:
+        """Continue from what `state` returned; from the start if None."""
+        if state is None:
+            return
+        tensors, figures = state
+        self.network.load_state_dict(_under("network", tensors))
+        self.best.load_state_dict(_under("best", tensors))
+        self.checkpoints = [(moment, copy.deepcopy(self.network)) for moment in figures["checkpoints"]]
+        for i, (_, kept) in enumerate(self.checkpoints):
+            kept.load_state_dict(_under(f"checkpoint{i}", tensors))
+        moments: dict[int, dict[str, Tensor]] = {}
+        for name, tensor in _under("optimiser", tensors).items():
+            index, key = name.split(".")
+            moments.setdefault(int(index), {})[key] = tensor
+        self.optimiser.load_state_dict(self.optimiser.state_dict() | {"state": moments})
+        self.batches.order, self.batches.position = tensors["batches.order"], figures["position"]
+        self.batches.generator.set_state(tensors["batches.generator"])
+        self.steps, self.best_value, self.history = figures["steps"], figures["best_value"], figures["history"]
+        self.began -= figures["seconds"]
 
 
-def _descend(run: _Run, settings: _Settings, batches: Iterator[Tensor | None]) -> str:
-    """All steps; returns the status."""
-    optimiser = settings.optimiser(run.network.parameters(), lr=settings.peak)  # type: ignore[call-arg]
+def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(f"{prefix}."): tensor for name, tensor in tensors.items() if name.startswith(f"{prefix}.")}
+
+
+def _data(problem: Problem) -> dict[str, str]:
+    inputs, targets = problem.inputs, problem.targets
+    return {"problem": repr(problem), "data": digest((inputs, targets)), "device": inputs.device.type}
+
+
+def _named(start: str | ParticleNetwork | FiniteCNN) -> str:
+    """A given start by its entries: equal networks are the same argument."""
+    if isinstance(start, str):
+        return start
+    return digest((start.particles() if isinstance(start, FiniteCNN) else start).tensors())
+
+
+def _descend(run: _Run, file: StateFile | None, state_every: int) -> str:
+    """All steps that are left; returns the status."""
+    settings = run.settings
     every = max(1, settings.steps // RECORDS)
-    ceiling = BLOW_UP * max(1.0, run.record(settings.rate(0)))
-    for step in range(settings.steps):
-        optimiser.param_groups[0]["lr"] = settings.rate(step)
-        _step(run, optimiser, next(batches))
-        run.steps = step + 1
+    if not run.history:
+        run.record()
+        run.keep()
+    ceiling = BLOW_UP * max(1.0, run.history[0]["value"])
+    while run.steps < settings.steps:
+        _step(run)
+        run.keep()
         # J is watched only where it is recorded: reading it at every step would wait for the device
         if run.steps % every == 0 or run.steps == settings.steps:
-            value = run.record(settings.rate(run.steps))
+            value = run.record()
             if not value <= ceiling:  # also true for NaN
                 return "diverged"
+        if file is not None and run.steps % state_every == 0 and run.steps < settings.steps:
+            file.save(*run.state())
     return "completed"
 
 
-def _step(run: _Run, optimiser: torch.optim.Optimizer, indices: Tensor | None) -> None:
-    """One gradient step on the images `indices` (all for None), then the projection on the bounds."""
+def layer_rates(network: FiniteCNN, optimiser: str) -> dict[str, float]:
+    """Learning rates of the parameters, by name, as multiples of the one given: 1 except in the scaling "mup".
+
+    Yang & Hu 2021 at base width B = BASE_WIDTH, for hidden kernels from m' to m channels:
+
+                 first kernel   bias of width m   hidden kernel   readout
+        "adam"   1              1                 B/m'            B/m_L
+        "sgd"    m_1/B          m/B               m/m'            B/m_L
+
+    Every layer then changes features and output by order one at every width.  Adam changes every entry by about its
+    rate, and g_j and F sum m' and m_L entries that change with the same sign as their features.  For SGD write
+    v_ij = m' w_ij for the parameters of the same function in the mean-field scaling, so dJ/dw = m' dJ/dv and
+    dv = -m'^2 rate dJ/dv.  The particle flow, whose course depends on the measures only, is dv = -m m' dJ/dv, hence
+    rate = m/m'.  So too the others: dz = -m_1 dJ/dz and db = -m dJ/db (nothing is summed over a width), and with
+    v = m_L u, dv = -m_L dJ/dv: rate = 1/m_L.  The powers of B make all factors 1 at widths B.
+    """
+    names = [name for name, _ in network.named_parameters()]
+    if network.scaling != "mup":
+        return dict.fromkeys(names, 1.0)
+    targets, sources = network.widths, (BASE_WIDTH, *network.widths[:-1])
+    rates = {"readout": BASE_WIDTH / targets[-1]}
+    for layer, (target, source) in enumerate(zip(targets, sources)):
+        rates[f"kernels.{layer}"] = BASE_WIDTH / source if optimiser == "adam" else target / source
+        rates[f"bias_parameters.{layer}"] = 1.0 if optimiser == "adam" else target / BASE_WIDTH
+    return {name: rates[name] for name in names}
+
+
+def _optimiser(network: FiniteCNN, settings: _Settings) -> torch.optim.Optimizer:
+    """One group of parameters per learning rate, its multiple of the common one under "factor"."""
+    groups: dict[float, list[Tensor]] = {}
+    factors = layer_rates(network, settings.described["optimiser"])
+    for name, parameter in network.named_parameters():
+        groups.setdefault(factors[name], []).append(parameter)
+    return settings.optimiser([{"params": found, "factor": factor} for factor, found in groups.items()], lr=settings.peak)  # type: ignore[call-arg]
+
+
+def _step(run: _Run) -> None:
+    """One gradient step on the next batch, the noise, then the projection on the bounds."""
+    rate, indices, optimiser = run.settings.rate(run.steps), next(run.batches), run.optimiser
     batch = run.problem if indices is None else run.problem.batch(indices.to(run.problem.inputs.device))
+    for group in optimiser.param_groups:
+        group["lr"] = rate * group["factor"]
     optimiser.zero_grad(set_to_none=True)
     batch.terms(run.network.particles(attached=True)).total().backward()
     if run.network.scaling == "mean_field":
         _divide_by_masses(run.network)
     optimiser.step()
+    if run.settings.noise:
+        _disturb(run.network, math.sqrt(2 * run.settings.noise * rate), run.batches.generator)
     _project(run.network, run.problem)
+    run.steps += 1
+
+
+@torch.no_grad()
+def _disturb(network: FiniteCNN, deviation: float, generator: torch.Generator) -> None:
+    """Independent normals of the given deviation on every parameter (one Euler-Maruyama step of the Langevin diffusion)."""
+    for parameter in network.parameters():
+        parameter.add_(measures.normal(parameter.shape, generator, parameter), alpha=deviation)
 
 
 def _divide_by_masses(network: FiniteCNN) -> None:
@@ -218,9 +409,7 @@ def _project_amplitudes(network: FiniteCNN, particles: ParticleNetwork, layer: i
         bias.clamp_(-bound, bound)
 
 
-def _start(
-    problem: Problem, widths: Sequence[int], generator: torch.Generator, scaling: str, start: str | ParticleNetwork | FiniteCNN
-) -> FiniteCNN:
+def _start(problem: Problem, widths: Sequence[int], generator: torch.Generator, scaling: str, start: str | ParticleNetwork | FiniteCNN) -> FiniteCNN:
     widths = validation.widths(widths, problem.architecture.depth)
     if isinstance(start, str):
         validation.one_of(start, ("random",), "start")
@@ -236,18 +425,23 @@ def _start(
     return FiniteCNN.from_particles(particles, scaling)
 
 
-def _batches(count: int, batch_size: int | None, shuffle: bool, generator: torch.Generator) -> Iterator[Tensor | None]:
+class _Batches:
     """Endless batches of indices, epoch after epoch, the last of an epoch shorter where need be; None means all images."""
-    if not isinstance(shuffle, bool):
-        raise ValueError(f"shuffle={shuffle!r} must be True or False")
-    if batch_size is not None and validation.integer(batch_size, "batch_size") > count:
-        raise ValueError(f"batch_size={batch_size} is more than the {count} images; use None for all of them")
-    return _epochs(count, batch_size, shuffle, generator)
 
+    def __init__(self, count: int, batch_size: int | None, shuffle: bool, generator: torch.Generator) -> None:
+        if not isinstance(shuffle, bool):
+            raise ValueError(f"shuffle={shuffle!r} must be True or False")
+        if batch_size is not None and validation.integer(batch_size, "batch_size") > count:
+            raise ValueError(f"batch_size={batch_size} is more than the {count} images; use None for all of them")
+        self.size, self.shuffle, self.generator = batch_size, shuffle, generator
+        self.order, self.position = torch.arange(count), count  # as if an epoch had just ended
 
-def _epochs(count: int, batch_size: int | None, shuffle: bool, generator: torch.Generator) -> Iterator[Tensor | None]:
-    while True:
-        if batch_size is None:
-            yield None
-        else:
-            yield from (torch.randperm(count, generator=generator) if shuffle else torch.arange(count)).split(batch_size)
+    def __next__(self) -> Tensor | None:
+        if self.size is None:
+            return None
+        if self.position >= len(self.order):
+            self.position = 0
+            self.order = torch.randperm(len(self.order), generator=self.generator) if self.shuffle else self.order
+        indices = self.order[self.position : self.position + self.size]
+        self.position += self.size
+        return indices
