@@ -37,7 +37,7 @@ def _problem(setting: Setting) -> mf.Problem:
 def _pairs(setting: Setting, widths: tuple[tuple[int, int], ...]) -> list[Pair]:
     """Networks trained from different starts, of the given pairs of widths."""
     problem = _problem(setting)
-    return [(problem, _trained(setting, a, index), _trained(setting, b, 100 + index)) for a, b in widths for index in range(setting.either(1, 3))]
+    return [(problem, _trained(setting, a, index), _trained(setting, b, 100 + index)) for a, b in widths for index in range(setting.either(1, 2))]
 
 
 def _rises(setting: Setting, pairs: list[Pair], join: Join, name: str) -> Evidence:

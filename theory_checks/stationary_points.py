@@ -15,7 +15,7 @@ SOURCE = "docs/theory.md, sections 4.2, 7 and 8; Gu et al. 2020, section 4; Chiz
 
 STOPPING = 1e-3
 GROWTH, ROUNDS, FLOW_STEPS, PROGRAM_ITERATIONS = 16, 40, 100, 100
-SMALL = 4
+SMALL = 2
 
 
 @lru_cache(maxsize=8)
@@ -46,7 +46,7 @@ def _grown(setting: Setting, problem: mf.Problem, start: mf.ParticleNetwork) -> 
 
 def _fixed(setting: Setting, problem: mf.Problem, start: mf.ParticleNetwork) -> float:
     """Equal masses that stay: plain mean-field training."""
-    return mf.solvers.flow.solve(problem, start, masses=False, steps=setting.either(400, 4000)).value
+    return mf.solvers.flow.solve(problem, start, masses=False, steps=2000).value
 
 
 def _without_growth(setting: Setting, problem: mf.Problem, start: mf.ParticleNetwork) -> float:
@@ -67,7 +67,7 @@ def _against_optimum(setting: Setting, descend, starts: list[tuple[int, int]]) -
 
 
 def _small_starts(setting: Setting) -> list[tuple[int, int]]:
-    return [(SMALL, number) for number in range(setting.either(2, 10))]
+    return [(SMALL, number) for number in range(setting.either(6, 20))]
 
 
 # --- two layers, against the best value known and the bound over all measures ---------------------------------------
@@ -116,7 +116,7 @@ def _grown_wider(setting: Setting) -> list[tuple[mf.Solution, float]]:
     A bound that is not proven is not believed beyond the lowest J of any run.
     """
     problem, widths, found = _two_layers(setting), WIDTHS[0] if setting.full else WIDTHS[-1], []
-    for number in range(setting.either(1, 4)):
+    for number in range(setting.either(1, 3)):
         start = random_start(problem, widths, setting.derived_seed(44, number))
         solved = mf.solvers.alternating.solve(
             problem, start, rounds=setting.either(2, 6), tolerance=1e-3, flow_steps=GROWTH_STEPS, later_steps=GROWTH_STEPS // 4,
@@ -158,11 +158,15 @@ CLAIMS = (
         statistic="largest (J - optimum) / optimum over starts; the optimum is exact, from all activation patterns",
         threshold=STOPPING,
         derivation="the tolerance at which the alternation stops, 1e-3 of J; the exact solver's bound is within 1e-6",
-        limits="One layer, kernels of two entries, one data set. The convex program and the search for features do what the flow alone does not.",
+        limits=(
+            "One layer, kernels of two entries, one data set. The convex program and the search for features do what the flow alone does not. "
+            "Equal masses are no obstacle by themselves here, as scales make up for masses: at width 2 some starts reach the optimum and some "
+            "are stuck half of J above it, at width 4 most reach it."
+        ),
         measure=lambda setting: _against_optimum(setting, _grown, _starts(setting)),
         controls={
-            "equal fixed masses, width 4": lambda setting: _against_optimum(setting, _fixed, _small_starts(setting)),
-            "moving masses without growth, width 4": lambda setting: _against_optimum(setting, _without_growth, _small_starts(setting)),
+            "equal fixed masses, width 2": lambda setting: _against_optimum(setting, _fixed, _small_starts(setting)),
+            "moving masses without growth, width 2": lambda setting: _against_optimum(setting, _without_growth, _small_starts(setting)),
         },
         axes=Axes("width of the start", "(J - optimum) / optimum", "xy"),
     ),
