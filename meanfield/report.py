@@ -89,9 +89,14 @@ def _output_label(classes: Sequence[int]) -> str:
     return f"output F (above 0: a {classes[0]})" if len(classes) == 2 else "margin: true class minus best other"
 
 
+def inline(image: bytes) -> str:
+    """A PNG as the address of an <img> inside the page."""
+    return "data:image/png;base64," + base64.b64encode(image).decode()
+
+
 def page(results: Results, images: dict[str, bytes]) -> str:
     """The page, with every picture inside it."""
-    inside = {name: "data:image/png;base64," + base64.b64encode(content).decode() for name, content in images.items()}
+    inside = {name: inline(content) for name, content in images.items()}
     parts = [_settings, _rounds, _reference, _populations, _predictions, _finite, _segment, _meaning]
     template = Template(files("meanfield").joinpath("templates/report.html").read_text(encoding="utf-8"))
     return template.substitute(

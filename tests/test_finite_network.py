@@ -1,4 +1,4 @@
-"""Finite networks: the three scalings, the exact passage to particles and back, sampling and its rate."""
+"""Finite networks: the four scalings, the exact passage to particles and back, sampling and its rate."""
 
 import copy
 import math
@@ -10,7 +10,7 @@ from torch import nn
 import meanfield as mf
 from meanfield.finite import FiniteCNN, sample
 
-SCALINGS = ("mean_field", "ntk", "standard")
+SCALINGS = ("mean_field", "ntk", "standard", "mup")
 
 
 def seeded(seed=0):
@@ -47,7 +47,7 @@ def uneven(arch, widths, seed=0):
 
 def by_torch_layers(network, inputs):
     """The same network from torch.nn.Conv2d layers with the divisions of the scaling written out."""
-    divisor = {"mean_field": lambda m: m, "ntk": math.sqrt, "standard": lambda m: 1}[network.scaling]
+    divisor = {"mean_field": lambda m: m, "ntk": math.sqrt, "standard": lambda m: 1, "mup": lambda m: 1}[network.scaling]
     signal = inputs
     for layer, kernel, bias in zip(network.architecture.layers, network.kernels, network.biases):
         plain = nn.Conv2d(kernel.shape[1], kernel.shape[0], layer.kernel, layer.stride, layer.padding, bias=False, dtype=inputs.dtype)
@@ -93,11 +93,11 @@ class TestFunction:
             torch.testing.assert_close(ours, theirs, rtol=1e-14, atol=0)
 
     def test_stored_sizes_of_the_scalings(self):
-        """One function, three sizes of the stored kernels: w, w / sqrt(m), w / m."""
+        """One function, three sizes of the stored kernels: w, w / sqrt(m), w / m (twice)."""
         arch = architecture(channels=4)
         particles = FiniteCNN(arch, *drawn_parameters(arch, (16, 9))).particles()
         stored = {scaling: FiniteCNN.from_particles(particles, scaling) for scaling in SCALINGS}
-        for scaling, power in (("mean_field", 0), ("ntk", 0.5), ("standard", 1)):
+        for scaling, power in (("mean_field", 0), ("ntk", 0.5), ("standard", 1), ("mup", 1)):
             tensors = [*stored[scaling].kernels, stored[scaling].readout]
             for tensor, whole, m in zip(tensors, [*particles.kernels, particles.readout], (4, 16, 9), strict=True):
                 torch.testing.assert_close(tensor.detach(), whole / m**power, rtol=1e-13, atol=0)
@@ -129,7 +129,7 @@ class TestFunction:
 class TestRandomStart:
     @pytest.mark.parametrize("scaling", SCALINGS)
     def test_order_one_at_every_width(self, scaling):
-        """Root mean square of features and of the output (times sqrt(m) for mean_field) does not drift from width 16 to 256."""
+        """Root mean square of features and of the output (times sqrt(m) for mean_field and mup) does not drift from width 16 to 256."""
         arch = mf.Architecture((1, 5, 5), (mf.Conv(3, padding=1), mf.Conv(3, padding=1)), "flatten", outputs=40)
         inputs = inputs_for(arch, 8)
         sizes = []
@@ -137,7 +137,7 @@ class TestRandomStart:
             network = FiniteCNN.random(arch, (width, width), inputs, seeded(1), scaling)
             output = network(inputs).detach().square().mean().sqrt()
             features = network.particles().features(inputs)
-            sizes.append([*(f.square().mean().sqrt() for f in features), output * (math.sqrt(width) if scaling == "mean_field" else 1)])
+            sizes.append([*(f.square().mean().sqrt() for f in features), output * (math.sqrt(width) if scaling in ("mean_field", "mup") else 1)])
         small, large = torch.tensor(sizes)
         # over 16 channels a root mean square has a relative deviation of about 1/4; a factor of width would be 4 or 16
         assert bool(((small / large).log().abs() < math.log(2)).all())
@@ -148,6 +148,12 @@ class TestRandomStart:
         ntk, standard = (FiniteCNN.random(arch, (6, 5), inputs_for(arch), seeded(3), scaling) for scaling in ("ntk", "standard"))
         torch.testing.assert_close(ntk(inputs_for(arch)), standard(inputs_for(arch)), rtol=1e-12, atol=1e-13)
 
+    def test_mup_divides_the_readout_of_standard_by_the_root_of_its_width(self):
+        arch = architecture()
+        mup, standard = (FiniteCNN.random(arch, (6, 5), inputs_for(arch), seeded(3), scaling) for scaling in ("mup", "standard"))
+        assert all(torch.equal(a, b) for a, b in zip(mup.kernels, standard.kernels, strict=True))
+        torch.testing.assert_close(mup.readout, standard.readout / math.sqrt(5), rtol=1e-14, atol=0)
+
     def test_he_variance(self):
         """He et al. 2015, eq. (10): variance 2 / fan-in for relu, 1 / fan-in for tanh; 5 standard errors of 4,000 and more draws."""
         arch = mf.Architecture((3, 8, 8), (mf.Conv(3, activation="relu"), mf.Conv(3, activation="tanh")), outputs=1)
@@ -155,12 +161,13 @@ class TestRandomStart:
         for kernel, expected in zip(network.kernels, (2 / 27, 1 / (160 * 9)), strict=True):
             assert abs(float(kernel.detach().square().mean()) / expected - 1) < 5 * math.sqrt(2 / kernel.numel())
 
+    @pytest.mark.parametrize(("scaling", "power"), [("standard", 1), ("mup", 2)])
     @pytest.mark.parametrize(("readout", "positions"), [("average", 1), ("flatten", 9)])
-    def test_readout_variance(self, readout, positions):
-        """positions / m, as a flattened readout is divided by its positions; 5 standard errors of 4,000 draws."""
+    def test_readout_variance(self, readout, positions, scaling, power):
+        """positions / m (mup: m^2), as a flattened readout is divided by its positions; 5 standard errors of 4,000 draws."""
         arch = mf.Architecture((1, 5, 5), (mf.Conv(3),), readout, outputs=40)
-        drawn = FiniteCNN.random(arch, (100,), inputs_for(arch), seeded(0), "standard").readout.detach()
-        assert abs(float(drawn.square().mean()) * 100 / positions - 1) < 5 * math.sqrt(2 / 4000)
+        drawn = FiniteCNN.random(arch, (100,), inputs_for(arch), seeded(0), scaling).readout.detach()
+        assert abs(float(drawn.square().mean()) * 100**power / positions - 1) < 5 * math.sqrt(2 / 4000)
 
     def test_mean_field_is_the_particle_start(self):
         arch = architecture()

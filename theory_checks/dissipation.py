@@ -150,7 +150,7 @@ def _slower_features(network: mf.ParticleNetwork, move: Tangent, factor: float) 
 def _runs(setting: Setting, width: int, dynamics: Dynamics) -> tuple[Tensor, Tensor]:
     """Outputs (runs, N K) and random features of the last layer's measure (runs, D) at the end of runs of one width."""
     problem, population = _limit_problem(setting), _population(setting)
-    count = setting.either(10, 40)
+    count = setting.either(24, 40)
     outputs, embeddings = [], []
     for run in range(count):
         start = finite.sample(population, (width, width), setting.generator(72, width, run)).particles()
@@ -216,8 +216,11 @@ CLAIMS = (
         statement="Flows of widths m and 2m that start from the same measure approach each other at equal times as m grows.",
         source=f"{SOURCE}; docs/theory.md, section 10",
         statistic="upper end of the 95% bootstrap interval of the log-log slope of E|F_m - F_2m|^2 over m at the end of the flow",
-        threshold=-0.5,
-        derivation="Monte Carlo has the rate 1/m, slope -1, and no approach has slope 0: halfway between, fixed beforehand",
+        threshold=-0.75,
+        derivation=(
+            "Monte Carlo has the rate 1/m, slope -1; halfway to the rate 1/sqrt(m). A first version took half of slope -1, for a control that "
+            "would not approach at all; its outputs do, with slopes of -0.3 to -0.6"
+        ),
         limits="Two tanh layers, one bounded flow time, explicit Euler at a fixed step; starts drawn i.i.d. from one measure.",
         measure=lambda setting: _approach(setting, _in_mean_field),
         controls={

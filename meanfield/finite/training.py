@@ -7,7 +7,7 @@ import copy
 import itertools
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ LEARNING_RATES = {
     ("sgd", "mean_field"): 5e-1,
     ("sgd", "ntk"): 5e-1,
     ("sgd", "standard"): 5e-2,
-    ("sgd", "mup"): 5e-2,
+    ("sgd", "mup"): 2e-1,
 }
 SCHEDULES: dict[str, Callable[[float], float]] = {
     "cosine": lambda progress: 0.5 * (1 + math.cos(math.pi * progress)),
@@ -92,7 +92,7 @@ def train(
     scaling: "mean_field", "ntk", "standard" or "mup", see FiniteCNN.  In the mean-field scaling gradients are divided by
         the masses 1/m of their particles (the metric of the particle flow), so that a step does not vanish with the
         width; in "mup" every layer has its own learning rate, see `layer_rates`.
-    learning_rate: default 0.05, 0.03, 0.01, 0.01 for Adam in the four scalings and 0.5, 0.5, 0.05, 0.05 for SGD.
+    learning_rate: default 0.05, 0.03, 0.01, 0.01 for Adam in the four scalings and 0.5, 0.5, 0.05, 0.2 for SGD.
     batch_size: images per step, None for all; shuffled anew every epoch, or in file order with shuffle=False.
     schedule: "cosine" (to zero over `steps`) or "constant".
     noise: temperature tau of noisy SGD in the mean-field scaling: after a step every kernel, bias and readout entry gets
@@ -116,7 +116,7 @@ def train(
     batches = _Batches(len(problem.inputs), batch_size, shuffle, generator)
     run = _Run(problem, _start(problem, widths, generator, scaling, start), settings, batches, callback)
     every = validation.integer(state_every, "state_every")
-    choices = {"seed": seed, "widths": run.network.widths, "batch_size": batch_size, "shuffle": shuffle, "start": _named(start)}
+    choices = {"seed": int(seed), "widths": run.network.widths, "batch_size": batches.size, "shuffle": shuffle, "start": _named(start)}
     file = None if state is None else StateFile(state, {**_data(problem), **settings.described, **choices})
     run.restore(None if file is None else file.load())
     try:
@@ -160,15 +160,18 @@ class _Settings:
                 f"noise={noise!r} needs optimiser='sgd' and scaling='mean_field', not {optimiser!r} and {scaling!r}: "
                 "only there is it the temperature of the particle flow"
             )
-        self.checkpoints = _checkpoint_steps(_increasing(checkpoints), self)
+        times = _increasing(checkpoints)
+        self.checkpoints = _checkpoint_steps(times, self)
         self.described = {"optimiser": optimiser, "scaling": scaling, "learning_rate": self.peak, "steps": self.steps, "schedule": schedule}
-        self.described |= {"noise": self.noise, "checkpoints": [float(moment) for moment in checkpoints]}
+        self.described |= {"noise": self.noise, "checkpoints": times}
 
     def rate(self, step: int) -> float:
         return self.peak * self.shape(step / self.steps)
 
 
 def _increasing(times: Sequence[float]) -> list[float]:
+    if isinstance(times, str) or not isinstance(times, Iterable):
+        raise ValueError(f"checkpoints={times!r} must be a sequence of flow times")
     found = [validation.nonnegative(moment, "checkpoints") for moment in times]
     if any(later <= earlier for earlier, later in itertools.pairwise(found)):
         raise ValueError(f"checkpoints={tuple(found)} must be increasing flow times")
@@ -433,7 +436,8 @@ class _Batches:
             raise ValueError(f"shuffle={shuffle!r} must be True or False")
         if batch_size is not None and validation.integer(batch_size, "batch_size") > count:
             raise ValueError(f"batch_size={batch_size} is more than the {count} images; use None for all of them")
-        self.size, self.shuffle, self.generator = batch_size, shuffle, generator
+        self.size = None if batch_size is None else int(batch_size)
+        self.shuffle, self.generator = shuffle, generator
         self.order, self.position = torch.arange(count), count  # as if an epoch had just ended
 
     def __next__(self) -> Tensor | None:

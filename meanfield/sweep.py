@@ -1,0 +1,114 @@
+"""Sweeps: one function over many cells, in parallel, every finished cell kept at once, never measured twice.
+
+A cell is a dict of plain JSON values; the function turns it into rows, dicts of plain values, and must depend on the
+cell alone.  joblib runs the cells: in processes of this machine, or on a cluster with the backends "dask" and "ray"
+once their packages are installed and connected.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import inspect
+import io
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from joblib import Parallel, delayed, parallel_config
+
+from meanfield import __version__
+from meanfield.storage import write_atomically
+from meanfield.validation import integer
+
+Cell = dict[str, Any]
+Row = dict[str, Any]
+Measure = Callable[[Cell], list[Row]]
+BATCHED = ("dask", "ray")  # these hand results back all at once: they get a few cells per worker at a time
+BATCH = 4
+
+
+def run(
+    measure: Measure,
+    cells: Sequence[Cell],
+    directory: str | Path | None = None,
+    *,
+    jobs: int = 1,
+    backend: str = "loky",
+    announce: Callable[[Cell, bool], None] = lambda cell, kept: None,
+) -> list[Row]:
+    """Rows of all cells in the order of the cells, whatever order they were finished in.
+
+    With `directory` every finished cell is a file there, written whole or not at all; a later call with the same
+    directory takes it from there if the cell, the file of the measure and the versions of meanfield and torch are the same.
+    announce(cell, kept) is called once for every cell, kept where it was there already.
+    """
+    directory = None if directory is None else Path(directory)
+    if directory is not None:
+        directory.mkdir(parents=True, exist_ok=True)
+    found: dict[int, list[Row]] = {}
+    for index, cell in enumerate(cells):
+        rows = None if directory is None else _stored(directory, measure, cell)
+        if rows is not None:
+            found[index] = rows
+            announce(cell, True)
+    waiting = [(index, cell) for index, cell in enumerate(cells) if index not in found]
+    for index, rows in _measured(measure, waiting, integer(jobs, "jobs"), backend):
+        if directory is not None:
+            write_atomically(_path(directory, measure, cells[index]), json.dumps({"cell": cells[index], "rows": rows}) + "\n")
+        found[index] = json.loads(json.dumps(rows))  # as it will be read back
+        announce(cells[index], False)
+    return [row for index in range(len(cells)) for row in found[index]]
+
+
+def _measured(measure: Measure, waiting: Sequence[tuple[int, Cell]], jobs: int, backend: str) -> Iterator[tuple[int, list[Row]]]:
+    """Results as they are finished."""
+    if backend not in BATCHED:
+        with parallel_config(backend=backend, n_jobs=jobs):
+            yield from Parallel(return_as="generator_unordered")(delayed(_one)(measure, *each) for each in waiting)  # type: ignore[misc]
+        return
+    for first in range(0, len(waiting), BATCH * jobs):
+        with parallel_config(backend=backend, n_jobs=jobs):
+            yield from Parallel()(delayed(_one)(measure, *each) for each in waiting[first : first + BATCH * jobs])  # type: ignore[misc]
+
+
+def _one(measure: Measure, index: int, cell: Cell) -> tuple[int, list[Row]]:
+    torch.set_num_threads(1)  # cells run side by side, and the same sums come out on every number of cores
+    return index, measure(cell)
+
+
+def _path(directory: Path, measure: Measure, cell: Cell) -> Path:
+    made_by = {**_origin(measure), "cell": cell}
+    return directory / f"{hashlib.sha256(json.dumps(made_by, sort_keys=True).encode()).hexdigest()[:24]}.json"
+
+
+@cache
+def _origin(measure: Measure) -> dict[str, str]:
+    """What made a cell's rows; the source of the measure's module stands for what it measures."""
+    source = hashlib.sha256(Path(inspect.getfile(measure)).read_bytes()).hexdigest()
+    return {"measure": measure.__qualname__, "source": source, "meanfield": __version__, "torch": torch.__version__}
+
+
+def _stored(directory: Path, measure: Measure, cell: Cell) -> list[Row] | None:
+    path = _path(directory, measure, cell)
+    if not path.exists():
+        return None
+    try:
+        record = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({error}); it was not written by a sweep or was changed: delete it") from error
+    return record["rows"]
+
+
+def write_table(rows: Iterable[Row], path: str | Path) -> Path:
+    """A CSV file, a column for every key in the order of first appearance, floats to the last bit."""
+    rows = list(rows)
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({key: repr(value) if isinstance(value, float) else value for key, value in row.items()} for row in rows)
+    return write_atomically(Path(path), text.getvalue())

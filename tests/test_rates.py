@@ -1,0 +1,41 @@
+import numpy as np
+import pytest
+
+from meanfield.rates import Slope, slope
+
+
+def test_an_exact_power_is_found_with_an_interval_of_no_width():
+    x = [8, 16, 64]
+    found = slope(x, [[3 * m**-1.5] * 4 for m in x])
+    np.testing.assert_allclose([found.value, found.low, found.high], -1.5, atol=1e-12)
+
+
+def test_the_slope_is_that_of_least_squares_on_log_means():
+    x, samples = [1, 10, 100], [[1.0, 3.0], [5.0], [2.0, 2.0, 11.0]]
+    for statistic, centre in (("mean", np.mean), ("median", np.median)):
+        expected = np.polyfit(np.log(x), np.log([centre(each) for each in samples]), 1)[0]
+        assert slope(x, samples, statistic=statistic).value == pytest.approx(expected)
+
+
+def test_the_interval_covers_the_truth_about_as_often_as_it_says():
+    """True slope -1, log-normal noise: 300 intervals, share of misses within 4.5 standard errors of what few samples allow."""
+    x, rng = np.array([16, 64, 256]), np.random.default_rng(0)
+    misses = 0
+    for trial in range(300):
+        found = slope(x, [rng.lognormal(0.0, 0.3, 60) / m for m in x], seed=trial, draws=400)
+        misses += not found.low <= -1 <= found.high
+    assert misses / 300 <= 0.05 + 4.5 * np.sqrt(0.05 * 0.95 / 300)
+    assert misses > 0
+
+
+def test_an_interval_lies_inside_another():
+    assert Slope(-1, -1.1, -0.9).inside(-1.15, -0.85)
+    assert not Slope(-1, -1.2, -0.9).inside(-1.15, -0.85)
+
+
+@pytest.mark.parametrize(
+    ("x", "samples"), [([1], [[1.0]]), ([1, 1], [[1.0], [1.0]]), ([1, 2], [[1.0], []]), ([1, 2], [[1.0], [0.0]]), ([0, 2], [[1.0], [1.0]])]
+)
+def test_what_has_no_slope_is_refused(x, samples):
+    with pytest.raises(ValueError, match=r"slope|positive"):
+        slope(x, samples)

@@ -1,0 +1,107 @@
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from meanfield import sweep
+
+CALLS = []
+
+
+def squares(cell):
+    CALLS.append(cell["n"])
+    return [{"n": cell["n"], "square": cell["n"] ** 2, "third": cell["n"] / 3}, {"n": cell["n"], "extra": "a,b"}]
+
+
+def slow(cell):
+    time.sleep(0.05)
+    return [{"n": cell["n"], "value": 1 / (cell["n"] + 3)}]
+
+
+def cells(count):
+    return [{"n": n, "widths": [n, 2]} for n in range(count)]
+
+
+def test_rows_come_in_the_order_of_the_cells_whatever_runs_them():
+    expected = [row for cell in cells(7) for row in squares(cell)]
+    assert sweep.run(squares, cells(7)) == expected
+    assert sweep.run(squares, cells(7), jobs=3, backend="threading") == expected
+
+
+def test_finished_cells_are_not_measured_again(tmp_path):
+    CALLS.clear()
+    first = sweep.run(squares, cells(3), tmp_path, backend="sequential")
+    heard = []
+    second = sweep.run(squares, cells(5), tmp_path, backend="sequential", announce=lambda cell, kept: heard.append((cell["n"], kept)))
+    assert CALLS == [0, 1, 2, 3, 4]
+    assert second[: len(first)] == first
+    assert sorted(heard) == [(0, True), (1, True), (2, True), (3, False), (4, False)]
+
+
+def test_another_cell_or_measure_is_not_taken_for_it(tmp_path):
+    CALLS.clear()
+    sweep.run(squares, cells(1), tmp_path, backend="sequential")
+    sweep.run(squares, [{"n": 0, "widths": [0, 3]}], tmp_path, backend="sequential")
+    assert CALLS == [0, 0]
+    assert sweep.run(slow, cells(1), tmp_path, backend="sequential") == [{"n": 0, "value": 1 / 3}]
+
+
+def test_a_damaged_cell_is_named(tmp_path):
+    sweep.run(squares, cells(1), tmp_path, backend="sequential")
+    (path,) = tmp_path.glob("*.json")
+    path.write_text(path.read_text()[:20])
+    with pytest.raises(ValueError, match=path.name):
+        sweep.run(squares, cells(1), tmp_path, backend="sequential")
+
+
+def test_a_table_has_every_column_and_floats_to_the_last_bit(tmp_path):
+    path = sweep.write_table(sweep.run(squares, cells(2)), tmp_path / "table.csv")
+    assert path.read_text().splitlines() == ["n,square,third,extra", "0,0,0.0,", '0,,,"a,b"', f"1,1,{1 / 3!r},", '1,,,"a,b"']
+
+
+SCRIPT = """
+import sys
+sys.path.insert(0, {tests!r})
+from meanfield import sweep
+from test_sweep import slow, cells
+rows = sweep.run(slow, cells(30), {directory!r}, jobs=2, backend={backend!r})
+sweep.write_table(rows, {table!r})
+"""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="kills a process group")
+def test_killed_five_times_and_resumed_the_table_is_the_same(tmp_path):
+    whole = sweep.write_table(sweep.run(slow, cells(30)), tmp_path / "whole.csv")
+    table, directory = tmp_path / "table.csv", tmp_path / "cells"
+    text = SCRIPT.format(tests=str(Path(__file__).parent), directory=str(directory), table=str(table), backend="threading")
+    chance, done = random.Random(0), []
+    for _ in range(5):
+        process = subprocess.Popen([sys.executable, "-c", text], start_new_session=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        _wait_for_more_cells(process, directory, len(done), chance.randint(1, 4))
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        kept = list(directory.glob("*.json"))
+        assert len(kept) >= len(done)
+        done = kept
+    assert not table.exists()
+    subprocess.run([sys.executable, "-c", text], check=True)
+    assert table.read_bytes() == whole.read_bytes()
+    assert len(list(directory.glob("*.json"))) == 30
+
+
+def _wait_for_more_cells(process, directory, before, more):
+    """Until `more` cells are finished, plus a moment, so that the kill comes at no particular place."""
+    while process.poll() is None and len(list(directory.glob("*.json"))) < before + more:
+        time.sleep(0.01)
+    assert process.poll() is None, "the sweep ended before it was killed"
+
+
+def test_dask_runs_the_same_sweep(tmp_path):
+    distributed = pytest.importorskip("distributed")
+    with distributed.LocalCluster(n_workers=1, threads_per_worker=1, processes=False, dashboard_address=None) as cluster, distributed.Client(cluster):
+        assert sweep.run(slow, cells(3), tmp_path, jobs=1, backend="dask") == sweep.run(slow, cells(3))
