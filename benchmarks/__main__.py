@@ -1,4 +1,4 @@
-"""`python -m benchmarks flow|optima|solve|growth|device`: measure, print tables, write JSON and pictures."""
+"""`python -m benchmarks flow|optima|solve|growth|device|widths`: measure, print tables, write JSON and pictures."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import device, figures, flow_step, growth, optima, solve, tables
+from benchmarks import device, figures, flow_step, growth, optima, solve, tables, widths
 from meanfield.storage import write_atomically
 
 PIPED_WIDTH = 160  # columns, where the output is no terminal
@@ -31,6 +31,7 @@ def parser() -> argparse.ArgumentParser:
     _add_solve(kinds)
     _add_growth(kinds)
     _add_device(kinds)
+    _add_widths(kinds)
     for kind in kinds.choices.values():
         text = "write the figures here, and a picture beside them where there is one; a directory gets BENCHMARK.json"
         kind.add_argument("--out", type=Path, default=None, metavar="DIR|FILE.json", help=text)
@@ -82,6 +83,15 @@ def _add_device(kinds: Any) -> None:
     on_device.add_argument("--in-process", action="store_true", help=IN_PROCESS)
 
 
+def _add_widths(kinds: Any) -> None:
+    text = "a training step against plain torch, and what a sweep costs (about a minute); the study itself is `meanfield widths`"
+    width = kinds.add_parser("widths", help=text, description=widths.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    width.add_argument("--width", type=_positive, default=widths.Settings.width, help="channels of every layer (256)")
+    width.add_argument("--samples", type=_positive, default=widths.Settings.samples, help="training images (64)")
+    width.add_argument("--dtype", choices=("float32", "float64"), default=widths.Settings.dtype, help="float32")
+    width.add_argument("--quick", action="store_true", help="a few steps and cells, to see that it runs")
+
+
 def _positive(text: str) -> int:
     number = int(text)
     if number < 1:
@@ -99,7 +109,8 @@ def _gap(text: str) -> float:
 def main(arguments: Sequence[str] | None = None, console: Console | None = None) -> dict[str, Any]:
     given = vars(parser().parse_args(arguments))
     out, name, console = given.pop("out"), given.pop("benchmark"), console or Console(width=None if sys.stdout.isatty() else PIPED_WIDTH)
-    measure = {"flow": measure_flow, "optima": measure_optima, "solve": measure_solve, "growth": measure_growth, "device": measure_device}[name]
+    measure = {"flow": measure_flow, "optima": measure_optima, "solve": measure_solve, "growth": measure_growth, "device": measure_device,
+               "widths": measure_widths}[name]
     found = measure(given, console)
     if out is not None:
         for path in write(found, name, out):
@@ -132,6 +143,12 @@ def measure_growth(given: dict[str, Any], console: Console) -> dict[str, Any]:
 def measure_device(given: dict[str, Any], console: Console) -> dict[str, Any]:
     found = device.run(device.settings(fresh=not given.pop("in_process"), **given), _plainly(console))
     return _shown(found, tables.device_tables(found), console)
+
+
+def measure_widths(given: dict[str, Any], console: Console) -> dict[str, Any]:
+    short = {"repetitions": 2, "block": 1, "warm_up": 1, "cells": 4, "cell_seconds": 0.01} if given.pop("quick") else {}
+    found = widths.run(widths.Settings(**given, **short))
+    return _shown(found, tables.widths_tables(found), console)
 
 
 def _plainly(console: Console) -> Callable[[str], None]:

@@ -120,3 +120,19 @@ def _fixed(number: float | None, digits: int = 2) -> str:
 
 def _mebibytes(count: float | None) -> str:
     return "" if count is None else f"{count / 2**20:.0f}"
+
+
+def widths_tables(found: dict[str, Any]) -> list[Table]:
+    """Seconds per step, and the overhead of a sweep."""
+    settings, step, cost = found["settings"], found["step"], found["sweep"]
+    title = f"one training step, {settings['samples']} images 8x8, {settings['depth']} layers of {settings['width']}, {settings['dtype']}, one thread"
+    steps = Table("step", "CPU ms, median", "finite.train / it", title=title)
+    ratios = {"plain": step["ratio"], "plain with penalties": step["ratio_with_penalties"]}
+    for name, seconds in step["seconds_per_step"].items():
+        steps.add_row(name, f"{1e3 * seconds:.1f}", f"{ratios[name]:.2f}" if name in ratios else "")
+    sweeps = Table("cells", "jobs", "their seconds", "wall seconds", "overhead", "starting workers", title="a sweep")
+    sweeps.add_row(
+        str(settings["cells"]), str(settings["jobs"]), f"{cost['cell_seconds']:.2f}", f"{cost['wall_seconds']:.2f}", f"{cost['overhead']:.1%}",
+        f"{cost['start_up_seconds']:.1f} s",
+    )  # fmt: skip
+    return [steps, sweeps]

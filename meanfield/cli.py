@@ -30,7 +30,7 @@ DATA, MODEL, OBJECTIVE, WORK, OUTPUT = "Data", "Network", "Objective", "Work", "
 INTERRUPTED, MISUSE = 130, 2
 ARGUMENTS = re.compile(
     r"(?<![\w-])(data|classes|samples|pool|widths|activation|kernel_size|stride|pooling|readout|loss|source|input|readout_penalty|source_penalty|input_penalty"
-    r"|kernel_norm|amplitude_bound|input_bound|seed|grow|rounds|flow_steps|tolerance|max_seconds|dtype|device|out)=('?)"
+    r"|kernel_norm|amplitude_bound|input_bound|seed|part|size|jobs|backend|grow|rounds|flow_steps|tolerance|max_seconds|dtype|device|out)=('?)"
 )
 
 

@@ -23,6 +23,8 @@ Rows = Sequence[Row]
 Tables = dict[str, list[Row]]
 TIMES = [0.0, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0]
 RATE = 0.5
+WIDE = 256
+COORDINATE_STEPS = 16  # mean-field layers below the last one start to learn once the last one has: not in the first few steps
 CONVERGED = {"1%": 0.01, "5%": 0.05}
 THIRD = 1 / 3
 
@@ -52,11 +54,11 @@ class Sizes:
 SIZES = {
     "quick": Sizes((1, 2), (64, 256), 60, 20, (8, 16), 2, 60, 1, 1, (8, 16), 2, (8,), (16, 64), 1, (16, 64), 3),
     "default": Sizes(
-        (1, 2, 3), (64, 128, 256, 512, 1024), 1000, 100, (8, 16, 32, 64, 128), 6, 800, 2, 3, (16, 32, 64, 128, 256, 512), 5, (32, 128),
+        (1, 2, 3), (64, 128, 256, 512, 1024), 1000, 100, (8, 16, 32, 64, 128), 6, 800, 2, 3, (16, 32, 64, 128, 256, 768), 5, (32, 128),
         (32, 128, 512), 3, (16, 64, 256, 1024), 12,
     ),
     "full": Sizes(
-        (1, 2, 3), (64, 128, 256, 512, 1024), 4000, 400, (8, 16, 32, 64, 128, 256), 20, 3000, 4, 6, (16, 32, 64, 128, 256, 512, 1024), 16,
+        (1, 2, 3), (64, 128, 256, 512, 1024), 4000, 400, (8, 16, 32, 64, 128, 256), 20, 3000, 4, 6, (16, 32, 64, 128, 256, 512, 1024, 1536), 12,
         (32, 128, 512), (32, 128, 512, 2048), 8, (16, 64, 256, 1024, 4096), 40,
     ),
 }  # fmt: skip
@@ -70,7 +72,7 @@ MEASURES: dict[str, sweep.Measure] = {
 def plan(task: Task, sizes: Sizes, seed: int = 0) -> dict[str, list[Cell]]:
     """The cells of every part.  `task` says which images in which type; each part takes the size that it can afford."""
     small = task.variant(depth=2, source_penalty=3e-3, readout_penalty=5e-3, input_penalty=2e-3, **_smaller(task))
-    deep = task.variant(depth=3, **_smaller(task))
+    deep = task.variant(depth=3, dtype="float32", **_smaller(task))  # a third of the time; distances are taken in float64
     bare = deep.variant(source_penalty=0.0, readout_penalty=0.0, input_penalty=0.0)  # whose gradients would mask the loss's
     return {
         "sampled": _sampled(task, sizes, seed),
@@ -79,11 +81,11 @@ def plan(task: Task, sizes: Sizes, seed: int = 0) -> dict[str, list[Cell]]:
             small, masses=["fixed", "free"], width=sizes.trained_widths, seed=_seeds(seed, sizes.trained_seeds), steps=[sizes.trained_steps]
         ),
         "trajectories": list(_pairs(deep, sizes)),
-        "statistics": _trained_along(deep, arm=["mean_field"], width=sizes.trajectory_widths[::2], seed=range(min(4, sizes.pairs))),
-        "gallery": _trained_along(deep, arm=["mean_field"], width=sizes.trajectory_widths[1::2], seeds=[sizes.pairs]),
+        "statistics": _trained_along(deep, arm=["mean_field"], width=sizes.trajectory_widths[:-1:2], seed=range(min(4, sizes.pairs))),
+        "gallery": _trained_along(deep, arm=["mean_field"], width=sizes.trajectory_widths[1:-1:2], seeds=[sizes.pairs]),
         "coordinates": _cells(
             bare, scaling=["mean_field", "mup", "ntk", "standard"], optimiser=["sgd", "adam"], width=sizes.coordinate_widths,
-            seed=_seeds(seed, sizes.coordinate_seeds), steps=[3],
+            seed=_seeds(seed, sizes.coordinate_seeds), steps=[COORDINATE_STEPS],
         ),
         "kernel": _cells(task.variant(pool=1, samples=20), width=sizes.kernel_widths, seed=_seeds(seed, sizes.kernel_seeds)),
     }  # fmt: skip
@@ -104,12 +106,13 @@ def _sampled(task: Task, sizes: Sizes, seed: int) -> list[Cell]:
 
 
 def _pairs(task: Task, sizes: Sizes) -> Iterable[Cell]:
-    """The largest width has no network of twice its width."""
+    """Wide networks in fewer pairs; the widest have none of twice their width."""
     for arm in trajectories.ARMS:
         noisy = arm in ("shuffled_batches", "fixed_batches", "noise")
         for width in sizes.noisy_widths if noisy else sizes.trajectory_widths:
-            doubled = arm == "mean_field" and width < sizes.trajectory_widths[-1]
-            yield from _trained_along(task, arm=[arm], width=[width], number=range(sizes.pairs), doubled=[doubled])
+            pairs = sizes.pairs if width <= WIDE else max(2, sizes.pairs // 2)
+            doubled = arm == "mean_field" and 2 * width <= max(WIDE, sizes.trajectory_widths[-2])
+            yield from _trained_along(task, arm=[arm], width=[width], number=range(pairs), doubled=[doubled])
 
 
 def _trained_along(task: Task, **lists: Iterable[Any]) -> list[Cell]:

@@ -4,8 +4,9 @@ from dataclasses import replace
 import pytest
 import torch
 
+import meanfield as mf
 from benchmarks import __main__ as command
-from benchmarks import contenders, flow_step, growth, isolated, judge, one_layer, problems, solve
+from benchmarks import contenders, flow_step, growth, isolated, judge, one_layer, problems, solve, tables, widths
 from meanfield.solvers import flow, splitting
 
 TINY = flow_step.Settings(samples=20, widths=(3, 2), dtypes=("float64",), repetitions=2, block=1, warm_up=1, memory_steps=1, training_steps=3)
@@ -207,3 +208,36 @@ def test_neurons_become_the_particles_of_least_penalty():
     expected = 0.5 * float((output - exact.targets.flatten()).square().mean()) + 2 * one_layer.STRENGTH * variation
     assert float(exact.value(network)) == pytest.approx(expected, rel=1e-10)
     assert float(one_layer.balanced_network(exact, first, 0 * second)(exact.inputs).abs().max()) == 0
+
+
+def test_the_library_s_step_is_that_of_training():
+    settings = widths.Settings(samples=10, width=4, dtype="float64")
+    step, problem = widths.library_step(settings), widths.problem(settings)
+    run = step.__closure__[0].cell_contents
+    start = mf.finite.FiniteCNN(problem.architecture, run.network.kernels, run.network.readout)
+    step()
+    trained = mf.finite.train(problem, (4, 4), start=start, optimiser="sgd", schedule="constant", steps=1).network
+    for ours, theirs in zip(run.network.parameters(), trained.parameters()):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=0)
+
+
+def test_the_plain_contender_has_the_penalties_of_the_library():
+    settings = widths.Settings(samples=10, width=4, dtype="float64")
+    problem = widths.problem(settings)
+    generator = torch.Generator().manual_seed(0)
+    network = mf.finite.FiniteCNN.random(problem.architecture, (4, 4), problem.inputs, generator)
+    plain = torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3, padding=1, bias=False), torch.nn.Conv2d(4, 4, 3, padding=1, bias=False),
+                                torch.nn.Linear(4, 10, bias=False)).double()  # fmt: skip
+    with torch.no_grad():
+        for block, kernel in zip(plain, [network.kernels[0], network.kernels[1] / 4, network.readout / 4]):
+            block.weight.copy_(kernel)
+    terms = problem.terms(network.particles())
+    expected = float(terms.source + terms.readout + terms.input)
+    assert widths._penalties(plain, problem.penalty).item() == pytest.approx(expected, rel=1e-10)
+
+
+def test_a_sweep_and_a_step_are_measured_and_shown():
+    found = widths.run(widths.Settings(samples=4, width=2, repetitions=1, block=1, warm_up=1, cells=3, cell_seconds=0.01, jobs=1))
+    assert set(found["step"]["seconds_per_step"]) == set(widths.CONTENDERS)
+    assert found["sweep"]["cell_seconds"] >= 0.03
+    assert [table.row_count for table in tables.widths_tables(found)] == [3, 1]

@@ -80,3 +80,38 @@ def test_ctrl_c_keeps_the_best_network(tmp_path):
     assert not (tmp_path / "report.html").exists()
     assert load_network(tmp_path).widths[0] <= 6
     assert data.load("digits", samples=6).input_shape == (1, 8, 8)
+
+
+WIDTHS = ["widths", "--size", "quick", "--part", "kernel", "--part", "coordinates", "--jobs", "1"]
+
+
+def test_a_width_study_leaves_tables_and_a_page_and_goes_on_where_it_stopped(tmp_path):
+    first = run(*WIDTHS, "--out", str(tmp_path))
+    assert first.exit_code == 0, first.stderr
+    assert "page: " in first.stdout
+    tables = {name: (tmp_path / f"{name}.csv").read_bytes() for name in ("kernel", "coordinates")}
+    assert "Tangent kernel" in (tmp_path / "widths.html").read_text()
+    removed = sorted((tmp_path / "cells").glob("*.json"))[0]
+    removed.unlink()
+    second = run(*WIDTHS, "--out", str(tmp_path), "--no-report", "--quiet")
+    assert "21 of 22 cells were there already" in second.stderr
+    assert {name: (tmp_path / f"{name}.csv").read_bytes() for name in tables} == tables
+    assert removed.exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (["--part", "sample"], ["--part='sample'", "'sampled'"]),
+        (["--size", "huge"], ["--size='huge'", "'full'"]),
+        (["--jobs", "0"], ["--jobs=0", "at least 1"]),
+        (["--data", "missing.npz"], ["missing.npz", "does not exist"]),
+        (["--samples", "9999"], ["--samples=9999"]),
+        (["--backend", "clouds"], ["clouds"]),
+    ],
+)
+def test_bad_input_of_a_study_is_one_line(arguments, parts, tmp_path):
+    result = run("widths", "--size", "quick", "--part", "kernel", "--out", str(tmp_path), "--quiet", *arguments)
+    assert result.exit_code == 2
+    assert result.stderr.count("\n") == 1
+    assert all(part in result.stderr for part in parts), result.stderr

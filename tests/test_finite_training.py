@@ -639,3 +639,12 @@ class TestBadInput:
         uneven = mf.ParticleNetwork(problem.architecture, masses, even.kernels, even.readout, even.biases)
         with pytest.raises(ValueError, match=r"masses\[0\] are not uniform"):
             train(problem, (2, 4), start=uneven)
+
+
+def test_records_are_as_far_apart_as_asked():
+    often, seldom = (train(make_problem(), (4, 3), steps=7, record_every=every) for every in (1, 3))
+    assert [row["step"] for row in often.history] == list(range(8))
+    assert [row["step"] for row in seldom.history] == [0, 3, 6, 7]
+    assert comparable(seldom.history) == comparable([row for row in often.history if row["step"] in (0, 3, 6, 7)])
+    with pytest.raises(ValueError, match="record_every=0 must be an integer of at least 1"):
+        train(make_problem(), (4, 3), record_every=0)

@@ -39,7 +39,7 @@ SCHEDULES: dict[str, Callable[[float], float]] = {
 }
 BASE_WIDTH = 64  # the width at which every layer of the maximal update parameterisation has the learning rate that was given
 TIME_TOLERANCE = 1e-9  # relative; the rounding of a sum of up to a million learning rates is below it
-RECORDS = 100  # J on all images is evaluated about this many times in a run
+RECORDS = 100  # of a run, by default
 BLOW_UP = 1e6  # a run whose J exceeds this many times its start (and 1) is taken as lost
 STATUS_TEXTS = {
     "completed": "all steps were taken",
@@ -85,6 +85,7 @@ def train(
     checkpoints: Sequence[float] = (),
     state: str | Path | None = None,
     state_every: int = 1000,
+    record_every: int | None = None,
     callback: Callable[[dict[str, Any]], None] | None = None,
 ) -> Training:
     """Train a finite CNN of the given widths on problem's J, its penalties taken at uniform masses.
@@ -105,13 +106,14 @@ def train(
         same arguments continues from it and ends, on the same machine, with the same bits as a run without a pause
         (seconds excepted).  It is removed when the run ends by itself, and refused (ValueError) where it is damaged or
         of other arguments or data.
+    record_every: steps between two records, each of which evaluates J on all images (default: 100 records a run).
     callback: called with every record of the history; after a resumption from the saved step on.
 
     The bounds of the penalty hold at every step: parameters are projected on them.  A start that breaks a bound is
     projected if it is random and refused (ValueError) if it was given.  Divergence and an interrupt from the keyboard
     end the run with a status.  dtype and device are those of the problem's inputs.
     """
-    settings = _Settings(optimiser, scaling, learning_rate, steps, schedule, noise, checkpoints)
+    settings = _Settings(optimiser, scaling, learning_rate, steps, schedule, noise, checkpoints, record_every)
     generator = torch.Generator().manual_seed(validation.integer(seed, "seed", minimum=0))
     batches = _Batches(len(problem.inputs), batch_size, shuffle, generator)
     run = _Run(problem, _start(problem, widths, generator, scaling, start), settings, batches, callback)
@@ -148,6 +150,7 @@ class _Settings:
         schedule: str,
         noise: float = 0.0,
         checkpoints: Sequence[float] = (),
+        record_every: int | None = None,
     ) -> None:
         self.optimiser = OPTIMISERS[validation.one_of(optimiser, OPTIMISERS, "optimiser")]
         validation.one_of(scaling, SCALINGS, "scaling")
@@ -163,7 +166,8 @@ class _Settings:
         times = _increasing(checkpoints)
         self.checkpoints = _checkpoint_steps(times, self)
         self.described = {"optimiser": optimiser, "scaling": scaling, "learning_rate": self.peak, "steps": self.steps, "schedule": schedule}
-        self.described |= {"noise": self.noise, "checkpoints": times}
+        self.record_every = max(1, self.steps // RECORDS) if record_every is None else validation.integer(record_every, "record_every")
+        self.described |= {"noise": self.noise, "checkpoints": times, "record_every": self.record_every}
 
     def rate(self, step: int) -> float:
         return self.peak * self.shape(step / self.steps)
@@ -290,7 +294,6 @@ def _named(start: str | ParticleNetwork | FiniteCNN) -> str:
 def _descend(run: _Run, file: StateFile | None, state_every: int) -> str:
     """All steps that are left; returns the status."""
     settings = run.settings
-    every = max(1, settings.steps // RECORDS)
     if not run.history:
         run.record()
         run.keep()
@@ -299,7 +302,7 @@ def _descend(run: _Run, file: StateFile | None, state_every: int) -> str:
         _step(run)
         run.keep()
         # J is watched only where it is recorded: reading it at every step would wait for the device
-        if run.steps % every == 0 or run.steps == settings.steps:
+        if run.steps % settings.record_every == 0 or run.steps == settings.steps:
             value = run.record()
             if not value <= ceiling:  # also true for NaN
                 return "diverged"

@@ -1,4 +1,4 @@
-"""The coordinate check: is the change of features and outputs in the first steps of training independent of the width?
+"""The coordinate check: is the change of features and outputs early in training independent of the width?
 
 Yang & Hu 2021 ask it of every parameterisation: coordinates that grow with the width blow up in the limit, coordinates
 whose change vanishes are not learned.  The table has a line per scaling, optimiser, width, layer and step.
@@ -26,7 +26,7 @@ def check(cell: Cell) -> list[Row]:
     rate = LEARNING_RATES[cell["optimiser"], cell["scaling"]]
     ended = finite.train(
         problem, (cell["width"],) * task.depth, cell["seed"], scaling=cell["scaling"], optimiser=cell["optimiser"], schedule="constant",
-        steps=cell["steps"], checkpoints=[rate * step for step in range(cell["steps"] + 1)],
+        steps=cell["steps"], checkpoints=[rate * step for step in range(cell["steps"] + 1)], record_every=cell["steps"],
     )  # fmt: skip
     named = {name: cell[name] for name in ("scaling", "optimiser", "width", "seed")}
     start = _coordinates(ended.checkpoints[0][1], problem.inputs)

@@ -93,14 +93,13 @@ def gallery(cell: Cell) -> list[Row]:
     ]  # fmt: skip
 
 
-def networks(
-    problem: Problem, width: int, seed: int, *, rate: float, times: list[float], **options: Any
-) -> tuple[tuple[float, finite.FiniteCNN], ...]:
+def networks(problem: Problem, width: int, seed: int, *, rate: float, times: list[float], **options: Any) -> Checkpoints:
     """(flow time, network) at every checkpoint of gradient descent at a constant rate."""
     steps = round(times[-1] / rate)
     widths = (width,) * problem.architecture.depth
     ended = finite.train(
-        problem, widths, seed, optimiser="sgd", schedule="constant", learning_rate=rate, steps=steps, checkpoints=times, **options
+        problem, widths, seed, optimiser="sgd", schedule="constant", learning_rate=rate, steps=steps, checkpoints=times, record_every=steps,
+        **options,
     )  # fmt: skip
     if ended.status != "completed":
         raise RuntimeError(f"width {width}, seed {seed}: {ended.message}")
