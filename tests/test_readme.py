@@ -48,7 +48,7 @@ def test_files_named_in_the_text_exist():
         assert (ROOT / name).exists(), name
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/what_this_proves.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/what_this_proves.md", "docs/finite_networks.md"])
 def test_links_lead_somewhere(page):
     path = ROOT / page
     for link in re.findall(r"\[[^\]]*\]\(([^)#]+)[^)]*\)", path.read_text()):
