@@ -173,6 +173,7 @@ def test_the_ratio_is_taken_where_a_network_moves_most():
 def test_the_page_holds_every_part(tmp_path, monkeypatch):
     monkeypatch.setattr(widths, "LIMIT_STEPS", 30)
     monkeypatch.setattr(widths, "PARTICLES", 8)
+    monkeypatch.setattr(width_study, "TIMES", [0.0, 1.0, 2.0])
     tiny = width_study.Sizes((1, 2), (8, 16), 40, 20, (2, 3), 2, 4, 1, 1, (2, 4), 2, (2,), (2, 4), 1, (4, 8), 2)
     heard, parts = [], [part for part in width_study.PARTS if part != "limit"]  # its search for features takes long
     tables = width_study.run(TASK.variant(pool=2), tiny, tmp_path, parts=parts, announce=lambda part, cell, kept: heard.append(part))

@@ -113,7 +113,7 @@ def _against_best(setting: Setting, moving: bool) -> Evidence:
 def _grown_wider(setting: Setting) -> list[tuple[mf.Solution, float]]:
     """Alternations of flow, program and search from narrow starts (quick: wide ones), each with the best bound of its searches.
 
-    A bound that is not proven is not believed beyond the lowest J of any run.
+    A bound that is not proven is not believed beyond the lowest J of these runs.
     """
     problem, widths, found = _two_layers(setting), WIDTHS[0] if setting.full else WIDTHS[-1], []
     for number in range(setting.either(1, 3)):
@@ -123,8 +123,8 @@ def _grown_wider(setting: Setting) -> list[tuple[mf.Solution, float]]:
             program_tolerance=5e-3, program_iterations=200, grow=NEW_FEATURES, seed=setting.seed + number,
         )  # fmt: skip
         found.append((solved, max(row["search_bound"] for row in solved.history)))
-    lowest = min(value for moving in (True, False) for values in _ends(setting, moving).values() for value in values)
-    return [(solved, min(bound, lowest, *(other.value for other, _ in found))) for solved, bound in found]
+    lowest = min(solved.value for solved, _ in found)
+    return [(solved, min(bound, lowest)) for solved, bound in found]
 
 
 def _against_bound(setting: Setting) -> Evidence:
