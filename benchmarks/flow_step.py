@@ -16,7 +16,6 @@ import os
 import statistics
 import subprocess
 import sys
-import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -26,6 +25,7 @@ from torch import Tensor, nn
 
 import meanfield as mf
 from benchmarks import machine
+from benchmarks.blocks import alternating, cpu_seconds
 from benchmarks.machine import forget_peak, peak_bytes
 from meanfield.losses import accuracy
 from meanfield.solvers import flow
@@ -122,22 +122,10 @@ def speed(settings: Settings, dtype: str) -> dict[str, Any]:
     problem, _ = load(settings, dtype)
     total = settings.warm_up + settings.repetitions * settings.block
     both = {name: contender(name, problem, settings, total) for name in CONTENDERS}
-    for each in both.values():
-        _cpu_seconds(each, settings.warm_up)
-    blocks: dict[str, list[float]] = {name: [] for name in CONTENDERS}
-    for repetition in range(settings.repetitions):
-        for name in CONTENDERS if repetition % 2 else CONTENDERS[::-1]:
-            blocks[name].append(_cpu_seconds(both[name], settings.block))
+    blocks = alternating({name: each.step for name, each in both.items()}, settings.warm_up, settings.repetitions, settings.block)
     medians = {name: statistics.median(seconds) for name, seconds in blocks.items()}
     ratios = [plain / flowed for plain, flowed in zip(blocks["plain"], blocks["flow"])]
     return {"seconds_per_step": medians, "speed_ratio": medians["plain"] / medians["flow"], "block_ratios": sorted(ratios)}
-
-
-def _cpu_seconds(each: Contender, steps: int) -> float:
-    began = time.process_time()
-    for _ in range(steps):
-        each.step()
-    return (time.process_time() - began) / max(1, steps)
 
 
 def own_memory(name: str, settings: Settings, dtype: str) -> int:
@@ -150,7 +138,7 @@ def own_memory(name: str, settings: Settings, dtype: str) -> int:
     gc.collect()
     forget_peak()
     before = peak_bytes()
-    _cpu_seconds(contender(name, problem, settings, settings.memory_steps), settings.memory_steps)
+    cpu_seconds(contender(name, problem, settings, settings.memory_steps).step, settings.memory_steps)
     return peak_bytes() - before
 
 

@@ -13,7 +13,6 @@ import itertools
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -22,12 +21,13 @@ from torch import Tensor, nn
 
 import meanfield as mf
 from benchmarks import machine
+from benchmarks.blocks import Step, alternating
 from meanfield import sweep
 from meanfield.finite import training
 from meanfield.sweep import Cell, Row
 
 STEP_ALLOWED, OVERHEAD_ALLOWED = 1.3, 0.05
-CONTENDERS = ("finite.train", "plain", "plain with penalties")
+CONTENDERS: tuple[str, ...] = ("finite.train", "plain", "plain with penalties")
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ def problem(settings: Settings) -> mf.Problem:
     return mf.Problem(architecture, data.inputs, data.targets("softmax"), "softmax", penalty).to(dtype=getattr(torch, settings.dtype))
 
 
-def library_step(settings: Settings) -> Callable[[], None]:
+def library_step(settings: Settings) -> Step:
     """One step of `finite.train`, without its records."""
     task, generator = problem(settings), torch.Generator().manual_seed(0)
     chosen = training._Settings("sgd", "mean_field", None, 10**6, "constant")
@@ -64,7 +64,7 @@ def library_step(settings: Settings) -> Callable[[], None]:
     return lambda: training._step(run)
 
 
-def plain_step(settings: Settings, *, penalised: bool) -> Callable[[], None]:
+def plain_step(settings: Settings, *, penalised: bool) -> Step:
     task = problem(settings)
     torch.manual_seed(0)
     channels = (task.architecture.input_shape[0], *(settings.width,) * settings.depth)
@@ -99,23 +99,11 @@ def step_seconds(settings: Settings) -> dict[str, Any]:
     """Median CPU seconds per step of every contender, and of the blocks' ratios to "plain"."""
     makers = (library_step, lambda s: plain_step(s, penalised=False), lambda s: plain_step(s, penalised=True))
     steps = dict(zip(CONTENDERS, (make(settings) for make in makers)))
-    for step in steps.values():
-        _cpu_seconds(step, settings.warm_up)
-    blocks: dict[str, list[float]] = {name: [] for name in CONTENDERS}
-    for repetition in range(settings.repetitions):
-        for name in CONTENDERS if repetition % 2 else CONTENDERS[::-1]:
-            blocks[name].append(_cpu_seconds(steps[name], settings.block))
+    blocks = alternating(steps, settings.warm_up, settings.repetitions, settings.block)
     medians = {name: statistics.median(seconds) for name, seconds in blocks.items()}
     ratio = statistics.median(own / plain for own, plain in zip(blocks["finite.train"], blocks["plain"]))
     fair = statistics.median(own / plain for own, plain in zip(blocks["finite.train"], blocks["plain with penalties"]))
     return {"seconds_per_step": medians, "ratio": ratio, "ratio_with_penalties": fair, "fast_enough": ratio <= STEP_ALLOWED}
-
-
-def _cpu_seconds(step: Callable[[], None], count: int) -> float:
-    began = time.process_time()
-    for _ in range(count):
-        step()
-    return (time.process_time() - began) / max(1, count)
 
 
 def work(cell: Cell) -> list[Row]:

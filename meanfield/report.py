@@ -27,7 +27,7 @@ def write(run: Run, directory: str | Path, announce: Callable[[str], None] = lam
     save_network(run, directory)
     results = gather(run, announce)
     announce("pictures and page")
-    images = {name: plotting.png(figure) for name, figure in pictures(results).items()}
+    images = {name: plotting.png(drawn) for name, drawn in pictures(results).items()}
     text = page(results, images)
     for name, content in images.items():
         storage.write_atomically(directory / f"{name}.png", content)
@@ -98,13 +98,14 @@ def page(results: Results, images: dict[str, bytes]) -> str:
     """The page, with every picture inside it."""
     inside = {name: inline(content) for name, content in images.items()}
     parts = [_settings, _rounds, _reference, _populations, _predictions, _finite, _segment, _meaning]
+    return assemble(escape(_title(results)), _claim(results), [part(results, inside) for part in parts], _footer(results))
+
+
+def assemble(title: str, claim: str, sections: Iterable[str], footer: str) -> str:
+    """A page of the house's look from pieces of HTML."""
     template = Template(files("meanfield").joinpath("templates/report.html").read_text(encoding="utf-8"))
-    return template.substitute(
-        title=escape(_title(results)),
-        claim=_claim(results),
-        sections="\n".join(f"<section>{part(results, inside)}</section>" for part in parts),
-        footer=_footer(results),
-    )
+    inside = "\n".join(f"<section>{section}</section>" for section in sections)
+    return template.substitute(title=title, claim=claim, sections=inside, footer=footer)
 
 
 def _title(results: Results) -> str:
@@ -140,7 +141,7 @@ def _settings(results: Results, images: dict[str, str]) -> str:
         "λ<sub>s</sub> Σ p<sub>i</sub> (Σ |w<sub>ij</sub>| p<sub>j</sub>)² for every pair of layers (source), "
         "λ<sub>u</sub> Σ p<sub>j</sub> |u<sub>j</sub>|² (readout), λ<sub>1</sub> Σ p<sub>i</sub> |z<sub>i</sub>|² (input). "
         "Masses p, kernels z and w, and the readout u all move.</p>"
-        + warned + _terms(results) + f"<details><summary>All settings</summary>{_table(['setting', 'value'], rows, text=True)}</details>"
+        + warned + _terms(results) + f"<details><summary>All settings</summary>{table(['setting', 'value'], rows, text=True)}</details>"
     )  # fmt: skip
 
 
@@ -150,7 +151,7 @@ def _terms(results: Results) -> str:
     total = [["<b>J</b>", f"<b>{_number(answer['value'])}</b>"], ["J at the random start", _number(answer["start_value"])]]
     lower = [["dual bound (on this support)", _number(answer["dual_value"])], ["largest violated constraint (relative)", _short(answer["violation"])]]
     over_all = "none proven" if answer["lower_bound"] is None else _number(answer["lower_bound"])
-    return _table(["at the answer", "value (units of J)"], parts + total + lower + [["lower bound over all measures", over_all]])
+    return table(["at the answer", "value (units of J)"], parts + total + lower + [["lower bound over all measures", over_all]])
 
 
 def _rounds(results: Results, images: dict[str, str]) -> str:
@@ -176,9 +177,9 @@ def _rounds(results: Results, images: dict[str, str]) -> str:
         for row in rows
     ]  # fmt: skip
     return (
-        text + _figure(images, "values", "Objective per round; the dual bound lies below both, on this support.")
-        + _figure(images, "gaps", "Duality gap per round. The flow's gap is measured before the convex program has touched its network.")
-        + _table(head, body)
+        text + figure(images, "values", "Objective per round; the dual bound lies below both, on this support.")
+        + figure(images, "gaps", "Duality gap per round. The flow's gap is measured before the convex program has touched its network.")
+        + table(head, body)
     )  # fmt: skip
 
 
@@ -197,7 +198,7 @@ def _reference(results: Results, images: dict[str, str]) -> str:
         ["difference, ours minus cvxpy's", _short(found["difference"])],
         ["duality gap of cvxpy's point, recomputed", _short(found["cvxpy_gap"])],
     ]
-    return text + _table(["", "value (units of J)"], rows)
+    return text + table(["", "value (units of J)"], rows)
 
 
 def _populations(results: Results, images: dict[str, str]) -> str:
@@ -205,8 +206,8 @@ def _populations(results: Results, images: dict[str, str]) -> str:
     return (
         f"<h2>Populations and kernels</h2><p>Repopulation moves mass between features. The answer uses as many features as equal masses of number "
         f"1 / Σ p² would: {effective}.</p>"
-        + _figure(images, "populations", "Masses of the random start (before, equal) and of the answer (after), heaviest first.", wide=True)
-        + _figure(images, "kernels", "First-layer kernels of the heaviest particles; the title is the mass p. One colour scale for all.")
+        + figure(images, "populations", "Masses of the random start (before, equal) and of the answer (after), heaviest first.", wide=True)
+        + figure(images, "kernels", "First-layer kernels of the heaviest particles; the title is the mass p. One colour scale for all.")
     )  # fmt: skip
 
 
@@ -218,9 +219,9 @@ def _predictions(results: Results, images: dict[str, str]) -> str:
     ]  # fmt: skip
     note = "" if found["held_out"] else "<p>Every image was used for training: nothing is held out.</p>"
     return (
-        "<h2>Predictions</h2>" + _table(["images", "number", "accuracy"], rows) + note
-        + _figure(images, "images", "The first training images and what the network makes of them; a thick frame marks a mistake.", wide=True)
-        + _figure(images, "predictions", f"For every image: {_output_label(found['classes'])}.")
+        "<h2>Predictions</h2>" + table(["images", "number", "accuracy"], rows) + note
+        + figure(images, "images", "The first training images and what the network makes of them; a thick frame marks a mistake.", wide=True)
+        + figure(images, "predictions", f"For every image: {_output_label(found['classes'])}.")
     )  # fmt: skip
 
 
@@ -237,8 +238,8 @@ def _finite(results: Results, images: dict[str, str]) -> str:
         f"<h2>Finite networks against the limit</h2><p>Sampled: m particles per layer drawn by mass from the answer, {found['draws']} draws at each "
         f"m. Trained: ordinary networks of width m from random starts, {found['trained_steps']} Adam steps each with equal "
         f"fixed masses; short trainings of few seeds: not the best that a width can reach, and no rate.{late}</p>"
-        + _figure(images, "finite", "Objective of finite networks against their width; the line is the continuous one. Both axes are logarithmic.")
-        + _table(head, rows)
+        + figure(images, "finite", "Objective of finite networks against their width; the line is the continuous one. Both axes are logarithmic.")
+        + table(head, rows)
     )  # fmt: skip
 
 
@@ -253,8 +254,8 @@ def _segment(results: Results, images: dict[str, str]) -> str:
         f"equal widths ({_by(found['widths'])}). J is followed along the straight line between them, once in program variables and once in weights. "
         f"Midpoint violation max(0, J(mid) &minus; (J<sub>A</sub> + J<sub>B</sub>) / 2): {_short(violation['program'])} in program variables, "
         f"{_short(violation['weights'])} in weights; {verdict}.</p>"
-        + _figure(images, "segment", "The same two ends. Above the dotted chord means: not convex.", wide=True)
-        + _table(["line", "J at A", "J at the middle", "J at B", "midpoint violation"], rows)
+        + figure(images, "segment", "The same two ends. Above the dotted chord means: not convex.", wide=True)
+        + table(["line", "J at A", "J at the middle", "J at B", "midpoint violation"], rows)
     )  # fmt: skip
 
 
@@ -283,12 +284,12 @@ def _footer(results: Results) -> str:
     return escape(f"Seed {results['seed']}; solved in {results['solution']['seconds']:.1f} s. {used}. Every number is in results.json.")
 
 
-def _figure(images: dict[str, str], name: str, caption: str, *, wide: bool = False) -> str:
+def figure(images: dict[str, str], name: str, caption: str, *, wide: bool = False) -> str:
     kind = ' class="wide"' if wide else ""
     return f'<figure{kind}><img src="{images[name]}" alt="{escape(caption)}"><figcaption>{escape(caption)}</figcaption></figure>'
 
 
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]], *, text: bool = False) -> str:
+def table(head: Sequence[str], rows: Iterable[Sequence[str]], *, text: bool = False) -> str:
     """Cells are HTML already."""
     cell = '<td class="text">' if text else "<td>"
     body = "".join("<tr>" + "".join(f"{cell}{entry}</td>" for entry in row) + "</tr>" for row in rows)

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from html import escape
-from importlib.resources import files
 from pathlib import Path
-from string import Template
 from typing import Any
 
 import numpy as np
@@ -14,7 +12,7 @@ import numpy as np
 from meanfield import plotting, storage, width_study
 from meanfield.plotting import Curve
 from meanfield.rates import Slope
-from meanfield.report import inline, to_json
+from meanfield.report import assemble, figure, inline, table, to_json
 from meanfield.studies.trajectories import QUANTILES
 from meanfield.width_study import Rows, groups, samples, select
 
@@ -29,7 +27,7 @@ ARMS = {
 def write(tables: Mapping[str, Rows], directory: str | Path, command: str) -> Path:
     """Write widths.html, summary.json and the pictures; returns the page."""
     directory = Path(directory)
-    figures = {name: plotting.png(figure) for name, figure in pictures(tables).items()}
+    figures = {name: plotting.png(drawn) for name, drawn in pictures(tables).items()}
     for name, content in figures.items():
         storage.write_atomically(directory / f"{name}.png", content)
     found = width_study.summary(tables)
@@ -143,15 +141,14 @@ def _with(label: str, slope: Slope | None) -> str:
 
 
 def page(tables: Mapping[str, Rows], found: Mapping[str, Any], figures: Mapping[str, bytes], command: str) -> str:
+    images = {name: inline(content) for name, content in figures.items()}
     makers = {
         "sampled": _sampled_section, "trained": _trained_section, "trajectories": _trajectory_section, "statistics": _statistics_section,
         "coordinates": _coordinate_section, "kernel": _kernel_section,
     }  # fmt: skip
-    sections = "\n".join(f"<section>{make(found.get(part), tables, figures)}</section>" for part, make in makers.items() if part in tables)
-    return Template(files("meanfield").joinpath("templates/report.html").read_text(encoding="utf-8")).substitute(
-        title="Finite networks against the continuous one", claim=escape(_claim(found)), sections=sections,
-        footer=f"Made by <code>{escape(command)}</code>; the tables are the CSV files beside this page.",
-    )  # fmt: skip
+    sections = [make(found.get(part), tables, images) for part, make in makers.items() if part in tables]
+    footer = f"Made by <code>{escape(command)}</code>; the tables are the CSV files beside this page."
+    return assemble("Finite networks against the continuous one", escape(_claim(found)), sections, footer)
 
 
 def _claim(found: Mapping[str, Any]) -> str:
@@ -165,7 +162,7 @@ def _claim(found: Mapping[str, Any]) -> str:
     )
 
 
-def _sampled_section(found: Any, _: Mapping[str, Rows], figures: Mapping[str, bytes]) -> str:
+def _sampled_section(found: Any, _: Mapping[str, Rows], images: dict[str, str]) -> str:
     rows = [
         [row["depth"], row["activation"], SAMPLING[row["sampling"]], row["slope"], row["feature_slope"], f"{row['first']:.2g}", f"{row['last']:.2g}"]
         for row in found
@@ -176,11 +173,11 @@ def _sampled_section(found: Any, _: Mapping[str, Rows], figures: Mapping[str, by
         "all particles alike, whatever their mass, and must not converge. Without bounds the measures concentrate on few particles with large "
         "weights; second-order terms then bend the curve at these widths."
     )
-    picture = _figure(figures["sampled"], "Squared error against the width", wide=True)
-    return f"<h2>Sampled from the continuous network</h2><p>{text}</p>{picture}{_table(head, rows)}"
+    picture = figure(images, "sampled", "Squared error against the width", wide=True)
+    return f"<h2>Sampled from the continuous network</h2><p>{text}</p>{picture}{_cells(head, rows)}"
 
 
-def _trained_section(found: Any, _: Mapping[str, Rows], figures: Mapping[str, bytes]) -> str:
+def _trained_section(found: Any, _: Mapping[str, Rows], images: dict[str, str]) -> str:
     rows = [
         [row["masses"], row["width"], row["seeds"], f"{row['least']:.2%}", f"{row['median']:.2%}", f"{row['most']:.2%}", f"{row['within_1%']:.0%}",
          f"{row['within_5%']:.0%}"] for row in found["widths"]
@@ -189,10 +186,10 @@ def _trained_section(found: Any, _: Mapping[str, Rows], figures: Mapping[str, by
     refuted = f"; {found['refuted_bounds']} bounds were refuted by a network below them" if found["refuted_bounds"] else ""
     text = f"The lowest J of any run, with growth or without, is {found['best']:.5f}; {bound}{refuted}. Excesses are relative to the former."
     head = ["masses", "width", "seeds", "least excess", "median", "most", "within 1%", "within 5%"]
-    return f"<h2>Trained from random starts</h2><p>{text}</p>{_figure(figures['trained'], 'Excess against the width')}{_table(head, rows)}"
+    return f"<h2>Trained from random starts</h2><p>{text}</p>{figure(images, 'trained', 'Excess against the width')}{_cells(head, rows)}"
 
 
-def _trajectory_section(found: Any, tables: Mapping[str, Rows], figures: Mapping[str, bytes]) -> str:
+def _trajectory_section(found: Any, tables: Mapping[str, Rows], images: dict[str, str]) -> str:
     rates = [
         [ARMS[r["arm"]], "two seeds" if r["kind"] == "seeds" else "m and 2m", DISTANCES[r["distance"]], r["slope"]]
         for r in found["rates"]
@@ -208,17 +205,17 @@ def _trajectory_section(found: Any, tables: Mapping[str, Rows], figures: Mapping
         "seeds share a trajectory if they are much closer to each other than one network is to itself at half the time."
     )
     parts = [
-        f"<h2>Trajectories of features</h2><p>{text}</p>", _figure(figures["trajectories"], "Distances against the width", wide=True),
-        _table(["training", "between", "distance", "slope in m (95%)"], rates),
-        _table(["training", "width", "distance", "time 2t", "two seeds at 2t", "times t and 2t", "ratio"], ratios),
+        f"<h2>Trajectories of features</h2><p>{text}</p>", figure(images, "trajectories", "Distances against the width", wide=True),
+        _cells(["training", "between", "distance", "slope in m (95%)"], rates),
+        _cells(["training", "width", "distance", "time 2t", "two seeds at 2t", "times t and 2t", "ratio"], ratios),
     ]  # fmt: skip
-    parts += [_figure(figures["times"], "First network at one time, second at another: a ridge of small distances lies on the diagonal", wide=True)]
-    if "seeds" in figures:
-        parts.append(_figure(figures["seeds"], "All pairs of seeds", wide=True))
+    parts += [figure(images, "times", "First network at one time, second at another: a ridge of small distances lies on the diagonal", wide=True)]
+    if "seeds" in images:
+        parts.append(figure(images, "seeds", "All pairs of seeds", wide=True))
     return "".join(parts)
 
 
-def _statistics_section(_: Any, tables: Mapping[str, Rows], figures: Mapping[str, bytes]) -> str:
+def _statistics_section(_: Any, tables: Mapping[str, Rows], images: dict[str, str]) -> str:
     last = max(row["time"] for row in tables["statistics"])
     rows = []
     for (what, layer, width), same in sorted(groups(select(tables["statistics"], time=last), "of", "layer", "width").items()):
@@ -226,15 +223,15 @@ def _statistics_section(_: Any, tables: Mapping[str, Rows], figures: Mapping[str
         rows.append([what, layer, width, *cells])
     head = ["of", "layer", "width", "mean", "variance", "excess kurtosis"]
     text = f"Over particles and held-out images jointly, at flow time {last:g}; mean ± standard deviation over seeds."
-    overlay = _figure(figures["distributions"], "Quantile functions of all seeds, by width", wide=True)
-    return f"<h2>Moments and distributions</h2><p>{text}</p>{overlay}{_table(head, rows)}"
+    overlay = figure(images, "distributions", "Quantile functions of all seeds, by width", wide=True)
+    return f"<h2>Moments and distributions</h2><p>{text}</p>{overlay}{_cells(head, rows)}"
 
 
 def _spread(values: Sequence[float]) -> str:
     return f"{np.mean(values):.3g} ± {np.std(values):.2g}"
 
 
-def _coordinate_section(found: Any, _: Mapping[str, Rows], figures: Mapping[str, bytes]) -> str:
+def _coordinate_section(found: Any, _: Mapping[str, Rows], images: dict[str, str]) -> str:
     rows = [
         [row["scaling"], row["optimiser"], row["layer"], row["slope"], ", ".join(f"{m}: {size:.2g}" for m, size in row["sizes"].items())]
         for row in found
@@ -245,27 +242,21 @@ def _coordinate_section(found: Any, _: Mapping[str, Rows], figures: Mapping[str,
         "1/sqrt(m), and the check is flat only afterwards (coordinates.csv has every step)."
     )
     head = ["scaling", "optimiser", "layer", "slope in m (95%)", "change at each width"]
-    return f"<h2>Coordinate check</h2><p>{text}</p>{_figure(figures['coordinates'], 'Change of coordinates', wide=True)}{_table(head, rows)}"
+    return f"<h2>Coordinate check</h2><p>{text}</p>{figure(images, 'coordinates', 'Change of coordinates', wide=True)}{_cells(head, rows)}"
 
 
-def _kernel_section(found: Any, tables: Mapping[str, Rows], figures: Mapping[str, bytes]) -> str:
+def _kernel_section(found: Any, tables: Mapping[str, Rows], images: dict[str, str]) -> str:
     medians = ", ".join(f"{np.median(errors):.3f} at m = {m}" for m, errors in samples(tables["kernel"], "relative_error").items())
     text = (
         "The tangent kernel of one ReLU layer in the 1/sqrt(m) scaling against its closed form: median relative Frobenius error "
         f"{medians}; slope {found['slope']}."
     )
-    return f"<h2>Tangent kernel</h2><p>{escape(text)}</p>{_figure(figures['kernel'], 'Error of the empirical kernel')}"
+    return f"<h2>Tangent kernel</h2><p>{escape(text)}</p>{figure(images, 'kernel', 'Error of the empirical kernel')}"
 
 
-def _figure(content: bytes, caption: str, *, wide: bool = False) -> str:
-    kind = ' class="wide"' if wide else ""
-    return f'<figure{kind}><img src="{inline(content)}" alt="{escape(caption)}"><figcaption>{escape(caption)}</figcaption></figure>'
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    top = "".join(f"<th>{escape(each)}</th>" for each in head)
-    body = "".join("<tr>" + "".join(f"<td>{escape('' if cell is None else str(cell))}</td>" for cell in row) + "</tr>" for row in rows)
-    return f'<div class="scroll"><table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'
+def _cells(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """A table of plain values, None as an empty cell."""
+    return table([escape(each) for each in head], [["" if cell is None else escape(str(cell)) for cell in row] for row in rows])
 
 
 def _plain(value: Any) -> Any:

@@ -6,11 +6,11 @@ Parts: "sampled" and "trained" networks against the continuous one, "trajectorie
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
+from statistics import fmean, median
 from typing import Any
 
 from meanfield import sweep
@@ -26,7 +26,6 @@ RATE = 0.5
 WIDE = 256
 COORDINATE_STEPS = 16  # mean-field layers below the last one start to learn once the last one has: not in the first few steps
 CONVERGED = {"1%": 0.01, "5%": 0.05}
-THIRD = 1 / 3
 
 
 @dataclass(frozen=True)
@@ -197,7 +196,7 @@ def sampled_rates(rows: Rows) -> list[Row]:
         found.append(
             {
                 "depth": depth, "activation": activation, "sampling": sampling, "slope": rate(each, "squared_error"), "feature_slope": feature,
-                "first": _mean(errors[min(errors)]), "last": _mean(errors[max(errors)]),
+                "first": fmean(errors[min(errors)]), "last": fmean(errors[max(errors)]),
             }
         )  # fmt: skip
     return found
@@ -215,9 +214,9 @@ def trained_shares(rows: Rows, limits: Rows) -> dict[str, Any]:
     by_width = []
     for (masses, width), each in groups(rows, "masses", "width").items():
         excess = sorted(row["value"] / best - 1 for row in each)
-        shares = {f"within_{name}": _mean([float(e <= level) for e in excess]) for name, level in CONVERGED.items()}
+        shares = {f"within_{name}": fmean([float(e <= level) for e in excess]) for name, level in CONVERGED.items()}
         by_width.append(
-            {"masses": masses, "width": width, "seeds": len(each), "median": _median(excess), "least": excess[0], "most": excess[-1], **shares}
+            {"masses": masses, "width": width, "seeds": len(each), "median": median(excess), "least": excess[0], "most": excess[-1], **shares}
         )
     return {"best": best, "bound": max(kept, default=None), "refuted_bounds": len(bounds) - len(kept), "widths": by_width}
 
@@ -240,13 +239,13 @@ def trajectory_rates(rows: Rows) -> dict[str, Any]:
 
 def _ratio(rows: Rows, figure: str) -> Row:
     time = most_changed(rows, figure)
-    moved, apart = (_median([row[figure] for row in select(rows, kind=kind, time=time)]) for kind in ("times", "seeds"))
+    moved, apart = (median([row[figure] for row in select(rows, kind=kind, time=time)]) for kind in ("times", "seeds"))
     return {"time": time, "seeds": apart, "times": moved, "ratio": apart / moved}
 
 
 def most_changed(rows: Rows, figure: str) -> float:
     """The time at which networks have moved most since half that time (the first checkpoint has no half)."""
-    moved = {time: _median([row[figure] for row in each]) for (time,), each in groups(select(rows, kind="times"), "time").items()}
+    moved = {time: median([row[figure] for row in each]) for (time,), each in groups(select(rows, kind="times"), "time").items()}
     return max((time for time in moved if time >= 2 * TIMES[1]), key=lambda time: moved[time])
 
 
@@ -255,15 +254,6 @@ def coordinate_slopes(rows: Rows) -> list[Row]:
     last = max(row["step"] for row in rows)
     return [
         {"scaling": scaling, "optimiser": optimiser, "layer": layer, "slope": rate(each, "change"), "sizes": {
-            width: _mean(values) for width, values in samples(each, "change").items()}}
+            width: fmean(values) for width, values in samples(each, "change").items()}}
         for (scaling, optimiser, layer), each in groups(select(rows, step=last), "scaling", "optimiser", "layer").items()
     ]  # fmt: skip
-
-
-def _mean(values: Sequence[float]) -> float:
-    return math.fsum(values) / len(values)
-
-
-def _median(values: Sequence[float]) -> float:
-    ordered, half = sorted(values), len(values) // 2
-    return ordered[half] if len(values) % 2 else (ordered[half - 1] + ordered[half]) / 2

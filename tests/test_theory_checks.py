@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from meanfield.rates import slope
 from meanfield.studies.convexity import Witness
 from theory_checks import catalogue, page, pictures, runner, statistics
 from theory_checks.__main__ import app
@@ -99,12 +100,12 @@ def test_intervals_of_shares_and_slopes():
     low, high = statistics.share_interval(0, 20)
     assert (low, round(high, 4)) == (0.0, round(1 - 0.025 ** (1 / 20), 4))  # Clopper-Pearson, closed form at no success
     x = [8, 16, 32, 64]
-    fitted, low, high = statistics.slope(x, [[3 / m] * 5 for m in x])
-    assert fitted == pytest.approx(-1)
-    assert low == pytest.approx(-1)
-    assert high == pytest.approx(-1)
-    spread, low, high = statistics.slope(x, [[2 / m, 4 / m] * 20 for m in x])
-    assert low < spread < high
+    fitted = slope(x, [[3 / m] * 5 for m in x])
+    assert fitted.value == pytest.approx(-1)
+    assert fitted.low == pytest.approx(-1)
+    assert fitted.high == pytest.approx(-1)
+    spread = slope(x, [[2 / m, 4 / m] * 20 for m in x])
+    assert spread.low < spread.value < spread.high
     assert math.isnan(statistics.largest([1.0, math.nan]))
     assert math.isnan(statistics.smallest([1.0, math.nan]))
 

@@ -48,7 +48,7 @@ def pair(cell: Cell) -> list[Row]:
     """
     task = Task.from_dict(cell)
     problem, probes, bandwidths = _setting(task)
-    options = {"rate": cell["rate"], "times": cell["times"], **ARMS[cell["arm"]]}
+    options = _options(cell)
     first = trail(problem, cell["width"], 3 * cell["number"], probes, **options)
     other = _permuted(task, problem, cell["number"]) if cell["arm"] == "permuted_labels" else problem
     second = trail(other, cell["width"], 3 * cell["number"] + 1, probes, **options)
@@ -69,7 +69,7 @@ def statistics(cell: Cell) -> list[Row]:
     with `seed` in place of `number`.
     """
     problem, probes, _ = _setting(Task.from_dict(cell))
-    options = {"rate": cell["rate"], "times": cell["times"], **ARMS[cell["arm"]]}
+    options = _options(cell)
     rows = []
     for time, network in networks(problem, cell["width"], cell["seed"], **options):
         for layer in range(problem.architecture.depth):
@@ -85,12 +85,16 @@ def statistics(cell: Cell) -> list[Row]:
 def gallery(cell: Cell) -> list[Row]:
     """All pairs of `seeds` networks of `width` at the last checkpoint, last layer: MMD; the diagonal is 0."""
     problem, probes, bandwidths = _setting(Task.from_dict(cell))
-    options = {"rate": cell["rate"], "times": cell["times"], **ARMS[cell["arm"]]}
+    options = _options(cell)
     ends = [trail(problem, cell["width"], seed, probes, **options)[-1][1][-1] for seed in range(cell["seeds"])]
     return [
         {"arm": cell["arm"], "width": cell["width"], "seed": i, "other_seed": j, "mmd": mmd(a, b, [bandwidths[-1]]).values[0]}
         for i, a in enumerate(ends) for j, b in enumerate(ends)
     ]  # fmt: skip
+
+
+def _options(cell: Cell) -> dict[str, Any]:
+    return {"rate": cell["rate"], "times": cell["times"], **ARMS[cell["arm"]]}
 
 
 def networks(problem: Problem, width: int, seed: int, *, rate: float, times: list[float], **options: Any) -> Checkpoints:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from meanfield import finite, solvers
+from meanfield import finite, main_job, solvers
 from meanfield.data import Dataset
 from meanfield.network import ParticleNetwork
 from meanfield.problem import Problem
@@ -55,9 +55,14 @@ def sampled(cell: Cell) -> list[Row]:
 @lru_cache(maxsize=4)
 def _limit(task: Task, seed: int) -> Solution:
     """The end of a flow with moving masses."""
-    problem = task.problem()
-    start = ParticleNetwork.start(problem.architecture, (PARTICLES,) * task.depth, problem.inputs, torch.Generator().manual_seed(seed))
-    return solvers.flow.solve(problem, solvers.flow.project_bounds(problem, start), steps=LIMIT_STEPS)
+    return _flowed(task.problem(), PARTICLES, seed, LIMIT_STEPS)
+
+
+def _flowed(problem: Problem, width: int, seed: int, steps: int) -> Solution:
+    """The flow with moving masses from a random start of `width` particles per layer."""
+    widths, generator = (width,) * problem.architecture.depth, torch.Generator().manual_seed(seed)
+    start = ParticleNetwork.start(problem.architecture, widths, problem.inputs, generator)
+    return solvers.flow.solve(problem, solvers.flow.project_bounds(problem, start), steps=steps)
 
 
 def _held_out(task: Task) -> Dataset:
@@ -132,11 +137,9 @@ def limit(cell: Cell) -> list[Row]:
     proven only where `proven_bound` is there.
     """
     task = Task.from_dict(cell)
-    problem = task.problem()
-    start = ParticleNetwork.start(problem.architecture, (cell["width"],) * task.depth, problem.inputs, _generator(cell), "low_rank")
-    solved = solvers.alternating.solve(
-        problem, solvers.flow.project_bounds(problem, start), rounds=cell["rounds"], flow_steps=cell["steps"], grow=8, tolerance=1e-3,
-        program_tolerance=1e-3, program_iterations=500, seed=cell["seed"],
+    solved = main_job.solve(
+        task.problem(), (cell["width"],) * task.depth, cell["seed"], rounds=cell["rounds"], flow_steps=cell["steps"], grow=8, tolerance=1e-3,
+        program_tolerance=1e-3, program_iterations=500,
     )  # fmt: skip
     bounds = [row["search_bound"] for row in solved.history if math.isfinite(row["search_bound"])]
     proven = [row["proven_bound"] for row in solved.history if row["proven_bound"] is not None]
@@ -152,21 +155,15 @@ def trained(cell: Cell) -> list[Row]:
     """
     task = Task.from_dict(cell)
     problem, held_out = task.problem(), _held_out(task)
-    widths = (cell["width"],) * task.depth
     if cell["masses"] == "fixed":
-        ended = finite.train(problem, widths, cell["seed"], steps=cell["steps"])
+        ended = finite.train(problem, (cell["width"],) * task.depth, cell["seed"], steps=cell["steps"])
         network = ended.network.particles()
     else:
-        start = ParticleNetwork.start(problem.architecture, widths, problem.inputs, _generator(cell))
-        ended = solvers.flow.solve(problem, solvers.flow.project_bounds(problem, start), steps=cell["steps"])
+        ended = _flowed(problem, cell["width"], cell["seed"], cell["steps"])
         network = ended.network
     judged = accuracy(network(held_out.inputs.to(problem.inputs)), held_out)
     figures = {"value": ended.value, "accuracy": judged, "status": ended.status}
     return [{**_named(task), "masses": cell["masses"], "width": cell["width"], "seed": cell["seed"], **figures}]
-
-
-def _generator(cell: Cell) -> torch.Generator:
-    return torch.Generator().manual_seed(cell["seed"])
 
 
 def kernel(cell: Cell) -> list[Row]:
@@ -176,7 +173,7 @@ def kernel(cell: Cell) -> list[Row]:
     """
     task = Task.from_dict(cell).variant(depth=1, activation="relu")
     problem = task.problem()
-    network = finite.FiniteCNN.random(problem.architecture, (cell["width"],), problem.inputs, _generator(cell), "ntk")
+    network = finite.FiniteCNN.random(problem.architecture, (cell["width"],), problem.inputs, torch.Generator().manual_seed(cell["seed"]), "ntk")
     infinite = finite.kernel.infinite(problem.architecture, problem.inputs)
     error = torch.linalg.norm(finite.kernel.empirical(network, problem.inputs) - infinite) / torch.linalg.norm(infinite)
     return [{"data": task.data, "width": cell["width"], "seed": cell["seed"], "relative_error": float(error)}]
