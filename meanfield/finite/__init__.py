@@ -1,5 +1,38 @@
 from meanfield.finite import kernel
-from meanfield.finite.network import FiniteCNN, sample
+from meanfield.finite.network import FiniteCNN, sample, sequential
+from meanfield.finite.recipes import (
+    AUTHORS_DROPOUT,
+    L2_STRENGTHS,
+    L12_STRENGTHS,
+    Fitted,
+    Recipe,
+    Score,
+    evaluate,
+    fit,
+    l12,
+    regulariser,
+)
 from meanfield.finite.training import Training, log_spaced_times, train
+from meanfield.finite.vgg import residual, vgg
 
-__all__ = ["FiniteCNN", "Training", "kernel", "log_spaced_times", "sample", "train"]
+__all__ = [
+    "AUTHORS_DROPOUT",
+    "L2_STRENGTHS",
+    "L12_STRENGTHS",
+    "FiniteCNN",
+    "Fitted",
+    "Recipe",
+    "Score",
+    "Training",
+    "evaluate",
+    "fit",
+    "kernel",
+    "l12",
+    "log_spaced_times",
+    "regulariser",
+    "residual",
+    "sample",
+    "sequential",
+    "train",
+    "vgg",
+]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from meanfield import measures, validation
-from meanfield.architecture import Architecture
+from meanfield.architecture import Architecture, Conv
 from meanfield.network import MASS_TOLERANCE, ParticleNetwork
 
 SCALINGS: dict[str, Callable[[int], float]] = {
@@ -18,6 +19,7 @@ SCALINGS: dict[str, Callable[[int], float]] = {
     "standard": lambda channels: 1.0,
     "mup": lambda channels: 1.0,
 }
+MODULES: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "tanh": nn.Tanh, "softplus": nn.Softplus, "gelu": nn.GELU, "identity": nn.Identity}
 VARIANCE_GAINS = {"relu": 2.0, "gelu": 2.0}  # He et al. 2015, eq. (10); 1 elsewhere
 
 
@@ -145,3 +147,41 @@ def _draw(masses: Tensor, count: int, generator: torch.Generator) -> Tensor:
     """Indices (count,), drawn on the generator's device so that a seed gives one network on every device."""
     weights = masses.detach().double().to(generator.device)
     return torch.multinomial(weights, count, replacement=True, generator=generator).to(masses.device)
+
+
+def sequential(network: ParticleNetwork | FiniteCNN) -> nn.Sequential:
+    """The same function as an nn.Sequential of conv1, relu1 (or what it is), pool1, conv2, ..., flatten, readout.
+
+    A particle's mass goes into the kernels that read it.  Torch's modules then stand for the layers, to be grafted or
+    exported; the parameters are copies.
+    """
+    particles = network if isinstance(network, ParticleNetwork) else network.particles()
+    masses = [None, *particles.masses]
+    children: dict[str, nn.Module] = {}
+    for index, (layer, kernel, bias) in enumerate(zip(particles.architecture.layers, particles.kernels, particles.biases)):
+        read = masses[index]
+        weight = kernel / kernel.shape[1] if read is None else kernel * read[None, :, None, None]
+        children |= _modules(layer, index + 1, weight, bias)
+    average = particles.architecture.readout == "average"
+    positions = particles.architecture.readout_positions
+    children |= {"average": nn.AdaptiveAvgPool2d(1)} if average else {}
+    weighted = particles.readout * particles.masses[-1].reshape(-1, *[1] * (particles.readout.ndim - 2))
+    children |= {"flatten": nn.Flatten(), "readout": _linear((weighted if average else weighted / positions).flatten(1))}
+    return nn.Sequential(OrderedDict(children))
+
+
+def _modules(layer: Conv, number: int, weight: Tensor, bias: Tensor | None) -> dict[str, nn.Module]:
+    conv = nn.utils.skip_init(
+        nn.Conv2d, weight.shape[1], weight.shape[0], layer.kernel, layer.stride, layer.padding, bias=bias is not None, dtype=weight.dtype,
+        device=weight.device,
+    )  # fmt: skip
+    conv.load_state_dict({"weight": weight} | ({} if bias is None else {"bias": bias}))
+    pools = {"average": nn.AvgPool2d, "max": nn.MaxPool2d}
+    pool = {f"pool{number}": pools[layer.pooling](layer.pool_size)} if layer.pooling in pools else {}
+    return {f"conv{number}": conv, f"{layer.activation}{number}": MODULES[layer.activation](), **pool}
+
+
+def _linear(weight: Tensor) -> nn.Module:
+    found = nn.utils.skip_init(nn.Linear, weight.shape[1], weight.shape[0], bias=False, dtype=weight.dtype, device=weight.device)
+    found.load_state_dict({"weight": weight})
+    return found

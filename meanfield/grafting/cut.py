@@ -1,0 +1,167 @@
+"""Where a network is cut: what enters one of its layers, and what the rest makes of another signal put there.
+
+A cut is exact only if everything that reaches the output passes through the layer.  Inside a residual block it does
+not (the shortcut goes around); `check` finds that out on the graph of one forward pass and refuses.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class Below(nn.Module):
+    """inputs -> the tensor that enters `layer` of a network; what comes after it is not run."""
+
+    def __init__(self, network: nn.Module, layer: str) -> None:
+        super().__init__()
+        children = _children(network)
+        self.whole = layer not in children
+        self.network = network if self.whole else nn.Sequential(OrderedDict(_before(children, layer)))
+        self.layer = layer
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        if not self.whole:
+            return self.network(inputs)
+        with _reached(self.network.get_submodule(self.layer)) as found:
+            self.network(inputs)
+        return found[0]
+
+
+class Above(nn.Module):
+    """signal, inputs -> output of a network in which `layer` is overruled: its output is the signal, or its input if `entering`.
+
+    Direct children of an nn.Sequential are cut off and the inputs not used.  In any other module the layers below are
+    run on the inputs and what they find is thrown away.
+    """
+
+    def __init__(self, network: nn.Module, layer: str, *, entering: bool) -> None:
+        super().__init__()
+        children = _children(network)
+        self.whole = layer not in children
+        self.network = network if self.whole else nn.Sequential(OrderedDict(_after(children, layer, entering)))
+        self.layer, self.entering = layer, entering
+
+    def forward(self, signal: Tensor, inputs: Tensor) -> Tensor:
+        if not self.whole:
+            return self.network(signal)
+        with _overruled(self.network.get_submodule(self.layer), signal, self.entering):
+            return self.network(inputs)
+
+
+class _Reached(Exception):
+    """Ends a forward pass at the layer that is asked for."""
+
+
+@contextmanager
+def _reached(module: nn.Module) -> Iterator[list[Tensor]]:
+    found: list[Tensor] = []
+
+    def stop(_: nn.Module, arguments: tuple[Any, ...]) -> None:
+        found.append(arguments[0])
+        raise _Reached
+
+    handle = module.register_forward_pre_hook(stop)
+    try:
+        yield found
+    except _Reached:
+        pass
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def _overruled(module: nn.Module, signal: Tensor, entering: bool) -> Iterator[None]:
+    handle = module.register_forward_pre_hook(lambda *_: (signal,)) if entering else module.register_forward_hook(lambda *_: signal)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _children(network: nn.Module) -> dict[str, nn.Module]:
+    """Direct children of a plain nn.Sequential in their order, a shared one under each of its names; otherwise none."""
+    if type(network) is not nn.Sequential:
+        return {}
+    return {name: child for name, child in network.named_modules(remove_duplicate=False) if name and "." not in name}
+
+
+def _before(children: dict[str, nn.Module], layer: str) -> list[tuple[str, nn.Module]]:
+    return list(children.items())[: list(children).index(layer)]
+
+
+def _after(children: dict[str, nn.Module], layer: str, entering: bool) -> list[tuple[str, nn.Module]]:
+    return list(children.items())[list(children).index(layer) + (not entering) :]
+
+
+def find(network: nn.Module, layer: str, argument: str) -> nn.Module:
+    """The module of that name; ValueError with the nearest names."""
+    names = [name for name, _ in network.named_modules(remove_duplicate=False) if name]
+    if layer in names:
+        return network.get_submodule(layer)
+    near = difflib.get_close_matches(str(layer), names, n=3) or names[:8]
+    raise ValueError(f"{argument}={layer!r} is not a module of the network; there are {', '.join(map(repr, near))} ({len(names)} in all)")
+
+
+@torch.enable_grad()
+def check(network: nn.Module, layer: str, inputs: Tensor, argument: str, *, entering: bool) -> None:
+    """ValueError unless `layer` is called once, with one tensor, and the output depends on the inputs through it alone.
+
+    The dependence is read off the graph of one pass on `inputs` in which the layer's output is a constant: exact,
+    whatever the values.  Only for the upper network; `called_once` is for the lower one.
+    """
+    called_once(network, layer, inputs, argument)
+    leaf = inputs.detach().clone().requires_grad_()
+    module = network.get_submodule(layer)
+    constant = Below(network, layer)(inputs).detach()
+    if not entering:
+        constant = module(constant).detach()
+    with _overruled(module, constant.clone(), entering):
+        output = network(leaf.clone())
+    if not isinstance(output, Tensor):
+        raise ValueError(f"upper must return one tensor, not {type(output).__name__}; wrap it in a module that does")
+    if output.requires_grad and torch.autograd.grad(output.sum(), leaf, allow_unused=True)[0] is not None:
+        raise ValueError(
+            f"{argument}={layer!r} is no cut of the network: its output depends on its inputs on a way around this layer, as along the shortcut of a "
+            "residual block; name the block as a whole (a 1x1 convolution in front of it is fitted) or a layer outside of it"
+        )
+
+
+@torch.no_grad()
+def called_once(network: nn.Module, layer: str, inputs: Tensor, argument: str) -> None:
+    calls: list[tuple[Any, ...]] = []
+    note: Callable[..., None] = lambda _, arguments, named: calls.append((*arguments, *named.values()))  # noqa: E731
+    handle = network.get_submodule(layer).register_forward_pre_hook(note, with_kwargs=True)
+    try:
+        network(inputs)
+    finally:
+        handle.remove()
+    if len(calls) != 1:
+        raise ValueError(f"{argument}={layer!r} is called {len(calls)} times in one pass; a cut needs a layer that is called once")
+    if len(calls[0]) != 1 or not isinstance(calls[0][0], Tensor):
+        raise ValueError(f"{argument}={layer!r} takes {len(calls[0])} arguments; a cut needs a layer that takes one tensor")
+
+
+@contextmanager
+def recorded(network: nn.Module, kinds: tuple[type[nn.Module], ...]) -> Iterator[dict[str, Tensor]]:
+    """Outputs of all modules of these kinds while the context lasts, by name, in the order in which they were made."""
+    found: dict[str, Tensor] = {}
+
+    def keep(name: str) -> Callable[..., None]:
+        def hook(_: nn.Module, __: Any, output: Tensor) -> None:
+            found[name] = output.detach().clone()  # an activation in place may follow
+
+        return hook
+
+    handles = [module.register_forward_hook(keep(name)) for name, module in network.named_modules() if isinstance(module, kinds)]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,323 @@
+"""Grafting: the lower layers of one network on the upper layers of another, joined by one fitted layer.
+
+Gu, Fang, Lee, Zhang & Zhang 2020 (NeurIPS), "neural network grafting": only the connecting layer is fitted, so that its
+pre-activations match those of the upper network; no labels and no penalty are used.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from meanfield import validation
+from meanfield.grafting import cut
+from meanfield.grafting.connection import Connection, is_linear, own, widened
+from meanfield.grafting.least_squares import Moments, error, moments
+
+METHODS = ("least_squares", "transport", "match", "adam")
+IMAGES = 256  # that pass through the networks at a time, where inputs are a tensor
+ADAM_STEPS, ADAM_BATCH, ADAM_RATE = 4692, 64, 1e-3  # the authors' procedure
+SIMPLEX_PIVOTS = 10**8  # no limit in practice
+
+Inputs = Tensor | Iterable[Any]
+
+
+@dataclass(frozen=True, eq=False)
+class Graft:
+    """A grafted network and how well its connecting layer does.
+
+    network: in evaluation mode, parameters of its own.  error: |g' - g|^2 / |g - mean g|^2 over the inputs of the fit, g
+    the pre-activation of the upper network, g' that of the connection, means by channel; nan where g is constant.
+    rank: of the design that was fitted, out of `unknowns` per channel (least squares; None otherwise).
+    """
+
+    network: Grafted
+    layer: str
+    lower_layer: str
+    method: str
+    error: float
+    rank: int | None
+    unknowns: int
+    samples: int
+    seconds: float = field(compare=False)
+
+
+def graft(
+    lower: nn.Module,
+    upper: nn.Module,
+    layer: str,
+    inputs: Inputs,
+    method: str = "least_squares",
+    ridge: float = 0.0,
+    *,
+    lower_layer: str | None = None,
+    steps: int = ADAM_STEPS,
+    seed: int = 0,
+    progress: Callable[[int], None] = lambda images: None,
+) -> Graft:
+    """What enters `lower_layer` of network `lower`, through a fitted connection, as what leaves `layer` of network `upper`.
+
+    layer: name of a module of `upper` ("4" or "conv2" in an nn.Sequential, "stage2.0" elsewhere), called once and with one
+        tensor in a pass, through which all that reaches the output must pass.  A Conv2d (without groups) or Linear is the connecting layer and
+        gets a new kernel and, if it has one, bias; anything else, such as a residual block, stays as it is and gets a 1x1
+        convolution (a matrix) in front of it, fitted to its input.  Widths of the two networks may differ.
+    lower_layer: name of the module of `lower` whose input is taken, default `layer`.  Maps of another size are averaged
+        down or repeated up to the size that `layer` takes.
+    inputs: tensor (N, ...), or an iterable of batches (tensors, or tuples that begin with one) such as a DataLoader, read
+        once unless method="adam".
+    method: "least_squares", exact and of least norm where the features do not determine it; "transport", the kernel of
+        `upper` pulled through an optimal transport plan between the features (channels) of the two networks; "match",
+        the same for a one-to-one assignment, equal widths only; "adam", the authors' procedure: `steps` steps of Adam
+        (rate 1e-3) on batches of 64 (an iterable's own batches) from a random start, drawn like all else from `seed`.
+    ridge: least squares only, adds ridge |W|^2 to the mean over rows of the squared error; the bias is free.
+    progress: called with the number of images of every batch that is read.
+
+    Both networks are copied and run in evaluation mode; the caller's are not changed.  dtype and device are theirs.
+    Raises ValueError where the networks do not fit together or `layer` is no cut.
+    """
+    junction = Junction.observe(lower, upper, layer, inputs, lower_layer=lower_layer, progress=progress)
+    return junction.graft(method, ridge, steps=steps, seed=seed)
+
+
+class Grafted(nn.Module):
+    """above(connection(below(inputs)))."""
+
+    def __init__(self, below: cut.Below, connection: Connection, above: cut.Above) -> None:
+        super().__init__()
+        self.below, self.connection, self.above = below, connection, above
+        self.eval().requires_grad_(False)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.above(self.connection(self.below(inputs)), inputs)
+
+
+@dataclass(frozen=True, eq=False)
+class Junction:
+    """Two networks cut at a layer, and all that least squares and transport need to know of the inputs.
+
+    One pass over the inputs serves every method and ridge; the memory does not depend on the number of inputs.
+    products: inner products of the features of both networks, (C + C', C + C'), lower ones first.
+    """
+
+    below: cut.Below
+    above: cut.Above
+    own: Connection
+    moments: Moments
+    products: Tensor
+    lower_layer: str
+    channels: int
+    size: tuple[int, int] | None
+    inputs: Inputs = field(repr=False)
+    began: float = field(repr=False)
+    _target: cut.Below = field(repr=False)
+
+    @classmethod
+    @torch.no_grad()
+    def observe(
+        cls,
+        lower: nn.Module,
+        upper: nn.Module,
+        layer: str,
+        inputs: Inputs,
+        *,
+        lower_layer: str | None = None,
+        progress: Callable[[int], None] = lambda images: None,
+    ) -> Junction:
+        """Arguments as for `graft`."""
+        began, lower_layer = time.perf_counter(), layer if lower_layer is None else lower_layer
+        lower, upper = frozen(lower, "lower"), frozen(upper, "upper")
+        module = cut.find(upper, layer, "layer")
+        cut.find(lower, lower_layer, "layer" if lower_layer == layer else "lower_layer")
+        batches = batches_of(inputs)
+        first = _first(batches)
+        batches = itertools.chain([first], batches)
+        _check(lower, upper, layer, lower_layer, first[:2])
+        below, target = cut.Below(lower, lower_layer), cut.Below(upper, layer)
+        above = cut.Above(upper, layer, entering=not is_linear(module))
+        here, there = below(first[:2]), target(first[:2])
+        size = _size(here, there, layer, lower_layer)
+        found = cls._empty(below, above, Connection(own(module, there), None), here, size, lower_layer, inputs, began, target)
+        for batch in batches:
+            found._add(batch)
+            progress(len(batch))
+        return found
+
+    @classmethod
+    def _empty(
+        cls, below: cut.Below, above: cut.Above, owned: Connection, here: Tensor, size: tuple[int, int] | None, lower_layer: str, inputs: Inputs,
+        began: float, target: cut.Below,
+    ) -> Junction:  # fmt: skip
+        linear = isinstance(owned.layer, nn.Linear)
+        channels = (here.flatten(1).shape[1] if here.ndim == 4 else here.shape[-1]) if linear else here.shape[1]
+        unknowns = channels * (1 if linear else owned.layer.weight[0, 0].numel())
+        theirs = owned.layer.weight.shape[1]
+        seen = moments(unknowns, len(owned.layer.weight), here)
+        products = torch.zeros(channels + theirs, channels + theirs, dtype=torch.float64, device=here.device)
+        return cls(below, above, owned, seen, products, lower_layer, channels, size, inputs, began, target)
+
+    def _add(self, batch: Tensor) -> None:
+        here, there = self.below(batch), self._target(batch)
+        wide, goal = self._unfitted, self.own(there)
+        clouds = torch.cat([wide.cloud(here), self.own.cloud(there)]).double()
+        self.products.addmm_(clouds, clouds.T)
+        step = max(1, self.moments.block // self.own.columns(goal[:1])[0].numel())
+        for first in range(0, len(batch), step):
+            part = slice(first, first + step)
+            self.moments.add(wide.design(here[part]), self.own.columns(goal[part]))
+
+    @cached_property
+    def _unfitted(self) -> Connection:
+        return Connection(widened(self.own.layer, self.channels), self.size)
+
+    @torch.no_grad()
+    def graft(self, method: str = "least_squares", ridge: float = 0.0, *, steps: int = ADAM_STEPS, seed: int = 0) -> Graft:
+        """See the function `graft`; seconds count from the start of `observe`."""
+        validation.one_of(method, METHODS, "method")
+        if validation.nonnegative(ridge, "ridge") and method != "least_squares":
+            raise ValueError(f"ridge={ridge!r} is of least squares; method={method!r} has none")
+        rank = None
+        if method == "least_squares":
+            connection, rank = self._least_squares(ridge)
+        elif method == "adam":
+            connection = self._adam(validation.integer(steps, "steps"), validation.integer(seed, "seed", minimum=0))
+        else:
+            connection = self._pulled(self._assignment() if method == "match" else self._plan())
+        layer = connection.layer
+        network = Grafted(self.below, connection, self.above)
+        missed = error(self.moments, connection.weights, layer.bias)
+        figures = (method, missed, rank, self.moments.unknowns, self.moments.samples, time.perf_counter() - self.began)
+        return Graft(copy.deepcopy(network), self.above.layer, self.lower_layer, *figures)
+
+    def _least_squares(self, ridge: float) -> tuple[Connection, int]:
+        precision = torch.finfo(self.own.layer.weight.dtype).eps
+        fit = self.moments.solve(ridge, precision, offset=self.own.layer.bias is not None)
+        return self._unfitted.with_weights(fit.weights, fit.offset), fit.rank
+
+    def _pulled(self, plan: Tensor) -> Connection:
+        """The upper network's kernel on features C' sum_i plan_ij f_i in place of its own f'_j, plan (C, C')."""
+        kernel = self.own.layer.weight
+        pulled = torch.einsum("ij,kj...->ki...", len(plan[0]) * plan.to(kernel), kernel)
+        return self._unfitted.with_weights(pulled.flatten(1).T, self.own.layer.bias)
+
+    @property
+    def costs(self) -> Tensor:
+        """Squared distances of features as vectors over inputs and positions, (C, C')."""
+        sizes = self.products.diagonal()
+        return (sizes[: self.channels, None] + sizes[self.channels :] - 2 * self.products[: self.channels, self.channels :]).clamp_min(0)
+
+    def _assignment(self) -> Tensor:
+        """The permutation of least cost, as a plan of uniform masses."""
+        from scipy.optimize import linear_sum_assignment
+
+        costs = self.costs
+        if costs.shape[0] != costs.shape[1]:
+            raise ValueError(f"method='match' needs equal widths; {costs.shape[0]} features below and {costs.shape[1]} above: use 'transport'")
+        rows, columns = linear_sum_assignment(costs.cpu().numpy())
+        plan = torch.zeros_like(costs)
+        plan[torch.as_tensor(rows), torch.as_tensor(columns)] = 1 / len(costs)
+        return plan
+
+    def _plan(self) -> Tensor:
+        """An optimal transport plan between uniform masses; for equal widths a vertex, so a permutation."""
+        costs = self.costs
+        if costs.shape[0] == costs.shape[1]:
+            return self._assignment()
+        import ot  # takes seconds to import
+
+        below, above = ([1 / count] * count for count in costs.shape)
+        scaled = (costs / costs.max().clamp_min(torch.finfo(costs.dtype).tiny)).cpu().numpy()
+        plan: Any = ot.emd(below, above, scaled, numItermax=SIMPLEX_PIVOTS)
+        return torch.as_tensor(plan).to(costs)
+
+    def _adam(self, steps: int, seed: int) -> Connection:
+        generator = torch.Generator().manual_seed(seed)
+        connection = _started(self._unfitted, generator)
+        optimiser = torch.optim.Adam(connection.layer.parameters(), lr=ADAM_RATE)
+        for batch in itertools.islice(_endless(self.inputs, generator), steps):
+            here, goal = self.below(batch), self.own(self._target(batch))
+            with torch.enable_grad():
+                loss = torch.nn.functional.mse_loss(connection(here), goal)
+                optimiser.zero_grad()
+                loss.backward()
+            optimiser.step()
+        return connection
+
+
+def _started(unfitted: Connection, generator: torch.Generator) -> Connection:
+    """The usual random start of such a layer: uniform up to 1 / sqrt(fan-in)."""
+    connection = copy.deepcopy(unfitted)
+    bound = 1 / math.sqrt(connection.layer.weight[0].numel())
+    for parameter in connection.layer.parameters():
+        parameter.copy_(bound * (2 * torch.rand(parameter.shape, generator=generator) - 1))
+        parameter.requires_grad_(True)
+    return connection
+
+
+def frozen(network: nn.Module, argument: str) -> nn.Module:
+    if not isinstance(network, nn.Module):
+        raise TypeError(f"{argument} must be a torch.nn.Module, not {type(network).__name__}")
+    return copy.deepcopy(network).eval().requires_grad_(False)
+
+
+def batches_of(inputs: Inputs, size: int = IMAGES) -> Iterator[Tensor]:
+    if isinstance(inputs, Tensor):
+        yield from inputs.split(size)
+        return
+    for batch in inputs:
+        yield batch[0] if isinstance(batch, (tuple, list)) else batch
+
+
+def _first(batches: Iterator[Tensor]) -> Tensor:
+    first = next(batches, None)
+    if not isinstance(first, Tensor) or len(first) == 0:
+        came = "nothing" if first is None else f"an empty tensor {tuple(first.shape)}" if isinstance(first, Tensor) else type(first).__name__
+        raise ValueError(f"inputs must be a tensor (N, ...) or batches of them; got {came}")
+    if not first.is_floating_point():
+        raise ValueError(f"inputs are {first.dtype}; they must be floating-point, in the dtype of the networks")
+    return first
+
+
+def _endless(inputs: Inputs, generator: torch.Generator) -> Iterator[Tensor]:
+    """Epoch after epoch: a tensor's rows in a new order each time, an iterable's batches as they come."""
+    while True:
+        empty = True
+        if isinstance(inputs, Tensor):
+            order = torch.randperm(len(inputs), generator=generator).to(inputs.device)
+            yield from (inputs[rows] for rows in order.split(ADAM_BATCH))
+            continue
+        for batch in batches_of(inputs):
+            empty = False
+            yield batch
+        if empty:
+            raise ValueError("inputs can be read only once; method='adam' needs a tensor or a loader that starts anew, such as a DataLoader")
+
+
+def _check(lower: nn.Module, upper: nn.Module, layer: str, lower_layer: str, inputs: Tensor) -> None:
+    kinds = {(each.dtype, each.device) for network in (lower, upper) for each in network.parameters() if each.is_floating_point()}
+    kinds.add((inputs.dtype, inputs.device))
+    if len(kinds) > 1:
+        raise ValueError(f"lower, upper and inputs must share one dtype and one device; got {sorted(map(str, kinds))}")
+    cut.called_once(lower, lower_layer, inputs, "lower_layer")
+    cut.check(upper, layer, inputs, "layer", entering=not is_linear(upper.get_submodule(layer)))
+
+
+def _size(here: Tensor, there: Tensor, layer: str, lower_layer: str) -> tuple[int, int] | None:
+    """The map size to resample to, None where there is nothing to do; ValueError where the signals cannot meet."""
+    if there.ndim == 4 and here.ndim == 4:
+        return None if here.shape[2:] == there.shape[2:] else (there.shape[2], there.shape[3])
+    flattened = there.ndim == 2 and here.ndim in (2, 4)
+    if not flattened and here.shape[:-1] != there.shape[:-1]:
+        raise ValueError(
+            f"lower_layer={lower_layer!r} receives {tuple(here.shape[1:])} per input and layer={layer!r} of upper {tuple(there.shape[1:])}: "
+            "maps connect to maps, and vectors or flattened maps to vectors"
+        )
+    return None

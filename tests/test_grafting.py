@@ -1,0 +1,398 @@
+"""Grafts against slow twins, closed forms and known answers."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import weakref
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from strategies import architectures, random_inputs, random_network, seeds
+from torch import Tensor, nn
+from torch.nn import functional
+
+from meanfield.finite import sequential
+from meanfield.grafting import Junction, graft, layer_errors
+from meanfield.grafting.least_squares import Products, Triangle
+
+
+def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def filled(network: nn.Module, seed: int, dtype: torch.dtype = torch.float64) -> nn.Module:
+    """Every parameter drawn anew, of a size that keeps features of order one."""
+    network = network.to(dtype)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            scale = parameter[0].numel() ** -0.5 if parameter.ndim > 1 else 0.3
+            parameter.copy_(scale * torch.randn(parameter.shape, generator=generator, dtype=dtype))
+    return network
+
+
+def plain(width: int, seed: int, dtype: torch.dtype = torch.float64) -> nn.Sequential:
+    """Strides, dilation, two kinds of pooling, a layer without bias, an activation in place and one shared."""
+    shared = nn.Tanh()
+    network = nn.Sequential(
+        nn.Conv2d(2, width, 3, padding=1), shared, nn.MaxPool2d(2), nn.Conv2d(width, width + 1, 3, stride=2, padding="valid"), nn.ReLU(inplace=True),
+        nn.Conv2d(width + 1, width, (2, 3), padding="same", dilation=(1, 2), bias=False), shared, nn.AvgPool2d(2, stride=1),
+        nn.Conv2d(width, 3, 2, padding=1, padding_mode="circular"), nn.Flatten(), nn.Linear(12, 5), nn.ReLU(), nn.Linear(5, 4),
+    )  # fmt: skip
+    return filled(network, seed, dtype)  # type: ignore[return-value]
+
+
+pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
+LAYERS = ["0", "3", "5", "8", "10", "12", "7", "11"]  # the last two are no linear layers: a 1x1 convolution or a matrix goes in front
+IMAGES = normal(150, 2, 12, 12)
+
+
+class Block(nn.Module):
+    def __init__(self, channels: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, outputs, 3, stride, 1, bias=False)
+        self.bn1, self.bn2 = nn.BatchNorm2d(outputs), nn.BatchNorm2d(outputs)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
+        self.down = nn.Conv2d(channels, outputs, 1, stride, bias=False) if stride > 1 or channels != outputs else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        branch = self.bn2(self.conv2(functional.relu(self.bn1(self.conv1(x)), inplace=True)))
+        return functional.relu(branch + (x if self.down is None else self.down(x)))
+
+
+class Residual(nn.Module):
+    """As a user would write it: functions between modules, a shortcut in every block, batch norm, a layer called twice."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(2, width, 3, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(width)
+        self.stage1 = nn.Sequential(Block(width, width, 1), Block(width, width, 1))
+        self.stage2 = nn.Sequential(Block(width, 2 * width, 2))
+        self.scale = nn.Identity()
+        self.head = nn.Linear(2 * width, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stage2(self.stage1(functional.relu(self.norm(self.stem(x)))))
+        x = self.scale(self.scale(functional.adaptive_avg_pool2d(x, 1)))
+        return self.head(torch.flatten(x, 1))
+
+
+def residual(width: int, seed: int) -> Residual:
+    network = filled(Residual(width), seed)
+    network.train()
+    with torch.no_grad():
+        network(normal(64, 2, 12, 12, seed=seed + 50))  # running statistics that are not the default
+    return network  # type: ignore[return-value]
+
+
+def state(network: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in network.state_dict().items()}
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_a_graft_of_a_network_on_itself_is_that_network(layer):
+    network = plain(6, 0)
+    found = graft(network, network, layer, IMAGES)
+    assert found.error < 1e-24
+    torch.testing.assert_close(found.network(IMAGES), network(IMAGES).detach(), rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("layer", ["stem", "stage1.0", "stage1.1", "stage2.0", "head"])
+def test_a_residual_network_of_a_user_grafts_on_itself_and_on_another(layer):
+    network, other = residual(4, 0), residual(6, 1)
+    before, flags = state(network), [module.training for module in network.modules()]
+    images = normal(80, 2, 12, 12, seed=9)
+    own = graft(network, network, layer, images)
+    torch.testing.assert_close(own.network(images), copy.deepcopy(network).eval()(images).detach(), rtol=0, atol=1e-10)
+    across = graft(other, network, layer, images)
+    assert 0 <= across.error < 1
+    assert across.network(images).shape == (80, 3)
+    assert flags == [module.training for module in network.modules()]
+    assert all(torch.equal(before[name], tensor) for name, tensor in network.state_dict().items())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in network.modules())
+
+
+@pytest.mark.parametrize("layer", ["stage1.0.conv1", "stage1.1.conv2", "stage2.0.down", "stage1.0.bn1"])
+def test_a_layer_beside_a_shortcut_is_refused(layer):
+    with pytest.raises(ValueError, match="way around this layer"):
+        graft(residual(4, 0), residual(4, 1), layer, normal(8, 2, 12, 12))
+
+
+def test_a_layer_called_twice_is_refused():
+    with pytest.raises(ValueError, match="called 2 times"):
+        graft(residual(4, 0), residual(4, 1), "scale", normal(8, 2, 12, 12))
+
+
+def slow_patches(layer: nn.Conv2d, signal: Tensor) -> np.ndarray:
+    """(N, C, H, W) -> (n, C kh kw), one entry at a time from zero-padded maps."""
+    (kh, kw), (sh, sw), (dh, dw), (ph, pw) = layer.kernel_size, layer.stride, layer.dilation, layer.padding
+    count, channels, height, width = signal.shape
+    rows = []
+    for n in range(count):
+        for y in range(-ph, height + ph - dh * (kh - 1), sh):
+            for x in range(-pw, width + pw - dw * (kw - 1), sw):
+                row = []
+                for c in range(channels):
+                    for i in range(kh):
+                        for j in range(kw):
+                            v, u = y + i * dh, x + j * dw
+                            row.append(float(signal[n, c, v, u]) if 0 <= v < height and 0 <= u < width else 0.0)
+                rows.append(row)
+    return np.array(rows)
+
+
+@pytest.mark.parametrize(
+    ("geometry", "pool"),
+    [({"kernel_size": 3, "padding": 1}, nn.MaxPool2d(2)), ({"kernel_size": (2, 3), "stride": (2, 1), "padding": (0, 1)}, nn.Identity()),
+     ({"kernel_size": 2, "dilation": 2, "stride": 2, "padding": 1}, nn.AvgPool2d(3, stride=1))],
+)  # fmt: skip
+@pytest.mark.parametrize("bias", [True, False])
+def test_least_squares_against_a_slow_twin(geometry, pool, bias):
+    def make(width: int, seed: int) -> nn.Sequential:
+        conv = nn.Conv2d(width, 3, bias=bias, **geometry)
+        return filled(nn.Sequential(nn.Conv2d(2, width, 3), nn.ReLU(), pool, conv, nn.Tanh()), seed)  # type: ignore[return-value]
+
+    lower, upper, images = make(4, 0), make(5, 1), normal(24, 2, 8, 8, seed=2)
+    found = graft(lower, upper, "3", images)
+    design = slow_patches(lower[3], lower[:3](images).detach())
+    if bias:
+        design = np.concatenate([np.ones((len(design), 1)), design], 1)
+    goal = upper[:4](images).detach().movedim(1, -1).reshape(-1, 3).numpy()
+    weights, *_ = np.linalg.lstsq(design, goal, rcond=None)
+    fitted = found.network.connection.layer
+    kernel = fitted.weight.detach().flatten(1).T.numpy()
+    np.testing.assert_allclose(kernel, weights[1:] if bias else weights, atol=1e-10)
+    if bias:
+        np.testing.assert_allclose(fitted.bias.detach().numpy(), weights[0], atol=1e-10)
+    error = ((design @ weights - goal) ** 2).sum() / ((goal - goal.mean(0)) ** 2).sum()
+    assert found.error == pytest.approx(error, rel=1e-9)
+    assert (found.samples, found.unknowns) == (len(design), design.shape[1] - bias)
+    expected = upper[4](functional.conv2d(lower[:3](images), fitted.weight, fitted.bias, upper[3].stride, upper[3].padding, upper[3].dilation))
+    torch.testing.assert_close(found.network(images), expected.detach(), rtol=0, atol=1e-12)
+
+
+def test_the_solution_is_of_least_norm_where_features_are_dead_or_equal():
+    network = plain(6, 0)
+    lower = copy.deepcopy(network)
+    with torch.no_grad():
+        lower[3].weight[2], lower[3].bias[2] = 0, -1.0  # never above zero: dead
+        lower[3].weight[4], lower[3].bias[4] = lower[3].weight[1], lower[3].bias[1]  # twins
+    found = graft(lower, network, "5", IMAGES)
+    kernel = found.network.connection.layer.weight
+    assert bool((kernel[:, 2] == 0).all())
+    torch.testing.assert_close(kernel[:, 1], kernel[:, 4], rtol=0, atol=1e-9)
+    assert found.rank <= (7 - 2) * 6
+
+
+@pytest.mark.parametrize("layer", ["5", "8"])
+def test_a_permutation_of_channels_is_recovered(layer):
+    network = plain(6, 0)
+    below = {"5": "3", "8": "5"}[layer]
+    order = torch.tensor([3, 0, 6, 5, 1, 4, 2] if layer == "5" else [2, 0, 1, 5, 3, 4])
+    lower = copy.deepcopy(network)
+    source, reader = lower.get_submodule(below), lower.get_submodule(layer)
+    with torch.no_grad():
+        source.weight.copy_(source.weight[order])
+        if source.bias is not None:
+            source.bias.copy_(source.bias[order])
+        reader.weight.copy_(reader.weight[:, order])
+    for method in ("match", "transport"):
+        found = graft(lower, network, layer, IMAGES, method)
+        assert torch.equal(found.network.connection.layer.weight, reader.weight)
+        assert found.error < 1e-24
+    squares = graft(lower, network, layer, IMAGES)
+    torch.testing.assert_close(squares.network(IMAGES), network(IMAGES).detach(), rtol=0, atol=1e-10)
+    if squares.rank == squares.unknowns:  # only then is the kernel determined
+        torch.testing.assert_close(squares.network.connection.layer.weight, reader.weight.detach(), rtol=0, atol=1e-9)
+
+
+def test_transport_splits_the_kernel_over_clones():
+    network = plain(6, 2)
+    with torch.no_grad():
+        network[3].bias.fill_(1.0)
+    assert bool((network[:5](IMAGES).amax((0, 2, 3)) > 0).all())  # dead channels could be exchanged
+    lower = copy.deepcopy(network)
+    clones = torch.tensor([0, 1, 2, 3, 4, 5, 6] * 2)
+    lower[3] = nn.Conv2d(6, 14, 3, stride=2).double()
+    with torch.no_grad():
+        lower[3].weight.copy_(network[3].weight[clones])
+        lower[3].bias.copy_(network[3].bias[clones])
+    lower[5] = nn.Conv2d(14, 6, (2, 3), padding="same", dilation=(1, 2), bias=False).double()
+    found = graft(lower, network, "5", IMAGES, "transport")
+    torch.testing.assert_close(found.network.connection.layer.weight.detach(), network[5].weight[:, clones].detach() / 2, rtol=0, atol=1e-12)
+    torch.testing.assert_close(found.network(IMAGES), network(IMAGES).detach(), rtol=0, atol=1e-10)
+
+
+def test_transport_is_optimal_and_not_blind_to_rotations_as_least_squares_is():
+    lower, upper = plain(6, 0), plain(6, 1)
+    junction = Junction.observe(lower, upper, "5", IMAGES)
+    features = [network[:5](IMAGES).detach().transpose(0, 1).flatten(1) for network in (lower, upper)]
+    torch.testing.assert_close(junction.costs, torch.cdist(*features).square())
+    rotation = torch.linalg.qr(normal(7, 7, seed=5)).Q
+    turn = nn.Conv2d(7, 7, 1, bias=False).double()
+    with torch.no_grad():
+        turn.weight.copy_(rotation[..., None, None])
+    turned = nn.Sequential(*list(lower)[:5], turn, *list(lower)[5:])
+    same = graft(turned, upper, "5", IMAGES, lower_layer="6")
+    assert same.error == pytest.approx(graft(lower, upper, "5", IMAGES).error, rel=1e-9)
+    own = graft(nn.Sequential(*list(upper)[:5], turn, *list(upper)[5:]), upper, "5", IMAGES, "transport", lower_layer="6")
+    assert own.error > 0.05  # on itself transport would be exact
+
+
+def test_match_needs_equal_widths_and_transport_does_not():
+    with pytest.raises(ValueError, match=r"method='match' needs equal widths; 5 features below and 7 above"):
+        graft(plain(4, 0), plain(6, 1), "5", IMAGES, "match")
+    assert graft(plain(4, 0), plain(6, 1), "5", IMAGES, "transport").error > 0
+
+
+def test_ridge_against_the_normal_equations():
+    lower, upper = plain(5, 0), plain(5, 1)
+    found = graft(lower, upper, "8", IMAGES, ridge=0.3)
+    design = functional.unfold(functional.pad(lower[:8](IMAGES), (1, 1, 1, 1), "circular"), 2).transpose(1, 2).flatten(0, 1).detach().numpy()
+    goal = upper[:9](IMAGES).detach().movedim(1, -1).reshape(-1, 3).numpy()
+    a, b = design - design.mean(0), goal - goal.mean(0)
+    weights = np.linalg.solve(a.T @ a / len(a) + 0.3 * np.eye(a.shape[1]), a.T @ b / len(a))
+    layer = found.network.connection.layer
+    np.testing.assert_allclose(layer.weight.detach().flatten(1).T, weights, atol=1e-11)
+    np.testing.assert_allclose(layer.bias.detach(), goal.mean(0) - design.mean(0) @ weights, atol=1e-11)
+    with pytest.raises(ValueError, match=r"ridge=0.1 is of least squares"):
+        graft(lower, upper, "8", IMAGES, "transport", 0.1)
+
+
+def test_adam_ends_where_least_squares_is():
+    lower, upper = plain(4, 0), plain(4, 1)
+    exact, found = graft(lower, upper, "5", IMAGES), graft(lower, upper, "5", IMAGES, "adam", steps=3000)
+    assert exact.error <= found.error <= exact.error * 1.02
+    again = graft(lower, upper, "5", IMAGES, "adam", steps=5, seed=3)
+    assert torch.equal(again.network(IMAGES), graft(lower, upper, "5", IMAGES, "adam", steps=5, seed=3).network(IMAGES))
+    few = graft(lower, upper, "5", IMAGES.split(10), "adam", steps=5)  # a list can be read again, a generator cannot
+    assert few.error > exact.error
+    with pytest.raises(ValueError, match="read only once"):
+        graft(lower, upper, "5", (batch for batch in IMAGES.split(10)), "adam", steps=99)
+
+
+@pytest.mark.parametrize("kind", [Triangle, Products])
+@pytest.mark.parametrize("sizes", [(1,) * 9, (200,), (3, 150, 7, 40)])
+def test_pieces_of_any_size_give_one_answer(kind, sizes):
+    a, b = normal(6, sum(sizes), seed=1) + 3, normal(2, sum(sizes), seed=2)
+    moments = kind(6, 2, torch.device("cpu"))
+    for x, y in zip(a.split(sizes, 1), b.split(sizes, 1)):
+        moments.add(x, y)
+    assert moments.samples == sum(sizes)
+    assert moments.total == pytest.approx(float((b - b.mean(1, keepdim=True)).square().sum()))
+    for offset in (True, False):
+        fit = moments.solve(0.0, 1e-12 if kind is Triangle else 1e-8, offset=offset)
+        design = np.concatenate([np.ones((len(a.T), 1)), a.T], 1) if offset else a.T.numpy()
+        weights = np.linalg.lstsq(design, b.T.numpy(), rcond=None)[0]
+        np.testing.assert_allclose(fit.weights, weights[1:] if offset else weights, atol=1e-9)
+        missed = float(((design @ weights - b.T.numpy()) ** 2).sum())
+        assert moments.residual(fit.weights, fit.offset) == pytest.approx(missed, rel=1e-9, abs=1e-9)
+
+
+def test_float32_agrees_with_float64():
+    lower, upper = plain(5, 0), plain(6, 1)
+    for layer in ("3", "8", "10"):
+        exact = graft(lower, upper, layer, IMAGES)
+        single = graft(copy.deepcopy(lower).float(), copy.deepcopy(upper).float(), layer, IMAGES.float())
+        assert single.error == pytest.approx(exact.error, rel=1e-4)
+        torch.testing.assert_close(single.network(IMAGES.float()).double(), exact.network(IMAGES), rtol=0, atol=2e-3)
+
+
+def test_layers_of_other_depths_meet_by_averaging_or_repeating():
+    lower, upper = plain(5, 0), plain(5, 1)
+    down = graft(lower, upper, "5", IMAGES, lower_layer="3")  # 6x6 maps to 2x2: means over 3x3 pixels
+    signal = functional.avg_pool2d(lower[:3](IMAGES), 3)
+    torch.testing.assert_close(down.network.connection.resampled(lower[:3](IMAGES)), signal)
+    expected = upper[6:](functional.conv2d(functional.pad(signal, (2, 2, 0, 1)), down.network.connection.layer.weight, dilation=(1, 2)))
+    torch.testing.assert_close(down.network(IMAGES), expected.detach(), rtol=0, atol=1e-12)
+    up = graft(lower, upper, "3", IMAGES, lower_layer="5")  # 2x2 to 6x6: every pixel nine times
+    repeated = lower[:5](IMAGES).repeat_interleave(3, 2).repeat_interleave(3, 3)
+    torch.testing.assert_close(up.network.connection.resampled(lower[:5](IMAGES)), repeated)
+    flat = graft(lower, upper, "10", IMAGES, lower_layer="8")  # a map into a fully connected layer: flattened
+    assert flat.unknowns == 5 * 1 * 1
+    with pytest.raises(ValueError, match="maps connect to maps"):
+        graft(lower, upper, "5", IMAGES, lower_layer="12")
+
+
+def test_errors_of_every_later_layer_against_their_definition():
+    lower, upper = plain(5, 0), plain(6, 1)
+    held_out = normal(300, 2, 12, 12, seed=7)
+    found = graft(lower, upper, "5", IMAGES)
+    errors = layer_errors(found, upper, held_out)
+    assert list(errors) == ["5", "8", "10", "12"]
+    ours = found.network.connection(lower[:5](held_out)).detach()
+    for name, error in errors.items():
+        theirs = upper[: int(name) + 1](held_out).detach()
+        reached = upper[6 : int(name) + 1](ours).detach()
+        axes = (0, 2, 3) if theirs.ndim == 4 else (0,)
+        expected = (reached - theirs).square().sum() / (theirs - theirs.mean(axes, keepdim=True)).square().sum()
+        assert error == pytest.approx(float(expected), rel=1e-10)
+    block = graft(residual(4, 0), residual(4, 1), "stage1.1", normal(30, 2, 12, 12))
+    names = list(layer_errors(block, residual(4, 1), normal(30, 2, 12, 12)))
+    assert names == ["stage1.1", "stage1.1.conv1", "stage1.1.conv2", "stage2.0.conv1", "stage2.0.conv2", "stage2.0.down", "head"]
+    assert layer_errors(block, residual(4, 1), normal(30, 2, 12, 12))["stage1.1"] == pytest.approx(block.error, rel=1e-9)
+
+
+def test_inputs_are_not_kept():
+    """A generator's batches are gone once they have been read: what is stored does not grow with their number."""
+    alive: list[weakref.ref[Tensor]] = []
+
+    def batches():
+        for seed in range(12):
+            batch = normal(20, 2, 12, 12, seed=seed)
+            alive.append(weakref.ref(batch))
+            yield batch
+            del batch
+            gc.collect()
+            assert sum(each() is not None for each in alive) <= 2
+
+    lower, upper = plain(5, 0), plain(5, 1)
+    seen: list[int] = []
+    found = graft(lower, upper, "5", batches(), progress=seen.append)
+    assert sum(seen) == 240
+    whole = torch.cat([normal(20, 2, 12, 12, seed=seed) for seed in range(12)])
+    assert found.error == pytest.approx(graft(lower, upper, "5", whole).error, rel=1e-9)
+
+
+def test_a_loader_of_pairs_is_read(tmp_path):
+    images, labels = IMAGES[:40], torch.zeros(40)
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(images, labels), batch_size=16)
+    assert graft(plain(5, 0), plain(5, 1), "3", loader).error == pytest.approx(graft(plain(5, 0), plain(5, 1), "3", images).error, rel=1e-9)
+
+
+def test_errors_name_what_is_wrong():
+    lower, upper = plain(5, 0), plain(5, 1)
+    with pytest.raises(ValueError, match=r"layer='conv3' is not a module of the network"):
+        graft(lower, upper, "conv3", IMAGES)
+    with pytest.raises(ValueError, match=r"lower_layer='99' is not a module"):
+        graft(lower, upper, "3", IMAGES, lower_layer="99")
+    with pytest.raises(ValueError, match=r"method='least_square' is unknown.*did you mean 'least_squares'"):
+        graft(lower, upper, "3", IMAGES, "least_square")
+    with pytest.raises(ValueError, match="must share one dtype"):
+        graft(lower, upper, "3", IMAGES.float())
+    with pytest.raises(ValueError, match="must be floating-point"):
+        graft(lower, upper, "3", IMAGES.int())
+    with pytest.raises(ValueError, match="got nothing"):
+        graft(lower, upper, "3", [])
+    with pytest.raises(TypeError, match=r"upper must be a torch.nn.Module, not int"):
+        graft(lower, 3, "3", IMAGES)  # type: ignore[arg-type]
+
+
+def test_grouped_convolutions_get_a_layer_in_front():
+    def make(seed: int) -> nn.Sequential:
+        return filled(nn.Sequential(nn.Conv2d(2, 6, 3), nn.ReLU(), nn.Conv2d(6, 6, 3, groups=3), nn.ReLU()), seed)  # type: ignore[return-value]
+
+    found = graft(make(0), make(1), "2", IMAGES)
+    assert found.network.connection.layer.kernel_size == (1, 1)
+    assert graft(make(0), make(0), "2", IMAGES).error < 1e-24
+
+
+@given(architectures(), seeds)
+def test_our_own_networks_as_modules(architecture, seed):
+    network = random_network(architecture, (3, 4, 2)[: architecture.depth], seed)
+    inputs = random_inputs(architecture, 3, seed)
+    torch.testing.assert_close(sequential(network)(inputs).detach(), network(inputs), rtol=1e-10, atol=1e-12)
