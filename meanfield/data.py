@@ -158,6 +158,12 @@ def load(
     return replace(selected, rest=whole._rows(slice(count, None)) if count < len(whole) else None)
 
 
+def stamp(name: str) -> int:
+    """When the file or directory of that name was last written, in nanoseconds; 0 for data sets with a name."""
+    path = Path(name)
+    return path.stat().st_mtime_ns if path.exists() else 0
+
+
 def _read(name_or_path: str | Path, labels: str) -> tuple[str, Tensor, Tensor]:
     """(name, images (N, C, H, W) in [0, 1] or as bytes, labels (N,)) of a whole source."""
     is_path = isinstance(name_or_path, Path) or _looks_like_path(name_or_path)

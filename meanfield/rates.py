@@ -1,4 +1,4 @@
-"""Rates of convergence fitted to random samples: log-log slopes with bootstrap intervals."""
+"""Figures of random samples with intervals: log-log slopes (bootstrap), means of a few values (Student)."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from scipy import stats
 
 LEVEL = 0.95
 
@@ -24,6 +25,42 @@ class Slope:
     def inside(self, low: float, high: float) -> bool:
         """Whether the whole interval lies in [low, high]."""
         return low <= self.low and self.high <= high
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean and the ends of its 95% interval."""
+
+    value: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.value:.3g} ({self.low:.3g} to {self.high:.3g})"
+
+    def above(self, other: Interval) -> bool:
+        """Whether the whole of this interval lies above the other one."""
+        return self.low > other.high
+
+
+def mean(values: Sequence[float], *, geometric: bool = False) -> Interval:
+    """Mean of independent values with Student's interval, for samples too few to be redrawn; infinitely wide for one value.
+
+    geometric: both of the logarithms, and back; values must be positive.
+    """
+    found = np.asarray(values, dtype=float)
+    if found.ndim != 1 or len(found) == 0:
+        raise ValueError(f"a mean needs at least one value; got {values!r}")
+    if geometric:
+        if not (found > 0).all():
+            raise ValueError(f"a geometric mean needs positive values; the least is {found.min():g}")
+        logs = mean([float(each) for each in np.log(found)])
+        return Interval(*(float(np.exp(each)) for each in (logs.value, logs.low, logs.high)))
+    centre = float(found.mean())
+    if len(found) == 1:
+        return Interval(centre, -np.inf, np.inf)
+    reach = float(stats.t.ppf((1 + LEVEL) / 2, len(found) - 1) * found.std(ddof=1) / np.sqrt(len(found)))
+    return Interval(centre, centre - reach, centre + reach)
 
 
 def slope(x: Sequence[float], samples: Sequence[Sequence[float]], seed: int = 0, draws: int = 2000, statistic: str = "mean") -> Slope:

@@ -12,8 +12,9 @@ import hashlib
 import inspect
 import io
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cache
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,9 @@ from meanfield.validation import integer
 
 Cell = dict[str, Any]
 Row = dict[str, Any]
-Measure = Callable[[Cell], list[Row]]
+Rows = Sequence[Row]
+Tables = dict[str, list[Row]]
+Measure = Callable[..., list[Row]]
 BATCHED = ("dask", "ray")  # these hand results back all at once: they get a few cells per worker at a time
 BATCH = 4
 
@@ -39,8 +42,11 @@ def run(
     jobs: int = 1,
     backend: str = "loky",
     announce: Callable[[Cell, bool], None] = lambda cell, kept: None,
+    places: Mapping[str, str] | None = None,
 ) -> list[Row]:
     """Rows of all cells in the order of the cells, whatever order they were finished in.
+
+    places: further arguments of `measure`, such as directories, on which its rows do not depend.
 
     With `directory` every finished cell is a file there, written whole or not at all; a later call with the same
     directory takes it from there if the cell, the file of the measure and the versions of meanfield and torch are the same.
@@ -56,7 +62,7 @@ def run(
             found[index] = rows
             announce(cell, True)
     waiting = [(index, cell) for index, cell in enumerate(cells) if index not in found]
-    for index, rows in _measured(measure, waiting, integer(jobs, "jobs"), backend):
+    for index, rows in _measured(measure, waiting, integer(jobs, "jobs"), backend, places or {}):
         if directory is not None:
             write_atomically(_path(directory, measure, cells[index]), json.dumps({"cell": cells[index], "rows": rows}) + "\n")
         found[index] = json.loads(json.dumps(rows))  # as it will be read back
@@ -64,20 +70,59 @@ def run(
     return [row for index in range(len(cells)) for row in found[index]]
 
 
-def _measured(measure: Measure, waiting: Sequence[tuple[int, Cell]], jobs: int, backend: str) -> Iterator[tuple[int, list[Row]]]:
+def study(
+    plan: Mapping[str, Sequence[Cell]],
+    measures: Mapping[str, Measure],
+    directory: str | Path | None = None,
+    *,
+    announce: Callable[[str, Cell, bool], None] = lambda part, cell, kept: None,
+    **options: Any,
+) -> Tables:
+    """Rows of every part of a plan, part after part, and a CSV table of each in `directory`; cells are kept in `directory`/cells.
+
+    options: jobs, backend and places of `run`.
+    """
+    tables: Tables = {}
+    for part, cells in plan.items():
+        where = None if directory is None else Path(directory) / "cells"
+        tables[part] = run(measures[part], cells, where, announce=lambda cell, kept, part=part: announce(part, cell, kept), **options)
+        if directory is not None:
+            write_table(tables[part], Path(directory) / f"{part}.csv")
+    return tables
+
+
+def product_of(fixed: Cell, **lists: Iterable[Any]) -> list[Cell]:
+    """`fixed` with every choice from lists of settings, the last one running fastest."""
+    return [{**fixed, **dict(zip(lists, values))} for values in product(*lists.values())]
+
+
+def select(rows: Rows, **wanted: Any) -> list[Row]:
+    return [row for row in rows if all(row.get(name) == value for name, value in wanted.items())]
+
+
+def groups(rows: Rows, *names: str) -> dict[tuple[Any, ...], list[Row]]:
+    found: dict[tuple[Any, ...], list[Row]] = {}
+    for row in rows:
+        found.setdefault(tuple(row[name] for name in names), []).append(row)
+    return found
+
+
+def _measured(
+    measure: Measure, waiting: Sequence[tuple[int, Cell]], jobs: int, backend: str, places: Mapping[str, str]
+) -> Iterator[tuple[int, list[Row]]]:
     """Results as they are finished."""
     if backend not in BATCHED:
         with parallel_config(backend=backend, n_jobs=jobs):
-            yield from Parallel(return_as="generator_unordered")(delayed(_one)(measure, *each) for each in waiting)  # type: ignore[misc]
+            yield from Parallel(return_as="generator_unordered")(delayed(_one)(measure, *each, places) for each in waiting)  # type: ignore[misc]
         return
     for first in range(0, len(waiting), BATCH * jobs):
         with parallel_config(backend=backend, n_jobs=jobs):
-            yield from Parallel()(delayed(_one)(measure, *each) for each in waiting[first : first + BATCH * jobs])  # type: ignore[misc]
+            yield from Parallel()(delayed(_one)(measure, *each, places) for each in waiting[first : first + BATCH * jobs])  # type: ignore[misc]
 
 
-def _one(measure: Measure, index: int, cell: Cell) -> tuple[int, list[Row]]:
+def _one(measure: Measure, index: int, cell: Cell, places: Mapping[str, str]) -> tuple[int, list[Row]]:
     torch.set_num_threads(1)  # cells run side by side, and the same sums come out on every number of cores
-    return index, measure(cell)
+    return index, measure(cell, **places)
 
 
 def _path(directory: Path, measure: Measure, cell: Cell) -> Path:

@@ -6,13 +6,12 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import lru_cache
 from hashlib import sha256
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from meanfield.architecture import Architecture, Conv
-from meanfield.data import Dataset, load
+from meanfield.data import Dataset, load, stamp
 from meanfield.penalties import Penalty
 from meanfield.problem import Problem
 from meanfield.validation import one_of
@@ -71,7 +70,7 @@ class Task:
 
     def images(self) -> Dataset:
         """The selected images; those held out are their `rest`."""
-        return _load(self.data, self.classes, self.samples, self.pool, _stamp(self.data))
+        return _load(self.data, self.classes, self.samples, self.pool, stamp(self.data))
 
     def digest(self) -> str:
         """Of the images and their labels, so that a file that was changed is not taken for the same."""
@@ -98,9 +97,3 @@ class Task:
 @lru_cache(maxsize=8)
 def _load(data: str, classes: Sequence[int] | None, samples: int, pool: int, stamp: int) -> Dataset:
     return load(data, classes=classes, samples=samples, pool=pool)
-
-
-def _stamp(data: str) -> int:
-    """When the file was last written; 0 for data sets with a name."""
-    path = Path(data)
-    return path.stat().st_mtime_ns if path.exists() else 0

@@ -14,7 +14,8 @@ from meanfield.plotting import Curve
 from meanfield.rates import Slope
 from meanfield.report import assemble, figure, inline, table, to_json
 from meanfield.studies.trajectories import QUANTILES
-from meanfield.width_study import Rows, groups, samples, select
+from meanfield.sweep import Rows, groups, select
+from meanfield.width_study import samples
 
 DISTANCES = {"mmd": "MMD", "sliced_wasserstein": "sliced Wasserstein"}
 SAMPLING = {"masses": "by mass", "uniform": "masses ignored (control)"}

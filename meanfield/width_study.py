@@ -16,11 +16,9 @@ from typing import Any
 from meanfield import sweep
 from meanfield.rates import Slope, slope
 from meanfield.studies import coordinates, trajectories, widths
-from meanfield.sweep import Cell, Row
+from meanfield.sweep import Cell, Row, Rows, Tables, groups, product_of, select
 from meanfield.task import Task
 
-Rows = Sequence[Row]
-Tables = dict[str, list[Row]]
 TIMES = [0.0, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0]
 RATE = 0.5
 WIDE = 256
@@ -119,8 +117,7 @@ def _trained_along(task: Task, **lists: Iterable[Any]) -> list[Cell]:
 
 
 def _cells(task: Task, **lists: Iterable[Any]) -> list[Cell]:
-    """The product of lists of settings, the last one running fastest."""
-    return [{**task.to_dict(), **dict(zip(lists, values))} for values in product(*lists.values())]
+    return product_of(task.to_dict(), **lists)
 
 
 def _seeds(first: int, count: int) -> range:
@@ -142,29 +139,9 @@ def run(
 
     Cells name a digest of the images: a file of the same name with other images is another study.
     """
-    tables, digest = {}, task.digest()
-    for part, cells in plan(task, sizes, seed).items():
-        if part not in parts:
-            continue
-        cells = [{**cell, "images": digest} for cell in cells]
-        where = None if directory is None else Path(directory) / "cells"
-        tables[part] = sweep.run(
-            MEASURES[part], cells, where, jobs=jobs, backend=backend, announce=lambda cell, kept, part=part: announce(part, cell, kept)
-        )  # fmt: skip
-        if directory is not None:
-            sweep.write_table(tables[part], Path(directory) / f"{part}.csv")
-    return tables
-
-
-def select(rows: Rows, **wanted: Any) -> list[Row]:
-    return [row for row in rows if all(row.get(name) == value for name, value in wanted.items())]
-
-
-def groups(rows: Rows, *names: str) -> dict[tuple[Any, ...], list[Row]]:
-    found: dict[tuple[Any, ...], list[Row]] = {}
-    for row in rows:
-        found.setdefault(tuple(row[name] for name in names), []).append(row)
-    return found
+    digest = task.digest()
+    chosen = {part: [{**cell, "images": digest} for cell in cells] for part, cells in plan(task, sizes, seed).items() if part in parts}
+    return sweep.study(chosen, MEASURES, directory, jobs=jobs, backend=backend, announce=announce)
 
 
 def samples(rows: Rows, figure: str) -> dict[int, list[float]]:

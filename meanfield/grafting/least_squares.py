@@ -1,6 +1,7 @@
 """Least squares from samples that come in pieces: second moments stand for all of them, whatever their number.
 
-Samples are columns: a design a (d, n) and targets b (K, n).  Both may come as views of more dimensions, features first.  Both classes answer the same questions about
+Samples are columns: a design a (d, n) and targets b (K, n).
+Both may come as views of more dimensions, features first.  Both classes answer the same questions about
 
     min over W (d, K), o (K,) of  |W' a + o - b|^2 / n + ridge |W|^2.
 
@@ -146,6 +147,7 @@ class Products:
         columns = 1 + unknowns + targets
         self.block = max(columns, ENTRIES // columns)
         self._upper = torch.zeros(columns, columns, dtype=torch.float64, device=device)
+        self._whole: Tensor | None = None
 
     def add(self, design: Tensor, targets: Tensor) -> None:
         columns = _columns(design, targets, self.unknowns, self.targets)
@@ -155,22 +157,18 @@ class Products:
             stripe = slice(first, first + step)
             self._upper[stripe, first:].addmm_(columns[stripe], columns[first:].T)
 
+        self._whole = None
+
     @property
     def _sums(self) -> Tensor:
-        return self._upper.triu() + self._upper.triu(1).T
-
-    def _parts(self, *, centred: bool) -> tuple[Tensor, Tensor, Tensor]:
-        """(A A', A B', |B|^2), of the samples or of the samples less their means."""
-        whole = self._sums
-        sums = whole[1:, 1:]
-        if centred:
-            sums = sums - torch.outer(whole[1:, 0], whole[0, 1:]) / self.samples
-        inner = self.unknowns
-        return sums[:inner, :inner], sums[:inner, inner:], sums[inner:, inner:].diagonal().sum()
+        if self._whole is None:
+            self._whole = self._upper.triu() + self._upper.triu(1).T
+        return self._whole
 
     @property
     def total(self) -> float:
-        return float(self._parts(centred=True)[2])
+        targets = slice(1 + self.unknowns, None)
+        return float((self._upper.diagonal()[targets] - self._upper[0, targets].square() / self.samples).sum())
 
     def residual(self, weights: Tensor, offset: Tensor | None) -> float:
         sums = self._sums
@@ -180,11 +178,13 @@ class Products:
         return max(float((map_ * (sums @ map_)).sum()), 0.0)
 
     def solve(self, ridge: float, precision: float, *, offset: bool) -> Fit:
-        square, mixed, _ = self._parts(centred=offset)
-        cutoff = precision**2 * self.unknowns * float(self._parts(centred=False)[0].diagonal().sum())
-        weights, rank = _by_squares(square + ridge * self.samples * torch.eye(self.unknowns).to(square), mixed, cutoff)
+        inner, sums = self.unknowns, self._sums[1 : 1 + self.unknowns, 1:]
+        cutoff = precision**2 * inner * float(sums.diagonal().sum())
+        if offset:
+            sums = sums - torch.outer(self._upper[0, 1 : 1 + inner], self._upper[0, 1:]) / self.samples
+        weights, rank = _by_squares(sums[:, :inner] + ridge * self.samples * torch.eye(inner).to(sums), sums[:, inner:], cutoff)
         means = self._upper[0, 1:] / self.samples
-        return Fit(weights, means[self.unknowns :] - means[: self.unknowns] @ weights if offset else None, rank)
+        return Fit(weights, means[inner:] - means[:inner] @ weights if offset else None, rank)
 
 
 def _by_values(matrix: Tensor, targets: Tensor, cutoff: float) -> tuple[Tensor, int]:

@@ -1,0 +1,162 @@
+"""Trained classifiers in plain values: which images, which network, which recipe, which seed; trained once, kept in a store."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from functools import lru_cache
+from hashlib import sha256
+from inspect import getfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from meanfield import __version__, data, storage
+from meanfield.finite import AUTHORS_DROPOUT, Fitted, Recipe, fit, recipes, residual, vgg
+from meanfield.validation import integer, one_of
+
+NETWORKS = ("vgg8", "vgg11", "vgg13", "vgg16", "residual")
+PRESETS = ("default", "authors")
+MILESTONES = (2 / 3, 13 / 15)  # of the default recipe, as shares of its epochs
+LABELS = ("true", "permuted")
+
+
+@dataclass(frozen=True)
+class Classifier:
+    """A network, its images and its training; equal where the values are, and JSON as `to_dict`.
+
+    data, pool: as in `data.load`, all classes.  samples: images to train on; the rest is held out.  split: seed by which
+        they are drawn, None for the first ones in file order (CIFAR's own division into training and test images).
+    network, width: "vgg11" and so on (finite.vgg), or "residual".  penalty, strength: as in Recipe.
+    labels: "true", or "permuted" among the training images (the permutation drawn from the seed).
+    seed: of the start, the batches and the permutation.
+    preset: "default" (Recipe's defaults, milestones at 2/3 and 13/15 of the epochs) or "authors" (Recipe.authors for
+        `epochs` epochs, dropout 1/2, plain He start).
+    checkpoints: epochs whose networks are kept, 0 the start.
+    """
+
+    data: str = "digits"
+    pool: int = 1
+    samples: int = 1437
+    split: int | None = 0
+    network: str = "vgg11"
+    width: int = 8
+    penalty: str = "l12"
+    strength: float = 1.0
+    labels: str = "true"
+    seed: int = 0
+    epochs: int = 30
+    preset: str = "default"
+    checkpoints: tuple[int, ...] = (0, 30)
+    dtype: str = "float32"
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        for name, options in (("network", NETWORKS), ("preset", PRESETS), ("labels", LABELS), ("dtype", ("float32", "float64"))):
+            one_of(getattr(self, name), options, name)
+        for name, minimum in (("samples", 2), ("seed", 0), ("epochs", 1), ("width", 1)):
+            integer(getattr(self, name), name, minimum)
+        object.__setattr__(self, "checkpoints", tuple(self.checkpoints))
+        _ = self.recipe  # checks the rest
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Classifier:
+        known = {each.name for each in fields(cls)}
+        return cls(**{name: value for name, value in values.items() if name in known})
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def variant(self, **changes: Any) -> Classifier:
+        return replace(self, **changes)
+
+    @property
+    def recipe(self) -> Recipe:
+        if self.preset == "authors":
+            return replace(Recipe.authors(self.penalty, self.strength), epochs=self.epochs)
+        milestones = tuple(round(share * self.epochs) for share in MILESTONES) if self.epochs >= 5 else ()
+        return Recipe(epochs=self.epochs, milestones=milestones, penalty=self.penalty, strength=self.strength)
+
+    def images(self) -> Images:
+        return _images(self.data, self.pool, self.samples, self.split, self.dtype, self.device, data.stamp(self.data))
+
+    def start(self) -> nn.Module:
+        """The network before training."""
+        images, generator = self.images(), torch.Generator().manual_seed(self.seed)
+        shape, dtype = tuple(images.inputs.shape[1:]), getattr(torch, self.dtype)
+        if self.network == "residual":
+            return residual(shape, images.classes, width=self.width, generator=generator, dtype=dtype)
+        plain = self.preset == "authors"
+        return vgg(
+            int(self.network.removeprefix("vgg")), shape, images.classes, width=self.width, dropout=AUTHORS_DROPOUT if plain else 0.0,
+            fan_in="kernel" if plain else "inside", generator=generator, dtype=dtype,
+        )  # fmt: skip
+
+    def train(self, store: str | Path) -> Fitted:
+        """Train, and write the checkpoints into the directory `store`; a run that was killed goes on after its last whole epoch."""
+        images, path = self.images(), self._path(store)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        labels = images.labels
+        if self.labels == "permuted":
+            labels = labels[torch.randperm(len(labels), generator=torch.Generator().manual_seed(self.seed)).to(labels.device)]
+        state = path.with_name(f"{path.stem}.state{storage.TENSORS}")
+        found = fit(self.start(), images.inputs, labels, self.recipe, self.seed, checkpoints=self.checkpoints, state=state)
+        if found.status == "interrupted":
+            raise KeyboardInterrupt
+        if found.status != "completed":
+            raise RuntimeError(f"{self}: {found.message}")
+        storage.save_tensors({f"{epoch}/{name}": tensor for epoch, kept in found.checkpoints.items() for name, tensor in kept.items()}, path)
+        return found
+
+    def at(self, epoch: int, store: str | Path) -> nn.Module:
+        """The network at one of its checkpoints, in evaluation mode, from the store or trained now."""
+        if epoch not in self.checkpoints:
+            raise ValueError(f"epoch={epoch} is not one of checkpoints={self.checkpoints}")
+        network = self.start()
+        if epoch:
+            if not self._path(store).exists():
+                self.train(store)
+            kept = storage.load_tensors(self._path(store))
+            network.load_state_dict({name.split("/", 1)[1]: tensor for name, tensor in kept.items() if name.startswith(f"{epoch}/")})
+        return network.to(self.device).eval()
+
+    def _path(self, store: str | Path) -> Path:
+        named = {**self.to_dict(), "images": self.images().digest, "made_by": _origin()}
+        return Path(store) / f"{sha256(json.dumps(named, sort_keys=True).encode()).hexdigest()[:24]}{storage.TENSORS}"
+
+
+@dataclass(frozen=True, eq=False)
+class Images:
+    """Training images (N, C, H, W) and class indices (N,), the same held out, and a digest of all of them."""
+
+    inputs: Tensor
+    labels: Tensor
+    held_out: Tensor
+    held_out_labels: Tensor
+    classes: int
+    digest: str
+
+
+@lru_cache(maxsize=2)
+def _images(name: str, pool: int, samples: int, split: int | None, dtype: str, device: str, stamp: int) -> Images:
+    training, held_out = data.load(name, samples=samples, pool=pool, seed=split).split()
+    parts = (training.inputs, training.indices, held_out.inputs, held_out.indices)
+    digest = sha256(b"".join(each.numpy().tobytes() for each in parts)).hexdigest()[:16]
+    inputs, labels, others, marks = (each.to(device) for each in parts)
+    kind = getattr(torch, dtype)
+    return Images(inputs.to(kind), labels, others.to(kind), marks, len(training.classes), digest)
+
+
+@lru_cache(maxsize=1)
+def _origin() -> list[str]:
+    """What made the trained networks: a change of any of it trains them anew."""
+    sources = b"".join(Path(getfile(made_by)).read_bytes() for made_by in (recipes, vgg))
+    return [__version__, torch.__version__, sha256(sources).hexdigest()]
+
+
+def layers_of(network: nn.Module) -> Sequence[str]:
+    """Names of the connecting layers of a VGG: convolutions and fully connected layers, in their order."""
+    return [name for name, module in network.named_children() if isinstance(module, (nn.Conv2d, nn.Linear))]

@@ -1,0 +1,290 @@
+"""The grafting study: which pairs of networks it joins, how that is run, and what the tables say; `meanfield graft` writes its page.
+
+Parts: "starts" (one penalty, different starts), "strengths" of the penalty, "l2" in its place, "across" layers, "epochs"
+(one network at an epoch, the other one trained), "trajectory" (both at any epoch), "widths", and "procedures" (least
+squares against the authors' Adam).  "train" trains what the others need.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations, product
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from scipy.stats import spearmanr
+
+from meanfield import sweep
+from meanfield.classifiers import Classifier
+from meanfield.rates import mean
+from meanfield.studies import grafting
+from meanfield.sweep import Cell, Row, Rows, Tables, groups, select
+
+PARTS = ("train", "starts", "strengths", "l2", "across", "epochs", "trajectory", "widths", "procedures")
+ARMS = ("trained", "untrained", "permuted_labels", "rotated", "self")
+L2_STRENGTH = 5e-4 * 16  # the middle one of the authors'
+ROUNDING = 1e-30  # relative squared errors below it, of grafts on themselves, are drawn there
+FIGURES = ("mmd", "sliced_wasserstein", "cka", "mean_difference", "log_variance_ratio")
+CONTRASTS = ("error", "mmd")
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much of everything: "default" takes two minutes on two cores for digits, "full" half an hour and has every part."""
+
+    epochs: int
+    checkpoints: tuple[int, ...]
+    pairs: int  # of "starts" and "trajectory"
+    inside: int  # pairs of "across" and "epochs", which need no further networks
+    others: int  # pairs of "strengths", "l2" and "widths"
+    strengths: tuple[float, ...]
+    factors: tuple[float, ...]  # of the width
+    layers: tuple[str, ...]  # of the matrices epoch x epoch
+    procedures: int  # pairs; a layer takes the authors' procedure some twenty seconds
+
+
+SIZES = {
+    "quick": Sizes(2, (0, 1, 2), 2, 1, 1, (1.0, 4.0), (0.5, 1.0), ("conv4",), 0),
+    "default": Sizes(20, (0, 1, 3, 8, 20), 5, 1, 0, (), (), ("conv6",), 0),
+    "full": Sizes(30, (0, 1, 2, 4, 8, 15, 30), 6, 3, 3, (0.5, 1.0, 2.0, 4.0, 8.0), (0.5, 1.0, 2.0), ("conv4", "conv6", "conv8"), 1),
+    "authors": Sizes(
+        200, (0, 1, 2, 5, 8, 10, 20, 50, 100, 200), 5, 2, 2, (0.5, 1.0, 2.0, 4.0, 8.0, 10.0), (0.5, 1.0), ("conv4", "conv7", "conv10", "conv13"), 1,
+    ),
+}  # fmt: skip
+MEASURES: dict[str, sweep.Measure] = {"train": grafting.train, "procedures": grafting.procedures} | {
+    part: grafting.pair for part in PARTS if part not in ("train", "procedures")
+}
+
+
+def prepared(base: Classifier, sizes: Sizes) -> Classifier:
+    """The classifier with the epochs and checkpoints of these sizes."""
+    return base.variant(epochs=sizes.epochs, checkpoints=sizes.checkpoints)
+
+
+def plan(base: Classifier, sizes: Sizes, seed: int = 0, parts: Sequence[str] = PARTS) -> dict[str, list[Cell]]:
+    """The cells of the wanted parts; networks that they need are those of "train", which is always there and first."""
+    base = prepared(base, sizes)
+    makers: dict[str, Callable[[], list[Cell]]] = {
+        "starts": lambda: _starts(base, sizes.pairs, seed, ARMS, ("least_squares", "transport")),
+        "strengths": lambda: _strengths(base, sizes, seed),
+        "l2": lambda: _starts(base.variant(penalty="l2", strength=L2_STRENGTH), sizes.others, seed, ("trained", "untrained", "permuted_labels")),
+        "across": lambda: _starts(base, sizes.inside, seed, ("trained", "untrained"), connections="across"),
+        "epochs": lambda: _epochs(base, sizes, seed),
+        "trajectory": lambda: _trajectory(base, sizes, seed),
+        "widths": lambda: _widths(base, sizes, seed),
+        "procedures": lambda: [_cell(base, *_pair(base, seed, number), names={"pair": number}) for number in range(sizes.procedures)],
+    }
+    found = {part: makers[part]() for part in makers if part in parts}
+    wanted = {Classifier.from_dict(cell[end]): None for cells in found.values() for cell in cells for end in ("lower", "upper") if cell[f"{end}_epoch"]}
+    return {"train": [each.to_dict() for each in wanted], **{part: cells for part, cells in found.items() if cells}}
+
+
+def _pair(base: Classifier, seed: int, number: int) -> tuple[Classifier, Classifier]:
+    """Donor and host of pair 0, 1, ...: no two pairs share a network."""
+    return base.variant(seed=2 * (seed + number)), base.variant(seed=2 * (seed + number) + 1)
+
+
+def _cell(base: Classifier, lower: Classifier, upper: Classifier, **changes: Any) -> Cell:
+    settings = {"lower_epoch": base.epochs, "upper_epoch": base.epochs, "connections": "same", "methods": ["least_squares"], "rotated": False}
+    return {"lower": lower.to_dict(), "upper": upper.to_dict(), **settings, **changes}
+
+
+def _arm(base: Classifier, seed: int, number: int, arm: str, methods: Sequence[str], **changes: Any) -> Cell:
+    """A pair in which the donor is as the arm says."""
+    lower, upper = _pair(base, seed, number)
+    donor = {"permuted_labels": lower.variant(labels="permuted"), "self": upper}.get(arm, lower)
+    epoch = 0 if arm == "untrained" else base.epochs
+    names = {"pair": number, "arm": arm, **changes.pop("names", {})}
+    return _cell(base, donor, upper, lower_epoch=epoch, rotated=arm == "rotated", methods=list(methods), names=names, **changes)
+
+
+def _starts(
+    base: Classifier, pairs: int, seed: int, arms: Sequence[str], methods: Sequence[str] = ("least_squares",), connections: str = "same"
+) -> list[Cell]:  # fmt: skip
+    return [_arm(base, seed, number, arm, methods, connections=connections) for number in range(pairs) for arm in arms]
+
+
+def _strengths(base: Classifier, sizes: Sizes, seed: int) -> list[Cell]:
+    cells = []
+    for number, below, above in product(range(sizes.others), sizes.strengths, sizes.strengths):
+        lower, upper = _pair(base, seed, number)
+        names = {"pair": number, "arm": "trained", "lower_strength": below, "upper_strength": above}
+        cells.append(_cell(base, lower.variant(strength=below), upper.variant(strength=above), names=names))
+    for number, above in product(range(sizes.others), sizes.strengths):  # a start does not know its penalty
+        lower, upper = _pair(base, seed, number)
+        names = {"pair": number, "arm": "untrained", "lower_strength": sizes.strengths[0], "upper_strength": above}
+        cells.append(_cell(base, lower.variant(strength=sizes.strengths[0]), upper.variant(strength=above), lower_epoch=0, names=names))
+    return cells
+
+
+def _epochs(base: Classifier, sizes: Sizes, seed: int) -> list[Cell]:
+    """One end at an epoch, the other one trained; the donor at epoch 0 is the untrained control."""
+    cells = []
+    for number, arm, end, epoch in product(range(sizes.inside), ("trained", "permuted_labels"), ("lower", "upper"), base.checkpoints):
+        lower, upper = _pair(base, seed, number)
+        donor = lower.variant(labels="permuted") if arm == "permuted_labels" else lower
+        names = {"pair": number, "arm": arm, "moving": end, "epoch": epoch}
+        cells.append(_cell(base, donor, upper, **{f"{end}_epoch": epoch}, names=names))
+    return cells
+
+
+def _trajectory(base: Classifier, sizes: Sizes, seed: int) -> list[Cell]:
+    cells = []
+    for number, arm, below, above in product(range(sizes.pairs), ("trained", "permuted_labels", "self"), base.checkpoints, base.checkpoints):
+        if arm == "self" and number >= sizes.inside:
+            continue
+        names = {"lower_epoch": below, "upper_epoch": above}
+        made = _arm(base, seed, number, arm, ("least_squares", "transport"), names=names, connections=list(sizes.layers))
+        cells.append({**made, **names})
+    return cells
+
+
+def _widths(base: Classifier, sizes: Sizes, seed: int) -> list[Cell]:
+    cells = []
+    widths = [max(1, round(base.width * factor)) for factor in sizes.factors]
+    for number, arm, below, above in product(range(sizes.others), ("trained", "untrained"), widths, widths):
+        lower, upper = _pair(base, seed, number)
+        names = {"pair": number, "arm": arm, "lower_width": below, "upper_width": above}
+        epoch = 0 if arm == "untrained" else base.epochs
+        methods = ["least_squares", "transport"]
+        cells.append(_cell(base, lower.variant(width=below), upper.variant(width=above), lower_epoch=epoch, methods=methods, names=names))
+    return cells
+
+
+def run(
+    base: Classifier,
+    sizes: Sizes,
+    directory: str | Path,
+    *,
+    parts: Sequence[str] = PARTS,
+    seed: int = 0,
+    jobs: int = 1,
+    backend: str = "loky",
+    announce: Callable[[str, Cell, bool], None] = lambda part, cell, kept: None,
+) -> Tables:
+    """Rows of every part; networks in `directory`/networks, finished cells in `directory`/cells, a CSV table of each part.
+
+    Cells name a digest of the images: a file of the same name with other images is another study.
+    """
+    digest, store = base.images().digest, Path(directory) / "networks"
+    chosen = {part: [{**cell, "images": digest} for cell in cells] for part, cells in plan(base, sizes, seed, parts).items()}
+    return sweep.study(chosen, MEASURES, directory, jobs=jobs, backend=backend, announce=announce, places={"store": str(store)})
+
+
+def summary(tables: Mapping[str, Rows]) -> dict[str, Any]:
+    """The figures that the study is for, from whichever tables there are."""
+    makers: dict[str, Callable[[Rows], Any]] = {
+        "starts": starts, "l2": starts, "strengths": lambda rows: matrix(rows, "lower_strength", "upper_strength"),
+        "widths": lambda rows: matrix(rows, "lower_width", "upper_width"), "trajectory": contrasts, "procedures": procedures,
+    }  # fmt: skip
+    found = {part: make(tables[part]) for part, make in makers.items() if part in tables}
+    return {**found, "correlations": correlations(tables["starts"])} if "starts" in tables else found
+
+
+def relative_accuracy(row: Row) -> float:
+    """Accuracy of the graft over that of the host."""
+    return row["accuracy"] / row["upper_accuracy"] if row["upper_accuracy"] > 0 else math.nan
+
+
+def starts(rows: Rows) -> list[Row]:
+    """Intervals over pairs, per arm, method and layer, and whether the arm is separated from the trained donors."""
+    found = []
+    for (arm, method, layer, position), each in groups(rows, "arm", "method", "layer", "position").items():
+        accuracy = mean([relative_accuracy(row) for row in each])
+        error, output = (mean([max(row[name], ROUNDING) for row in each], geometric=True) for name in ("error", "output_error"))
+        found.append(
+            {"arm": arm, "method": method, "layer": layer, "position": position, "pairs": len(each), "relative_accuracy": accuracy, "error": error,
+             "output_error": output}
+        )  # fmt: skip
+    for row in found:
+        trained = next((each for each in found if each["arm"] == "trained" and (each["method"], each["layer"]) == (row["method"], row["layer"])), None)
+        row["accuracy_separated"] = trained is not None and trained["relative_accuracy"].above(row["relative_accuracy"])
+        row["error_separated"] = trained is not None and row["output_error"].above(trained["output_error"])
+    return found
+
+
+def matrix(rows: Rows, lower: str, upper: str) -> list[Row]:
+    """Means over pairs and layers from the middle up, per arm, method and the two settings."""
+    last = max(row["position"] for row in rows)
+    found = []
+    for (arm, method, below, above), each in groups([row for row in rows if row["position"] > last / 2], "arm", "method", lower, upper).items():
+        figures = {"relative_accuracy": fmean(map(relative_accuracy, each)), "output_error": fmean(row["output_error"] for row in each)}
+        found.append({"arm": arm, "method": method, lower: below, upper: above, **figures})
+    return found
+
+
+def contrasts(rows: Rows) -> list[Row]:
+    """How much closer two networks are at equal epochs than at different ones, once both epochs' own effects are gone.
+
+    For epochs s < t and D = log distance: (D(s,t) + D(t,s) - D(s,s) - D(t,t)) / 2, a mean over s < t, epoch 0 left out,
+    with an interval over pairs.  What depends on the donor's epoch alone, or the host's alone, cancels: 0 is no ridge.
+    """
+    kinds = [(method, "error") for method in ("least_squares", "transport")] + [("least_squares", "mmd")]
+    found = []
+    for (arm, layer), each in groups(rows, "arm", "layer").items():
+        for method, figure in kinds:
+            values = [_contrast(select(same, method=method), figure) for same in groups(each, "pair").values()]
+            if arm != "self" and values and all(map(math.isfinite, values)):
+                found.append({"arm": arm, "layer": layer, "method": method, "figure": figure, "pairs": len(values), "contrast": mean(values)})
+    return found
+
+
+def _contrast(rows: Rows, figure: str) -> float:
+    logs = {(row["lower_epoch"], row["upper_epoch"]): math.log(max(row[figure], ROUNDING)) for row in rows}
+    epochs = sorted({epoch for epoch, _ in logs} - {0})
+    terms = [(logs[s, t] + logs[t, s] - logs[s, s] - logs[t, t]) / 2 for s, t in combinations(epochs, 2)]
+    return fmean(terms) if terms else math.nan
+
+
+def correlations(rows: Rows) -> list[Row]:
+    """Spearman's rank correlation of distances with graft errors across pairs and arms, layer by layer; mean over layers.
+
+    Rotated donors are a case of their own (a rotation changes every distance but CKA and no least squares) and donors
+    equal to the host trivial: both are left out.
+    """
+    kept = [{**row, **_moment_distances(row)} for row in rows if row["arm"] in ("trained", "untrained", "permuted_labels")]
+    found = []
+    for method, figure in product(dict.fromkeys(row["method"] for row in kept), FIGURES):
+        by_layer = [_rank_correlation(each, figure) for each in groups(select(kept, method=method), "layer").values()]
+        finite = [value for value in by_layer if math.isfinite(value)]
+        if finite:
+            found.append({"method": method, "distance": figure, "layers": len(finite), "mean": fmean(finite), "least": min(finite), "most": max(finite)})
+    return found
+
+
+def _moment_distances(row: Row) -> Row:
+    """Of means in units of the host's standard deviation, of variances as a ratio."""
+    ours, theirs = (max(row[f"features_{end}_variance"], 1e-300) for end in ("lower", "upper"))
+    difference = abs(row["features_lower_mean"] - row["features_upper_mean"]) / math.sqrt(theirs)
+    return {"mean_difference": difference, "log_variance_ratio": abs(math.log(ours / theirs))}
+
+
+def _rank_correlation(rows: Rows, figure: str) -> float:
+    kept = [row for row in rows if math.isfinite(row[figure])]
+    distances, errors = [row[figure] for row in kept], [row["error"] for row in kept]
+    if len(set(distances)) < 2 or len(set(errors)) < 2:
+        return math.nan
+    found: Any = spearmanr(distances, errors)
+    return float(found.statistic)
+
+
+def procedures(rows: Rows) -> list[Row]:
+    """Per layer: accuracies in points, errors relative to each other, CPU seconds."""
+    found = []
+    for (layer,), each in groups(rows, "layer").items():
+        squares, adam = select(each, method="least_squares"), select(each, method="adam")
+        seconds = [fmean(row["cpu_seconds"] for row in kind) for kind in (squares, adam)]
+        found.append(
+            {
+                "layer": layer, "accuracy_points": 100 * fmean(a["accuracy"] - s["accuracy"] for s, a in zip(squares, adam)),
+                "fit_error": fmean(s["fit_error"] for s in squares), "adam_fit_error": fmean(a["fit_error"] for a in adam),
+                "excess": fmean(a["fit_error"] / s["fit_error"] - 1 for s, a in zip(squares, adam)), "cpu_seconds": seconds[0],
+                "adam_cpu_seconds": seconds[1], "ratio": seconds[1] / seconds[0],
+            }
+        )  # fmt: skip
+    return found
+
+
