@@ -51,7 +51,8 @@ SIZES = {
     "default": Sizes(20, (0, 1, 3, 8, 20), 5, 1, 0, (), (), ("conv6",), 0),
     "full": Sizes(30, (0, 1, 2, 4, 8, 15, 30), 6, 3, 3, (0.5, 1.0, 2.0, 4.0, 8.0), (0.5, 1.0, 2.0), ("conv4", "conv6", "conv8"), 1),
     "authors": Sizes(
-        200, (0, 1, 2, 5, 8, 10, 20, 50, 100, 200), 5, 2, 2, (0.5, 1.0, 2.0, 4.0, 8.0, 10.0), (0.5, 1.0), ("conv4", "conv7", "conv10", "conv13"), 1,
+        200, (0, 1, 2, 5, 8, 10, 20, 50, 100, 200), 5, 2, 2, (0.5, 1.0, 2.0, 4.0, 8.0, 10.0), (0.5, 1.0),
+        ("conv4", "conv7", "conv10", "conv13"), 1,
     ),
 }  # fmt: skip
 MEASURES: dict[str, sweep.Measure] = {"train": grafting.train, "procedures": grafting.procedures} | {
@@ -78,7 +79,8 @@ def plan(base: Classifier, sizes: Sizes, seed: int = 0, parts: Sequence[str] = P
         "procedures": lambda: [_cell(base, *_pair(base, seed, number), names={"pair": number}) for number in range(sizes.procedures)],
     }
     found = {part: makers[part]() for part in makers if part in parts}
-    wanted = {Classifier.from_dict(cell[end]): None for cells in found.values() for cell in cells for end in ("lower", "upper") if cell[f"{end}_epoch"]}
+    ends = [(cell[end], cell[f"{end}_epoch"]) for cells in found.values() for cell in cells for end in ("lower", "upper")]
+    wanted = {Classifier.from_dict(settings): None for settings, epoch in ends if epoch}
     return {"train": [each.to_dict() for each in wanted], **{part: cells for part, cells in found.items() if cells}}
 
 
@@ -136,9 +138,8 @@ def _trajectory(base: Classifier, sizes: Sizes, seed: int) -> list[Cell]:
     for number, arm, below, above in product(range(sizes.pairs), ("trained", "permuted_labels", "self"), base.checkpoints, base.checkpoints):
         if arm == "self" and number >= sizes.inside:
             continue
-        names = {"lower_epoch": below, "upper_epoch": above}
-        made = _arm(base, seed, number, arm, ("least_squares", "transport"), names=names, connections=list(sizes.layers))
-        cells.append({**made, **names})
+        made = _arm(base, seed, number, arm, ("least_squares", "transport"), connections=list(sizes.layers))
+        cells.append({**made, "lower_epoch": below, "upper_epoch": above})
     return cells
 
 
@@ -200,7 +201,7 @@ def starts(rows: Rows) -> list[Row]:
              "output_error": output}
         )  # fmt: skip
     for row in found:
-        trained = next((each for each in found if each["arm"] == "trained" and (each["method"], each["layer"]) == (row["method"], row["layer"])), None)
+        trained = next(iter(select(found, arm="trained", method=row["method"], layer=row["layer"])), None)
         row["accuracy_separated"] = trained is not None and trained["relative_accuracy"].above(row["relative_accuracy"])
         row["error_separated"] = trained is not None and row["output_error"].above(trained["output_error"])
     return found
@@ -251,7 +252,8 @@ def correlations(rows: Rows) -> list[Row]:
         by_layer = [_rank_correlation(each, figure) for each in groups(select(kept, method=method), "layer").values()]
         finite = [value for value in by_layer if math.isfinite(value)]
         if finite:
-            found.append({"method": method, "distance": figure, "layers": len(finite), "mean": fmean(finite), "least": min(finite), "most": max(finite)})
+            spread = {"mean": fmean(finite), "least": min(finite), "most": max(finite)}
+            found.append({"method": method, "distance": figure, "layers": len(finite), **spread})
     return found
 
 

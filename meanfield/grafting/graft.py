@@ -174,6 +174,11 @@ class Junction:
             part = slice(first, first + step)
             self.moments.add(wide.design(here[part]), self.own.columns(goal[part]))
 
+    @torch.no_grad()
+    def features(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
+        """What enters the connection from below and what enters the upper network's own layer, (C, n) and (C', n)."""
+        return self._unfitted.cloud(self.below(inputs)), self.own.cloud(self._target(inputs))
+
     @cached_property
     def _unfitted(self) -> Connection:
         return Connection(widened(self.own.layer, self.channels), self.size)

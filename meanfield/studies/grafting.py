@@ -6,8 +6,10 @@ Each measurement is a function of a cell (see `meanfield.sweep`) and of the stor
 
 from __future__ import annotations
 
+import math
 import time
 from collections import OrderedDict
+from collections.abc import Sequence
 from itertools import combinations
 from typing import Any
 
@@ -18,7 +20,6 @@ from meanfield.classifiers import Classifier, Images, layers_of
 from meanfield.distances import FeatureMeasure, linear_cka, median_distance, mmd, moments, sliced_wasserstein
 from meanfield.finite import evaluate
 from meanfield.grafting import Graft, Junction, layer_errors
-from meanfield.grafting.cut import Below
 from meanfield.sweep import Cell, Row
 
 PROBES, PROJECTIONS = 100, 200
@@ -37,42 +38,51 @@ def train(cell: Cell, store: str) -> list[Row]:
 
 
 def pair(cell: Cell, store: str) -> list[Row]:
-    """Grafts of one donor (`lower`) on one host (`upper`), a row per connection and method.
+    """Grafts of one donor (`lower`) on one host (`upper`): the rows of `profile`.
 
-    cell: lower, upper (fields of a Classifier), lower_epoch, upper_epoch, connections ("same": every layer but the first with
-    itself; "across": every layer with every later one; or a list of layers), methods, rotated (features of the donor
-    turned by a random rotation), and columns to be copied under `names`.
-
-    A row: fit_error over the training images; error at the connection, output_error at the logits and error_LAYER at
-    each layer between, over held-out images; accuracy and loss held out of the graft and of both parents; distances and
-    moments of the features that enter the connection, on held-out probes.
+    cell: lower, upper (fields of a Classifier), lower_epoch, upper_epoch, methods, connections ("same": every layer but the
+    first with itself; "across": every convolution but the first with every later one; or a list of layers), rotated (the
+    features of the donor turned by a random rotation), names (columns to be copied).
     """
-    donor, host = Classifier.from_dict(cell["lower"]), Classifier.from_dict(cell["upper"])
-    images = host.images()
-    lower, upper = donor.at(cell["lower_epoch"], store), host.at(cell["upper_epoch"], store)
-    parents = {"upper": upper, "lower": lower}
-    scores = {f"{name}_{figure}": value for name, network in parents.items() for figure, value in _score(network, images).items()}
+    lower, upper, images = _ends(cell, store)
+    seed = cell["lower"]["seed"]
+    named = {**cell["names"], "lower_seed": seed, "upper_seed": cell["upper"]["seed"], "lower_epoch": cell["lower_epoch"]}
+    named["upper_epoch"] = cell["upper_epoch"]
     rows = []
-    for lower_layer, layer in _connections(upper, cell["connections"]):
-        turned = rotated(lower, lower_layer, donor.seed) if cell["rotated"] else lower
-        junction = Junction.observe(turned, upper, layer, images.inputs, lower_layer=lower_layer)
-        found = _compared(turned, upper, lower_layer, layer, images) if cell["connections"] != "across" else {}
-        for method in cell["methods"]:
-            named = {**cell["names"], "lower_layer": lower_layer, "layer": layer, "position": layers_of(upper).index(layer) + 1, "method": method}
-            rows.append({**named, **_figures(junction.graft(method), upper, images), **scores, **found})
+    for connection in _connections(upper, cell["connections"]):
+        donor = rotated(lower, connection[0], seed) if cell["rotated"] else lower
+        rows += profile(donor, upper, images, [connection], cell["methods"])
+    return [{**named, **row} for row in rows]
+
+
+def profile(
+    lower: nn.Module, upper: nn.Module, images: Images, connections: Sequence[tuple[str, str]], methods: Sequence[str] = ("least_squares",)
+) -> list[Row]:
+    """Grafts of any two modules at each (lower_layer, layer), a row per connection and method.
+
+    fit_error over the training images; error at the connection, output_error at the last linear layer and error_LAYER at
+    each one between, over held-out images; accuracy and loss there of the graft and of both parents; mmd, sliced_wasserstein
+    (in units of the root mean square of the host's), cka and moments of the features that enter the connection.
+    """
+    parents = {f"{end}_{figure}": value for end, each in (("upper", upper), ("lower", lower)) for figure, value in _score(each, images).items()}
+    names, rows = [name for name, module in upper.named_modules() if isinstance(module, (nn.Conv2d, nn.Linear))], []
+    for lower_layer, layer in connections:
+        junction = Junction.observe(lower, upper, layer, images.inputs, lower_layer=lower_layer)
+        place = {"lower_layer": lower_layer, "layer": layer, "position": names.index(layer) + 1 if layer in names else None}
+        compared = _compared(junction, images.held_out[:PROBES])
+        for method in methods:
+            rows.append({**place, "method": method, **_figures(junction.graft(method), upper, images), **parents, **compared})
     return rows
 
 
 def procedures(cell: Cell, store: str) -> list[Row]:
     """Least squares against the authors' procedure on one pair, a row per layer: errors, accuracies and CPU seconds of both."""
-    donor, host = Classifier.from_dict(cell["lower"]), Classifier.from_dict(cell["upper"])
-    images = host.images()
-    lower, upper = donor.at(cell["lower_epoch"], store), host.at(cell["upper_epoch"], store)
+    lower, upper, images = _ends(cell, store)
     rows = []
     for _, layer in _connections(upper, cell["connections"]):
         for method in ("least_squares", "adam"):
             began = time.process_time()
-            found = Junction.observe(lower, upper, layer, images.inputs).graft(method, seed=donor.seed)
+            found = Junction.observe(lower, upper, layer, images.inputs).graft(method, seed=cell["lower"]["seed"])
             spent = time.process_time() - began
             rows.append({**cell["names"], "layer": layer, "method": method, **_figures(found, upper, images), "cpu_seconds": spent})
     return rows
@@ -99,6 +109,11 @@ def rotated(network: nn.Module, layer: str, seed: int) -> nn.Sequential:
     return nn.Sequential(found).eval()
 
 
+def _ends(cell: Cell, store: str) -> tuple[nn.Module, nn.Module, Images]:
+    donor, host = Classifier.from_dict(cell["lower"]), Classifier.from_dict(cell["upper"])
+    return donor.at(cell["lower_epoch"], store), host.at(cell["upper_epoch"], store), host.images()
+
+
 def _connections(network: nn.Module, which: Any) -> list[tuple[str, str]]:
     names = list(layers_of(network))
     if which == "across":
@@ -119,20 +134,16 @@ def _figures(found: Graft, upper: nn.Module, images: Images) -> Row:
 
 
 @torch.no_grad()
-def _compared(lower: nn.Module, upper: nn.Module, lower_layer: str, layer: str, images: Images) -> Row:
-    """Distances of the features that enter the connection from those of the host, each channel a feature."""
-    ours, theirs = _features(lower, lower_layer, images.held_out[:PROBES]), _features(upper, layer, images.held_out[:PROBES])
-    bandwidth = median_distance(theirs, theirs)
-    sliced = sliced_wasserstein(ours, theirs, generator=torch.Generator().manual_seed(0), projections=PROJECTIONS).value
+def _compared(junction: Junction, probes: Tensor) -> Row:
+    """Distances of the features that enter the connection from those of the host, each channel (or unit) a feature.
+
+    The donor's features are taken as the connection receives them, resampled where maps are of another size.
+    """
+    ours, theirs = (FeatureMeasure.uniform(cloud.double()) for cloud in junction.features(probes))
     ends = {"lower": moments(ours), "upper": moments(theirs)}
-    statistics = {f"features_{end}_{figure}": value for end, found in ends.items() for figure, value in found._asdict().items()}
-    scale = float(theirs.double()[0].square().mean().sqrt())
-    return {
-        "mmd": mmd(ours, theirs, [bandwidth]).values[0], "sliced_wasserstein": sliced / scale if scale > 0 else float("nan"),
-        "cka": linear_cka(ours, theirs), **statistics,
-    }  # fmt: skip
-
-
-def _features(network: nn.Module, layer: str, inputs: Tensor) -> FeatureMeasure:
-    signal = Below(network, layer)(inputs).double()
-    return FeatureMeasure.uniform((signal.transpose(0, 1) if signal.ndim == 4 else signal.T).flatten(1))
+    found = {f"features_{end}_{figure}": value for end, each in ends.items() for figure, value in each._asdict().items()}
+    scale = float(theirs.values.square().mean().sqrt())
+    sliced = sliced_wasserstein(ours, theirs, generator=torch.Generator().manual_seed(0), projections=PROJECTIONS).value
+    discrepancy = mmd(ours, theirs, [median_distance(theirs, theirs)]).values[0]
+    found |= {"mmd": discrepancy, "sliced_wasserstein": sliced / scale if scale > 0 else math.nan, "cka": linear_cka(ours, theirs)}
+    return found
