@@ -1,6 +1,10 @@
+import math
+
 import numpy as np
 import pytest
+from scipy import stats
 
+from meanfield import rates
 from meanfield.rates import Slope, slope
 
 
@@ -39,3 +43,18 @@ def test_an_interval_lies_inside_another():
 def test_what_has_no_slope_is_refused(x, samples):
     with pytest.raises(ValueError, match=r"slope|positive"):
         slope(x, samples)
+
+
+def test_a_mean_has_students_interval():
+    values = [1.0, 2.0, 4.0, 7.0]
+    found = rates.mean(values)
+    low, high = stats.t.interval(0.95, 3, loc=3.5, scale=stats.sem(values))
+    assert (found.value, found.low, found.high) == pytest.approx((3.5, low, high))
+    logs = rates.mean([math.log(value) for value in values])
+    geometric = rates.mean(values, geometric=True)
+    assert (geometric.value, geometric.low) == pytest.approx((math.exp(logs.value), math.exp(logs.low)))
+    assert not found.above(rates.mean([0.0, 1.0]))
+    assert rates.mean([10.0, 10.1, 10.2]).above(found)
+    assert rates.mean([3.0]).low == -math.inf
+    with pytest.raises(ValueError, match="positive"):
+        rates.mean([1.0, 0.0], geometric=True)

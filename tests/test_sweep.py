@@ -43,6 +43,27 @@ def test_finished_cells_are_not_measured_again(tmp_path):
     assert sorted(heard) == [(0, True), (1, True), (2, True), (3, False), (4, False)]
 
 
+def noted(cell, place):
+    return [{"n": cell["n"], "there": Path(place).is_dir()}]
+
+
+def test_a_study_keeps_tables_and_hands_places_on(tmp_path):
+    plan = {"one": cells(2), "two": cells(1)}
+    heard = []
+    options = {"places": {"place": str(tmp_path)}, "backend": "sequential"}
+    tables = sweep.study(plan, {"one": noted, "two": noted}, tmp_path, announce=lambda part, cell, kept: heard.append((part, kept)), **options)
+    assert tables == {"one": [{"n": 0, "there": True}, {"n": 1, "there": True}], "two": [{"n": 0, "there": True}]}
+    assert (tmp_path / "one.csv").read_text() == "n,there\n0,True\n1,True\n"
+    assert heard == [("one", False), ("one", False), ("two", True)]  # the same measure of the same cell
+
+
+def test_rows_are_chosen_and_grouped():
+    rows = sweep.product_of({"fixed": 1}, a=[1, 2], b=["x", "y"])
+    assert [(row["fixed"], row["a"], row["b"]) for row in rows] == [(1, 1, "x"), (1, 1, "y"), (1, 2, "x"), (1, 2, "y")]
+    assert sweep.select(rows, a=2, b="y") == rows[3:]
+    assert sweep.groups(rows, "b") == {("x",): rows[::2], ("y",): rows[1::2]}
+
+
 def test_another_cell_or_measure_is_not_taken_for_it(tmp_path):
     CALLS.clear()
     sweep.run(squares, cells(1), tmp_path, backend="sequential")
