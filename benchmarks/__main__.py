@@ -1,4 +1,4 @@
-"""`python -m benchmarks flow|optima|solve|growth|device|widths`: measure, print tables, write JSON and pictures."""
+"""`python -m benchmarks flow|optima|solve|growth|device|widths|grafting`: measure, print tables, write JSON and pictures."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import device, figures, flow_step, growth, optima, solve, tables, widths
+from benchmarks import device, figures, flow_step, grafting, growth, optima, solve, tables, widths
 from meanfield.storage import write_atomically
 
 PIPED_WIDTH = 160  # columns, where the output is no terminal
@@ -32,6 +33,7 @@ def parser() -> argparse.ArgumentParser:
     _add_growth(kinds)
     _add_device(kinds)
     _add_widths(kinds)
+    _add_grafting(kinds)
     for kind in kinds.choices.values():
         text = "write the figures here, and a picture beside them where there is one; a directory gets BENCHMARK.json"
         kind.add_argument("--out", type=Path, default=None, metavar="DIR|FILE.json", help=text)
@@ -92,6 +94,15 @@ def _add_widths(kinds: Any) -> None:
     width.add_argument("--quick", action="store_true", help="a few steps and cells, to see that it runs")
 
 
+def _add_grafting(kinds: Any) -> None:
+    text = "grafts on VGG-16: seconds, memory against images, the floor, the whole matrix (about 12 minutes); the study itself is `meanfield graft`"
+    grafted = kinds.add_parser("grafting", help=text, description=grafting.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    grafted.add_argument("--images", type=_positive, default=grafting.Settings.images, help="of the large grafts (10000)")
+    grafted.add_argument("--threads", type=_positive, default=grafting.Settings.threads, help="2")
+    grafted.add_argument("--device", choices=("cpu", "cuda"), default=grafting.Settings.device, help="cpu")
+    grafted.add_argument("--quick", action="store_true", help="a narrow network and few images, to see that it runs")
+
+
 def _positive(text: str) -> int:
     number = int(text)
     if number < 1:
@@ -110,7 +121,7 @@ def main(arguments: Sequence[str] | None = None, console: Console | None = None)
     given = vars(parser().parse_args(arguments))
     out, name, console = given.pop("out"), given.pop("benchmark"), console or Console(width=None if sys.stdout.isatty() else PIPED_WIDTH)
     measure = {"flow": measure_flow, "optima": measure_optima, "solve": measure_solve, "growth": measure_growth, "device": measure_device,
-               "widths": measure_widths}[name]
+               "widths": measure_widths, "grafting": measure_grafting}[name]
     found = measure(given, console)
     if out is not None:
         for path in write(found, name, out):
@@ -149,6 +160,12 @@ def measure_widths(given: dict[str, Any], console: Console) -> dict[str, Any]:
     short = {"repetitions": 2, "block": 1, "warm_up": 1, "cells": 4, "cell_seconds": 0.01} if given.pop("quick") else {}
     found = widths.run(widths.Settings(**given, **short))
     return _shown(found, tables.widths_tables(found), console)
+
+
+def measure_grafting(given: dict[str, Any], console: Console) -> dict[str, Any]:
+    quick = given.pop("quick")
+    found = grafting.run(replace(grafting.QUICK, device=given["device"]) if quick else grafting.Settings(**given), _plainly(console))
+    return _shown(found, tables.grafting_tables(found), console)
 
 
 def _plainly(console: Console) -> Callable[[str], None]:

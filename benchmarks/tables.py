@@ -136,3 +136,21 @@ def widths_tables(found: dict[str, Any]) -> list[Table]:
         f"{cost['start_up_seconds']:.1f} s",
     )  # fmt: skip
     return [steps, sweeps]
+
+
+def grafting_tables(found: dict[str, Any]) -> list[Table]:
+    """Large grafts, memory against images, and the peer."""
+    kept = "kept" if found["fast_enough"] else "MISSED"
+    title = f"VGG-16 at 32x32, width {found['settings']['width']}, {found['settings']['device']}; at most {found['allowed_seconds']:g} s: {kept}"
+    columns = ("layer", "images", "unknowns", "rank", "rows", "seconds", "CPU s", "floor s", "peak MiB", "relative error")
+    grafts = Table(*columns, title=title)
+    for each in (*found["grafts"], *found["memory"]):
+        sizes = (str(each[name]) for name in ("images", "unknowns", "rank", "rows"))
+        times = (f"{each[name]:.1f}" for name in ("seconds", "cpu_seconds", "floor_seconds"))
+        grafts.add_row(each["layer"], *sizes, *times, _mebibytes(each["peak_bytes"]), f"{each['error']:.4f}")
+    flat = f"peak memory grows by {found['memory_growth']:.1%} over them ({'kept' if found['memory_flat'] else 'MISSED'})"
+    peer = Table("contender", "CPU s", title=f"{found['peer']['layer']} of a narrow network against the whole design matrix; {flat}")
+    for name, seconds in found["peer"]["cpu_seconds"].items():
+        peer.add_row(name, f"{seconds:.3f}")
+    peer.add_row("largest difference of kernels", _scientific(found["peer"]["largest_difference"]))
+    return [grafts, peer]

@@ -6,7 +6,7 @@ import torch
 
 import meanfield as mf
 from benchmarks import __main__ as command
-from benchmarks import contenders, flow_step, growth, isolated, judge, one_layer, problems, solve, tables, widths
+from benchmarks import contenders, flow_step, grafting, growth, isolated, judge, one_layer, problems, solve, tables, widths
 from meanfield.solvers import flow, splitting
 
 TINY = flow_step.Settings(samples=20, widths=(3, 2), dtypes=("float64",), repetitions=2, block=1, warm_up=1, memory_steps=1, training_steps=3)
@@ -241,3 +241,13 @@ def test_a_sweep_and_a_step_are_measured_and_shown():
     assert set(found["step"]["seconds_per_step"]) == set(widths.CONTENDERS)
     assert found["sweep"]["cell_seconds"] >= 0.03
     assert [table.row_count for table in tables.widths_tables(found)] == [3, 1]
+
+
+def test_grafts_are_measured_and_agree_with_the_whole_design_matrix():
+    settings = grafting.Settings(("conv4",), 12, 2, "conv4", (4, 8), 1, peer_images=6, repetitions=1, fresh=False)
+    found = grafting.run(settings, lambda line: None)
+    assert found["peer"]["largest_difference"] < 1e-4  # float32 networks
+    (large,) = found["grafts"]
+    assert (large["rows"], large["unknowns"]) == (12 * 16 * 16, 9 * 4)
+    assert [each["images"] for each in found["memory"]] == [4, 8]
+    assert [table.row_count for table in tables.grafting_tables(found)] == [3, 3]
