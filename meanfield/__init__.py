@@ -6,7 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from meanfield import certificates, data, finite, measures, solvers, studies
+    from meanfield import certificates, data, finite, grafting, measures, solvers, studies
     from meanfield.architecture import Architecture, Conv
     from meanfield.main_job import solve
     from meanfield.network import ParticleNetwork
@@ -31,6 +31,7 @@ __all__ = [
     "certificates",
     "data",
     "finite",
+    "grafting",
     "load_network",
     "measures",
     "save_network",

@@ -1,4 +1,7 @@
-"""The command line: `meanfield solve` trains a continuous CNN and writes a report.  Heavy imports wait inside the commands."""
+"""The command line: `meanfield solve` trains a continuous CNN and writes a report; `widths` and `graft` are studies of ordinary networks.
+
+Heavy imports wait inside the commands.
+"""
 
 from __future__ import annotations
 
@@ -11,16 +14,19 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
 if TYPE_CHECKING:
+    from meanfield.classifiers import Classifier
     from meanfield.data import Dataset
     from meanfield.findings import Run
+    from meanfield.graft_study import Sizes
     from meanfield.problem import Problem
+    from meanfield.sweep import Cell, Tables
 
 app = typer.Typer(
     add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False,
@@ -28,9 +34,11 @@ app = typer.Typer(
 )  # fmt: skip
 DATA, MODEL, OBJECTIVE, WORK, OUTPUT = "Data", "Network", "Objective", "Work", "Output"
 INTERRUPTED, MISUSE = 130, 2
+CIFAR_TRAINING = 50_000  # the first images of either data set; the test images follow
 ARGUMENTS = re.compile(
     r"(?<![\w-])(data|classes|samples|pool|widths|activation|kernel_size|stride|pooling|readout|loss|source|input|readout_penalty|source_penalty|input_penalty"
-    r"|kernel_norm|amplitude_bound|input_bound|seed|part|size|jobs|backend|grow|rounds|flow_steps|tolerance|max_seconds|dtype|device|out)=('?)"
+    r"|kernel_norm|amplitude_bound|input_bound|seed|part|size|jobs|backend|grow|rounds|flow_steps|tolerance|max_seconds|dtype|device|out"
+    r"|network|width|penalty|strength)=('?)"
 )
 
 
@@ -119,8 +127,8 @@ def solve(
 
 @app.command()
 def widths(
-    data: Annotated[str, option("Images to learn: digits, mnist, a FILE.npz, or a DIRECTORY with a folder of images per class. Default: digits.",
-                                DATA, "NAME|FILE|DIR")] = "digits",
+    data: Annotated[str, option("Images to learn: digits, mnist, a FILE.npz, or a DIRECTORY with a folder of images per class or the binary files "
+                                "of CIFAR. Default: digits.", DATA, "NAME|FILE|DIR")] = "digits",
     classes: Annotated[str, option("Which classes to tell apart, separated by commas, or all. Default: 3,5.", DATA, "LIST")] = "3,5",
     samples: Annotated[int, option("How many images; parts that train take half of them. Default: 16.", DATA, "N")] = 16,
     pool: Annotated[int, option("Average over windows of N x N pixels first; parts that train take windows of twice the size. Default: 2.",
@@ -146,7 +154,7 @@ def widths(
     check of four parameterisations and a tangent kernel, each over widths and seeds. Finished cells are kept: after a stop of any
     kind the same command goes on and ends with the same tables.
     """
-    with _one_line_errors():
+    with _one_line_errors(f"stopped; what was finished is in {out}, and the same command goes on from there"):
         if seed < 0 or jobs < 1:
             raise Misuse(f"seed={seed} must be at least 0" if seed < 0 else f"jobs={jobs} must be at least 1")
         _check_device(device)
@@ -158,29 +166,16 @@ def widths(
 def _widths(
     settings: dict[str, Any], parts: list[str], size: str, seed: int, jobs: int, backend: str, out: Path, report: bool, quiet: bool
 ) -> None:  # fmt: skip
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
     from meanfield import width_study
     from meanfield.task import Task
     from meanfield.validation import one_of
 
     task, sizes = Task(**settings), width_study.SIZES[one_of(size, width_study.SIZES, "size")]
     chosen = [one_of(part, width_study.PARTS, "part") for part in parts] or width_study.PARTS
-    total = sum(len(cells) for part, cells in width_study.plan(task, sizes, seed).items() if part in chosen)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    kept: list[bool] = []
-    with Progress(*columns, console=Console(stderr=True), disable=quiet) as progress:
-        bar = progress.add_task("cells", total=total)
-
-        def announce(part: str, cell: dict[str, Any], known: bool) -> None:
-            kept.append(known)
-            progress.update(bar, advance=1, description=part)
-
-        tables = width_study.run(task, sizes, out, parts=chosen, seed=seed, jobs=jobs, backend=backend, announce=announce)
-    if sum(kept):
-        typer.echo(f"{sum(kept)} of {total} cells were there already", err=True)
-    typer.echo(f"tables: {', '.join(f'{part}.csv' for part in tables)} in {out}")
+    cells = {part: cells for part, cells in width_study.plan(task, sizes, seed).items() if part in chosen}
+    tables = _measure(
+        cells, lambda announce: width_study.run(task, sizes, out, parts=chosen, seed=seed, jobs=jobs, backend=backend, announce=announce), out, quiet
+    )
     if report:
         from meanfield import width_report
 
@@ -188,13 +183,144 @@ def _widths(
         typer.echo(f"page: {width_report.write(tables, out, command)}")
 
 
+def _measure(
+    cells: Mapping[str, Sequence[Cell]], run: Callable[[Callable[[str, Cell, bool], None]], Tables], out: Path, quiet: bool
+) -> Tables:  # fmt: skip
+    """Run a study under a bar of progress over its cells, and say what was there already and which tables there are."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    total = sum(map(len, cells.values()))
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    kept: list[bool] = []
+    with Progress(*columns, console=Console(stderr=True), disable=quiet) as progress:
+        bar = progress.add_task("cells", total=total)
+
+        def announce(part: str, cell: Cell, known: bool) -> None:
+            kept.append(known)
+            progress.update(bar, advance=1, description=part)
+
+        tables = run(announce)
+    if sum(kept):
+        typer.echo(f"{sum(kept)} of {total} cells were there already", err=True)
+    typer.echo(f"tables: {', '.join(f'{part}.csv' for part in tables)} in {out}")
+    return tables
+
+
+@app.command()
+def graft(
+    data: Annotated[str, option("Images to learn, all classes: digits, mnist, a FILE.npz, or a DIRECTORY with a folder of images per class or the "
+                                "binary files of CIFAR. Default: digits.", DATA, "NAME|FILE|DIR")] = "digits",
+    pool: Annotated[int, option("Average over windows of N x N pixels first. Default: 1.", DATA, "N")] = 1,
+    samples: Annotated[int | None, option("How many images to train on; the rest is held out. Default: 80% of them (1437 digits), 50000 of CIFAR.",
+                                          DATA, "N")] = None,
+    split: Annotated[bool | None, option("Draw the images to train on at random, or take the first ones in file order. Default: --split; for CIFAR, "
+                                         "whose test images come last, --file-order.", DATA, None, "--split/--file-order")] = None,
+    network: Annotated[str | None, option("vgg8, vgg11, vgg13 or vgg16, with 5, 8, 10 or 13 convolutions. Default: vgg11; vgg16 for --size authors.",
+                                          MODEL, "NAME")] = None,
+    width: Annotated[int | None, option("Channels of the first convolution; later ones have up to 8 times as many. Default: 8; 64 for --size "
+                                        "authors.", MODEL, "N")] = None,
+    penalty: Annotated[str, option("l12, l2 or none. Default: l12.", OBJECTIVE, "NAME")] = "l12",
+    strength: Annotated[float | None, option("Strength of the penalty. Default: 1 for l12, 0.008 for l2.", OBJECTIVE, "X")] = None,
+    part: Annotated[list[str] | None, option("Only this part: starts, strengths, l2, across, epochs, trajectory, widths or procedures; may be given "
+                                             "again. The networks that it needs are trained. Default: all that the size has.", WORK, "NAME")] = None,
+    size: Annotated[str, option("quick (shows that it runs), default (two and a half minutes on 2 cores), full (half an hour, every part) or authors "
+                                "(200 epochs of the authors' recipe, meant for CIFAR and a GPU). Default: default.", WORK, "NAME")] = "default",
+    seed: Annotated[int, option("Number of the first pair of networks; pair k has seeds 2k and 2k + 1. Default: 0.", WORK, "N")] = 0,
+    jobs: Annotated[int, option("Cells measured at a time, one thread each. Default: 2.", WORK, "N")] = 2,
+    backend: Annotated[str, option("Where joblib runs them: loky (processes of this machine), threading, dask or ray; the last two need their "
+                                   "packages and, for a cluster, a connected client. Default: loky.", WORK, "NAME")] = "loky",
+    dtype: Annotated[str, option("float32 or float64. Default: float32.", WORK, "NAME")] = "float32",
+    device: Annotated[str, option("cpu or cuda. Default: cpu.", WORK, "NAME")] = "cpu",
+    out: Annotated[Path, option("Where tables, trained networks and finished cells go; the same directory again continues where it stopped. "
+                                "Default: runs/graft.", OUTPUT, "DIR")] = Path("runs/graft"),
+    report: Annotated[bool, option("Write graft.html and its pictures. Default: on.", OUTPUT, None, "--report/--no-report")] = True,
+    quiet: Annotated[bool, option("No progress. Default: off.", OUTPUT, None, "--quiet")] = False,
+) -> None:  # fmt: skip
+    """Measure whether networks from different starts learn the same features, and write tables and a page.
+
+    Networks are trained from different starts and grafted: the lower layers of one, the upper layers of another, and between them
+    one layer that least squares fits. How well that works, layer by layer and epoch by epoch, stands beside controls: donors
+    untrained, trained on permuted labels, or rotated, and connections by optimal transport instead of least squares.
+
+    By default this takes about two and a half minutes on two cores. Trained networks and finished cells are kept: after a stop of
+    any kind the same command goes on and ends with the same tables.
+    """
+    with _one_line_errors(f"stopped; what was finished is in {out}, and the same command goes on from there"):
+        if seed < 0 or jobs < 1:
+            raise Misuse(f"seed={seed} must be at least 0" if seed < 0 else f"jobs={jobs} must be at least 1")
+        _check_device(device)
+        _check_writable(out)
+        settings = {"data": data, "pool": pool, "samples": samples, "split": split, "network": network, "width": width, "penalty": penalty,
+                    "strength": strength, "dtype": dtype, "device": device}  # fmt: skip
+        _graft(settings, part or [], size, seed, jobs, backend, out, report, quiet)
+
+
+def _graft(
+    settings: dict[str, Any], parts: list[str], size: str, seed: int, jobs: int, backend: str, out: Path, report: bool, quiet: bool
+) -> None:  # fmt: skip
+    from meanfield import graft_study
+    from meanfield.classifiers import Classifier
+    from meanfield.validation import one_of
+
+    sizes = graft_study.SIZES[one_of(size, graft_study.SIZES, "size")]
+    chosen = [one_of(part, graft_study.PARTS[1:], "part") for part in parts] or graft_study.PARTS
+    base = Classifier(**_divided(_network(settings, size)))
+    sizes = _with_layers(sizes, base)
+    cells = graft_study.plan(base, sizes, seed, chosen)
+    tables = _measure(
+        cells, lambda announce: graft_study.run(base, sizes, out, parts=chosen, seed=seed, jobs=jobs, backend=backend, announce=announce), out, quiet
+    )
+    if report:
+        from meanfield import graft_report
+
+        named = [f"--{name} {getattr(base, name)}" for name in ("data", "pool", "samples", "network", "width", "penalty", "strength")]
+        named.insert(3, "--file-order" if base.split is None else "--split")
+        command = " ".join(["meanfield graft", *named, f"--size {size}", f"--seed {seed}", *(f"--part {part}" for part in parts)])
+        typer.echo(f"page: {graft_report.write(tables, out, command)}")
+
+
+def _network(settings: dict[str, Any], size: str) -> dict[str, Any]:
+    """Network, recipe and strength where they were left open; only networks that the controls can take apart."""
+    from meanfield.classifiers import NETWORKS
+    from meanfield.graft_study import L2_STRENGTH
+    from meanfield.validation import one_of
+
+    usual = {"network": "vgg16", "width": 64} if size == "authors" else {"network": "vgg11", "width": 8}
+    usual["strength"] = {"l2": L2_STRENGTH, "none": 0.0}.get(settings["penalty"], 1.0)
+    found = {name: usual[name] if value is None and name in usual else value for name, value in settings.items()}
+    one_of(found["network"], [name for name in NETWORKS if name.startswith("vgg")], "network")
+    return {**found, "preset": "authors" if size == "authors" else "default"}
+
+
+def _divided(settings: dict[str, Any]) -> dict[str, Any]:
+    """How many images to train on and which, where that was left open."""
+    samples, split = settings["samples"], settings["split"]
+    if samples is None or split is None:
+        found = _load({**settings, "classes": None, "samples": None})
+        official = found.name.startswith("CIFAR")
+        samples = (CIFAR_TRAINING if official else len(found) * 4 // 5) if samples is None else samples
+        split = not official if split is None else split
+    return {**settings, "samples": samples, "split": 0 if split else None}
+
+
+def _with_layers(sizes: Sizes, base: Classifier) -> Sizes:
+    """Sizes whose layers the network has: of shallow ones a layer in the middle."""
+    from dataclasses import replace
+
+    from meanfield.classifiers import layers_of
+
+    names = layers_of(base.start())
+    return replace(sizes, layers=tuple(name for name in sizes.layers if name in names) or (names[len(names) // 2],))
+
+
 @contextlib.contextmanager
-def _one_line_errors() -> Iterator[None]:
+def _one_line_errors(stopped: str = "stopped before there was anything to keep") -> Iterator[None]:
     """What the library refuses is told in one line, without a traceback, and ends with exit code 2."""
     try:
         yield
     except KeyboardInterrupt:
-        _stop("stopped before there was anything to keep", INTERRUPTED)
+        _stop(stopped, INTERRUPTED)
     except (ValueError, TypeError, OSError, ImportError, Misuse) as error:
         _stop(f"error: {_in_options(' '.join(str(error).split()))}", MISUSE)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,9 +12,9 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.cm import ScalarMappable
-from matplotlib.colors import Normalize
+from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, MaxNLocator, NullFormatter, NullLocator, ScalarFormatter
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator, ScalarFormatter
 
 # Okabe & Ito 2008: told apart with any colour vision; markers and dashes differ as well
 BLUE, RED, GREEN, ORANGE, PURPLE, GREY = "#0072B2", "#D55E00", "#009E73", "#E69F00", "#CC79A7", "#666666"
@@ -198,21 +198,131 @@ def _samples(axes: Axes, curve: Curve, color: str, marker: str, line: str) -> No
     axes.plot(list(joined), _positive(list(joined.values())), marker=marker, color=color, ls=line, lw=2, label=f"{curve.label}, {curve.statistic}")
 
 
-def heat_maps(maps: Mapping[str, np.ndarray], ticks: Sequence[str], x: str, y: str, label: str) -> Figure:
-    """Square matrices on one colour scale; entry [i, j] at row i, column j."""
-    figure, grid = _panels(len(maps), 4.8)
-    scale = Normalize(0, max(float(np.max(each)) for each in maps.values()))
-    colours = ScalarMappable(scale, "viridis")
-    for axes, (title, matrix) in zip(grid, maps.items()):
-        axes.imshow(matrix, cmap="viridis", norm=scale, origin="lower")
+@dataclass(frozen=True)
+class Band:
+    """A curve over named places and the ends of its intervals; infinite intervals are not drawn."""
+
+    label: str
+    places: Sequence[str]
+    value: Sequence[float]
+    low: Sequence[float]
+    high: Sequence[float]
+
+
+def bands(panels: Mapping[str, Sequence[Band]], x: str, y: str = "", *, log: Collection[str] = (), shared: bool = False) -> Figure:
+    """Curves with bands over places in their order of first appearance, a panel per title; one legend under all.
+
+    log: titles of panels with a logarithmic axis.  shared: one range of y for all panels.
+    """
+    figure, grid = _panels(len(panels), 6.4)
+    every = [band for curves in panels.values() for band in curves]
+    places = list(dict.fromkeys(place for band in every for place in band.places))
+    looks = _looks([band.label for band in every])
+    for index, (axes, (title, curves)) in enumerate(zip(grid, panels.items())):
+        for band in curves:
+            _band(axes, band, [places.index(place) for place in band.places], looks[band.label])
+        if title in log:
+            axes.set_yscale("log")
+        axes.set_ylim(*_range(every if shared else curves, log=title in log))
+        _dress(axes, x, y if index == 0 else "")
         axes.set_title(title, fontsize=FONT)
-        axes.set_xticks(range(len(ticks)), ticks, fontsize=SMALL)
-        axes.set_yticks(range(len(ticks)), ticks, fontsize=SMALL)
+        _name(axes.set_xticks, places, most=40)
+        if title in log:
+            _plain_logarithms(axes)
+    handles = {text: line for axes in grid for line, text in zip(*axes.get_legend_handles_labels())}
+    figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=4, fontsize=SMALL, frameon=False)
+    return figure
+
+
+def _looks(labels: Iterable[str]) -> dict[str, tuple[str, str, str]]:
+    """Colour, marker and dashes of every label."""
+    return dict(zip(dict.fromkeys(labels), zip((BLUE, RED, GREEN, ORANGE, PURPLE, GREY), "os^Dv*", ("-", "--", "-.", ":", "-", "--"))))
+
+
+def _band(axes: Axes, band: Band, x: Sequence[int], look: tuple[str, str, str]) -> None:
+    color, marker, line = look
+    filled = "none" if line != "-" else color  # curves that agree stay visible under each other
+    axes.plot(x, band.value, color=color, marker=marker, ls=line, lw=2, ms=7, mfc=filled, mew=1.6, label=band.label)
+    known = np.isfinite(band.low) & np.isfinite(band.high)
+    axes.fill_between(x, band.low, band.high, where=known.tolist(), color=color, alpha=0.15, lw=0)
+
+
+def _range(curves: Sequence[Band], *, log: bool) -> tuple[float, float]:
+    """Of the values, and of the bands as far as they do not drown them; a little more than that."""
+    ends, values = ([each for band in curves for each in (*band.low, *band.high)], [each for band in curves for each in band.value])
+    numbers = [np.asarray([each for each in found if np.isfinite(each) and (each > 0 or not log)]) for found in (values, ends)]
+    known, reached = (np.log10(found) if log else found for found in numbers)
+    if not len(known):
+        return (0.1, 1.0) if log else (0.0, 1.0)
+    low, high = float(known.min()), float(known.max())
+    room = max(high - low, 0.1)
+    low, high = (max(min([low, *reached]), low - room), min(max([high, *reached]), high + room))
+    low, high = low - 0.05 * room, high + 0.05 * room
+    return (10**low, 10**high) if log else (low, high)
+
+
+def heat_maps(
+    maps: Mapping[str, np.ndarray],
+    ticks: Sequence[str],
+    x: str,
+    y: str,
+    label: str,
+    *,
+    rows: Sequence[str] | None = None,
+    log: bool = False,
+    lowest: float = 0.0,
+    numbers: bool = False,
+    columns: int = 3,
+) -> Figure:
+    """Matrices on one colour scale; entry [i, j] at row i (tick rows[i], default ticks[i]) and column j, NaN left blank.
+
+    log: logarithmic colours, over three decades at most and not below `lowest`; smaller entries have the lowest colour.
+    numbers: entries are written into their cells.  columns: panels side by side.
+    """
+    figure, grid = _panels(len(maps), 4.8 if len(maps) > 1 else 7.5, columns)
+    scale, cut = _colour_scale(maps.values(), log, lowest)
+    colours, square = ScalarMappable(scale, "viridis"), rows is None or len(rows) == len(ticks)
+    for axes, (title, matrix) in zip(grid, maps.items()):
+        axes.imshow(matrix, cmap="viridis", norm=scale, origin="lower", aspect="equal" if square else "auto")
+        axes.set_title(title, fontsize=FONT)
+        _name(axes.set_xticks, ticks, most=24)
+        axes.set_yticks(range(len(rows or ticks)), rows or ticks, fontsize=SMALL)
         axes.set_xlabel(x, fontsize=FONT)
         axes.set_ylabel(y, fontsize=FONT)
-    bar = figure.colorbar(colours, ax=grid, shrink=0.8)
+        if numbers:
+            _write_entries(axes, matrix, scale)
+    lines = math.ceil(len(maps) / columns)
+    bar = figure.colorbar(colours, ax=grid, shrink=0.8, aspect=20 * lines, extend="min" if cut else "neither", extendfrac=0.03)
     bar.set_label(label, fontsize=SMALL)
+    bar.ax.tick_params(labelsize=SMALL)
+    if isinstance(scale, LogNorm):
+        _plain_logarithms(bar.ax)
+    figure.draw_without_rendering()  # square panels: the layout takes a second pass, without it titles are cut off
     return figure
+
+
+def _colour_scale(maps: Iterable[np.ndarray], log: bool, lowest: float) -> tuple[Normalize, bool]:
+    """The scale, and whether entries lie below it."""
+    known = np.concatenate([each[np.isfinite(each)] for each in maps])
+    top = float(known.max()) if len(known) else 1.0
+    if not log or top <= 0:
+        return Normalize(0, top), False
+    low = max(float(known[known > 0].min()), top / 1000, lowest)
+    return LogNorm(min(low, top / 1.01), top), bool((known < low).any())
+
+
+def _write_entries(axes: Axes, matrix: np.ndarray, scale: Normalize) -> None:
+    size = SMALL if matrix.shape[1] <= 5 else SMALL - 3
+    for (row, column), entry in np.ndenumerate(matrix):
+        if np.isfinite(entry):
+            color = "black" if scale(float(entry)) > 0.6 else "white"
+            axes.text(column, row, f"{entry:#.2g}".rstrip("."), ha="center", va="center", color=color, fontsize=size)
+
+
+def _name(place: Callable[..., Any], names: Sequence[str], most: int) -> None:
+    """Ticks 0, 1, ... with their names, turned where there is no room for more than `most` letters side by side."""
+    turned = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"} if max(map(len, names), default=0) * len(names) > most else {}
+    place(range(len(names)), names, fontsize=SMALL, **turned)
 
 
 def distributions(panels: Mapping[str, Mapping[str, Sequence[Sequence[float]]]], levels: Sequence[float]) -> Figure:
@@ -239,8 +349,8 @@ def _single() -> tuple[Figure, Axes]:
     return figure, figure.subplots()
 
 
-def _panels(count: int, width: float) -> tuple[Figure, list[Axes]]:
-    columns = min(count, 3)
+def _panels(count: int, width: float, columns: int = 3) -> tuple[Figure, list[Axes]]:
+    columns = min(count, columns)
     lines = math.ceil(count / columns)
     figure = _figure(width * columns, 4.4 * lines)
     grid = list(figure.subplots(lines, columns, squeeze=False).flat)
@@ -268,6 +378,15 @@ def _finish(figure: Figure, axes: Axes, x: str, y: str, *, rounds: bool = False)
         axes.yaxis.set_minor_formatter(NullFormatter())
     axes.legend(fontsize=SMALL)
     return figure
+
+
+def _plain_logarithms(axes: Axes) -> None:
+    """Plain numbers on a logarithmic axis, as many per decade as it has room for."""
+    decades = _decades(axes)
+    subs = (1, 1.5, 2, 3, 4, 6, 8) if decades < 0.7 else (1, 2, 5) if decades < 3 else (1,)
+    axes.yaxis.set_major_locator(MaxNLocator(nbins=5) if decades < 0.4 else LogLocator(subs=subs))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def _decades(axes: Axes) -> float:

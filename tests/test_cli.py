@@ -4,11 +4,12 @@ import signal
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 from typer.testing import CliRunner
 
 from meanfield import data
-from meanfield.cli import app
+from meanfield.cli import _divided, app
 from meanfield.storage import load_network
 
 TINY = ["solve", "--widths", "6,4", "--samples", "6", "--rounds", "1", "--flow-steps", "20"]
@@ -115,3 +116,89 @@ def test_bad_input_of_a_study_is_one_line(arguments, parts, tmp_path):
     assert result.exit_code == 2
     assert result.stderr.count("\n") == 1
     assert all(part in result.stderr for part in parts), result.stderr
+
+
+@pytest.fixture
+def images(tmp_path):
+    """A file of 50 digits of two classes, 4x4."""
+    digits = data.load("digits", classes=[0, 1], samples=50, pool=2)
+    np.savez(tmp_path / "images.npz", x=digits.inputs.numpy(), y=digits.labels.numpy())
+    return str(tmp_path / "images.npz")
+
+
+GRAFT = ["graft", "--network", "vgg8", "--width", "2", "--size", "quick", "--jobs", "1"]
+
+
+def test_a_graft_study_leaves_tables_and_a_page_and_goes_on_where_it_stopped(tmp_path, images):
+    arguments = [*GRAFT, "--data", images, "--part", "l2", "--part", "across", "--out", str(tmp_path)]
+    first = run(*arguments)
+    assert first.exit_code == 0, first.stderr
+    tables = {name: (tmp_path / f"{name}.csv").read_bytes() for name in ("train", "l2", "across")}
+    page = (tmp_path / "graft.html").read_text()
+    assert f"--data {images} --pool 1 --samples 40 --split --network vgg8" in page
+    assert "With the L2 penalty instead" in page
+    second = run(*arguments, "--no-report", "--quiet")
+    assert "10 of 10 cells were there already" in second.stderr
+    assert "page: " in first.stdout
+    assert "page: " not in second.stdout
+    assert {name: (tmp_path / f"{name}.csv").read_bytes() for name in tables} == tables
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (["--part", "start"], ["--part='start'", "'starts'"]),
+        (["--network", "residual"], ["--network='residual'", "'vgg8'"]),
+        (["--size", "huge"], ["--size='huge'", "'authors'"]),
+        (["--width", "0"], ["--width=0", "at least 1"]),
+        (["--penalty", "l3"], ["--penalty='l3'", "'l12'"]),
+        (["--strength", "-1"], ["--strength=-1.0", "at least 0"]),
+        (["--samples", "9999"], ["--samples=9999"]),
+        (["--data", "missing.npz"], ["--data='missing.npz'", "does not exist"]),
+        (["--seed", "-1"], ["--seed=-1", "at least 0"]),
+    ],
+)
+def test_bad_input_of_a_graft_study_is_one_line(arguments, parts, tmp_path):
+    result = run(*GRAFT, "--part", "starts", "--out", str(tmp_path), "--quiet", *arguments)
+    assert result.exit_code == 2
+    assert result.stderr.count("\n") == 1
+    assert all(part in result.stderr for part in parts), result.stderr
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """The classifier and the sizes that a graft study is asked for."""
+    from meanfield import graft_study
+
+    heard = []
+    monkeypatch.setattr(graft_study, "run", lambda base, sizes, *_, **__: heard.append((base, sizes)) or {})
+    monkeypatch.setattr(graft_study, "plan", lambda *_: {})
+    return lambda *arguments: (run("graft", "--no-report", "--quiet", *arguments), heard.pop())[1]
+
+
+def test_a_graft_study_trains_on_four_fifths_drawn_at_random_unless_it_is_told_otherwise(asked, tmp_path):
+    base, sizes = asked("--out", str(tmp_path))
+    assert (base.samples, base.split, base.network, base.width, base.preset) == (1437, 0, "vgg11", 8, "default")
+    assert sizes.layers == ("conv6",)
+    base, sizes = asked("--out", str(tmp_path), "--file-order", "--samples", "100", "--network", "vgg8", "--penalty", "l2")
+    assert (base.samples, base.split, base.strength) == (100, None, 0.008)
+    assert sizes.layers == ("conv4",)
+
+
+def test_the_authors_size_brings_their_network_and_recipe(asked, tmp_path):
+    base, _ = asked("--out", str(tmp_path), "--size", "authors", "--width", "2")
+    assert (base.network, base.width, base.preset) == ("vgg16", 2, "authors")
+
+
+def test_cifar_keeps_its_own_test_images(asked, tmp_path):
+    records = np.tile(np.uint8(np.arange(10))[:, None], (1, 3073))
+    for name in data.CIFAR_10_FILES:
+        (tmp_path / name).write_bytes(records.tobytes())
+    base, _ = asked("--out", str(tmp_path / "out"), "--data", str(tmp_path), "--width", "2", "--samples", "50")
+    assert (base.samples, base.split) == (50, None)
+    assert _divided({"data": str(tmp_path), "pool": 1, "samples": None, "split": None})["samples"] == 50_000
+
+
+def test_help_of_a_graft_study_states_every_default():
+    text = " ".join(run("graft", "--help").stdout.split())
+    assert text.count("Default:") == 18

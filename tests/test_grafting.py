@@ -282,6 +282,8 @@ def test_pieces_of_any_size_give_one_answer(kind, sizes):
     moments = kind(6, 2, torch.device("cpu"))
     for x, y in zip(a.split(sizes, 1), b.split(sizes, 1)):
         moments.add(x, y)
+        seen = moments.samples  # a question in between must not disturb what follows
+        assert moments.residual(torch.zeros(6, 2), None) == pytest.approx(float(b[:, :seen].square().sum()))
     assert moments.samples == sum(sizes)
     assert moments.total == pytest.approx(float((b - b.mean(1, keepdim=True)).square().sum()))
     for offset in (True, False):

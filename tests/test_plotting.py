@@ -49,3 +49,55 @@ def test_kernels_carry_their_masses():
 @pytest.mark.parametrize("figure", [plotting.values(ROWS), plotting.gaps(ROWS, 1e-4)])
 def test_png_is_a_picture(figure):
     assert plotting.png(figure).startswith(b"\x89PNG")
+
+
+def band(label, value, reach=0.1):
+    places = [f"conv{number}" for number in range(2, 2 + len(value))]
+    return plotting.Band(label, places, value, [each - reach for each in value], [each + reach for each in value])
+
+
+def test_bands_share_their_places_and_one_legend():
+    panels = {"accuracy": [band("a", [0.9, 0.8, 0.7]), band("b", [0.5, 0.4])], "error": [band("b", [0.2, 0.3])]}
+    figure = plotting.bands(panels, "layer", log=["error"])
+    first, second = figure.axes
+    assert [tick.get_text() for tick in first.get_xticklabels()] == ["conv2", "conv3", "conv4"]
+    assert (first.get_yscale(), second.get_yscale()) == ("linear", "log")
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["a", "b"]
+    same = [line.get_color() for axes in figure.axes for line in axes.get_lines() if line.get_label() == "b"]
+    assert same[0] == same[1]
+
+
+def test_infinite_intervals_of_bands_are_not_drawn_and_wide_ones_leave_room_for_values():
+    (axes,) = plotting.bands({"error": [band("one pair", [0.2, 0.3], np.inf)]}, "layer", log=["error"]).axes
+    low, high = axes.get_ylim()
+    assert 0.1 < low < 0.2
+    assert 0.3 < high < 0.6
+    (axes,) = plotting.bands({"accuracy": [band("two pairs", [0.2, 0.3], 50.0)]}, "layer").axes
+    assert axes.get_ylim()[1] - axes.get_ylim()[0] < 1
+
+
+def test_shared_bands_have_one_range():
+    figure = plotting.bands({"a": [band("x", [0.2, 0.3])], "b": [band("x", [5.0, 9.0])]}, "layer", shared=True)
+    assert len({axes.get_ylim() for axes in figure.axes}) == 1
+
+
+def test_heat_maps_take_rectangles_with_blanks_and_numbers():
+    matrix = np.array([[0.1, 20.0, np.nan], [0.5, 1e-9, 0.3]])
+    panel, bar = plotting.heat_maps({"a": matrix}, ["1", "2", "3"], "epoch", "layer", "error", rows=["u", "v"], log=True, numbers=True).axes
+    assert [tick.get_text() for tick in panel.get_yticklabels()] == ["u", "v"]
+    assert [text.get_text() for text in panel.texts] == ["0.10", "20", "0.50", "1.0e-09", "0.30"]
+    image = panel.get_images()[0]
+    assert (image.norm.vmin, image.norm.vmax) == (pytest.approx(0.02), 20.0)  # three decades
+    assert image.get_array().mask.sum() == 1
+    assert bar.get_yscale() == "log"
+
+
+def test_heat_maps_have_one_linear_scale_from_zero_unless_told():
+    figure = plotting.heat_maps({"a": np.eye(2), "b": 3 * np.eye(2)}, ["1", "2"], "x", "y", "z")
+    assert {(axes.get_images()[0].norm.vmin, axes.get_images()[0].norm.vmax) for axes in figure.axes[:2]} == {(0, 3)}
+
+
+def test_long_names_of_ticks_are_turned():
+    names = [f"conv{number}" for number in range(8)]
+    panel, _ = plotting.heat_maps({"a": np.ones((8, 8))}, names, "x", "y", "z", log=True, lowest=0.5).axes
+    assert {tick.get_rotation() for tick in panel.get_xticklabels()} == {45}

@@ -82,6 +82,7 @@ def graft(
     progress: called with the number of images of every batch that is read.
 
     Both networks are copied and run in evaluation mode; the caller's are not changed.  dtype and device are theirs.
+    ParticleNetwork and FiniteCNN go through `finite.sequential`, which gives their layers names.
     Raises ValueError where the networks do not fit together or `layer` is no cut.
     """
     junction = Junction.observe(lower, upper, layer, inputs, lower_layer=lower_layer, progress=progress)
@@ -269,7 +270,8 @@ def _started(unfitted: Connection, generator: torch.Generator) -> Connection:
 
 def frozen(network: nn.Module, argument: str) -> nn.Module:
     if not isinstance(network, nn.Module):
-        raise TypeError(f"{argument} must be a torch.nn.Module, not {type(network).__name__}")
+        hint = "; finite.sequential makes one of it" if type(network).__name__ == "ParticleNetwork" else ""
+        raise TypeError(f"{argument} must be a torch.nn.Module, not {type(network).__name__}{hint}")
     return copy.deepcopy(network).eval().requires_grad_(False)
 
 
