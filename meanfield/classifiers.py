@@ -107,7 +107,7 @@ class Classifier:
         if found.status == "interrupted":
             raise KeyboardInterrupt
         if found.status != "completed":
-            raise RuntimeError(f"{self}: {found.message}")
+            raise ValueError(f"{self.network} does not train at strength={self.strength:g} of penalty={self.penalty!r}: {found.message}")
         storage.save_tensors({f"{epoch}/{name}": tensor for epoch, kept in found.checkpoints.items() for name, tensor in kept.items()}, path)
         return found
 

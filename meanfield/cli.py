@@ -21,10 +21,8 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 if TYPE_CHECKING:
-    from meanfield.classifiers import Classifier
     from meanfield.data import Dataset
     from meanfield.findings import Run
-    from meanfield.graft_study import Sizes
     from meanfield.problem import Problem
     from meanfield.sweep import Cell, Tables
 
@@ -264,9 +262,8 @@ def _graft(
     from meanfield.validation import one_of
 
     sizes = graft_study.SIZES[one_of(size, graft_study.SIZES, "size")]
-    chosen = [one_of(part, graft_study.PARTS[1:], "part") for part in parts] or graft_study.PARTS
+    chosen = [one_of(part, graft_study.PARTS, "part") for part in parts] or graft_study.PARTS
     base = Classifier(**_divided(_network(settings, size)))
-    sizes = _with_layers(sizes, base)
     cells = graft_study.plan(base, sizes, seed, chosen)
     tables = _measure(
         cells, lambda announce: graft_study.run(base, sizes, out, parts=chosen, seed=seed, jobs=jobs, backend=backend, announce=announce), out, quiet
@@ -302,16 +299,6 @@ def _divided(settings: dict[str, Any]) -> dict[str, Any]:
         samples = (CIFAR_TRAINING if official else len(found) * 4 // 5) if samples is None else samples
         split = not official if split is None else split
     return {**settings, "samples": samples, "split": 0 if split else None}
-
-
-def _with_layers(sizes: Sizes, base: Classifier) -> Sizes:
-    """Sizes whose layers the network has: of shallow ones a layer in the middle."""
-    from dataclasses import replace
-
-    from meanfield.classifiers import layers_of
-
-    names = layers_of(base.start())
-    return replace(sizes, layers=tuple(name for name in sizes.layers if name in names) or (names[len(names) // 2],))
 
 
 @contextlib.contextmanager

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict
 from html import escape
 from itertools import groupby, product
 from pathlib import Path
@@ -17,7 +16,7 @@ from meanfield import graft_study, plotting, storage
 from meanfield.graft_study import ROUNDING
 from meanfield.plotting import Band
 from meanfield.rates import Interval
-from meanfield.report import assemble, figure, inline, table, to_json
+from meanfield.report import assemble, figure, inline, plain_table, to_json
 from meanfield.sweep import Row, Rows, groups, select
 
 Images = dict[str, str]
@@ -50,7 +49,7 @@ def write(tables: Mapping[str, Rows], directory: str | Path, command: str) -> Pa
     for name, content in figures.items():
         storage.write_atomically(directory / f"{name}.png", content)
     found = graft_study.summary(tables)
-    storage.write_atomically(directory / "summary.json", to_json(_plain(found)))
+    storage.write_atomically(directory / "summary.json", to_json(found))
     return storage.write_atomically(directory / "graft.html", page(tables, found, figures, command))
 
 
@@ -62,6 +61,7 @@ def pictures(tables: Mapping[str, Rows]) -> dict[str, Any]:
         "ridge": ("trajectory", _ridge_picture), "epochs": ("epochs", _epochs_picture), "across": ("across", _across_picture),
         "strengths": ("strengths", lambda rows: _settings_picture(rows, "strength")),
         "widths": ("widths", lambda rows: _settings_picture(rows, "width")),
+        "classes": ("classes", lambda rows: _classes_picture(rows, tables.get("starts", ()))),
     }  # fmt: skip
     drawn = {name: make(tables[part]) for name, (part, make) in makers.items() if tables.get(part)}
     return {name: each for name, each in drawn.items() if each is not None}
@@ -87,6 +87,14 @@ def _bands(found: Rows, name: str, arms: Iterable[str]) -> list[Band]:
         Band(NAMES[arm], [row["layer"] for row in each], *([getattr(row[name], end) for row in each] for end in ("value", "low", "high")))
         for arm, each in shown.items() if each
     ]  # fmt: skip
+
+
+def _classes_picture(rows: Rows, starts: Rows) -> Any:
+    known = graft_study.class_errors(rows)
+    ends = ([getattr(row["error"], end) for row in known] for end in ("value", "low", "high"))
+    label = Band("the label alone", [row["layer"] for row in known], *ends)
+    grafts = _bands(graft_study.starts(select(starts, method="least_squares")), "error", ("trained", "untrained"))
+    return plotting.bands({"least squares": [label, *grafts]}, "connecting layer", "relative error at the connection", log=["least squares"])
 
 
 def _later(rows: Rows) -> Any:
@@ -179,7 +187,8 @@ def _geometric(values: Iterable[float]) -> float:
 def page(tables: Mapping[str, Rows], found: Mapping[str, Any], figures: Mapping[str, bytes], command: str) -> str:
     images = {name: inline(content) for name, content in figures.items()}
     makers: list[tuple[str, Callable[[Any, Mapping[str, Rows], Images], str]]] = [
-        ("starts", _starts_section), ("starts", _methods_section), ("starts", _later_section), ("l2", _l2_section),
+        ("starts", _starts_section), ("starts", _methods_section), ("starts", _later_section), ("classes", _classes_section),
+        ("l2", _l2_section),
         ("trajectory", _trajectory_section), ("epochs", _epochs_section), ("across", _across_section), ("strengths", _strengths_section),
         ("widths", _widths_section), ("procedures", _procedures_section), ("correlations", _correlations_section), ("train", _train_section),
     ]  # fmt: skip
@@ -217,6 +226,21 @@ def _methods_section(found: Rows, tables: Mapping[str, Rows], images: Images) ->
     return f"<h2>Spans or distributions?</h2><p>{escape(_methods_text(found))}</p>{figure(images, 'methods', caption, wide=True)}"
 
 
+def _classes_section(found: Rows, tables: Mapping[str, Rows], images: Images) -> str:
+    errors = {row["layer"]: row["error"] for row in found}
+    text = (
+        "Two classifiers agree on the class, and whatever in a layer is a function of the class alone can be read from either of them. The best "
+        "prediction of the host's pre-activations by the label alone leaves an error between "
+        f"{_two(min(each.value for each in errors.values()))} and {_two(max(each.value for each in errors.values()))}. "
+    )
+    trained = _squares(graft_study.starts(tables.get("starts", ()))).get("trained", ())
+    rows = [{**row, "beyond": errors[row["layer"]].above(row["error"])} for row in trained if row["layer"] in errors]
+    if rows:
+        text += f"With intervals apart, grafts on trained donors know more of the host than its class {_separated(rows, 'beyond')}."
+    caption = "Error at the connecting layer: grafts, and the mean of the class (no donor)."
+    return f"<h2>More than the class?</h2><p>{escape(text)}</p>{figure(images, 'classes', caption)}"
+
+
 def _later_section(found: Rows, tables: Mapping[str, Rows], images: Images) -> str:
     caption = "Error at every layer from the connecting one up, least squares, geometric means over pairs."
     text = escape(_later_text(tables["starts"]))
@@ -243,7 +267,8 @@ def _profile(found: Rows, images: Images, name: str) -> str:
 def _layer_table(arms: Mapping[str, Rows], shown: Sequence[str], name: str) -> str:
     layers = [row["layer"] for row in next(iter(arms.values()))]
     values = {(arm, row["layer"]): row[name] for arm in shown for row in arms[arm]}
-    return _cells(["connecting layer", *(NAMES[arm] for arm in shown)], [[layer, *(values.get((arm, layer)) for arm in shown)] for layer in layers])
+    head = ["connecting layer", *(NAMES[arm] for arm in shown)]
+    return plain_table(head, [[layer, *(values.get((arm, layer)) for arm in shown)] for layer in layers])
 
 
 def _trained_text(arms: Mapping[str, Rows]) -> str:
@@ -358,7 +383,7 @@ def _trajectory_section(found: Rows, tables: Mapping[str, Rows], images: Images)
         f"<h2>The same path through training?</h2><p>{text}</p><p>{escape(_contrast_text(found))}</p>"
         + "".join(figure(images, f"trajectory_{kind}", f"{caption} Geometric means over pairs.", wide=True) for kind, caption in captions.items())
         + (figure(images, "ridge", ridge, wide=True) if "ridge" in images else "")
-        + _cells(["layer", "donor", "distance", "contrast (95% over pairs)", "factor"], rows)
+        + plain_table(["layer", "donor", "distance", "contrast (95% over pairs)", "factor"], rows)
     )
 
 
@@ -462,7 +487,7 @@ def _procedures_section(found: Rows, _: Mapping[str, Rows], images: Images) -> s
     ]  # fmt: skip
     head = ["layer", "points of accuracy, Adam minus least squares", "training error, least squares", "Adam", "excess"]
     head += ["CPU seconds, least squares", "Adam", "ratio"]
-    return f"<h2>Least squares against the authors' procedure</h2><p>{escape(text)}</p>{_cells(head, rows)}"
+    return f"<h2>Least squares against the authors' procedure</h2><p>{escape(text)}</p>{plain_table(head, rows)}"
 
 
 def _correlations_section(found: Rows, _: Mapping[str, Rows], images: Images) -> str:
@@ -482,7 +507,7 @@ def _correlations_section(found: Rows, _: Mapping[str, Rows], images: Images) ->
         for row in found
     ]
     head = ["error of", "distance", "layers", "mean over layers", "least", "most"]
-    return f"<h2>Distances and errors</h2><p>{escape(text)}</p>{_cells(head, rows)}"
+    return f"<h2>Distances and errors</h2><p>{escape(text)}</p>{plain_table(head, rows)}"
 
 
 def _train_section(_: Any, tables: Mapping[str, Rows], images: Images) -> str:
@@ -492,8 +517,14 @@ def _train_section(_: Any, tables: Mapping[str, Rows], images: Images) -> str:
         for (labels, penalty, strength, width), each in groups(ends, "labels", "penalty", "strength", "width").items()
     ]
     text = f"{_upper(_count(len(ends), 'network'))} were trained." if len(ends) != 1 else "One network was trained."
+    permuted = select(ends, labels="permuted")
+    if permuted:
+        text += (
+            f" Those on permuted labels fitted {_extent(permuted, 'accuracy')} of them: where that is near chance, the control is training "
+            "without anything to learn, not memorised noise."
+        )
     head = ["labels", "penalty", "strength", "width", "epochs", "networks", "accuracy in training", "accuracy held out"]
-    return f"<h2>The networks</h2><p>{text}</p>{_cells(head, rows)}"
+    return f"<h2>The networks</h2><p>{text}</p>{plain_table(head, rows)}"
 
 
 def _extent(rows: Rows, name: str) -> str:
@@ -513,15 +544,6 @@ def _limits() -> str:
         "controls is the figure to read, not the accuracy. The intervals are over pairs of networks on the same images; nothing here speaks of other "
         "images or of larger data sets.</p>"
     )
-
-
-def _cells(head: Sequence[str], rows: Texts) -> str:
-    """A table of plain values; an interval without ends as its value, None as an empty cell."""
-    return table([escape(each) for each in head], [["" if cell is None else escape(_value(cell)) for cell in row] for row in rows])
-
-
-def _value(cell: Any) -> str:
-    return f"{cell.value:.3g}" if isinstance(cell, Interval) and not _bounded(cell) else str(cell)
 
 
 def _bounded(found: Interval) -> bool:
@@ -552,12 +574,3 @@ def _upper(text: str) -> str:
 
 def _percent_more(excess: float) -> str:
     return f"{abs(excess):.1%} {'more' if excess > 0 else 'less'}"
-
-
-def _plain(value: Any) -> Any:
-    """Intervals as dicts."""
-    if isinstance(value, Interval):
-        return asdict(value)
-    if isinstance(value, dict):
-        return {key: _plain(entry) for key, entry in value.items()}
-    return [_plain(entry) for entry in value] if isinstance(value, (list, tuple)) else value

@@ -1,8 +1,8 @@
 """The grafting study: which pairs of networks it joins, how that is run, and what the tables say; `meanfield graft` writes its page.
 
-Parts: "starts" (one penalty, different starts), "strengths" of the penalty, "l2" in its place, "across" layers, "epochs"
-(one network at an epoch, the other one trained), "trajectory" (both at any epoch), "widths", and "procedures" (least
-squares against the authors' Adam).  "train" trains what the others need.
+Parts: "starts" (one penalty, different starts), "classes" (what the label alone says of the hosts), "strengths" of the
+penalty, "l2" in its place, "across" layers, "epochs" (one network at an epoch, the other one trained), "trajectory" (both
+at any epoch), "widths", and "procedures" (least squares against the authors' Adam).  "train" trains what the others need.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from typing import Any
 from scipy.stats import spearmanr
 
 from meanfield import sweep
-from meanfield.classifiers import Classifier
+from meanfield.classifiers import Classifier, layers_of
 from meanfield.rates import mean
 from meanfield.studies import grafting
 from meanfield.sweep import Cell, Row, Rows, Tables, groups, select
 
-PARTS = ("train", "starts", "strengths", "l2", "across", "epochs", "trajectory", "widths", "procedures")
+PARTS = ("starts", "classes", "strengths", "l2", "across", "epochs", "trajectory", "widths", "procedures")
 ARMS = ("trained", "untrained", "permuted_labels", "rotated", "self")
 L2_STRENGTH = 5e-4 * 16  # the middle one of the authors'
 ROUNDING = 1e-30  # relative squared errors below it, of grafts on themselves, are drawn there
@@ -40,9 +40,9 @@ class Sizes:
     pairs: int  # of "starts" and "trajectory"
     inside: int  # pairs of "across" and "epochs", which need no further networks
     others: int  # pairs of "strengths", "l2" and "widths"
-    strengths: tuple[float, ...]
+    strengths: tuple[float, ...]  # in units of the classifier's
     factors: tuple[float, ...]  # of the width
-    layers: tuple[str, ...]  # of the matrices epoch x epoch
+    layers: tuple[str, ...]  # of the matrices epoch x epoch; those that the network has, or one in its middle
     procedures: int  # pairs; a layer takes the authors' procedure some twenty seconds
 
 
@@ -55,9 +55,9 @@ SIZES = {
         ("conv4", "conv7", "conv10", "conv13"), 1,
     ),
 }  # fmt: skip
-MEASURES: dict[str, sweep.Measure] = {"train": grafting.train, "procedures": grafting.procedures} | {
-    part: grafting.pair for part in PARTS if part not in ("train", "procedures")
-}
+MEASURES: dict[str, sweep.Measure] = {
+    **dict.fromkeys(PARTS, grafting.pair), "train": grafting.train, "classes": grafting.classes, "procedures": grafting.procedures,
+}  # fmt: skip
 
 
 def prepared(base: Classifier, sizes: Sizes) -> Classifier:
@@ -70,7 +70,8 @@ def plan(base: Classifier, sizes: Sizes, seed: int = 0, parts: Sequence[str] = P
     base = prepared(base, sizes)
     makers: dict[str, Callable[[], list[Cell]]] = {
         "starts": lambda: _starts(base, sizes.pairs, seed, ARMS, ("least_squares", "transport")),
-        "strengths": lambda: _strengths(base, sizes, seed),
+        "classes": lambda: [_cell(base, *2 * _pair(base, seed, number)[1:], names={"pair": number}) for number in range(sizes.pairs)],
+        "strengths": lambda: _strengths(base, sizes, seed) if base.penalty != "none" else [],
         "l2": lambda: _starts(base.variant(penalty="l2", strength=L2_STRENGTH), sizes.others, seed, ("trained", "untrained", "permuted_labels")),
         "across": lambda: _starts(base, sizes.inside, seed, ("trained", "untrained"), connections="across"),
         "epochs": lambda: _epochs(base, sizes, seed),
@@ -110,15 +111,15 @@ def _starts(
 
 
 def _strengths(base: Classifier, sizes: Sizes, seed: int) -> list[Cell]:
-    cells = []
-    for number, below, above in product(range(sizes.others), sizes.strengths, sizes.strengths):
+    cells, strengths = [], [base.strength * factor for factor in sizes.strengths]
+    for number, below, above in product(range(sizes.others), strengths, strengths):
         lower, upper = _pair(base, seed, number)
         names = {"pair": number, "arm": "trained", "lower_strength": below, "upper_strength": above}
         cells.append(_cell(base, lower.variant(strength=below), upper.variant(strength=above), names=names))
-    for number, above in product(range(sizes.others), sizes.strengths):  # a start does not know its penalty
+    for number, above in product(range(sizes.others), strengths):  # a start does not know its penalty
         lower, upper = _pair(base, seed, number)
-        names = {"pair": number, "arm": "untrained", "lower_strength": sizes.strengths[0], "upper_strength": above}
-        cells.append(_cell(base, lower.variant(strength=sizes.strengths[0]), upper.variant(strength=above), lower_epoch=0, names=names))
+        names = {"pair": number, "arm": "untrained", "lower_strength": strengths[0], "upper_strength": above}
+        cells.append(_cell(base, lower.variant(strength=strengths[0]), upper.variant(strength=above), lower_epoch=0, names=names))
     return cells
 
 
@@ -134,11 +135,12 @@ def _epochs(base: Classifier, sizes: Sizes, seed: int) -> list[Cell]:
 
 
 def _trajectory(base: Classifier, sizes: Sizes, seed: int) -> list[Cell]:
-    cells = []
+    cells, names = [], layers_of(base.start())
+    layers = [name for name in sizes.layers if name in names] or [names[len(names) // 2]]
     for number, arm, below, above in product(range(sizes.pairs), ("trained", "permuted_labels", "self"), base.checkpoints, base.checkpoints):
         if arm == "self" and number >= sizes.inside:
             continue
-        made = _arm(base, seed, number, arm, ("least_squares", "transport"), connections=list(sizes.layers))
+        made = _arm(base, seed, number, arm, ("least_squares", "transport"), connections=layers)
         cells.append({**made, "lower_epoch": below, "upper_epoch": above})
     return cells
 
@@ -179,7 +181,7 @@ def summary(tables: Mapping[str, Rows]) -> dict[str, Any]:
     """The figures that the study is for, from whichever tables there are."""
     makers: dict[str, Callable[[Rows], Any]] = {
         "starts": starts, "l2": starts, "strengths": lambda rows: matrix(rows, "lower_strength", "upper_strength"),
-        "widths": lambda rows: matrix(rows, "lower_width", "upper_width"), "trajectory": contrasts, "procedures": procedures,
+        "widths": lambda rows: matrix(rows, "lower_width", "upper_width"), "classes": class_errors, "trajectory": contrasts, "procedures": procedures,
     }  # fmt: skip
     found = {part: make(tables[part]) for part, make in makers.items() if part in tables}
     return {**found, "correlations": correlations(tables["starts"])} if "starts" in tables else found
@@ -205,6 +207,14 @@ def starts(rows: Rows) -> list[Row]:
         row["accuracy_separated"] = trained is not None and trained["relative_accuracy"].above(row["relative_accuracy"])
         row["error_separated"] = trained is not None and row["output_error"].above(trained["output_error"])
     return found
+
+
+def class_errors(rows: Rows) -> list[Row]:
+    """Per layer, geometric means over hosts."""
+    return [
+        {"layer": layer, "position": position, "error": mean([max(row["class_error"], ROUNDING) for row in each], geometric=True)}
+        for (layer, position), each in groups(rows, "layer", "position").items()
+    ]
 
 
 def matrix(rows: Rows, lower: str, upper: str) -> list[Row]:

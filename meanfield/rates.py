@@ -36,7 +36,7 @@ class Interval:
     high: float
 
     def __str__(self) -> str:
-        return f"{self.value:.3g} ({self.low:.3g} to {self.high:.3g})"
+        return f"{self.value:.3g} ({self.low:.3g} to {self.high:.3g})" if np.isfinite(self.high - self.low) else f"{self.value:.3g}"
 
     def above(self, other: Interval) -> bool:
         """Whether the whole of this interval lies above the other one."""

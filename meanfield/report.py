@@ -6,6 +6,7 @@ import base64
 import json
 import math
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, is_dataclass
 from html import escape
 from importlib.resources import files
 from pathlib import Path
@@ -41,11 +42,13 @@ def save_network(run: Run, directory: str | Path) -> Path:
 
 
 def to_json(results: Results) -> str:
-    """Strict JSON: NaN and infinities become null."""
+    """Strict JSON: NaN and infinities become null, dataclasses objects."""
     return json.dumps(_strict(results), indent=2, allow_nan=False) + "\n"
 
 
 def _strict(value: Any) -> Any:
+    if is_dataclass(value) and not isinstance(value, type):
+        return _strict(asdict(value))
     if isinstance(value, dict):
         return {str(key): _strict(entry) for key, entry in value.items()}
     if isinstance(value, (list, tuple)):
@@ -294,6 +297,11 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]], *, text: bool = Fa
     cell = '<td class="text">' if text else "<td>"
     body = "".join("<tr>" + "".join(f"{cell}{entry}</td>" for entry in row) + "</tr>" for row in rows)
     return f'<div class="scroll"><table><thead><tr>{"".join(f"<th>{name}</th>" for name in head)}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def plain_table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """A table of plain values, None as an empty cell."""
+    return table([escape(each) for each in head], [["" if cell is None else escape(str(cell)) for cell in row] for row in rows])
 
 
 def _setting(value: Any) -> str:

@@ -12,7 +12,7 @@ import numpy as np
 from meanfield import plotting, storage, width_study
 from meanfield.plotting import Curve
 from meanfield.rates import Slope
-from meanfield.report import assemble, figure, inline, table, to_json
+from meanfield.report import assemble, figure, inline, plain_table, to_json
 from meanfield.studies.trajectories import QUANTILES
 from meanfield.sweep import Rows, groups, select
 from meanfield.width_study import samples
@@ -32,7 +32,7 @@ def write(tables: Mapping[str, Rows], directory: str | Path, command: str) -> Pa
     for name, content in figures.items():
         storage.write_atomically(directory / f"{name}.png", content)
     found = width_study.summary(tables)
-    storage.write_atomically(directory / "summary.json", to_json(_plain(found)))
+    storage.write_atomically(directory / "summary.json", to_json(found))
     return storage.write_atomically(directory / "widths.html", page(tables, found, figures, command))
 
 
@@ -175,7 +175,7 @@ def _sampled_section(found: Any, _: Mapping[str, Rows], images: dict[str, str]) 
         "weights; second-order terms then bend the curve at these widths."
     )
     picture = figure(images, "sampled", "Squared error against the width", wide=True)
-    return f"<h2>Sampled from the continuous network</h2><p>{text}</p>{picture}{_cells(head, rows)}"
+    return f"<h2>Sampled from the continuous network</h2><p>{text}</p>{picture}{plain_table(head, rows)}"
 
 
 def _trained_section(found: Any, _: Mapping[str, Rows], images: dict[str, str]) -> str:
@@ -187,7 +187,7 @@ def _trained_section(found: Any, _: Mapping[str, Rows], images: dict[str, str]) 
     refuted = f"; {found['refuted_bounds']} bounds were refuted by a network below them" if found["refuted_bounds"] else ""
     text = f"The lowest J of any run, with growth or without, is {found['best']:.5f}; {bound}{refuted}. Excesses are relative to the former."
     head = ["masses", "width", "seeds", "least excess", "median", "most", "within 1%", "within 5%"]
-    return f"<h2>Trained from random starts</h2><p>{text}</p>{figure(images, 'trained', 'Excess against the width')}{_cells(head, rows)}"
+    return f"<h2>Trained from random starts</h2><p>{text}</p>{figure(images, 'trained', 'Excess against the width')}{plain_table(head, rows)}"
 
 
 def _trajectory_section(found: Any, tables: Mapping[str, Rows], images: dict[str, str]) -> str:
@@ -207,8 +207,8 @@ def _trajectory_section(found: Any, tables: Mapping[str, Rows], images: dict[str
     )
     parts = [
         f"<h2>Trajectories of features</h2><p>{text}</p>", figure(images, "trajectories", "Distances against the width", wide=True),
-        _cells(["training", "between", "distance", "slope in m (95%)"], rates),
-        _cells(["training", "width", "distance", "time 2t", "two seeds at 2t", "times t and 2t", "ratio"], ratios),
+        plain_table(["training", "between", "distance", "slope in m (95%)"], rates),
+        plain_table(["training", "width", "distance", "time 2t", "two seeds at 2t", "times t and 2t", "ratio"], ratios),
     ]  # fmt: skip
     parts += [figure(images, "times", "First network at one time, second at another: a ridge of small distances lies on the diagonal", wide=True)]
     if "seeds" in images:
@@ -225,7 +225,7 @@ def _statistics_section(_: Any, tables: Mapping[str, Rows], images: dict[str, st
     head = ["of", "layer", "width", "mean", "variance", "excess kurtosis"]
     text = f"Over particles and held-out images jointly, at flow time {last:g}; mean ± standard deviation over seeds."
     overlay = figure(images, "distributions", "Quantile functions of all seeds, by width", wide=True)
-    return f"<h2>Moments and distributions</h2><p>{text}</p>{overlay}{_cells(head, rows)}"
+    return f"<h2>Moments and distributions</h2><p>{text}</p>{overlay}{plain_table(head, rows)}"
 
 
 def _spread(values: Sequence[float]) -> str:
@@ -243,7 +243,7 @@ def _coordinate_section(found: Any, _: Mapping[str, Rows], images: dict[str, str
         "1/sqrt(m), and the check is flat only afterwards (coordinates.csv has every step)."
     )
     head = ["scaling", "optimiser", "layer", "slope in m (95%)", "change at each width"]
-    return f"<h2>Coordinate check</h2><p>{text}</p>{figure(images, 'coordinates', 'Change of coordinates', wide=True)}{_cells(head, rows)}"
+    return f"<h2>Coordinate check</h2><p>{text}</p>{figure(images, 'coordinates', 'Change of coordinates', wide=True)}{plain_table(head, rows)}"
 
 
 def _kernel_section(found: Any, tables: Mapping[str, Rows], images: dict[str, str]) -> str:
@@ -253,17 +253,3 @@ def _kernel_section(found: Any, tables: Mapping[str, Rows], images: dict[str, st
         f"{medians}; slope {found['slope']}."
     )
     return f"<h2>Tangent kernel</h2><p>{escape(text)}</p>{figure(images, 'kernel', 'Error of the empirical kernel')}"
-
-
-def _cells(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """A table of plain values, None as an empty cell."""
-    return table([escape(each) for each in head], [["" if cell is None else escape(str(cell)) for cell in row] for row in rows])
-
-
-def _plain(value: Any) -> Any:
-    """Slopes as dicts."""
-    if isinstance(value, Slope):
-        return {"value": value.value, "low": value.low, "high": value.high}
-    if isinstance(value, dict):
-        return {key: _plain(entry) for key, entry in value.items()}
-    return [_plain(entry) for entry in value] if isinstance(value, (list, tuple)) else value

@@ -231,5 +231,17 @@ def test_layers_are_in_the_order_of_the_network():
 
 
 def test_intervals_without_ends_are_shown_as_values():
-    assert graft_report._value(Interval(0.5, -math.inf, math.inf)) == "0.5"
+    assert str(Interval(0.5, -math.inf, math.inf)) == "0.5"
     assert graft_report._hundredths(Interval(-0.001, -0.02, 0.2)) == "0.00 (-0.02 to 0.20)"
+
+
+def test_the_page_says_where_a_graft_knows_more_than_the_class(tmp_path):
+    shares = {"conv2": 0.9, "conv3": 0.3, "conv4": 0.05, "linear1": 0.02}
+    classes = [{"pair": pair, "layer": layer, "position": i + 2, "class_error": share * 1.01**pair}
+               for pair in range(4) for i, (layer, share) in enumerate(shares.items())]  # fmt: skip
+    page = graft_report.write({"starts": starts(), "classes": classes}, tmp_path, "meanfield graft").read_text()
+    assert "know more of the host than its class at conv2 to conv3, not at conv4 to linear1" in page
+    assert (tmp_path / "classes.png").exists()
+    alone = graft_report.write({"classes": classes}, tmp_path, "meanfield graft").read_text()
+    assert "between 0.020 and 0.91" in alone
+    assert "know more of the host" not in alone

@@ -168,6 +168,36 @@ def test_rows_say_what_grafts_do(tmp_path):
     assert (rows[0]["lower_seed"], rows[0]["upper_seed"], rows[0]["lower_epoch"]) == (0, 1, 2)
 
 
+def test_what_the_label_alone_says(tmp_path):
+    (cell, *_) = cells("classes")
+    upper, images = Classifier.from_dict(cell["upper"]).at(2, tmp_path), TINY.images()
+    found = {row["layer"]: row["class_error"] for row in grafting.classes(cell, str(tmp_path))}
+    names = list(dict(upper.named_children()))
+    for layer in ("conv2", "linear1"):
+        part = upper[: names.index(layer) + 1]
+        with torch.no_grad():
+            seen, goal = part(images.inputs).double(), part(images.held_out).double()
+        means = torch.stack([seen[images.labels == label].mean(0) for label in range(10)])
+        axes = (0, 2, 3) if goal.ndim == 4 else (0,)
+        expected = (goal - means[images.held_out_labels]).square().sum() / (goal - goal.mean(axes, keepdim=True)).square().sum()
+        assert found[layer] == pytest.approx(float(expected), rel=1e-6)
+    assert list(found) == list(layers_of(upper)[1:])
+
+
+def test_layers_of_the_matrices_are_those_the_network_has():
+    deep = replace(SMALL, layers=("conv4", "conv13"))
+    assert graft_study.plan(TINY, deep, parts=["trajectory"])["trajectory"][0]["connections"] == ["conv4"]
+    none = replace(SMALL, layers=("conv13",))
+    assert graft_study.plan(TINY, none, parts=["trajectory"])["trajectory"][0]["connections"] == ["conv4"]  # the fourth of six
+
+
+def test_strengths_are_in_units_of_the_classifier_s():
+    weak = TINY.variant(penalty="l2", strength=0.01)
+    found = graft_study.plan(weak, SMALL, parts=["strengths"])["strengths"]
+    assert {cell["upper"]["strength"] for cell in found} == {0.01, 0.04}
+    assert "strengths" not in graft_study.plan(TINY.variant(penalty="none", strength=0.0), SMALL, parts=["strengths"])
+
+
 def test_a_donor_that_is_the_host_is_perfect(tmp_path):
     cell = next(cell for cell in cells("starts") if cell["names"]["arm"] == "self")
     for row in grafting.pair(cell, str(tmp_path)):

@@ -20,9 +20,11 @@ from meanfield.classifiers import Classifier, Images, layers_of
 from meanfield.distances import FeatureMeasure, linear_cka, median_distance, mmd, moments, sliced_wasserstein
 from meanfield.finite import evaluate
 from meanfield.grafting import Graft, Junction, layer_errors
+from meanfield.grafting.errors import Discrepancy
 from meanfield.sweep import Cell, Row
 
 PROBES, PROJECTIONS = 100, 200
+BATCH = 250  # images
 
 
 def train(cell: Cell, store: str) -> list[Row]:
@@ -86,6 +88,39 @@ def procedures(cell: Cell, store: str) -> list[Row]:
             spent = time.process_time() - began
             rows.append({**cell["names"], "layer": layer, "method": method, **_figures(found, upper, images), "cpu_seconds": spent})
     return rows
+
+
+def classes(cell: Cell, store: str) -> list[Row]:
+    """What the label alone says of the host: |g - E[g | class]|^2 / |g - mean g|^2 at each layer, held out.
+
+    E[g | class], by class, channel and position, is the mean over training images: the best prediction of g by anything that
+    knows the label and nothing else.  A graft with a smaller error knows more of the host's features than the class.
+    """
+    _, upper, images = _ends(cell, store)
+    rows = []
+    for _, layer in _connections(upper, cell["connections"]):
+        error = _class_error(nn.Sequential(*(child for _, child in _up_to(upper, layer))), images)
+        rows.append({**cell["names"], "layer": layer, "position": layers_of(upper).index(layer) + 1, "class_error": error})
+    return rows
+
+
+def _up_to(network: nn.Module, layer: str) -> list[tuple[str, nn.Module]]:
+    children = list(network.named_children())
+    return children[: [name for name, _ in children].index(layer) + 1]
+
+
+@torch.no_grad()
+def _class_error(network: nn.Module, images: Images) -> float:
+    sums, counts = None, torch.bincount(images.labels, minlength=images.classes).double()
+    for inputs, labels in zip(images.inputs.split(BATCH), images.labels.split(BATCH)):
+        found = network(inputs).double()
+        sums = found.new_zeros(images.classes, *found.shape[1:]) if sums is None else sums
+        sums.index_add_(0, labels, found)
+    assert sums is not None
+    means, left = sums / counts.clamp_min(1).reshape(-1, *[1] * (sums.ndim - 1)), Discrepancy()
+    for inputs, labels in zip(images.held_out.split(BATCH), images.held_out_labels.split(BATCH)):
+        left.add(means[labels], network(inputs))
+    return left.relative
 
 
 def rotated(network: nn.Module, layer: str, seed: int) -> nn.Sequential:
