@@ -94,7 +94,7 @@ def _classes_picture(rows: Rows, starts: Rows) -> Any:
     ends = ([getattr(row["error"], end) for row in known] for end in ("value", "low", "high"))
     label = Band("the label alone", [row["layer"] for row in known], *ends)
     grafts = _bands(graft_study.starts(select(starts, method="least_squares")), "error", ("trained", "untrained"))
-    return plotting.bands({"least squares": [label, *grafts]}, "connecting layer", "relative error at the connection", log=["least squares"])
+    return plotting.bands({"least squares": [*grafts, label]}, "connecting layer", "relative error at the connection", log=["least squares"])
 
 
 def _later(rows: Rows) -> Any:

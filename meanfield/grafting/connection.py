@@ -31,6 +31,11 @@ class Connection(nn.Module):
         return self.layer(self.resampled(signal))
 
     @property
+    def features(self) -> int:
+        """Input channels, or units."""
+        return self.layer.weight.shape[1]
+
+    @property
     def weights(self) -> Tensor:
         """(d, K), in the order of the rows of `design`."""
         return self.layer.weight.flatten(1).T

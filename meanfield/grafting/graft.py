@@ -12,7 +12,6 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -21,7 +20,7 @@ from torch import Tensor, nn
 from meanfield import validation
 from meanfield.grafting import cut
 from meanfield.grafting.connection import Connection, is_linear, own, widened
-from meanfield.grafting.least_squares import Moments, error, moments
+from meanfield.grafting.least_squares import error, moments
 
 METHODS = ("least_squares", "transport", "match", "adam")
 IMAGES = 256  # that pass through the networks at a time, where inputs are a tensor
@@ -101,28 +100,34 @@ class Grafted(nn.Module):
         return self.above(self.connection(self.below(inputs)), inputs)
 
 
-@dataclass(frozen=True, eq=False)
 class Junction:
     """Two networks cut at a layer, and all that least squares and transport need to know of the inputs.
 
-    One pass over the inputs serves every method and ridge; the memory does not depend on the number of inputs.
-    products: inner products of the features of both networks, (C + C', C + C'), lower ones first.
+    One pass over the inputs serves every method and ridge; the memory does not depend on their number.
+    own: the connecting layer that the upper network has itself.  moments: of the patches that enter the connection and
+    the upper network's pre-activations.  products: inner products of the features of both networks, (C + C', C + C'),
+    lower ones first.
     """
 
-    below: cut.Below
-    above: cut.Above
-    own: Connection
-    moments: Moments
-    products: Tensor
-    lower_layer: str
-    channels: int
-    size: tuple[int, int] | None
-    inputs: Inputs = field(repr=False)
-    began: float = field(repr=False)
-    _target: cut.Below = field(repr=False)
+    def __init__(self, lower: nn.Module, upper: nn.Module, layer: str, lower_layer: str, example: Tensor) -> None:
+        """Without inputs so far; `example` is a batch of them from which shapes are taken."""
+        lower, upper = frozen(lower, "lower"), frozen(upper, "upper")
+        module = cut.find(upper, layer, "layer")
+        cut.find(lower, lower_layer, "layer" if lower_layer == layer else "lower_layer")
+        _check(lower, upper, layer, lower_layer, example)
+        self.layer, self.lower_layer, self.began = layer, lower_layer, time.perf_counter()
+        self.below, self._target = cut.Below(lower, lower_layer), cut.Below(upper, layer)
+        self.above = cut.Above(upper, layer, entering=not is_linear(module))
+        with torch.no_grad():
+            here, there = self.below(example), self._target(example)
+            self.own = Connection(own(module, there), None)
+            self._unfitted = Connection(widened(self.own.layer, _channels(self.own, here)), _size(here, there, layer, lower_layer))
+        (unknowns, targets), both = self._unfitted.weights.shape, self._unfitted.features + self.own.features
+        self.moments = moments(unknowns, targets, here)
+        self.products = torch.zeros(both, both, dtype=torch.float64, device=here.device)
+        self.inputs: Inputs = ()
 
     @classmethod
-    @torch.no_grad()
     def observe(
         cls,
         lower: nn.Module,
@@ -133,60 +138,36 @@ class Junction:
         lower_layer: str | None = None,
         progress: Callable[[int], None] = lambda images: None,
     ) -> Junction:
-        """Arguments as for `graft`."""
-        began, lower_layer = time.perf_counter(), layer if lower_layer is None else lower_layer
-        lower, upper = frozen(lower, "lower"), frozen(upper, "upper")
-        module = cut.find(upper, layer, "layer")
-        cut.find(lower, lower_layer, "layer" if lower_layer == layer else "lower_layer")
+        """After one pass over the inputs; arguments as for `graft`."""
         batches = batches_of(inputs)
         first = _first(batches)
-        batches = itertools.chain([first], batches)
-        _check(lower, upper, layer, lower_layer, first[:2])
-        below, target = cut.Below(lower, lower_layer), cut.Below(upper, layer)
-        above = cut.Above(upper, layer, entering=not is_linear(module))
-        here, there = below(first[:2]), target(first[:2])
-        size = _size(here, there, layer, lower_layer)
-        found = cls._empty(below, above, Connection(own(module, there), None), here, size, lower_layer, inputs, began, target)
-        for batch in batches:
-            found._add(batch)
+        found = cls(lower, upper, layer, layer if lower_layer is None else lower_layer, first[:2])
+        found.inputs = inputs
+        for batch in itertools.chain([first], batches):
+            found.add(batch)
             progress(len(batch))
         return found
 
-    @classmethod
-    def _empty(
-        cls, below: cut.Below, above: cut.Above, owned: Connection, here: Tensor, size: tuple[int, int] | None, lower_layer: str, inputs: Inputs,
-        began: float, target: cut.Below,
-    ) -> Junction:  # fmt: skip
-        linear = isinstance(owned.layer, nn.Linear)
-        channels = (here.flatten(1).shape[1] if here.ndim == 4 else here.shape[-1]) if linear else here.shape[1]
-        unknowns = channels * (1 if linear else owned.layer.weight[0, 0].numel())
-        theirs = owned.layer.weight.shape[1]
-        seen = moments(unknowns, len(owned.layer.weight), here)
-        products = torch.zeros(channels + theirs, channels + theirs, dtype=torch.float64, device=here.device)
-        return cls(below, above, owned, seen, products, lower_layer, channels, size, inputs, began, target)
-
-    def _add(self, batch: Tensor) -> None:
+    @torch.no_grad()
+    def add(self, batch: Tensor) -> None:
+        """Take a batch of inputs into account."""
         here, there = self.below(batch), self._target(batch)
-        wide, goal = self._unfitted, self.own(there)
-        clouds = torch.cat([wide.cloud(here), self.own.cloud(there)]).double()
+        goal = self.own(there)
+        clouds = torch.cat([self._unfitted.cloud(here), self.own.cloud(there)]).double()
         self.products.addmm_(clouds, clouds.T)
         step = max(1, self.moments.block // self.own.columns(goal[:1])[0].numel())
         for first in range(0, len(batch), step):
             part = slice(first, first + step)
-            self.moments.add(wide.design(here[part]), self.own.columns(goal[part]))
+            self.moments.add(self._unfitted.design(here[part]), self.own.columns(goal[part]))
 
     @torch.no_grad()
     def features(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
         """What enters the connection from below and what enters the upper network's own layer, (C, n) and (C', n)."""
         return self._unfitted.cloud(self.below(inputs)), self.own.cloud(self._target(inputs))
 
-    @cached_property
-    def _unfitted(self) -> Connection:
-        return Connection(widened(self.own.layer, self.channels), self.size)
-
     @torch.no_grad()
     def graft(self, method: str = "least_squares", ridge: float = 0.0, *, steps: int = ADAM_STEPS, seed: int = 0) -> Graft:
-        """See the function `graft`; seconds count from the start of `observe`."""
+        """See the function `graft`; seconds count from the making of the junction."""
         validation.one_of(method, METHODS, "method")
         if validation.nonnegative(ridge, "ridge") and method != "least_squares":
             raise ValueError(f"ridge={ridge!r} is of least squares; method={method!r} has none")
@@ -201,7 +182,7 @@ class Junction:
         network = Grafted(self.below, connection, self.above)
         missed = error(self.moments, connection.weights, layer.bias)
         figures = (method, missed, rank, self.moments.unknowns, self.moments.samples, time.perf_counter() - self.began)
-        return Graft(copy.deepcopy(network), self.above.layer, self.lower_layer, *figures)
+        return Graft(copy.deepcopy(network), self.layer, self.lower_layer, *figures)
 
     def _least_squares(self, ridge: float) -> tuple[Connection, int]:
         precision = torch.finfo(self.own.layer.weight.dtype).eps
@@ -217,8 +198,8 @@ class Junction:
     @property
     def costs(self) -> Tensor:
         """Squared distances of features as vectors over inputs and positions, (C, C')."""
-        sizes = self.products.diagonal()
-        return (sizes[: self.channels, None] + sizes[self.channels :] - 2 * self.products[: self.channels, self.channels :]).clamp_min(0)
+        below, sizes = self._unfitted.features, self.products.diagonal()
+        return (sizes[:below, None] + sizes[below:] - 2 * self.products[:below, below:]).clamp_min(0)
 
     def _assignment(self) -> Tensor:
         """The permutation of least cost, as a plan of uniform masses."""
@@ -315,6 +296,13 @@ def _check(lower: nn.Module, upper: nn.Module, layer: str, lower_layer: str, inp
         raise ValueError(f"lower, upper and inputs must share one dtype and one device; got {sorted(map(str, kinds))}")
     cut.called_once(lower, lower_layer, inputs, "lower_layer")
     cut.check(upper, layer, inputs, "layer", entering=not is_linear(upper.get_submodule(layer)))
+
+
+def _channels(connection: Connection, signal: Tensor) -> int:
+    """Features of the signal as the connection takes it, which flattens maps in front of a matrix."""
+    if isinstance(connection.layer, nn.Conv2d):
+        return signal.shape[1]
+    return signal[0].numel() if signal.ndim == 4 else signal.shape[-1]
 
 
 def _size(here: Tensor, there: Tensor, layer: str, lower_layer: str) -> tuple[int, int] | None:
