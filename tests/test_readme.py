@@ -33,6 +33,10 @@ def test_the_convexity_example_runs_as_written(tmp_path):
     assert run(blocks("python")[1], tmp_path).startswith("True")
 
 
+def test_the_grafting_example_runs_as_written(tmp_path):
+    assert run(blocks("python")[2], tmp_path).startswith("relative error 0.")
+
+
 def test_the_examples_are_short():
     assert all(sum(bool(line.strip()) for line in example.splitlines()) <= 20 for example in blocks("python"))
 
