@@ -59,8 +59,11 @@ class Classifier:
             one_of(getattr(self, name), options, name)
         for name, minimum in (("samples", 2), ("seed", 0), ("epochs", 1), ("width", 1)):
             integer(getattr(self, name), name, minimum)
-        object.__setattr__(self, "checkpoints", tuple(self.checkpoints))
-        _ = self.recipe  # checks the rest
+        kept = tuple(integer(epoch, "checkpoints", 0) for epoch in self.checkpoints)
+        if list(kept) != sorted(set(kept)) or not kept or kept[-1] > self.epochs:
+            raise ValueError(f"checkpoints={kept} must be increasing epochs up to epochs={self.epochs}")
+        object.__setattr__(self, "checkpoints", kept)
+        object.__setattr__(self, "strength", self.recipe.strength)  # 1 and 1.0 are one network
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Classifier:

@@ -220,8 +220,9 @@ def graft(
                                         "authors.", MODEL, "N")] = None,
     penalty: Annotated[str, option("l12, l2 or none. Default: l12.", OBJECTIVE, "NAME")] = "l12",
     strength: Annotated[float | None, option("Strength of the penalty. Default: 1 for l12, 0.008 for l2.", OBJECTIVE, "X")] = None,
-    part: Annotated[list[str] | None, option("Only this part: starts, strengths, l2, across, epochs, trajectory, widths or procedures; may be given "
-                                             "again. The networks that it needs are trained. Default: all that the size has.", WORK, "NAME")] = None,
+    part: Annotated[list[str] | None, option("Only this part: starts, classes, strengths, l2, across, epochs, trajectory, widths or procedures; may "
+                                             "be given again. The networks that it needs are trained. Default: all that the size has.",
+                                             WORK, "NAME")] = None,
     size: Annotated[str, option("quick (shows that it runs), default (two and a half minutes on 2 cores), full (half an hour, every part) or authors "
                                 "(200 epochs of the authors' recipe, meant for CIFAR and a GPU). Default: default.", WORK, "NAME")] = "default",
     seed: Annotated[int, option("Number of the first pair of networks; pair k has seeds 2k and 2k + 1. Default: 0.", WORK, "N")] = 0,

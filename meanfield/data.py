@@ -159,9 +159,11 @@ def load(
 
 
 def stamp(name: str) -> int:
-    """When the file or directory of that name was last written, in nanoseconds; 0 for data sets with a name."""
+    """When the file of that name, or the directory or what lies directly in it, was last written, in nanoseconds; 0 for named data sets."""
     path = Path(name)
-    return path.stat().st_mtime_ns if path.exists() else 0
+    if not path.exists():
+        return 0
+    return max(each.stat().st_mtime_ns for each in ([path, *path.iterdir()] if path.is_dir() else [path]))
 
 
 def _read(name_or_path: str | Path, labels: str) -> tuple[str, Tensor, Tensor]:
@@ -245,12 +247,17 @@ def _find_cifar(path: Path) -> tuple[_Cifar, Path] | None:
     """The binary version that lies in a directory, or else in its customary folder there, and the place; None without CIFAR."""
     for places in ([(layout, path) for layout in CIFAR], [(layout, path / layout.folder) for layout in CIFAR]):
         found = [(layout, place) for layout, place in places if any((place / file).is_file() for file in layout.files)]
+        found = [each for each in found if _complete(*each) or not any(map(_image_files, _class_folders(path)))]  # a stray file
         if len(found) > 1:
             where = " and ".join(f"{layout.name} in {place}" for layout, place in found)
             raise ValueError(f"{path} holds two data sets, {where}; keep them in separate directories and give one of these")
         if found:
             return found[0]
     return _refuse_pickled(path)
+
+
+def _complete(layout: _Cifar, place: Path) -> bool:
+    return all((place / file).is_file() for file in layout.files)
 
 
 def _refuse_pickled(path: Path) -> None:

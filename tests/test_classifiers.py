@@ -18,6 +18,7 @@ def test_a_description_travels_as_json():
     again = Classifier.from_dict({**json.loads(json.dumps(TINY.to_dict())), "images": "of a cell"})
     assert again == TINY
     assert hash(again) == hash(TINY)
+    assert repr(TINY.variant(strength=1)) == repr(TINY)
 
 
 def test_checkpoints_are_those_of_the_training(tmp_path):
@@ -77,5 +78,8 @@ def test_errors_name_the_field():
         Classifier(network="vgg12")
     with pytest.raises(ValueError, match=r"strength=-1"):
         Classifier(strength=-1)
+    for checkpoints in ((0, 31), (2, 0), ()):
+        with pytest.raises(ValueError, match=r"checkpoints="):
+            Classifier(checkpoints=checkpoints)
     with pytest.raises(ValueError, match=r"labels='shuffled' is unknown"):
         Classifier(labels="shuffled")

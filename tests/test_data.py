@@ -1,6 +1,7 @@
 """Data sets: exact selections, targets for every loss, and a clear error for every kind of bad input."""
 
 import builtins
+import os
 import sys
 import types
 import zipfile
@@ -666,3 +667,19 @@ class TestBadFiles:
         with pytest.raises(ValueError, match=r"hold one class only \(1\); take more samples, or seed= to draw at random"):
             data.load(path, samples=3)
         assert set(data.load(path, samples=5).labels.tolist()) == {1, 2}
+
+
+def test_a_folder_of_images_with_a_stray_binary_file_is_a_folder_of_images(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        Image.fromarray(np.full((3, 3), 7, np.uint8)).save(tmp_path / name / "1.png")
+    (tmp_path / "test.bin").write_bytes(b"notes")
+    assert len(data.load(tmp_path)) == 2
+
+
+def test_the_stamp_of_a_directory_changes_with_a_file_in_it(tmp_path):
+    (tmp_path / "x.bin").write_bytes(b"1")
+    before = data.stamp(str(tmp_path))
+    os.utime(tmp_path / "x.bin", ns=(before + 10**9, before + 10**9))
+    assert data.stamp(str(tmp_path)) == before + 10**9
+    assert data.stamp("digits") == 0

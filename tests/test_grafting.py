@@ -398,3 +398,124 @@ def test_our_own_networks_as_modules(architecture, seed):
     network = random_network(architecture, (3, 4, 2)[: architecture.depth], seed)
     inputs = random_inputs(architecture, 3, seed)
     torch.testing.assert_close(sequential(network)(inputs).detach(), network(inputs), rtol=1e-10, atol=1e-12)
+
+
+class InPlace(nn.Module):
+    """Changes its inputs, and its first layer is an activation in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 8), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x -= 1
+        x /= 2
+        return self.second(functional.relu(self.first(x), inplace=True))
+
+
+def test_networks_that_work_in_place_change_nobody_s_inputs():
+    network, images = filled(InPlace(), 0), normal(100, 6)
+    before = images.clone()
+    for layer in ("first", "second"):
+        found = graft(network, network, layer, images)
+        assert found.error < 1e-24
+        assert max(layer_errors(found, network, images).values()) < 1e-24
+        found.network(images)
+        assert torch.equal(images, before)
+    lower = filled(nn.Sequential(nn.Linear(6, 4)), 1)
+    plain_, changing = (filled(nn.Sequential(nn.ReLU(inplace), nn.Linear(6, 4)), 2) for inplace in (False, True))
+    errors = [graft(lower, upper, "1", images, lower_layer="0").error for upper in (plain_, changing)]
+    assert errors[0] == pytest.approx(errors[1], rel=1e-12)
+
+
+class Shortcut(nn.Module):
+    def __init__(self, hide: bool) -> None:
+        super().__init__()
+        self.inner, self.outer, self.hide = nn.Linear(6, 6), nn.Linear(6, 3), hide
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.outer((x.detach() if self.hide else x) + self.inner(functional.relu(x)))
+
+
+@pytest.mark.parametrize("hide", [False, True])
+def test_shortcuts_are_seen_without_a_graph_as_well(hide):
+    network = filled(Shortcut(hide), 0)
+    with pytest.raises(ValueError, match="way around this layer"):
+        graft(network, network, "inner", normal(20, 6))
+    with torch.no_grad(), pytest.raises(ValueError, match="way around this layer"):
+        graft(network, network, "inner", normal(20, 6))
+
+
+def test_layers_that_do_more_than_a_convolution_are_left_alone():
+    class Standardised(nn.Conv2d):
+        def forward(self, x: Tensor) -> Tensor:
+            return self._conv_forward(x, self.weight - self.weight.mean(), self.bias)
+
+    upper = filled(nn.Sequential(nn.Conv2d(2, 5, 3), nn.ReLU(), Standardised(5, 4, 3), nn.Flatten(), nn.Linear(256, 3)), 0)
+    assert graft(upper, upper, "2", IMAGES, "match").error < 1e-24
+    hooked = plain(5, 0)
+    hooked[3].register_forward_hook(lambda module, inputs, output: 2 * output)
+    assert graft(hooked, hooked, "3", IMAGES, "match").error < 1e-24
+    with pytest.raises(ValueError, match=r"layer is a Conv1d on \(2, 3, 9\): only maps"):
+        graft(*[filled(nn.Sequential(nn.Conv1d(2, 3, 2), nn.Conv1d(3, 2, 2)), 0)] * 2, "1", normal(9, 2, 10))
+
+
+def test_matrices_on_the_last_axis_of_anything():
+    class Last(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.mix = nn.Conv2d(2, 5, 3), nn.Linear(5, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.mix(torch.tanh(self.conv(x)).permute(0, 2, 3, 1))
+
+    lower, upper = filled(Last(), 0), filled(Last(), 1)
+    found = graft(lower, upper, "mix", IMAGES)
+    assert (found.unknowns, found.samples) == (5, 150 * 100)
+    features = torch.tanh(lower.conv(IMAGES)).permute(0, 2, 3, 1).flatten(0, 2).detach().numpy()
+    goal = upper(IMAGES).flatten(0, 2).detach().numpy()
+    design = np.concatenate([np.ones((len(features), 1)), features], 1)
+    missed = goal - design @ np.linalg.lstsq(design, goal, rcond=None)[0]
+    assert found.error == pytest.approx((missed**2).sum() / ((goal - goal.mean(0)) ** 2).sum(), rel=1e-9)
+
+
+def test_inputs_that_cannot_be_used_are_named():
+    lower, upper = plain(5, 0), plain(5, 1)
+    broken = IMAGES.clone()
+    broken[3, 0, 0, 0] = float("nan")
+    for method in ("least_squares", "transport"):
+        with pytest.raises(ValueError, match="not finite"):
+            graft(lower, upper, "5", broken, method)
+    with pytest.raises(ValueError, match=r"begin with torch.float64 \(150, 2, 12, 12\) and go on with torch.int64 \(150,\)"):
+        graft(lower, upper, "5", (IMAGES, torch.zeros(150, dtype=torch.int64)))
+    with pytest.raises(TypeError, match="inputs must be a tensor"):
+        graft(lower, upper, "5", None)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"layer=5 must be the name"):
+        graft(lower, upper, 5, IMAGES)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="have not been added"):
+        Junction(lower, upper, "5", "5", IMAGES[:2]).graft()
+    split = [IMAGES[:70], IMAGES[:0], IMAGES[70:]]
+    found = graft(lower, upper, "5", split)
+    assert found.error == pytest.approx(graft(lower, upper, "5", IMAGES).error, rel=1e-12)
+    assert layer_errors(found, upper, split) == pytest.approx(layer_errors(found, upper, IMAGES))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_constant_targets_have_no_relative_error(dtype):
+    upper = plain(5, 1).to(dtype)
+    with torch.no_grad():
+        upper[10].weight.zero_()
+        upper[10].bias.fill_(0.3)
+    found = graft(plain(5, 0).to(dtype), upper, "10", IMAGES.to(dtype))
+    assert np.isnan(found.error)
+    assert np.isnan(layer_errors(found, upper, IMAGES.to(dtype))["10"])
+
+
+def test_small_variations_on_a_large_mean_are_fitted_in_float32():
+    a = (1 + 1e-4 * normal(200, 1000)).float()
+    b = a.double().T.mm(normal(200, 2, seed=1)).T
+    moments = Products(200, 2, torch.device("cpu"))
+    moments.add(a, b)
+    fit = moments.solve(0.0, torch.finfo(torch.float32).eps, offset=True)
+    assert fit.rank == 200
+    assert moments.residual(fit.weights, fit.offset) < 1e-6 * moments.total

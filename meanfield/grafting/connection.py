@@ -9,22 +9,24 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate, pad
 
+CHANNELS_FIRST = (nn.Conv1d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose3d, nn.BatchNorm1d, nn.BatchNorm3d, nn.MaxPool1d, nn.MaxPool3d)
+
 
 class Connection(nn.Module):
-    """A layer and the size (height, width) to which its input is resampled first, None to leave it.
+    """A layer, the size (height, width) to which maps are resampled first (None to leave them), and whether they are flattened.
 
     Larger maps are averaged down to the size, smaller ones are repeated (each output pixel is the mean of the input
     pixels that it overlaps), so that a layer at another depth of the lower network can be connected.
     """
 
-    def __init__(self, layer: nn.Conv2d | nn.Linear, size: tuple[int, int] | None) -> None:
+    def __init__(self, layer: nn.Conv2d | nn.Linear, size: tuple[int, int] | None = None, *, flat: bool = False) -> None:
         super().__init__()
-        self.layer, self.size = layer, size
+        self.layer, self.size, self.flat = layer, size, flat
 
     def resampled(self, signal: Tensor) -> Tensor:
         """The signal as the layer takes it."""
-        if isinstance(self.layer, nn.Linear):
-            return signal.flatten(1) if signal.ndim == 4 else signal
+        if self.flat:
+            return signal.flatten(1)
         return signal if self.size is None else interpolate(signal, self.size, mode="area")
 
     def forward(self, signal: Tensor) -> Tensor:
@@ -81,17 +83,26 @@ def _padded(layer: nn.Conv2d, signal: Tensor) -> Tensor:
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether the module is a connecting layer by itself: its output is linear in its kernel, which touches all channels."""
-    return isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and module.groups == 1)
+    """Whether the module is a connecting layer by itself: a Conv2d without groups or a Linear, and nothing more.
+
+    Subclasses with a forward of their own and modules with hooks may do something else besides.
+    """
+    plain = type(module).forward in (nn.Conv2d.forward, nn.Linear.forward) and getattr(module, "groups", 1) == 1
+    return plain and not module._forward_hooks and not module._forward_pre_hooks
 
 
 def own(module: nn.Module, signal: Tensor) -> nn.Conv2d | nn.Linear:
     """The connecting layer that the upper network has itself in front of or at `module`, whose input is `signal`.
 
-    A Conv2d or Linear is its own; any other module gets the identity in front of it, a 1x1 convolution or a matrix.
+    A Conv2d or Linear is its own; any other module gets the identity in front of it: a 1x1 convolution for maps
+    (N, C, H, W), a matrix for (N, D) or (N, T, D).
     """
     if isinstance(module, (nn.Conv2d, nn.Linear)) and is_linear(module):
         return copy.deepcopy(module)
+    if isinstance(module, CHANNELS_FIRST) or signal.ndim not in (2, 3, 4):
+        raise ValueError(
+            f"layer is a {type(module).__name__} on {tuple(signal.shape)}: only maps (N, C, H, W) and vectors (N, D), (N, T, D) can be connected"
+        )
     channels = signal.shape[1] if signal.ndim == 4 else signal.shape[-1]
     identity = torch.eye(channels).to(signal)
     layer = _conv(channels, channels, signal) if signal.ndim == 4 else _linear(channels, channels, signal)

@@ -17,7 +17,10 @@ from torch import Tensor, nn
 
 
 class Below(nn.Module):
-    """inputs -> the tensor that enters `layer` of a network; what comes after it is not run."""
+    """inputs -> the tensor that enters `layer` of a network; what comes after it is not run.
+
+    Networks run on copies of the inputs, which some change in place.
+    """
 
     def __init__(self, network: nn.Module, layer: str) -> None:
         super().__init__()
@@ -28,9 +31,9 @@ class Below(nn.Module):
 
     def forward(self, inputs: Tensor) -> Tensor:
         if not self.whole:
-            return self.network(inputs)
+            return self.network(inputs.clone())
         with _reached(self.network.get_submodule(self.layer)) as found:
-            self.network(inputs)
+            self.network(inputs.clone())
         return found[0]
 
 
@@ -52,7 +55,7 @@ class Above(nn.Module):
         if not self.whole:
             return self.network(signal)
         with _overruled(self.network.get_submodule(self.layer), signal, self.entering):
-            return self.network(inputs)
+            return self.network(inputs.clone())
 
 
 class _Reached(Exception):
@@ -102,31 +105,41 @@ def _after(children: dict[str, nn.Module], layer: str, entering: bool) -> list[t
 
 def find(network: nn.Module, layer: str, argument: str) -> nn.Module:
     """The module of that name; ValueError with the nearest names."""
+    if not isinstance(layer, str):
+        raise TypeError(f"{argument}={layer!r} must be the name of a module, a string such as '4' or 'stage2.0'")
     names = [name for name, _ in network.named_modules(remove_duplicate=False) if name]
     if layer in names:
         return network.get_submodule(layer)
-    near = difflib.get_close_matches(str(layer), names, n=3) or names[:8]
-    raise ValueError(f"{argument}={layer!r} is not a module of the network; there are {', '.join(map(repr, near))} ({len(names)} in all)")
+    near = ", ".join(map(repr, difflib.get_close_matches(layer, names, n=3) or names[:8]))
+    there = f"there are {near} ({len(names)} in all)" if names else "it has none, put it into an nn.Sequential"
+    raise ValueError(f"{argument}={layer!r} is not a module of the network; {there}")
 
 
-@torch.enable_grad()
 def check(network: nn.Module, layer: str, inputs: Tensor, argument: str, *, entering: bool) -> None:
     """ValueError unless `layer` is called once, with one tensor, and the output depends on the inputs through it alone.
 
-    The dependence is read off the graph of one pass on `inputs` in which the layer's output is a constant: exact,
-    whatever the values.  Only for the upper network; `called_once` is for the lower one.
+    The dependence is read off the graph of one pass in which the layer's output is a constant, which is exact whatever the
+    values, and where no graph is recorded (torch.no_grad, detach) from what a change of the inputs does to the output.
+    Only for the upper network; `called_once` is for the lower one.
     """
     called_once(network, layer, inputs, argument)
+    module, below = network.get_submodule(layer), Below(network, layer)
+    with torch.no_grad():
+        constant = below(inputs) if entering else module(below(inputs))
+
+    def output(changed: Tensor) -> Tensor:
+        with _overruled(module, constant.clone(), entering):
+            return network(changed)
+
     leaf = inputs.detach().clone().requires_grad_()
-    module = network.get_submodule(layer)
-    constant = Below(network, layer)(inputs).detach()
-    if not entering:
-        constant = module(constant).detach()
-    with _overruled(module, constant.clone(), entering):
-        output = network(leaf.clone())
-    if not isinstance(output, Tensor):
-        raise ValueError(f"upper must return one tensor, not {type(output).__name__}; wrap it in a module that does")
-    if output.requires_grad and torch.autograd.grad(output.sum(), leaf, allow_unused=True)[0] is not None:
+    with torch.enable_grad():
+        first = output(leaf.clone())
+        if not isinstance(first, Tensor):
+            raise ValueError(f"upper must return one tensor, not {type(first).__name__}; wrap it in a module that does")
+        linked = first.requires_grad and torch.autograd.grad(first.sum(), leaf, allow_unused=True)[0] is not None
+    with torch.no_grad():
+        linked = linked or not torch.equal(first, output(1 - 2 * leaf.detach()))
+    if linked:
         raise ValueError(
             f"{argument}={layer!r} is no cut of the network: its output depends on its inputs on a way around this layer, as along the shortcut of a "
             "residual block; name the block as a whole (a 1x1 convolution in front of it is fitted) or a layer outside of it"
@@ -135,17 +148,22 @@ def check(network: nn.Module, layer: str, inputs: Tensor, argument: str, *, ente
 
 @torch.no_grad()
 def called_once(network: nn.Module, layer: str, inputs: Tensor, argument: str) -> None:
-    calls: list[tuple[Any, ...]] = []
-    note: Callable[..., None] = lambda _, arguments, named: calls.append((*arguments, *named.values()))  # noqa: E731
+    calls: list[tuple[int, int]] = []
+
+    def note(_: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+        calls.append((len(arguments) if all(isinstance(each, Tensor) for each in arguments) else -1, len(named)))
+
     handle = network.get_submodule(layer).register_forward_pre_hook(note, with_kwargs=True)
     try:
-        network(inputs)
+        network(inputs.clone())
     finally:
         handle.remove()
     if len(calls) != 1:
         raise ValueError(f"{argument}={layer!r} is called {len(calls)} times in one pass; a cut needs a layer that is called once")
-    if len(calls[0]) != 1 or not isinstance(calls[0][0], Tensor):
-        raise ValueError(f"{argument}={layer!r} takes {len(calls[0])} arguments; a cut needs a layer that takes one tensor")
+    if calls[0] != (1, 0):
+        raise ValueError(
+            f"{argument}={layer!r} does not take one tensor by position and nothing else; name a module that does, such as a block around it"
+        )
 
 
 @contextmanager

@@ -36,7 +36,7 @@ class Graft:
 
     network: in evaluation mode, parameters of its own.  error: |g' - g|^2 / |g - mean g|^2 over the inputs of the fit, g
     the pre-activation of the upper network, g' that of the connection, means by channel; nan where g is constant.
-    rank: of the design that was fitted, out of `unknowns` per channel (least squares; None otherwise).
+    rank: of the design that was fitted, out of `unknowns` per channel (least squares without ridge; None otherwise).
     """
 
     network: Grafted
@@ -66,9 +66,10 @@ def graft(
     """What enters `lower_layer` of network `lower`, through a fitted connection, as what leaves `layer` of network `upper`.
 
     layer: name of a module of `upper` ("4" or "conv2" in an nn.Sequential, "stage2.0" elsewhere), called once and with one
-        tensor in a pass, through which all that reaches the output must pass.  A Conv2d (without groups) or Linear is the connecting layer and
-        gets a new kernel and, if it has one, bias; anything else, such as a residual block, stays as it is and gets a 1x1
-        convolution (a matrix) in front of it, fitted to its input.  Widths of the two networks may differ.
+        tensor in a pass, through which all that reaches the output must pass.  A Conv2d (without groups) or Linear is the
+        connecting layer and gets a new kernel and, if it has one, bias; anything else, such as a residual block, stays as
+        it is and gets a 1x1 convolution (a matrix for (N, D) or (N, T, D)) in front of it, fitted to its input.  Maps are
+        (N, C, H, W).  Widths of the two networks may differ.
     lower_layer: name of the module of `lower` whose input is taken, default `layer`.  Maps of another size are averaged
         down or repeated up to the size that `layer` takes.
     inputs: tensor (N, ...), or an iterable of batches (tensors, or tuples that begin with one) such as a DataLoader, read
@@ -84,7 +85,8 @@ def graft(
     ParticleNetwork and FiniteCNN go through `finite.sequential`, which gives their layers names.
     Raises ValueError where the networks do not fit together or `layer` is no cut.
     """
-    junction = Junction.observe(lower, upper, layer, inputs, lower_layer=lower_layer, progress=progress)
+    distances = validation.one_of(method, METHODS, "method") in ("transport", "match")
+    junction = Junction.observe(lower, upper, layer, inputs, lower_layer=lower_layer, distances=distances, progress=progress)
     return junction.graft(method, ridge, steps=steps, seed=seed)
 
 
@@ -109,8 +111,11 @@ class Junction:
     lower ones first.
     """
 
-    def __init__(self, lower: nn.Module, upper: nn.Module, layer: str, lower_layer: str, example: Tensor) -> None:
-        """Without inputs so far; `example` is a batch of them from which shapes are taken."""
+    def __init__(self, lower: nn.Module, upper: nn.Module, layer: str, lower_layer: str, example: Tensor, *, distances: bool = True) -> None:
+        """Without inputs so far; `example` is a batch of them from which shapes are taken.
+
+        distances: keep the inner products that "transport" and "match" need.
+        """
         lower, upper = frozen(lower, "lower"), frozen(upper, "upper")
         module = cut.find(upper, layer, "layer")
         cut.find(lower, lower_layer, "layer" if lower_layer == layer else "lower_layer")
@@ -120,12 +125,12 @@ class Junction:
         self.above = cut.Above(upper, layer, entering=not is_linear(module))
         with torch.no_grad():
             here, there = self.below(example), self._target(example)
-            self.own = Connection(own(module, there), None)
-            self._unfitted = Connection(widened(self.own.layer, _channels(self.own, here)), _size(here, there, layer, lower_layer))
+            self.own = Connection(own(module, there))
+            self._unfitted = _connection(self.own, here, there, layer, lower_layer)
         (unknowns, targets), both = self._unfitted.weights.shape, self._unfitted.features + self.own.features
         self.moments = moments(unknowns, targets, here)
-        self.products = torch.zeros(both, both, dtype=torch.float64, device=here.device)
-        self.inputs: Inputs = ()
+        self.products = torch.zeros(both, both, dtype=torch.float64, device=here.device) if distances else None
+        self.inputs: Inputs | None = None
 
     @classmethod
     def observe(
@@ -136,14 +141,17 @@ class Junction:
         inputs: Inputs,
         *,
         lower_layer: str | None = None,
+        distances: bool = True,
         progress: Callable[[int], None] = lambda images: None,
     ) -> Junction:
-        """After one pass over the inputs; arguments as for `graft`."""
+        """After one pass over the inputs; arguments as for `graft` and for the class."""
         batches = batches_of(inputs)
         first = _first(batches)
-        found = cls(lower, upper, layer, layer if lower_layer is None else lower_layer, first[:2])
+        found = cls(lower, upper, layer, layer if lower_layer is None else lower_layer, first[:2], distances=distances)
         found.inputs = inputs
         for batch in itertools.chain([first], batches):
+            if (batch.dtype, batch.device, batch.shape[1:]) != (first.dtype, first.device, first.shape[1:]):
+                raise ValueError(f"inputs begin with {_described(first)} and go on with {_described(batch)}; give one tensor or batches of a kind")
             found.add(batch)
             progress(len(batch))
         return found
@@ -153,12 +161,13 @@ class Junction:
         """Take a batch of inputs into account."""
         here, there = self.below(batch), self._target(batch)
         goal = self.own(there)
-        clouds = torch.cat([self._unfitted.cloud(here), self.own.cloud(there)]).double()
-        self.products.addmm_(clouds, clouds.T)
         step = max(1, self.moments.block // self.own.columns(goal[:1])[0].numel())
         for first in range(0, len(batch), step):
             part = slice(first, first + step)
             self.moments.add(self._unfitted.design(here[part]), self.own.columns(goal[part]))
+            if self.products is not None:
+                clouds = torch.cat([self._unfitted.cloud(here[part]), self.own.cloud(there[part])]).double()
+                self.products.addmm_(clouds, clouds.T)
 
     @torch.no_grad()
     def features(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
@@ -171,9 +180,11 @@ class Junction:
         validation.one_of(method, METHODS, "method")
         if validation.nonnegative(ridge, "ridge") and method != "least_squares":
             raise ValueError(f"ridge={ridge!r} is of least squares; method={method!r} has none")
+        self._require_inputs()
         rank = None
         if method == "least_squares":
             connection, rank = self._least_squares(ridge)
+            rank = None if ridge else rank
         elif method == "adam":
             connection = self._adam(validation.integer(steps, "steps"), validation.integer(seed, "seed", minimum=0))
         else:
@@ -183,6 +194,12 @@ class Junction:
         missed = error(self.moments, connection.weights, layer.bias)
         figures = (method, missed, rank, self.moments.unknowns, self.moments.samples, time.perf_counter() - self.began)
         return Graft(copy.deepcopy(network), self.layer, self.lower_layer, *figures)
+
+    def _require_inputs(self) -> None:
+        if self.moments.samples == 0:
+            raise ValueError("inputs have not been added to this junction; use Junction.observe or add")
+        if not math.isfinite(self.moments.residual(torch.ones_like(self._unfitted.weights), None)):
+            raise ValueError("inputs lead to values that are not finite; look for nan and infinities in them and in the networks")
 
     def _least_squares(self, ridge: float) -> tuple[Connection, int]:
         precision = torch.finfo(self.own.layer.weight.dtype).eps
@@ -198,6 +215,8 @@ class Junction:
     @property
     def costs(self) -> Tensor:
         """Squared distances of features as vectors over inputs and positions, (C, C')."""
+        if self.products is None:
+            raise ValueError("this junction was made with distances=False; 'transport' and 'match' need distances=True")
         below, sizes = self._unfitted.features, self.products.diagonal()
         return (sizes[:below, None] + sizes[below:] - 2 * self.products[:below, below:]).clamp_min(0)
 
@@ -229,6 +248,8 @@ class Junction:
         generator = torch.Generator().manual_seed(seed)
         connection = _started(self._unfitted, generator)
         optimiser = torch.optim.Adam(connection.layer.parameters(), lr=ADAM_RATE)
+        if self.inputs is None:
+            raise ValueError("method='adam' reads the inputs again and needs a junction made by Junction.observe")
         for batch in itertools.islice(_endless(self.inputs, generator), steps):
             here, goal = self.below(batch), self.own(self._target(batch))
             with torch.enable_grad():
@@ -253,15 +274,21 @@ def frozen(network: nn.Module, argument: str) -> nn.Module:
     if not isinstance(network, nn.Module):
         hint = "; finite.sequential makes one of it" if type(network).__name__ == "ParticleNetwork" else ""
         raise TypeError(f"{argument} must be a torch.nn.Module, not {type(network).__name__}{hint}")
-    return copy.deepcopy(network).eval().requires_grad_(False)
+    try:
+        copied = copy.deepcopy(network)
+    except RuntimeError as error:
+        raise ValueError(f"{argument} cannot be copied ({error}); remove what its modules keep from a pass, such as the old weight_norm") from error
+    return copied.eval().requires_grad_(False)
 
 
 def batches_of(inputs: Inputs, size: int = IMAGES) -> Iterator[Tensor]:
-    if isinstance(inputs, Tensor):
-        yield from inputs.split(size)
-        return
-    for batch in inputs:
-        yield batch[0] if isinstance(batch, (tuple, list)) else batch
+    """Without empty ones."""
+    if not isinstance(inputs, (Tensor, Iterable)):
+        raise TypeError(f"inputs must be a tensor (N, ...) or an iterable of batches, not {type(inputs).__name__}")
+    for batch in inputs.split(size) if isinstance(inputs, Tensor) else inputs:
+        found = batch[0] if isinstance(batch, (tuple, list)) else batch
+        if not isinstance(found, Tensor) or len(found):
+            yield found
 
 
 def _first(batches: Iterator[Tensor]) -> Tensor:
@@ -298,21 +325,20 @@ def _check(lower: nn.Module, upper: nn.Module, layer: str, lower_layer: str, inp
     cut.check(upper, layer, inputs, "layer", entering=not is_linear(upper.get_submodule(layer)))
 
 
-def _channels(connection: Connection, signal: Tensor) -> int:
-    """Features of the signal as the connection takes it, which flattens maps in front of a matrix."""
-    if isinstance(connection.layer, nn.Conv2d):
-        return signal.shape[1]
-    return signal[0].numel() if signal.ndim == 4 else signal.shape[-1]
+def _connection(owned: Connection, here: Tensor, there: Tensor, layer: str, lower_layer: str) -> Connection:
+    """What leads `here` to where `there` enters the upper network's own layer; ValueError where the two cannot meet."""
+    if isinstance(owned.layer, nn.Conv2d) and here.ndim == 4:
+        size = None if here.shape[2:] == there.shape[2:] else (there.shape[2], there.shape[3])
+        return Connection(widened(owned.layer, here.shape[1]), size)
+    if isinstance(owned.layer, nn.Linear) and there.ndim == 2 and here.ndim == 4:
+        return Connection(widened(owned.layer, here[0].numel()), flat=True)
+    if isinstance(owned.layer, nn.Linear) and here.shape[:-1] == there.shape[:-1]:
+        return Connection(widened(owned.layer, here.shape[-1]))
+    raise ValueError(
+        f"lower_layer={lower_layer!r} receives {tuple(here.shape[1:])} per input and layer={layer!r} of upper {tuple(there.shape[1:])}: "
+        "maps connect to maps, and vectors or flattened maps to vectors"
+    )
 
 
-def _size(here: Tensor, there: Tensor, layer: str, lower_layer: str) -> tuple[int, int] | None:
-    """The map size to resample to, None where there is nothing to do; ValueError where the signals cannot meet."""
-    if there.ndim == 4 and here.ndim == 4:
-        return None if here.shape[2:] == there.shape[2:] else (there.shape[2], there.shape[3])
-    flattened = there.ndim == 2 and here.ndim in (2, 4)
-    if not flattened and here.shape[:-1] != there.shape[:-1]:
-        raise ValueError(
-            f"lower_layer={lower_layer!r} receives {tuple(here.shape[1:])} per input and layer={layer!r} of upper {tuple(there.shape[1:])}: "
-            "maps connect to maps, and vectors or flattened maps to vectors"
-        )
-    return None
+def _described(batch: Any) -> str:
+    return f"{batch.dtype} {tuple(batch.shape)}" if isinstance(batch, Tensor) else type(batch).__name__

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 SAMPLES = 4  # between two factorisations, in multiples of the columns: a fifth of the work goes into the old triangle
+CONSTANT = 32 * torch.finfo(torch.float64).eps
 STRIPES = 4  # of a symmetric product: 10 of 16 blocks are computed
 ENTRIES = 2**25  # numbers of one block of samples (256 MiB)
 
@@ -45,7 +46,7 @@ class Moments(Protocol):
 
     @property
     def total(self) -> float:
-        """|b - mean b|^2."""
+        """|b - mean b|^2; 0 where that is rounding of constant targets."""
         ...
 
     def residual(self, weights: Tensor, offset: Tensor | None) -> float:
@@ -56,8 +57,8 @@ class Moments(Protocol):
         """The minimiser of least |W|, o free or (offset=False) zero.
 
         precision: relative rounding error of the samples' dtype.  Singular values of the design (less its mean if o is
-        free) up to precision sqrt(d) |A|_F are what rounding can make, each entry being a sum of about d products: they
-        count as zero.  Features that are zero throughout get weights of exactly zero.
+        free) up to precision |A|_F (in `Triangle` sqrt(d) times that) are what rounding can make: they count as zero.  Features that are zero
+        throughout get weights of exactly zero.  rank is that of the design with the ridge.
         """
         ...
 
@@ -119,7 +120,9 @@ class Triangle:
 
     @property
     def total(self) -> float:
-        return float(self._parts()[2][1:].square().sum() + self._rest)
+        targets = self._parts()[2]
+        spread = float(targets[1:].square().sum() + self._rest)
+        return spread if spread > CONSTANT**2 * float(targets[0].square().sum()) else 0.0
 
     def residual(self, weights: Tensor, offset: Tensor | None) -> float:
         ones, design, targets = self._parts()
@@ -134,7 +137,7 @@ class Triangle:
         if ridge:
             matrix = torch.cat([matrix, math.sqrt(ridge * self.samples) * torch.eye(self.unknowns).to(matrix)])
             right = torch.cat([right, right.new_zeros(self.unknowns, self.targets)])
-        cutoff = precision * math.sqrt(self.unknowns) * float(design.norm())
+        cutoff = precision * math.sqrt(self.unknowns) * float(design.norm())  # the factorisation rounds as well
         weights, rank = _by_values(matrix, right, cutoff)
         return Fit(weights, (targets[0] - design[0] @ weights) / ones[0] if offset else None, rank)
 
@@ -167,8 +170,9 @@ class Products:
 
     @property
     def total(self) -> float:
-        targets = slice(1 + self.unknowns, None)
-        return float((self._upper.diagonal()[targets] - self._upper[0, targets].square() / self.samples).sum())
+        sizes, sums = (each[1 + self.unknowns :] for each in (self._upper.diagonal(), self._upper[0]))
+        spread = float((sizes - sums.square() / self.samples).sum())
+        return spread if spread > CONSTANT * float(sizes.sum()) else 0.0  # a difference: its rounding is not squared
 
     def residual(self, weights: Tensor, offset: Tensor | None) -> float:
         sums = self._sums
@@ -179,7 +183,7 @@ class Products:
 
     def solve(self, ridge: float, precision: float, *, offset: bool) -> Fit:
         inner, sums = self.unknowns, self._sums[1 : 1 + self.unknowns, 1:]
-        cutoff = precision**2 * inner * float(sums.diagonal().sum())
+        cutoff = precision**2 * float(sums[:, :inner].diagonal().sum())
         if offset:
             sums = sums - torch.outer(self._upper[0, 1 : 1 + inner], self._upper[0, 1:]) / self.samples
         weights, rank = _by_squares(sums[:, :inner] + ridge * self.samples * torch.eye(inner).to(sums), sums[:, inner:], cutoff)

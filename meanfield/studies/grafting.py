@@ -94,7 +94,8 @@ def classes(cell: Cell, store: str) -> list[Row]:
     """What the label alone says of the host: |g - E[g | class]|^2 / |g - mean g|^2 at each layer, held out.
 
     E[g | class], by class, channel and position, is the mean over training images: the best prediction of g by anything that
-    knows the label and nothing else.  A graft with a smaller error knows more of the host's features than the class.
+    knows the label and nothing else (nan where a class is held out only).  A graft with a smaller error knows more of the
+    host's features than the class.
     """
     _, upper, images = _ends(cell, store)
     rows = []
@@ -117,7 +118,7 @@ def _class_error(network: nn.Module, images: Images) -> float:
         sums = found.new_zeros(images.classes, *found.shape[1:]) if sums is None else sums
         sums.index_add_(0, labels, found)
     assert sums is not None
-    means, left = sums / counts.clamp_min(1).reshape(-1, *[1] * (sums.ndim - 1)), Discrepancy()
+    means, left = sums / counts.reshape(-1, *[1] * (sums.ndim - 1)), Discrepancy()
     for inputs, labels in zip(images.held_out.split(BATCH), images.held_out_labels.split(BATCH)):
         left.add(means[labels], network(inputs))
     return left.relative
