@@ -33,7 +33,7 @@ CONTRASTS = ("error", "mmd")
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much of everything: "default" takes two minutes on two cores for digits, "full" half an hour and has every part."""
+    """How much of everything: "default" takes under three minutes on two cores for digits, "full" half an hour and has every part."""
 
     epochs: int
     checkpoints: tuple[int, ...]
