@@ -180,7 +180,7 @@ def _matrix(rows: Rows, down: str, across: str, lines: Sequence[Any], columns: S
 
 
 def _geometric(values: Iterable[float]) -> float:
-    logs = [math.log(max(value, ROUNDING)) for value in values]
+    logs = [math.log(max(value, ROUNDING)) for value in values if math.isfinite(value)]  # constant hosts have no relative error
     return math.exp(fmean(logs)) if logs else math.nan
 
 

@@ -19,7 +19,7 @@ from scipy.stats import spearmanr
 
 from meanfield import sweep
 from meanfield.classifiers import Classifier, layers_of
-from meanfield.rates import mean
+from meanfield.rates import Interval, mean
 from meanfield.studies import grafting
 from meanfield.sweep import Cell, Row, Rows, Tables, groups, select
 
@@ -197,7 +197,7 @@ def starts(rows: Rows) -> list[Row]:
     found = []
     for (arm, method, layer, position), each in groups(rows, "arm", "method", "layer", "position").items():
         accuracy = mean([relative_accuracy(row) for row in each])
-        error, output = (mean([max(row[name], ROUNDING) for row in each], geometric=True) for name in ("error", "output_error"))
+        error, output = (_mean_error([row[name] for row in each]) for name in ("error", "output_error"))
         found.append(
             {"arm": arm, "method": method, "layer": layer, "position": position, "pairs": len(each), "relative_accuracy": accuracy, "error": error,
              "output_error": output}
@@ -209,10 +209,16 @@ def starts(rows: Rows) -> list[Row]:
     return found
 
 
+def _mean_error(errors: Sequence[float]) -> Interval:
+    """Geometric; hosts that are constant at the layer have no relative error and are left out."""
+    known = [max(error, ROUNDING) for error in errors if math.isfinite(error)]
+    return mean(known, geometric=True) if known else Interval(math.nan, math.nan, math.nan)
+
+
 def class_errors(rows: Rows) -> list[Row]:
     """Per layer, geometric means over hosts."""
     return [
-        {"layer": layer, "position": position, "error": mean([max(row["class_error"], ROUNDING) for row in each], geometric=True)}
+        {"layer": layer, "position": position, "error": _mean_error([row["class_error"] for row in each])}
         for (layer, position), each in groups(rows, "layer", "position").items()
     ]
 
@@ -275,7 +281,7 @@ def _moment_distances(row: Row) -> Row:
 
 
 def _rank_correlation(rows: Rows, figure: str) -> float:
-    kept = [row for row in rows if math.isfinite(row[figure])]
+    kept = [row for row in rows if math.isfinite(row[figure]) and math.isfinite(row["error"])]
     distances, errors = [row[figure] for row in kept], [row["error"] for row in kept]
     if len(set(distances)) < 2 or len(set(errors)) < 2:
         return math.nan

@@ -245,3 +245,10 @@ def test_the_page_says_where_a_graft_knows_more_than_the_class(tmp_path):
     alone = graft_report.write({"classes": classes}, tmp_path, "meanfield graft").read_text()
     assert "between 0.020 and 0.91" in alone
     assert "know more of the host" not in alone
+
+
+def test_hosts_that_are_constant_leave_a_page(tmp_path):
+    rows = [{**row, "error": math.nan, "output_error": math.nan} if row["pair"] == 0 else row for row in starts()]
+    page = graft_report.write({"starts": rows}, tmp_path, "meanfield graft").read_text()
+    assert "it is multiplied by 1.1 with trained donors" in page
+    assert (tmp_path / "profiles.png").exists()

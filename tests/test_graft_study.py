@@ -98,6 +98,17 @@ def test_arms_are_separated_only_where_intervals_do_not_overlap():
     assert found["untrained"]["error"].value == pytest.approx((0.4 * 0.5 * 0.45) ** (1 / 3))
 
 
+def test_hosts_that_are_constant_are_left_out_of_mean_errors():
+    nan = math.nan
+    errors = {"trained": [0.1, nan, 0.1], "untrained": [nan, nan, nan]}
+    rows = start_rows(errors, {"trained": [0.5] * 3, "untrained": [0.4] * 3})
+    found = {row["arm"]: row for row in graft_study.starts(rows)}
+    assert found["trained"]["error"].value == pytest.approx(0.1)
+    assert math.isnan(found["untrained"]["error"].value)
+    assert not found["untrained"]["error_separated"]
+    assert found["untrained"]["relative_accuracy"].value == pytest.approx(0.8)
+
+
 def test_rank_correlations_of_monotone_tables():
     rows = []
     for layer, arm, pair in product(("conv2", "conv3"), ("trained", "untrained", "self"), range(4)):
