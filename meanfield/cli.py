@@ -223,7 +223,7 @@ def graft(
     part: Annotated[list[str] | None, option("Only this part: starts, classes, strengths, l2, across, epochs, trajectory, widths or procedures; may "
                                              "be given again. The networks that it needs are trained. Default: all that the size has.",
                                              WORK, "NAME")] = None,
-    size: Annotated[str, option("quick (shows that it runs), default (two and a half minutes on 2 cores), full (half an hour, every part) or authors "
+    size: Annotated[str, option("quick (shows that it runs), default (under 3 minutes on 2 cores), full (half an hour, every part) or authors "
                                 "(200 epochs of the authors' recipe, meant for CIFAR and a GPU). Default: default.", WORK, "NAME")] = "default",
     seed: Annotated[int, option("Number of the first pair of networks; pair k has seeds 2k and 2k + 1. Default: 0.", WORK, "N")] = 0,
     jobs: Annotated[int, option("Cells measured at a time, one thread each. Default: 2.", WORK, "N")] = 2,
@@ -242,7 +242,7 @@ def graft(
     one layer that least squares fits. How well that works, layer by layer and epoch by epoch, stands beside controls: donors
     untrained, trained on permuted labels, or rotated, and connections by optimal transport instead of least squares.
 
-    By default this takes about two and a half minutes on two cores. Trained networks and finished cells are kept: after a stop of
+    By default this takes under three minutes on two cores. Trained networks and finished cells are kept: after a stop of
     any kind the same command goes on and ends with the same tables.
     """
     with _one_line_errors(f"stopped; what was finished is in {out}, and the same command goes on from there"):
