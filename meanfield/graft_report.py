@@ -12,11 +12,11 @@ from typing import Any
 
 import numpy as np
 
-from meanfield import graft_study, plotting, storage
+from meanfield import graft_study, plotting
 from meanfield.graft_study import ROUNDING
 from meanfield.plotting import Band
 from meanfield.rates import Interval
-from meanfield.report import assemble, figure, inline, plain_table, to_json
+from meanfield.report import assemble, figure, inline, plain_table, publish
 from meanfield.sweep import Row, Rows, groups, select
 
 Images = dict[str, str]
@@ -44,13 +44,9 @@ TRAJECTORY = {
 
 def write(tables: Mapping[str, Rows], directory: str | Path, command: str) -> Path:
     """Write graft.html, summary.json and the pictures; returns the page."""
-    directory, tables = Path(directory), {part: rows for part, rows in tables.items() if rows}
-    figures = {name: plotting.png(drawn) for name, drawn in pictures(tables).items()}
-    for name, content in figures.items():
-        storage.write_atomically(directory / f"{name}.png", content)
+    tables = {part: rows for part, rows in tables.items() if rows}
     found = graft_study.summary(tables)
-    storage.write_atomically(directory / "summary.json", to_json(found))
-    return storage.write_atomically(directory / "graft.html", page(tables, found, figures, command))
+    return publish(directory, "graft.html", pictures(tables), found, lambda figures: page(tables, found, figures, command))
 
 
 def pictures(tables: Mapping[str, Rows]) -> dict[str, Any]:

@@ -12,24 +12,8 @@ LEVEL = 0.95
 
 
 @dataclass(frozen=True)
-class Slope:
-    """Log-log slope of a mean, or of another statistic, over x: `value`, and the ends `low`, `high` of its 95% bootstrap interval."""
-
-    value: float
-    low: float
-    high: float
-
-    def __str__(self) -> str:
-        return f"{self.value:.2f} ({self.low:.2f} to {self.high:.2f})"
-
-    def inside(self, low: float, high: float) -> bool:
-        """Whether the whole interval lies in [low, high]."""
-        return low <= self.low and self.high <= high
-
-
-@dataclass(frozen=True)
 class Interval:
-    """A mean and the ends of its 95% interval."""
+    """A figure of samples and the ends of its 95% interval."""
 
     value: float
     low: float
@@ -41,6 +25,18 @@ class Interval:
     def above(self, other: Interval) -> bool:
         """Whether the whole of this interval lies above the other one."""
         return self.low > other.high
+
+    def inside(self, low: float, high: float) -> bool:
+        """Whether the whole interval lies in [low, high]."""
+        return low <= self.low and self.high <= high
+
+
+@dataclass(frozen=True)
+class Slope(Interval):
+    """Log-log slope of a mean, or of another statistic, over x, with its bootstrap interval."""
+
+    def __str__(self) -> str:
+        return f"{self.value:.2f} ({self.low:.2f} to {self.high:.2f})"
 
 
 def mean(values: Sequence[float], *, geometric: bool = False) -> Interval:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, is_dataclass
 from html import escape
 from importlib.resources import files
@@ -54,6 +54,16 @@ def _strict(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_strict(entry) for entry in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def publish(directory: str | Path, name: str, drawn: Mapping[str, Any], found: Any, page: Callable[[dict[str, bytes]], str]) -> Path:
+    """Write figures (name -> Figure) as PNG, `found` as summary.json and the page that is made of the pictures; returns the page's path."""
+    directory = Path(directory)
+    figures = {each: plotting.png(picture) for each, picture in drawn.items()}
+    for each, content in figures.items():
+        storage.write_atomically(directory / f"{each}.png", content)
+    storage.write_atomically(directory / "summary.json", to_json(found))
+    return storage.write_atomically(directory / name, page(figures))
 
 
 def pictures(results: Results) -> dict[str, Any]:

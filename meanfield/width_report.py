@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from meanfield import plotting, storage, width_study
+from meanfield import plotting, width_study
 from meanfield.plotting import Curve
 from meanfield.rates import Slope
-from meanfield.report import assemble, figure, inline, plain_table, to_json
+from meanfield.report import assemble, figure, inline, plain_table, publish
 from meanfield.studies.trajectories import QUANTILES
 from meanfield.sweep import Rows, groups, select
 from meanfield.width_study import samples
@@ -27,13 +27,8 @@ ARMS = {
 
 def write(tables: Mapping[str, Rows], directory: str | Path, command: str) -> Path:
     """Write widths.html, summary.json and the pictures; returns the page."""
-    directory = Path(directory)
-    figures = {name: plotting.png(drawn) for name, drawn in pictures(tables).items()}
-    for name, content in figures.items():
-        storage.write_atomically(directory / f"{name}.png", content)
     found = width_study.summary(tables)
-    storage.write_atomically(directory / "summary.json", to_json(found))
-    return storage.write_atomically(directory / "widths.html", page(tables, found, figures, command))
+    return publish(directory, "widths.html", pictures(tables), found, lambda figures: page(tables, found, figures, command))
 
 
 def pictures(tables: Mapping[str, Rows]) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +80,17 @@ class StateFile:
 
     def remove(self) -> None:
         self.path.unlink(missing_ok=True)
+
+
+def ended(file: StateFile | None, work: Callable[[], str]) -> str:
+    """The status that `work` returns, "interrupted" after Ctrl-C; the file is removed unless there is something to go on from."""
+    try:
+        status = work()
+    except KeyboardInterrupt:
+        return "interrupted"
+    if file is not None:
+        file.remove()
+    return status
 
 
 def _checksum(body: str, tensors: Mapping[str, Tensor]) -> str:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from meanfield import validation
-from meanfield.finite.checkpoints import StateFile, digest
+from meanfield.finite.checkpoints import StateFile, digest, ended
 
 PENALTIES = ("none", "l12", "l2")
 L12_STRENGTHS = (0.5, 1.0, 2.0, 4.0, 8.0, 10.0)  # those of the grafting experiment of Gu et al. 2020
@@ -203,13 +203,7 @@ def fit(
     run = _Run(network, inputs, labels, recipe, validation.integer(seed, "seed", minimum=0), kept)
     file = None if state is None else StateFile(state, run.settings)
     run.restore(None if file is None else file.load())
-    try:
-        status = _train(run, file, callback)
-    except KeyboardInterrupt:
-        status = "interrupted"
-    if file is not None and status != "interrupted":
-        file.remove()
-    return run.result(status)
+    return run.result(ended(file, lambda: _train(run, file, callback)))
 
 
 @torch.no_grad()

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from meanfield import measures, validation
-from meanfield.finite.checkpoints import StateFile, digest
+from meanfield.finite.checkpoints import StateFile, digest, ended
 from meanfield.finite.network import SCALINGS, FiniteCNN
 from meanfield.network import ParticleNetwork
 from meanfield.penalties import input_norms, shrinkage_root
@@ -121,13 +121,7 @@ def train(
     choices = {"seed": int(seed), "widths": run.network.widths, "batch_size": batches.size, "shuffle": shuffle, "start": _named(start)}
     file = None if state is None else StateFile(state, {**_data(problem), **settings.described, **choices})
     run.restore(None if file is None else file.load())
-    try:
-        status = _descend(run, file, every)
-    except KeyboardInterrupt:
-        status = "interrupted"
-    if file is not None and status != "interrupted":
-        file.remove()
-    return run.result(status)
+    return run.result(ended(file, lambda: _descend(run, file, every)))
 
 
 def log_spaced_times(first: float, last: float, count: int) -> tuple[float, ...]:

@@ -119,10 +119,11 @@ class Junction:
         lower, upper = frozen(lower, "lower"), frozen(upper, "upper")
         module = cut.find(upper, layer, "layer")
         cut.find(lower, lower_layer, "layer" if lower_layer == layer else "lower_layer")
-        _check(lower, upper, layer, lower_layer, example)
+        entering = not is_linear(module)
+        _check(lower, upper, layer, lower_layer, example, entering)
         self.layer, self.lower_layer, self.began = layer, lower_layer, time.perf_counter()
         self.below, self._target = cut.Below(lower, lower_layer), cut.Below(upper, layer)
-        self.above = cut.Above(upper, layer, entering=not is_linear(module))
+        self.above = cut.Above(upper, layer, entering=entering)
         with torch.no_grad():
             here, there = self.below(example), self._target(example)
             self.own = Connection(own(module, there))
@@ -245,11 +246,11 @@ class Junction:
         return torch.as_tensor(plan).to(costs)
 
     def _adam(self, steps: int, seed: int) -> Connection:
+        if self.inputs is None:
+            raise ValueError("method='adam' reads the inputs again and needs a junction made by Junction.observe")
         generator = torch.Generator().manual_seed(seed)
         connection = _started(self._unfitted, generator)
         optimiser = torch.optim.Adam(connection.layer.parameters(), lr=ADAM_RATE)
-        if self.inputs is None:
-            raise ValueError("method='adam' reads the inputs again and needs a junction made by Junction.observe")
         for batch in itertools.islice(_endless(self.inputs, generator), steps):
             here, goal = self.below(batch), self.own(self._target(batch))
             with torch.enable_grad():
@@ -316,13 +317,13 @@ def _endless(inputs: Inputs, generator: torch.Generator) -> Iterator[Tensor]:
             raise ValueError("inputs can be read only once; method='adam' needs a tensor or a loader that starts anew, such as a DataLoader")
 
 
-def _check(lower: nn.Module, upper: nn.Module, layer: str, lower_layer: str, inputs: Tensor) -> None:
+def _check(lower: nn.Module, upper: nn.Module, layer: str, lower_layer: str, inputs: Tensor, entering: bool) -> None:
     kinds = {(each.dtype, each.device) for network in (lower, upper) for each in network.parameters() if each.is_floating_point()}
     kinds.add((inputs.dtype, inputs.device))
     if len(kinds) > 1:
         raise ValueError(f"lower, upper and inputs must share one dtype and one device; got {sorted(map(str, kinds))}")
     cut.called_once(lower, lower_layer, inputs, "lower_layer")
-    cut.check(upper, layer, inputs, "layer", entering=not is_linear(upper.get_submodule(layer)))
+    cut.check(upper, layer, inputs, "layer", entering=entering)
 
 
 def _connection(owned: Connection, here: Tensor, there: Tensor, layer: str, lower_layer: str) -> Connection:

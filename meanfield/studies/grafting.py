@@ -20,6 +20,7 @@ from meanfield.classifiers import Classifier, Images, layers_of
 from meanfield.distances import FeatureMeasure, linear_cka, median_distance, mmd, moments, sliced_wasserstein
 from meanfield.finite import evaluate
 from meanfield.grafting import Graft, Junction, layer_errors
+from meanfield.grafting.cut import Below
 from meanfield.grafting.errors import Discrepancy
 from meanfield.sweep import Cell, Row
 
@@ -50,10 +51,9 @@ def pair(cell: Cell, store: str) -> list[Row]:
     seed = cell["lower"]["seed"]
     named = {**cell["names"], "lower_seed": seed, "upper_seed": cell["upper"]["seed"], "lower_epoch": cell["lower_epoch"]}
     named["upper_epoch"] = cell["upper_epoch"]
-    rows = []
-    for connection in _connections(upper, cell["connections"]):
-        donor = rotated(lower, connection[0], seed) if cell["rotated"] else lower
-        rows += profile(donor, upper, images, [connection], cell["methods"])
+    connections = _connections(upper, cell["connections"])
+    donors = [(rotated(lower, each[0], seed), [each]) for each in connections] if cell["rotated"] else [(lower, connections)]
+    rows = [row for donor, places in donors for row in profile(donor, upper, images, places, cell["methods"])]
     return [{**named, **row} for row in rows]
 
 
@@ -100,14 +100,9 @@ def classes(cell: Cell, store: str) -> list[Row]:
     _, upper, images = _ends(cell, store)
     rows = []
     for _, layer in _connections(upper, cell["connections"]):
-        error = _class_error(nn.Sequential(*(child for _, child in _up_to(upper, layer))), images)
+        error = _class_error(nn.Sequential(Below(upper, layer), upper.get_submodule(layer)), images)
         rows.append({**cell["names"], "layer": layer, "position": layers_of(upper).index(layer) + 1, "class_error": error})
     return rows
-
-
-def _up_to(network: nn.Module, layer: str) -> list[tuple[str, nn.Module]]:
-    children = list(network.named_children())
-    return children[: [name for name, _ in children].index(layer) + 1]
 
 
 @torch.no_grad()
