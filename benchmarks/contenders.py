@@ -24,7 +24,7 @@ from benchmarks import problems
 from benchmarks.judge import Answer
 from benchmarks.machine import forget_peak, peak_bytes
 from benchmarks.problems import Case
-from meanfield.program import ConvexProgram
+from meanfield.convex.program import ConvexProgram
 from meanfield.solvers import splitting
 
 WARM_UP = Case(images=4, side=2, widths=(3, 2))

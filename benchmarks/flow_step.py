@@ -27,6 +27,7 @@ import meanfield as mf
 from benchmarks import machine
 from benchmarks.blocks import alternating, cpu_seconds
 from benchmarks.machine import forget_peak, peak_bytes
+from meanfield import starts
 from meanfield.losses import accuracy
 from meanfield.solvers import flow
 
@@ -75,7 +76,7 @@ class FlowContender:
     def __init__(self, problem: mf.Problem, settings: Settings, total: int):
         generator = torch.Generator().manual_seed(settings.seed)
         self.problem = problem
-        self.network = mf.ParticleNetwork.start(problem.architecture, settings.widths, problem.inputs, generator, "low_rank")
+        self.network = starts.start(problem.architecture, settings.widths, problem.inputs, generator, "low_rank")
         self.method = flow.PreconditionedDescent(problem, 0.1, total)
         self.terms, self.velocity = flow.velocity(problem, self.network)
 

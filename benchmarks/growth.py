@@ -24,7 +24,7 @@ from benchmarks import isolated, machine, problems
 from benchmarks.contenders import WARM_UP
 from benchmarks.machine import forget_peak, peak_bytes
 from benchmarks.problems import Case
-from meanfield.program import ConvexProgram
+from meanfield.convex.program import ConvexProgram
 from meanfield.solvers import splitting
 
 SHORT, LONG = 22, 38  # between them no block is rescaled and the acceleration's memory is full

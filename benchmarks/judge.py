@@ -16,8 +16,8 @@ from torch import Tensor
 
 from meanfield import certificates
 from meanfield.certificates import Certificate, Multipliers
-from meanfield.program import ConvexProgram
-from meanfield.repopulation import ProgramPoint
+from meanfield.convex.program import ConvexProgram
+from meanfield.convex.repopulation import ProgramPoint
 
 FEASIBLE = 1e-8  # largest relative violation of a point whose value counts
 

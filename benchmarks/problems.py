@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 import meanfield as mf
-from meanfield import data, measures
+from meanfield import data
+from meanfield.starts import normal
 
 FULL_SIDE = 8
 PENALTY = mf.Penalty(source=3e-4, readout=3e-3, input=3e-4)
@@ -63,8 +64,8 @@ def normal_network(architecture: mf.Architecture, widths: tuple[int, int], like:
     """Uniform masses, kernels and readout standard normal."""
     generator = torch.Generator().manual_seed(seed)
     masses = [like.new_full((width,), 1 / width) for width in widths]
-    kernels = [measures.normal(shape, generator, like) for shape in architecture.kernel_shapes(widths)]
-    readout = measures.normal(architecture.readout_shape(widths[-1]), generator, like)
+    kernels = [normal(shape, generator, like) for shape in architecture.kernel_shapes(widths)]
+    readout = normal(architecture.readout_shape(widths[-1]), generator, like)
     return mf.ParticleNetwork(architecture, masses, kernels, readout)
 
 

@@ -22,9 +22,9 @@ from torch import Tensor, nn
 import meanfield as mf
 from benchmarks import machine
 from benchmarks.blocks import Step, alternating
-from meanfield import sweep
+from meanfield.bench import sweep
+from meanfield.bench.sweep import Cell, Row
 from meanfield.finite import training
-from meanfield.sweep import Cell, Row
 
 STEP_ALLOWED, OVERHEAD_ALLOWED = 1.3, 0.05
 CONTENDERS: tuple[str, ...] = ("finite.train", "plain", "plain with penalties")

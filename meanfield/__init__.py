@@ -6,15 +6,15 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from meanfield import certificates, data, finite, grafting, measures, solvers, studies
+    from meanfield import certificates, data, finite, grafting, measures, solvers, starts, studies
     from meanfield.architecture import Architecture, Conv
-    from meanfield.main_job import solve
+    from meanfield.convex.program import ConvexProgram
+    from meanfield.convex.repopulation import ProgramPoint
     from meanfield.network import ParticleNetwork
     from meanfield.penalties import Penalty
     from meanfield.problem import Problem
-    from meanfield.program import ConvexProgram
-    from meanfield.repopulation import ProgramPoint
-    from meanfield.solution import Solution
+    from meanfield.solvers.main_job import solve
+    from meanfield.solvers.solution import Solution
     from meanfield.storage import load_network, save_network
 
 __version__ = "0.1.0"
@@ -37,6 +37,7 @@ __all__ = [
     "save_network",
     "solve",
     "solvers",
+    "starts",
     "studies",
 ]
 
@@ -44,15 +45,15 @@ __all__ = [
 _HOMES = {
     "Architecture": "architecture",
     "Conv": "architecture",
-    "ConvexProgram": "program",
+    "ConvexProgram": "convex.program",
     "ParticleNetwork": "network",
     "Penalty": "penalties",
     "Problem": "problem",
-    "ProgramPoint": "repopulation",
-    "Solution": "solution",
+    "ProgramPoint": "convex.repopulation",
+    "Solution": "solvers.solution",
     "load_network": "storage",
     "save_network": "storage",
-    "solve": "main_job",
+    "solve": "solvers.main_job",
 }
 
 

@@ -21,10 +21,10 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 if TYPE_CHECKING:
+    from meanfield.bench.sweep import Cell, Tables
     from meanfield.data import Dataset
-    from meanfield.findings import Run
     from meanfield.problem import Problem
-    from meanfield.sweep import Cell, Tables
+    from meanfield.studies.solve.measure import Run
 
 app = typer.Typer(
     add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False,
@@ -164,8 +164,8 @@ def widths(
 def _widths(
     settings: dict[str, Any], parts: list[str], size: str, seed: int, jobs: int, backend: str, out: Path, report: bool, quiet: bool
 ) -> None:  # fmt: skip
-    from meanfield import width_study
-    from meanfield.task import Task
+    from meanfield.bench.task import Task
+    from meanfield.studies.widths import plan as width_study
     from meanfield.validation import one_of
 
     task, sizes = Task(**settings), width_study.SIZES[one_of(size, width_study.SIZES, "size")]
@@ -175,7 +175,7 @@ def _widths(
         cells, lambda announce: width_study.run(task, sizes, out, parts=chosen, seed=seed, jobs=jobs, backend=backend, announce=announce), out, quiet
     )
     if report:
-        from meanfield import width_report
+        from meanfield.studies.widths import page as width_report
 
         command = " ".join(["meanfield widths", f"--size {size}", f"--seed {seed}", *(f"--part {part}" for part in parts)])
         typer.echo(f"page: {width_report.write(tables, out, command)}")
@@ -258,8 +258,8 @@ def graft(
 def _graft(
     settings: dict[str, Any], parts: list[str], size: str, seed: int, jobs: int, backend: str, out: Path, report: bool, quiet: bool
 ) -> None:  # fmt: skip
-    from meanfield import graft_study
-    from meanfield.classifiers import Classifier
+    from meanfield.bench.classifiers import Classifier
+    from meanfield.studies.grafting import plan as graft_study
     from meanfield.validation import one_of
 
     sizes = graft_study.SIZES[one_of(size, graft_study.SIZES, "size")]
@@ -270,7 +270,7 @@ def _graft(
         cells, lambda announce: graft_study.run(base, sizes, out, parts=chosen, seed=seed, jobs=jobs, backend=backend, announce=announce), out, quiet
     )
     if report:
-        from meanfield import graft_report
+        from meanfield.studies.grafting import page as graft_report
 
         named = [f"--{name} {getattr(base, name)}" for name in ("data", "pool", "samples", "network", "width", "penalty", "strength")]
         named.insert(3, "--file-order" if base.split is None else "--split")
@@ -280,8 +280,8 @@ def _graft(
 
 def _network(settings: dict[str, Any], size: str) -> dict[str, Any]:
     """Network, recipe and strength where they were left open; only networks that the controls can take apart."""
-    from meanfield.classifiers import NETWORKS
-    from meanfield.graft_study import L2_STRENGTH
+    from meanfield.bench.classifiers import NETWORKS
+    from meanfield.studies.grafting.plan import L2_STRENGTH
     from meanfield.validation import one_of
 
     usual = {"network": "vgg16", "width": 64} if size == "authors" else {"network": "vgg11", "width": 8}
@@ -332,7 +332,8 @@ def _work(settings: dict[str, Any], out: Path | None, as_json: bool, quiet: bool
     _check(settings)
     if out is not None:
         _check_writable(out)
-    from meanfield import findings, report
+    from meanfield.studies.solve import measure as findings
+    from meanfield.studies.solve import page as report
 
     data = _load(settings)
     problem = _problem(settings, data)
@@ -419,7 +420,7 @@ def _load(settings: dict[str, Any]) -> Dataset:
 
 
 def _problem(settings: dict[str, Any], data: Dataset) -> Problem:
-    from meanfield.task import Task
+    from meanfield.bench.task import Task
 
     return Task.from_dict({**settings, "depth": len(settings["widths"])}).problem(data)
 
@@ -438,12 +439,12 @@ def _warn(problem: Problem) -> list[str]:
 def _solve(settings: dict[str, Any], data: Dataset, problem: Problem, said: list[str], progress: _Progress) -> Run:
     import torch
 
-    from meanfield.findings import Run
-    from meanfield.network import ParticleNetwork
-    from meanfield.solvers import alternating, flow
+    from meanfield import starts
+    from meanfield.solvers import alternating
+    from meanfield.studies.solve.measure import Run
 
     generator = torch.Generator().manual_seed(settings["seed"])
-    start = flow.project_bounds(problem, ParticleNetwork.start(problem.architecture, settings["widths"], problem.inputs, generator, "low_rank"))
+    start = starts.draw(problem, settings["widths"], generator, "low_rank")
     with warnings.catch_warnings(), _interrupts_wait(progress):
         warnings.filterwarnings("ignore", message="the infimum over all measures")
         solution = alternating.solve(
@@ -476,7 +477,8 @@ def _interrupts_wait(progress: _Progress) -> Iterator[None]:
 def _keep(run: Run, out: Path | None, why: str) -> NoReturn:
     where = "was not written, for want of --out"
     if out is not None:
-        from meanfield import report, storage
+        from meanfield import storage
+        from meanfield.studies.solve import page as report
 
         where = f"is in {report.save_network(run, out)}"
         storage.write_atomically(out / "results.json", report.to_json(_brief(run)))
@@ -484,7 +486,7 @@ def _keep(run: Run, out: Path | None, why: str) -> NoReturn:
 
 
 def _brief(run: Run) -> dict[str, Any]:
-    from meanfield import findings
+    from meanfield.studies.solve import measure as findings
 
     return {
         "settings": run.settings, "seed": run.seed, "versions": findings.versions(), "warnings": run.warnings,

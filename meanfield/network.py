@@ -174,20 +174,6 @@ class ParticleNetwork:
         """int |w(z', z)| d rho(z') of every feature of `layer` (counted from 0, >= 1), from |w_ij| (M_l, M_{l-1})."""
         return norms @ self.masses[layer - 1]
 
-    @classmethod
-    def start(
-        cls,
-        architecture: Architecture,
-        widths: Sequence[int],
-        inputs: Tensor,
-        generator: torch.Generator,
-        kind: str = "anchored",
-    ) -> ParticleNetwork:
-        """A random start that has a limit as the widths grow; see `meanfield.measures.start`."""
-        from meanfield import measures
-
-        return measures.start(architecture, widths, inputs, generator, kind)
-
 
 def _describe(value: object) -> str:
     return f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)

@@ -10,7 +10,7 @@ from torch import Tensor
 from meanfield import losses
 from meanfield.architecture import Architecture
 from meanfield.network import ParticleNetwork
-from meanfield.penalties import Penalty, input_norms
+from meanfield.penalties import Penalty, input_norms, shrinkage_root
 from meanfield.validation import finite
 
 BOUND_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-7}
@@ -150,6 +150,24 @@ class Problem:
         if penalty.readout == 0:
             missing.append("a positive readout penalty")
         return missing
+
+
+def project_bounds(problem: Problem, network: ParticleNetwork) -> ParticleNetwork:
+    """The nearest network, feature by feature in the flow's metric, that keeps the input and the amplitude bound."""
+    penalty, kernels, biases = problem.penalty, list(network.kernels), list(network.biases)
+    if penalty.input_bound is not None:
+        factor = (penalty.input_bound / input_norms(kernels[0], biases[0]).clamp_min(penalty.input_bound)).to(network.dtype)
+        kernels[0] = kernels[0] * factor[:, None, None, None]
+        biases[0] = None if biases[0] is None else biases[0] * factor
+    if penalty.amplitude_bound is not None:
+        for layer in range(1, len(kernels)):
+            source = network.masses[layer - 1][None, :, None]
+            level = torch.full_like(network.masses[layer][:, None, None], penalty.amplitude_bound)
+            theta = shrinkage_root(penalty.atoms(kernels[layer]), 1.0, source, (1, 2), level=level)
+            kernels[layer] = penalty.shrink(kernels[layer], theta)
+            bias = biases[layer]
+            biases[layer] = None if bias is None else bias.clamp(-penalty.amplitude_bound, penalty.amplitude_bound)
+    return ParticleNetwork.unchecked(network.architecture, network.masses, kernels, network.readout, biases)
 
 
 def _tensor(values: Any, argument: str) -> Tensor:

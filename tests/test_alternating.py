@@ -7,8 +7,9 @@ import torch
 from strategies import generator
 
 import meanfield as mf
-from meanfield.solution import STATUS_TEXTS
+from meanfield import starts
 from meanfield.solvers import alternating
+from meanfield.solvers.solution import STATUS_TEXTS
 
 EXACT = 0.32012158137  # one layer, ReLU: cone program over all activation patterns
 COLUMNS = {
@@ -25,7 +26,7 @@ def tiny(dtype=torch.float64, widths=(8, 4), seed=0):
     arch = mf.Architecture(digits.input_shape, (layer, layer))
     penalty = mf.Penalty(source=3e-3, readout=3e-2, input=3e-3)
     problem = mf.Problem(arch, digits.inputs.to(dtype), digits.targets("squared").to(dtype), penalty=penalty)
-    return problem, mf.ParticleNetwork.start(arch, widths, problem.inputs, generator(seed), "low_rank")
+    return problem, starts.start(arch, widths, problem.inputs, generator(seed), "low_rank")
 
 
 @pytest.fixture(scope="module")

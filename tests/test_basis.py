@@ -6,8 +6,8 @@ from hypothesis import given
 from strategies import architectures, cases, normal, random_inputs
 
 import meanfield as mf
-from meanfield import basis
-from meanfield.basis import Design
+from meanfield.convex import basis
+from meanfield.convex.basis import Design
 
 deep = architectures(depths=(2, 3))
 

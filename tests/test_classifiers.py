@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from meanfield import data
-from meanfield.classifiers import Classifier, layers_of
+from meanfield.bench.classifiers import Classifier, layers_of
 from meanfield.finite import fit
 
 TINY = Classifier(network="vgg8", width=2, samples=120, epochs=2, checkpoints=(0, 1, 2))

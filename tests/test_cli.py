@@ -168,7 +168,7 @@ def test_bad_input_of_a_graft_study_is_one_line(arguments, parts, tmp_path):
 @pytest.fixture
 def asked(monkeypatch):
     """The classifier and the sizes that a graft study is asked for."""
-    from meanfield import graft_study
+    from meanfield.studies.grafting import plan as graft_study
 
     heard = []
     monkeypatch.setattr(graft_study, "run", lambda base, sizes, *_, **__: heard.append((base, sizes)) or {})

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from strategies import architectures, cases, costly, generator, normal
 
 import meanfield as mf
+from meanfield import starts
 from meanfield.studies import convexity
 from meanfield.studies.convexity import ProgramVariables, Witness
 
@@ -156,7 +157,7 @@ def test_the_rounding_bound_covers_single_precision():
     """The same formula in float32 against float64: the bound holds and is no more than a few hundred times too large."""
     arch = mf.Architecture((2, 3, 3), (mf.Conv(2, activation="tanh"), mf.Conv(2, activation="tanh")), "average", 1)
     inputs, targets = normal((4, 2, 3, 3), 0), normal((4, 1), 1)
-    network = mf.ParticleNetwork.start(arch, (6, 5), inputs, generator(0))
+    network = starts.start(arch, (6, 5), inputs, generator(0))
     exact = ProgramVariables(mf.ConvexProgram.freeze(mf.Problem(arch, inputs, targets), network))
     single = ProgramVariables(exact.program.to(dtype=torch.float32))
     for seed in range(20):

@@ -11,8 +11,19 @@ from scipy.optimize import linear_sum_assignment
 from strategies import generator, normal, random_inputs, random_masses, random_network, seeds
 
 import meanfield as mf
-from meanfield import distances
-from meanfield.distances import FeatureMeasure, linear_cka, median_distance, mmd, moments, null_band, sliced_wasserstein, split_half, wasserstein
+from meanfield import starts
+from meanfield.bench import distances
+from meanfield.bench.distances import (
+    FeatureMeasure,
+    linear_cka,
+    median_distance,
+    mmd,
+    moments,
+    null_band,
+    sliced_wasserstein,
+    split_half,
+    wasserstein,
+)
 from meanfield.finite import FiniteCNN
 
 SIGMAS = 4.5  # two-sided level 7e-6 of every Monte Carlo test below
@@ -474,8 +485,8 @@ def test_null_band_takes_every_pair_once():
 def test_untrained_networks_fall_into_the_band_of_others():
     arch = mf.Architecture((1, 4, 4), (mf.Conv(3),))
     inputs = random_inputs(arch, 5, seed=3)
-    starts = [mf.ParticleNetwork.start(arch, (40,), inputs, generator(seed)) for seed in range(12)]
-    measures = [FeatureMeasure.of(start, inputs, 0) for start in starts]
+    drawn = [starts.start(arch, (40,), inputs, generator(seed)) for seed in range(12)]
+    measures = [FeatureMeasure.of(start, inputs, 0) for start in drawn]
     band = null_band(measures[:8], wasserstein)
     fresh = [wasserstein(*measures[8 + 2 * k : 10 + 2 * k]) for k in range(2)]
     assert all(0.5 * min(band.distances) < each < 2 * max(band.distances) for each in fresh)

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import meanfield as mf
+from meanfield import starts
 from meanfield.finite import FiniteCNN, sample
 
 SCALINGS = ("mean_field", "ntk", "standard", "mup")
@@ -172,7 +173,7 @@ class TestRandomStart:
     def test_mean_field_is_the_particle_start(self):
         arch = architecture()
         network = FiniteCNN.random(arch, (6, 5), inputs_for(arch), seeded(3))
-        start = mf.ParticleNetwork.start(arch, (6, 5), inputs_for(arch), seeded(3))
+        start = starts.start(arch, (6, 5), inputs_for(arch), seeded(3))
         assert all(torch.equal(a, b) for a, b in zip(network.particles().kernels, start.kernels))
 
     def test_dtype_follows_the_inputs(self):

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import meanfield as mf
-from meanfield import data
+from meanfield import data, starts
 from meanfield.finite import FiniteCNN, train
 from meanfield.finite import training as module
 
@@ -549,7 +549,7 @@ class TestStart:
 
     def test_random_mean_field_start_is_the_particle_start(self):
         problem = make_problem()
-        start = mf.ParticleNetwork.start(problem.architecture, (5, 4), problem.inputs, seeded(3))
+        start = starts.start(problem.architecture, (5, 4), problem.inputs, seeded(3))
         assert train(problem, (5, 4), 3, steps=1).history[0]["value"] == pytest.approx(float(problem.value(start)), rel=1e-12)
 
 

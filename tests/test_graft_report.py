@@ -5,8 +5,9 @@ from itertools import product
 
 import pytest
 
-from meanfield import graft_report, graft_study
-from meanfield.rates import Interval
+from meanfield.bench.rates import Interval
+from meanfield.studies.grafting import page as graft_report
+from meanfield.studies.grafting import pictures, summary
 
 LAYERS = ("conv2", "conv3", "conv4", "linear1")
 ERRORS = {"trained": 0.1, "untrained": 0.3, "permuted_labels": 0.4, "rotated": 0.1, "self": 1e-13}
@@ -100,7 +101,7 @@ HEADINGS = {
 def html(tables):
     """A page with empty pictures."""
     images = dict.fromkeys({name for names in PICTURES.values() for name in names}, b"")
-    return graft_report.page(tables, graft_study.summary(tables), images, "meanfield graft")
+    return graft_report.page(tables, summary.summary(tables), images, "meanfield graft")
 
 
 def words(page):
@@ -186,7 +187,7 @@ def test_of_many_layers_the_text_tells_the_deepest():
 
 
 def test_the_ridge_is_drawn_without_what_depends_on_one_epoch_alone():
-    panel = graft_report.pictures({"trajectory": trajectory(1, ridge=2.0)})["ridge"].axes[0]
+    panel = pictures.pictures({"trajectory": trajectory(1, ridge=2.0)})["ridge"].axes[0]
     drawn = panel.get_images()[0].get_array()
     assert drawn.tolist() == [pytest.approx([2**-0.5, 2**0.5]), pytest.approx([2**0.5, 2**-0.5])]
 
@@ -194,7 +195,7 @@ def test_the_ridge_is_drawn_without_what_depends_on_one_epoch_alone():
 def test_one_epoch_has_no_contrast():
     rows = {"trajectory": trajectory(epochs=(0, 1))}
     assert "too few epochs" in read(rows)
-    assert set(graft_report.pictures(rows)) == PICTURES["trajectory"] - {"ridge"}
+    assert set(pictures.pictures(rows)) == PICTURES["trajectory"] - {"ridge"}
 
 
 def test_epochs_layers_skipped_procedures_and_networks_are_told_in_figures():
@@ -214,20 +215,20 @@ def test_the_error_is_followed_through_later_layers_of_one_graft():
 
 def test_matrices_are_geometric_means_with_blanks_where_nothing_was_measured():
     rows = [{"a": 0, "b": 0, "error": 1.0}, {"a": 0, "b": 0, "error": 4.0}, {"a": 1, "b": 0, "error": 3.0}]
-    found = graft_report._matrix(rows, "a", "b", [0, 1], [0, 1], "error")
+    found = pictures._matrix(rows, "a", "b", [0, 1], [0, 1], "error")
     assert found[:, 0].tolist() == pytest.approx([2.0, 3.0])
     assert all(map(math.isnan, found[:, 1]))
 
 
 def test_untrained_donors_are_one_line_of_the_strengths():
-    figure = graft_report.pictures({"strengths": TABLES["strengths"]})["strengths"]
+    figure = pictures.pictures({"strengths": TABLES["strengths"]})["strengths"]
     assert [tick.get_text() for tick in figure.axes[0].get_yticklabels()] == ["untrained", "0.5", "1"]
     assert len(figure.axes[0].texts) == 6
 
 
 def test_layers_are_in_the_order_of_the_network():
     rows = [{"layer": name} for name in ("linear1", "conv10", "conv2", "conv9")]
-    assert graft_report._layers(rows, "layer") == ["conv2", "conv9", "conv10", "linear1"]
+    assert summary.layers_upwards(rows, "layer") == ["conv2", "conv9", "conv10", "linear1"]
 
 
 def test_intervals_without_ends_are_shown_as_values():

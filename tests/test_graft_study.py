@@ -9,12 +9,13 @@ from itertools import product
 import pytest
 import torch
 
-from meanfield import graft_study
-from meanfield.classifiers import Classifier, layers_of
+from meanfield.bench.classifiers import Classifier, layers_of
 from meanfield.finite import evaluate
-from meanfield.graft_study import SIZES
 from meanfield.grafting import graft
-from meanfield.studies import grafting
+from meanfield.studies.grafting import measure as grafting
+from meanfield.studies.grafting import plan as graft_study
+from meanfield.studies.grafting import summary
+from meanfield.studies.grafting.plan import SIZES
 
 TINY = Classifier(network="vgg8", width=2, samples=120)
 SMALL = graft_study.Sizes(2, (0, 1, 2), 2, 1, 1, (1.0, 4.0), (1.0, 2.0), ("conv3",), 1)
@@ -72,7 +73,7 @@ def trajectory_rows(bonus, pairs=3):
 
 def test_the_contrast_sees_a_ridge_and_nothing_else():
     for bonus in (0.0, 0.5, -0.2):
-        found = {(row["method"], row["figure"]): row["contrast"] for row in graft_study.contrasts(trajectory_rows(bonus))}
+        found = {(row["method"], row["figure"]): row["contrast"] for row in summary.contrasts(trajectory_rows(bonus))}
         assert found["least_squares", "error"].value == pytest.approx(bonus * 1.1, abs=1e-12)
         assert found["transport", "error"].value == pytest.approx(bonus * 1.1, abs=1e-12)
         assert found["least_squares", "mmd"].value == pytest.approx(2 * bonus * 1.1, abs=1e-12)
@@ -90,7 +91,7 @@ def start_rows(errors, accuracies):
 def test_arms_are_separated_only_where_intervals_do_not_overlap():
     errors = {"trained": [0.1, 0.11, 0.12], "untrained": [0.4, 0.5, 0.45], "permuted_labels": [0.1, 0.9, 0.2]}
     accuracies = {"trained": [0.5, 0.49, 0.5], "untrained": [0.48, 0.5, 0.49], "permuted_labels": [0.3, 0.31, 0.29]}
-    found = {row["arm"]: row for row in graft_study.starts(start_rows(errors, accuracies))}
+    found = {row["arm"]: row for row in summary.starts(start_rows(errors, accuracies))}
     assert (found["untrained"]["error_separated"], found["untrained"]["accuracy_separated"]) == (True, False)
     assert (found["permuted_labels"]["error_separated"], found["permuted_labels"]["accuracy_separated"]) == (False, True)
     assert not found["trained"]["error_separated"]
@@ -102,7 +103,7 @@ def test_hosts_that_are_constant_are_left_out_of_mean_errors():
     nan = math.nan
     errors = {"trained": [0.1, nan, 0.1], "untrained": [nan, nan, nan]}
     rows = start_rows(errors, {"trained": [0.5] * 3, "untrained": [0.4] * 3})
-    found = {row["arm"]: row for row in graft_study.starts(rows)}
+    found = {row["arm"]: row for row in summary.starts(rows)}
     assert found["trained"]["error"].value == pytest.approx(0.1)
     assert math.isnan(found["untrained"]["error"].value)
     assert not found["untrained"]["error_separated"]
@@ -118,7 +119,7 @@ def test_rank_correlations_of_monotone_tables():
         rows.append({"layer": layer, "arm": arm, "method": "transport", "error": x**3, "mmd": x, "sliced_wasserstein": x, "cka": -x, **moments})
         if arm == "self":
             rows[-1] |= {"error": 100.0 * pair, "mmd": -pair}  # would spoil it
-    found = {row["distance"]: row for row in graft_study.correlations(rows)}
+    found = {row["distance"]: row for row in summary.correlations(rows)}
     assert {name: round(row["mean"], 12) for name, row in found.items()} == {
         "mmd": 1, "sliced_wasserstein": 1, "cka": -1, "mean_difference": 1, "log_variance_ratio": 1,
     }  # fmt: skip
@@ -130,7 +131,7 @@ def test_procedures_in_points_and_ratios():
         {"layer": "conv2", "method": "least_squares", "accuracy": 0.90, "fit_error": 0.10, "cpu_seconds": 0.5},
         {"layer": "conv2", "method": "adam", "accuracy": 0.89, "fit_error": 0.101, "cpu_seconds": 20.0},
     ]
-    (found,) = graft_study.procedures(rows)
+    (found,) = summary.procedures(rows)
     assert found["accuracy_points"] == pytest.approx(-1)
     assert found["excess"] == pytest.approx(0.01)
     assert found["ratio"] == pytest.approx(40)
@@ -141,7 +142,7 @@ def test_matrix_takes_the_upper_half_of_the_layers():
         {"arm": "trained", "method": "least_squares", "a": 1, "b": 2, "position": position, "accuracy": position / 10, "upper_accuracy": 1.0,
          "output_error": position} for position in (2, 3, 4, 5, 6)
     ]  # fmt: skip
-    (found,) = graft_study.matrix(rows, "a", "b")
+    (found,) = summary.matrix(rows, "a", "b")
     assert found["relative_accuracy"] == pytest.approx(0.5)
     assert found["output_error"] == pytest.approx(5)
 
@@ -232,4 +233,4 @@ def test_the_study_runs_and_goes_on_where_it_was(tmp_path):
     assert again == tables
     assert (tmp_path / "starts.csv").read_bytes() == before
     assert sum(kept) * 2 == len(kept)
-    assert set(graft_study.summary(tables)) == {"starts", "correlations"}
+    assert set(summary.summary(tables)) == {"starts", "correlations"}

@@ -11,10 +11,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from meanfield import losses, measures, repopulation
+from meanfield import losses, measures
 from meanfield.certificates import duality
+from meanfield.convex import repopulation
+from meanfield.convex.program import ConvexProgram
 from meanfield.problem import Problem
-from meanfield.program import ConvexProgram
 from meanfield.solvers import arrangements, flow
 from theory_checks.catalogue import FAMILIES, claim
 from theory_checks.claim import Setting, judge
@@ -41,15 +42,15 @@ def forget():
 
 
 def perspective_doubled(patch):
-    patch.setattr("meanfield.program.perspective", lambda s, p: 2 * s.square() / p)
+    patch.setattr("meanfield.convex.program.perspective", lambda s, p: 2 * s.square() / p)
 
 
 def perspective_of_the_wrong_degree(patch):
-    patch.setattr("meanfield.program.perspective", lambda s, p: s.square() / p.square())
+    patch.setattr("meanfield.convex.program.perspective", lambda s, p: s.square() / p.square())
 
 
 def readout_perspective_without_its_mass(patch):
-    patch.setattr("meanfield.program.perspective", lambda s, p: s.square())
+    patch.setattr("meanfield.convex.program.perspective", lambda s, p: s.square())
 
 
 def swapped_masses(patch):

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from scipy.optimize import linprog, nnls
 from strategies import costly, normal, seeds
 
-from meanfield import patterns
+from meanfield.convex import patterns
 
 
 def sampled_patterns(rows, count, seed=0):

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from meanfield import plotting
+from meanfield.pages import plotting
 
 ROWS = [
     {"round": 0, "flow_value": 0.03, "value": 0.02, "dual_value": 0.0199, "flow_gap": 1e-2, "gap": 1e-4},

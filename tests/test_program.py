@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from strategies import architectures, cases, costly, normal, random_inputs, random_masses, random_network
 
 import meanfield as mf
-from meanfield.repopulation import ProgramPoint
+from meanfield.convex.repopulation import ProgramPoint
 
 deep = architectures(depths=(2, 3))
 roomy = architectures(depths=(2,), sides=(2, 3), poolings=("none", "average"))

@@ -13,7 +13,7 @@ from strategies import architectures, cases, costly, normal, random_inputs, rand
 
 import meanfield as mf
 from meanfield import certificates
-from meanfield.solution import STATUS_TEXTS, Solution, message
+from meanfield.solvers.solution import STATUS_TEXTS, Solution, message
 
 DATA = Path(__file__).parent / "data"
 TRUTH = {"relu_squared": (0.4602987431011591, 1e-6), "tanh_softmax_l1": (1.08029868, 5e-6)}

@@ -7,7 +7,7 @@ from strategies import cases, normal, random_inputs, random_network
 
 import meanfield as mf
 from meanfield import measures
-from meanfield.repopulation import ProgramPoint, to_network, to_program
+from meanfield.convex.repopulation import ProgramPoint, to_network, to_program
 
 
 @given(cases(zero_mass=(False, True)))

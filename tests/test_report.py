@@ -4,9 +4,10 @@ import re
 import pytest
 from typer.testing import CliRunner
 
-from meanfield import Problem, data, findings
+from meanfield import Problem, data
 from meanfield.cli import app
 from meanfield.storage import load_network
+from meanfield.studies.solve import measure as findings
 
 FIGURES = ("values", "gaps", "populations", "kernels", "images", "predictions", "finite", "segment")
 

@@ -13,7 +13,7 @@ from strategies import architectures, cases, normal, random_inputs, random_netwo
 
 import meanfield as mf
 from benchmarks import optima
-from meanfield import measures
+from meanfield import measures, starts
 from meanfield.certificates import search, search_features
 from meanfield.solvers import arrangements, flow, splitting
 
@@ -191,7 +191,7 @@ def test_optimal_multipliers_give_the_exact_optimum(exact, with_network):
 @pytest.mark.parametrize("steps", [1, 5, 40])
 def test_multipliers_of_poor_networks_stay_below_the_exact_optimum(exact, steps):
     problem, _ = exact
-    start = mf.ParticleNetwork.start(problem.architecture, (4,), problem.inputs, torch.Generator().manual_seed(steps))
+    start = starts.start(problem.architecture, (4,), problem.inputs, torch.Generator().manual_seed(steps))
     network = flow.solve(problem, start, steps=steps).network
     found = search_features(problem, gradient(problem, network), network, seed=steps)
     assert 0 < found.rigorous_bound <= EXACT + 1e-9

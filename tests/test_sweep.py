@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from meanfield import sweep
+from meanfield.bench import sweep
 
 CALLS = []
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 import meanfield as mf
-from meanfield.task import BOUNDS, Task
+from meanfield.bench.task import BOUNDS, Task
 
 
 def test_the_default_task_is_the_demonstration():

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from meanfield.rates import slope
+from meanfield.bench.rates import slope
 from meanfield.studies.convexity import Witness
 from theory_checks import catalogue, page, pictures, runner, statistics
 from theory_checks.__main__ import app

@@ -5,11 +5,15 @@ import pytest
 import torch
 from strategies import random_network
 
-import meanfield as mf
-from meanfield import distances, finite, measures, width_report, width_study
-from meanfield.rates import Slope
-from meanfield.studies import coordinates, trajectories, widths
-from meanfield.task import Task
+from meanfield import finite, measures, starts
+from meanfield.bench import distances
+from meanfield.bench.rates import Slope
+from meanfield.bench.sweep import select
+from meanfield.bench.task import Task
+from meanfield.studies.widths import coordinates, summary, trajectories
+from meanfield.studies.widths import networks as widths
+from meanfield.studies.widths import page as width_report
+from meanfield.studies.widths import plan as width_study
 
 TASK = Task(pool=4, samples=6)
 CELL = TASK.to_dict()
@@ -84,7 +88,7 @@ def test_a_trained_row_is_the_objective_it_says(masses):
     (row,) = widths.trained(cell)
     assert widths.trained(cell) == [row]
     problem = TASK.problem()
-    start = mf.ParticleNetwork.start(problem.architecture, (3, 3), problem.inputs, torch.Generator().manual_seed(1))
+    start = starts.start(problem.architecture, (3, 3), problem.inputs, torch.Generator().manual_seed(1))
     assert row["value"] < float(problem.value(start))
 
 
@@ -98,11 +102,11 @@ def test_pairs_compare_what_they_say():
     at = lambda run, time: distances.FeatureMeasure.of(ends[run][time][1], probes, 1)  # noqa: E731
     expected = {"seeds": (at(0, 2), at(1, 2)), "doubled": (at(0, 2), at(2, 2)), "times": (at(0, 2), at(0, 1))}
     for kind, measured in expected.items():
-        (row,) = width_study.select(rows, kind=kind, time=2.0, layer=2)
+        (row,) = select(rows, kind=kind, time=2.0, layer=2)
         assert row["mmd"] == pytest.approx(distances.mmd(*measured, [bandwidths[1]]).values[0], rel=1e-9)
-    crossed = width_study.select(rows, kind="cross")
+    crossed = select(rows, kind="cross")
     assert len(crossed) == 9
-    (same,) = width_study.select(crossed, time=2.0, other_time=2.0)
+    (same,) = select(crossed, time=2.0, other_time=2.0)
     assert same["mmd"] == pytest.approx(distances.mmd(*expected["seeds"], [bandwidths[1]]).values[0], rel=1e-9)
 
 
@@ -110,8 +114,8 @@ def test_the_permuted_control_learns_other_labels():
     times = [0.0, 2.0]
     cell = {**CELL, "width": 4, "number": 1, "rate": 0.5, "times": times, "doubled": False}
     plain, permuted = (trajectories.pair({**cell, "arm": arm}) for arm in ("mean_field", "permuted_labels"))
-    assert width_study.select(plain, kind="seeds", time=0.0) != []
-    same = [a["mmd"] == b["mmd"] for a, b in zip(width_study.select(plain, kind="seeds"), width_study.select(permuted, kind="seeds"))]
+    assert select(plain, kind="seeds", time=0.0) != []
+    same = [a["mmd"] == b["mmd"] for a, b in zip(select(plain, kind="seeds"), select(permuted, kind="seeds"))]
     assert same[:2] == [True, True]  # the starts
     assert not any(same[2:])
 
@@ -122,7 +126,7 @@ def test_statistics_are_those_of_the_pooled_values():
     problem, probes, _ = trajectories._setting(TASK)
     network = trajectories.networks(problem, 5, 3, rate=0.5, times=[0.0, 1.0])[1][1]
     values = network.particles().responses(probes).features[1].flatten().numpy()
-    (row,) = width_study.select(rows, time=1.0, layer=2, of="features")
+    (row,) = select(rows, time=1.0, layer=2, of="features")
     assert row["mean"] == pytest.approx(values.mean())
     assert row["variance"] == pytest.approx(values.var())
     assert row["q25"] == pytest.approx(np.quantile(values, 0.25))
@@ -139,15 +143,15 @@ def test_a_gallery_is_symmetric_with_zeros_on_its_diagonal():
 def test_coordinates_start_unchanged_and_one_step_is_one_step():
     cell = {**CELL, "scaling": "standard", "optimiser": "sgd", "width": 6, "seed": 0, "steps": 2}
     rows = coordinates.check(cell)
-    assert all(row["change"] == 0 for row in width_study.select(rows, step=0))
-    assert all(row["change"] > 0 for row in width_study.select(rows, step=1))
+    assert all(row["change"] == 0 for row in select(rows, step=0))
+    assert all(row["change"] > 0 for row in select(rows, step=1))
     assert {row["layer"] for row in rows} == {"1", "2", "output"}
 
 
 def test_slopes_of_the_summary_find_a_planted_power():
     named = {"depth": 2, "activation": "tanh", "sampling": "masses"}
     sampled = [{**named, "width": m, "squared_error": 5 / m, "feature_error_2": 3 / m**2} for m in (8, 32, 128)]
-    (row,) = width_study.sampled_rates(sampled)
+    (row,) = summary.sampled_rates(sampled)
     assert row["slope"].value == pytest.approx(-1)
     assert row["feature_slope"].value == pytest.approx(-2)
 
@@ -155,7 +159,7 @@ def test_slopes_of_the_summary_find_a_planted_power():
 def test_shares_count_seeds_within_one_and_five_per_cent_of_the_best():
     values = [1.0, 1.005, 1.03, 1.2]
     rows = [{"masses": "free", "width": 4, "value": value} for value in values]
-    found = width_study.trained_shares(rows, [{"value": 1.1, "bound": 0.97}, {"value": 1.1, "bound": 1.05}])
+    found = summary.trained_shares(rows, [{"value": 1.1, "bound": 0.97}, {"value": 1.1, "bound": 1.05}])
     assert (found["best"], found["bound"], found["refuted_bounds"]) == (1.0, 0.97, 1)
     (width,) = found["widths"]
     assert (width["within_1%"], width["within_5%"], width["median"]) == (0.5, 0.75, pytest.approx(0.0175))
@@ -166,7 +170,7 @@ def test_the_ratio_is_taken_where_a_network_moves_most():
         {"kind": kind, "time": time, "mmd": value, "sliced_wasserstein": value, "layer": 1, "arm": "mean_field", "width": 4}
         for kind, time, value in [("times", 1.0, 9.0), ("times", 2.0, 0.2), ("times", 4.0, 0.5), ("seeds", 2.0, 7.0), ("seeds", 4.0, 0.1)]
     ]
-    found = width_study.trajectory_rates(rows)["ratios"][0]
+    found = summary.trajectory_rates(rows)["ratios"][0]
     assert (found["time"], found["ratio"]) == (4.0, pytest.approx(0.2))
 
 

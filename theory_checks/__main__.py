@@ -91,7 +91,7 @@ def _tell(console: Console, records: list[dict[str, Any]], out: Path | None) -> 
 
 
 def _write(records: list[dict[str, Any]], out: Path) -> None:
-    from meanfield.report import to_json
+    from meanfield.pages.html import to_json
     from meanfield.storage import write_atomically
     from theory_checks import catalogue, page, pictures
 

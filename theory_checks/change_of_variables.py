@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import meanfield as mf
-from meanfield import repopulation
+from meanfield.convex import repopulation
 from theory_checks.claim import Axes, Claim, Evidence, Series, Setting
 from theory_checks.instances import random_network, random_problem
 from theory_checks.rounding import output_error, value_error

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 import meanfield as mf
-from meanfield import finite
-from meanfield.rates import slope
+from meanfield import finite, starts
+from meanfield.bench.rates import slope
 from meanfield.solvers import flow
 from meanfield.solvers.flow import Tangent
 from theory_checks.claim import Axes, Claim, Evidence, Series, Setting
@@ -123,7 +123,7 @@ def _limit_problem(setting: Setting) -> mf.Problem:
 def _population(setting: Setting) -> mf.ParticleNetwork:
     """The measure that starts of every width are drawn from i.i.d.: they share its random functions phi_r."""
     problem = _limit_problem(setting)
-    return mf.ParticleNetwork.start(problem.architecture, (POPULATION,) * 2, problem.inputs, setting.generator(71), "low_rank")
+    return starts.draw(problem, (POPULATION,) * 2, setting.generator(71), "low_rank")
 
 
 def _in_mean_field(problem: mf.Problem, network: mf.ParticleNetwork) -> mf.ParticleNetwork:

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 import meanfield as mf
-from meanfield import measures
+from meanfield import starts
+from meanfield.starts import normal
 from theory_checks.claim import Setting
 
 LOSSES = ("squared", "logistic", "softmax")
@@ -45,9 +46,9 @@ def random_network(problem: mf.Problem, widths: Sequence[int], generator: torch.
     """Gaussian kernels and readout, masses drawn uniformly on the simplex."""
     architecture, like = problem.architecture, problem.inputs
     masses = [random_masses(m, generator).to(like) for m in widths]
-    kernels = [measures.normal(shape, generator, like) for shape in architecture.kernel_shapes(widths)]
-    biases = [measures.normal((m,), generator, like) if layer.bias else None for m, layer in zip(widths, architecture.layers)]
-    return mf.ParticleNetwork(architecture, masses, kernels, measures.normal(architecture.readout_shape(widths[-1]), generator, like), biases)
+    kernels = [normal(shape, generator, like) for shape in architecture.kernel_shapes(widths)]
+    biases = [normal((m,), generator, like) if layer.bias else None for m, layer in zip(widths, architecture.layers)]
+    return mf.ParticleNetwork(architecture, masses, kernels, normal(architecture.readout_shape(widths[-1]), generator, like), biases)
 
 
 def random_masses(count: int, generator: torch.Generator) -> Tensor:
@@ -57,9 +58,8 @@ def random_masses(count: int, generator: torch.Generator) -> Tensor:
 
 
 def random_start(problem: mf.Problem, widths: Sequence[int], seed: int, kind: str = "low_rank") -> mf.ParticleNetwork:
-    """`ParticleNetwork.start` inside the problem's bounds."""
-    start = mf.ParticleNetwork.start(problem.architecture, widths, problem.inputs, torch.Generator().manual_seed(seed), kind)
-    return mf.solvers.flow.project_bounds(problem, start)
+    """`starts.draw` from a seed."""
+    return starts.draw(problem, widths, torch.Generator().manual_seed(seed), kind)
 
 
 def digits_problem(

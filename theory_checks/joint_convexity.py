@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import meanfield as mf
-from meanfield import repopulation
+from meanfield.convex import repopulation
 from meanfield.studies import convexity
 from meanfield.studies.convexity import Function, ProgramVariables
 from theory_checks.claim import Axes, Claim, Evidence, Series, Setting

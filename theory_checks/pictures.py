@@ -8,7 +8,7 @@ from typing import Any
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from meanfield.plotting import BLUE, GREEN, GREY, ORANGE, PURPLE, RED, png
+from meanfield.pages.plotting import BLUE, GREEN, GREY, ORANGE, PURPLE, RED, png
 from theory_checks.claim import Axes
 
 COLOURS = (BLUE, RED, GREEN, ORANGE, PURPLE, GREY)

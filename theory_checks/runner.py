@@ -17,7 +17,7 @@ import torch
 from joblib import Parallel, delayed
 
 import meanfield
-from meanfield.report import to_json
+from meanfield.pages.html import to_json
 from meanfield.storage import write_atomically
 from theory_checks.catalogue import claim
 from theory_checks.claim import Setting, Verdict, judge

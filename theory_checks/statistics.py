@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from scipy import stats
 
-from meanfield.rates import LEVEL
+from meanfield.bench.rates import LEVEL
 
 
 def largest(values: Sequence[float]) -> float:

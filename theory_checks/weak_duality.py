@@ -8,8 +8,9 @@ from functools import lru_cache
 import torch
 
 import meanfield as mf
-from meanfield import certificates, measures
+from meanfield import certificates
 from meanfield.certificates import Multipliers
+from meanfield.starts import normal
 from meanfield.studies.convexity import ProgramVariables
 from theory_checks.claim import Axes, Claim, Evidence, Series, Setting
 from theory_checks.instances import LOSSES, random_network, random_problem
@@ -35,7 +36,7 @@ def _optimal(setting: Setting, instance: int) -> tuple[mf.ConvexProgram, mf.Prog
 
 def _perturbed(multipliers: Multipliers, noise: float, generator: torch.Generator) -> Multipliers:
     """Every multiplier plus Gaussian noise of `noise` times the root mean square of its kind."""
-    return multipliers.map(lambda m: m + noise * m.square().mean().sqrt() * measures.normal(m.shape, generator, m))
+    return multipliers.map(lambda m: m + noise * m.square().mean().sqrt() * normal(m.shape, generator, m))
 
 
 Bound = Callable[[mf.ConvexProgram, Multipliers, Multipliers], float]

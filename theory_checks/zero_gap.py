@@ -5,8 +5,8 @@ from __future__ import annotations
 from functools import lru_cache
 
 import meanfield as mf
-from meanfield import measures
-from meanfield.solution import Solution
+from meanfield.solvers.solution import Solution
+from meanfield.starts import normal
 from theory_checks.claim import Axes, Claim, Evidence, Series, Setting
 from theory_checks.instances import random_problem, random_start
 from theory_checks.statistics import largest
@@ -41,7 +41,7 @@ def _early(setting: Setting, depth: int, instance: int) -> mf.ParticleNetwork:
 def _perturbed(setting: Setting, depth: int, instance: int) -> mf.ParticleNetwork:
     """Every kernel and the readout of the limit times 1 + noise."""
     generator, limit = setting.generator(52, depth, instance), _limit(setting, depth, instance)
-    noisy = [w * (1 + NOISE * measures.normal(w.shape, generator, w)) for w in (*limit.kernels, limit.readout)]
+    noisy = [w * (1 + NOISE * normal(w.shape, generator, w)) for w in (*limit.kernels, limit.readout)]
     return mf.ParticleNetwork(limit.architecture, limit.masses, noisy[:-1], noisy[-1], limit.biases)
 
 

@@ -19,8 +19,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from meanfield.program import ConvexProgram
-from meanfield.repopulation import ProgramPoint
+from meanfield.convex.program import ConvexProgram
+from meanfield.convex.repopulation import ProgramPoint
 
 GOLDEN = 0.5 * (5**0.5 - 1)
 

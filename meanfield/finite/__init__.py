@@ -1,17 +1,7 @@
 from meanfield.finite import kernel
+from meanfield.finite.fitting import Fitted, Score, evaluate, fit
 from meanfield.finite.network import FiniteCNN, sample, sequential
-from meanfield.finite.recipes import (
-    AUTHORS_DROPOUT,
-    L2_STRENGTHS,
-    L12_STRENGTHS,
-    Fitted,
-    Recipe,
-    Score,
-    evaluate,
-    fit,
-    l12,
-    regulariser,
-)
+from meanfield.finite.recipes import AUTHORS_DROPOUT, L2_STRENGTHS, L12_STRENGTHS, Recipe, l12, regulariser
 from meanfield.finite.training import Training, log_spaced_times, train
 from meanfield.finite.vgg import residual, vgg
 

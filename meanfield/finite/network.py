@@ -9,9 +9,10 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from meanfield import measures, validation
+from meanfield import measures, starts, validation
 from meanfield.architecture import Architecture, Conv
 from meanfield.network import MASS_TOLERANCE, ParticleNetwork
+from meanfield.starts import normal
 
 SCALINGS: dict[str, Callable[[int], float]] = {
     "mean_field": lambda channels: 1 / channels,
@@ -58,7 +59,7 @@ class FiniteCNN(nn.Module):
     ) -> FiniteCNN:
         """A random start, dtype and device as `inputs` (N, C_0, H, W).
 
-        "mean_field": `ParticleNetwork.start`, whose features are of order one and whose output vanishes like
+        "mean_field": `starts.start`, whose features are of order one and whose output vanishes like
         1/sqrt(m_L), as that of a readout of order one must.  "ntk" and "standard": the He start, Gaussian kernels that
         keep features and output of order one at every width (the same function for both), biases zero.  "mup": that of
         "standard" with the readout divided by sqrt(m_L), so that the output vanishes like 1/sqrt(m_L).
@@ -67,7 +68,7 @@ class FiniteCNN(nn.Module):
         widths = validation.widths(widths, architecture.depth)
         architecture.check_inputs(inputs)
         if scaling == "mean_field":
-            return cls.from_particles(ParticleNetwork.start(architecture, widths, inputs, generator))
+            return cls.from_particles(starts.start(architecture, widths, inputs, generator))
         return cls._he(architecture, widths, inputs, generator, scaling)
 
     @classmethod
@@ -76,8 +77,8 @@ class FiniteCNN(nn.Module):
         kernels = []
         for layer, shape in zip(architecture.layers, architecture.kernel_shapes(widths)):
             deviation = math.sqrt(VARIANCE_GAINS.get(layer.activation, 1.0) / (shape[1] * layer.offsets)) / SCALINGS[scaling](shape[1])
-            kernels.append(measures.normal(shape, generator, like) * deviation)
-        readout = measures.normal(architecture.readout_shape(widths[-1]), generator, like)
+            kernels.append(normal(shape, generator, like) * deviation)
+        readout = normal(architecture.readout_shape(widths[-1]), generator, like)
         flattened = architecture.readout_positions if architecture.readout == "flatten" else 1
         readout = readout * math.sqrt(flattened / widths[-1]) / SCALINGS[scaling](widths[-1])
         if scaling == "mup":

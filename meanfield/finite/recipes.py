@@ -1,24 +1,16 @@
-"""Training of any classifier module by a recipe: SGD with momentum, warm-up, milestones, the l_{1,2} regulariser, checkpoints, resuming."""
+"""Recipes of training: SGD with momentum, warm-up, milestones, the l_{1,2} regulariser."""
 
 from __future__ import annotations
 
-import contextlib
-import copy
-import hashlib
 import itertools
-import math
-import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
-from typing import Any, NamedTuple
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from meanfield import validation
-from meanfield.finite.checkpoints import StateFile, digest, ended
 
 PENALTIES = ("none", "l12", "l2")
 L12_STRENGTHS = (0.5, 1.0, 2.0, 4.0, 8.0, 10.0)  # those of the grafting experiment of Gu et al. 2020
@@ -26,12 +18,6 @@ L2_STRENGTHS = tuple(5e-4 * factor for factor in (1, 4, 16, 24, 28))
 AUTHORS_DROPOUT = 0.5  # of their networks, before every fully connected layer
 AUTHORS_RATE = 0.01
 AUTHORS_STRONG_RATES = (0.002, 0.001)  # at the last two strengths of either penalty
-CROP_DIVISOR = 8  # a crop moves by up to side // 8 pixels: the usual 4 at 32x32
-STATUS_TEXTS = {
-    "completed": "all epochs were taken",
-    "interrupted": "stopped by the user; the network of the last whole epoch is kept",
-    "diverged": "the next epoch left the finite numbers, its network is dropped; lower learning_rate or strength, or raise warm_up",
-}
 
 
 def l12(weight: Tensor) -> Tensor:
@@ -91,7 +77,7 @@ class Recipe:
             object.__setattr__(self, name, validation.integer(getattr(self, name), name, minimum))
         for name, check in (("learning_rate", validation.positive), ("decay", validation.positive), ("strength", validation.nonnegative)):
             object.__setattr__(self, name, check(getattr(self, name), name))
-        object.__setattr__(self, "milestones", _epochs(self.milestones, "milestones", 1))
+        object.__setattr__(self, "milestones", increasing_epochs(self.milestones, "milestones", 1))
         if validation.nonnegative(self.momentum, "momentum") >= 1:
             raise ValueError(f"momentum={self.momentum!r} must be at least 0 and less than 1")
         object.__setattr__(self, "momentum", float(self.momentum))
@@ -124,7 +110,7 @@ class Recipe:
         return self.learning_rate * self.decay**passed * min(1.0, (step + 1) / max(rising, 1))
 
 
-def _epochs(value: Any, argument: str, minimum: int) -> tuple[int, ...]:
+def increasing_epochs(value: Any, argument: str, minimum: int) -> tuple[int, ...]:
     """Increasing epochs."""
     if isinstance(value, (str, bytes)) or not isinstance(value, Iterable):
         raise ValueError(f"{argument}={value!r} must be a sequence of epochs")
@@ -132,300 +118,3 @@ def _epochs(value: Any, argument: str, minimum: int) -> tuple[int, ...]:
     if any(later <= earlier for earlier, later in itertools.pairwise(found)):
         raise ValueError(f"{argument}={found} must be increasing epochs")
     return found
-
-
-class Score(NamedTuple):
-    """Share of images classified correctly and mean cross-entropy."""
-
-    accuracy: float
-    loss: float
-
-
-@dataclass(frozen=True, eq=False)
-class Fitted:
-    """A trained classifier.
-
-    network: after the last whole epoch, in eval mode.  history: one dict per epoch: epoch (1 for the first), loss (mean
-    cross-entropy of the pass, in training mode), regulariser (after the epoch, not times strength), accuracy (of the
-    pass), learning_rate (of the last step), seconds (so far).  epochs: whole epochs taken.  status: a key of
-    STATUS_TEXTS.  checkpoints: epoch -> the state_dict after it, 0 for the start, see `at`.
-    """
-
-    network: nn.Module
-    history: list[dict[str, Any]] = field(repr=False)
-    epochs: int
-    seconds: float
-    status: str
-    message: str
-    checkpoints: dict[int, dict[str, Tensor]] = field(default_factory=dict, repr=False)
-
-    def at(self, epoch: int) -> nn.Module:
-        """The network at a checkpoint, a copy of its own, in eval mode."""
-        if epoch not in self.checkpoints:
-            raise ValueError(f"epoch={epoch!r} was not kept: choose one of {sorted(self.checkpoints)} or name it in checkpoints=")
-        network = copy.deepcopy(self.network)
-        network.load_state_dict(self.checkpoints[epoch])
-        return network.eval()
-
-
-def fit(
-    network: nn.Module,
-    inputs: Tensor,
-    labels: Tensor,
-    recipe: Recipe,
-    seed: int = 0,
-    *,
-    checkpoints: Sequence[int] = (),
-    state: str | Path | None = None,
-    callback: Callable[[dict[str, Any]], None] | None = None,
-) -> Fitted:
-    """Train a copy of a classifier on images (N, ...) and labels (N,), integers from 0; its output is (N, classes).
-
-    The copy takes dtype and device of the inputs; parameters that need no gradient stay as they are.  Batches, dropout and
-    augmentation depend on `seed` alone, and the global random numbers are left as they were.
-    checkpoints: increasing epochs after which the state is kept, 0 for the start.
-    state: file (.safetensors) to which the whole state of the run is written after every epoch.  A call with the same
-        arguments continues from it and ends, on the same machine, with the same bits as a run without a pause (seconds
-        excepted).  It is removed when the run ends by itself, and refused (ValueError) where it is damaged or of other
-        arguments or data.
-    callback: called with every record of the history, after the state is written.
-
-    Divergence (a loss, parameter or buffer that is not finite) and an interrupt from the keyboard end the run with a status.
-    """
-    if not isinstance(recipe, Recipe):
-        raise TypeError(f"recipe must be a Recipe, not {type(recipe).__name__}")
-    _check_data(network, inputs, labels)
-    if recipe.augment and inputs.ndim != 4:
-        raise ValueError(f"augment=True needs inputs of shape (N, C, H, W), not {tuple(inputs.shape)}")
-    kept = _epochs(checkpoints, "checkpoints", 0)
-    if kept and kept[-1] > recipe.epochs:
-        raise ValueError(f"checkpoints={kept} go beyond the {recipe.epochs} epochs of the recipe")
-    run = _Run(network, inputs, labels, recipe, validation.integer(seed, "seed", minimum=0), kept)
-    file = None if state is None else StateFile(state, run.settings)
-    run.restore(None if file is None else file.load())
-    return run.result(ended(file, lambda: _train(run, file, callback)))
-
-
-@torch.no_grad()
-def evaluate(network: nn.Module, inputs: Tensor, labels: Tensor, batch_size: int = 500) -> Score:
-    """Accuracy and mean cross-entropy in eval mode on images (N, ...) and labels (N,); the network's modes are put back."""
-    size = validation.integer(batch_size, "batch_size")
-    _check_data(network, inputs, labels)
-    _check_kind(network, inputs)
-    loss, hits = 0.0, 0
-    with _evaluating(network):
-        for images, classes in zip(inputs.split(size), labels.split(size)):
-            output = network(images)
-            loss += float(functional.cross_entropy(output, classes, reduction="sum"))
-            hits += int((output.argmax(1) == classes).sum())
-    return Score(hits / len(inputs), loss / len(inputs))
-
-
-@contextlib.contextmanager
-def _evaluating(network: nn.Module) -> Iterator[None]:
-    modes = {module: module.training for module in network.modules()}
-    network.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
-
-
-def _check_data(network: nn.Module, inputs: Tensor, labels: Tensor) -> None:
-    if not isinstance(network, nn.Module):
-        raise TypeError(f"network must be a torch.nn.Module, not {type(network).__name__}")
-    for name, tensor in (("inputs", inputs), ("labels", labels)):
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} must be a torch.Tensor, not {type(tensor).__name__}")
-    if not inputs.is_floating_point() or inputs.ndim < 2 or len(inputs) == 0:
-        raise ValueError(f"inputs has dtype {inputs.dtype} and shape {tuple(inputs.shape)}; expected floating-point images (N, ...), N >= 1")
-    if labels.dtype != torch.int64:
-        raise ValueError(f"labels has dtype {labels.dtype}; expected torch.int64, the index of the class of every image")
-    validation.shaped(labels, (len(inputs),), "labels")
-    if labels.device != inputs.device:
-        raise ValueError(f"labels are on {labels.device}, inputs on {inputs.device}; move one with .to(...)")
-
-
-def _check_kind(network: nn.Module, inputs: Tensor) -> None:
-    first = next(network.parameters(), inputs)
-    if first.dtype != inputs.dtype or first.device != inputs.device:
-        raise ValueError(f"inputs are {inputs.dtype} on {inputs.device}, the network is {first.dtype} on {first.device}; convert one with .to(...)")
-
-
-def _check_classes(network: nn.Module, inputs: Tensor, labels: Tensor) -> None:
-    """Compare the labels with the output for one image: on a GPU a label out of bounds would end the process."""
-    with torch.no_grad(), _evaluating(network):
-        shape = tuple(network(inputs[:1]).shape)
-    if len(shape) != 2:
-        raise ValueError(f"network gives an output of shape {shape} for one image; expected (1, classes)")
-    low, high = int(labels.min()), int(labels.max())
-    if low < 0 or high >= shape[1]:
-        raise ValueError(f"labels reach from {low} to {high}; the network has {shape[1]} outputs, so they must lie in 0..{shape[1] - 1}")
-
-
-class _Run:
-    """A network in training with all that its course depends on, its last whole epoch, the history and the checkpoints."""
-
-    def __init__(self, network: nn.Module, inputs: Tensor, labels: Tensor, recipe: Recipe, seed: int, epochs: tuple[int, ...]) -> None:
-        self.network = copy.deepcopy(network).to(inputs)
-        _check_classes(self.network, inputs, labels)
-        self.inputs, self.labels, self.recipe, self.wanted = inputs, labels, recipe, epochs
-        free = [parameter for parameter in self.network.parameters() if parameter.requires_grad]
-        if not free:
-            raise ValueError("network has no parameter that needs a gradient, so there is nothing to train")
-        momentum = recipe.momentum
-        self.optimiser = torch.optim.SGD(free, lr=recipe.learning_rate, momentum=momentum, nesterov=momentum > 0)
-        self.generator = torch.Generator().manual_seed(seed)
-        self.history: list[dict[str, Any]] = []
-        self.checkpoints: dict[int, dict[str, Tensor]] = {}
-        self.began = time.perf_counter()
-        self.last = _clones(self.network)
-        self.settings = self._described(seed)
-        self._keep()
-
-    def _described(self, seed: int) -> dict[str, Any]:
-        """Everything that decides the run."""
-        frozen = [name for name, parameter in self.network.named_parameters() if not parameter.requires_grad]
-        layers = hashlib.sha256(repr(self.network).encode()).hexdigest()  # the start does not show a dropout or a stride
-        named = {"network": layers, "start": digest(self.last.values()), "frozen": frozen}
-        data = {"data": digest((self.inputs, self.labels)), "device": self.inputs.device.type}
-        return {**named, **data, **asdict(self.recipe), "seed": seed, "checkpoints": self.wanted}
-
-    @property
-    def epochs(self) -> int:
-        return len(self.history)
-
-    @property
-    def seconds(self) -> float:
-        return time.perf_counter() - self.began
-
-    def finish_epoch(self, figures: dict[str, float]) -> dict[str, Any]:
-        """Take the network as that of a whole epoch; returns the record."""
-        self.last = _clones(self.network)
-        with torch.no_grad():
-            penalty = float(regulariser(self.network, self.recipe.penalty))
-        rate = self.optimiser.param_groups[0]["lr"]
-        record = {"epoch": self.epochs + 1, "loss": figures["loss"], "regulariser": penalty, "accuracy": figures["accuracy"]}
-        self.history.append({**record, "learning_rate": rate, "seconds": self.seconds})
-        self._keep()
-        return self.history[-1]
-
-    def _keep(self) -> None:
-        if self.epochs in self.wanted:
-            self.checkpoints[self.epochs] = _clones(self.network)  # of its own: a safetensors file refuses shared memory
-
-    def result(self, status: str) -> Fitted:
-        """The last whole epoch, which an interrupt or a divergence may have left behind."""
-        self.network.load_state_dict(self.last)
-        self.network.zero_grad(set_to_none=True)
-        message = f"{self.epochs} of {self.recipe.epochs} epochs: {STATUS_TEXTS[status]}"
-        return Fitted(self.network.eval(), self.history, self.epochs, self.seconds, status, message, self.checkpoints)
-
-    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Tensors and figures from which `restore` continues."""
-        networks = {"network": self.last} | {f"checkpoint{epoch}": kept for epoch, kept in self.checkpoints.items()}
-        tensors = {f"{prefix}/{name}": tensor for prefix, kept in networks.items() for name, tensor in kept.items()}
-        moments = self.optimiser.state_dict()["state"]
-        tensors |= {f"momentum/{i}": entry["momentum_buffer"] for i, entry in moments.items() if entry.get("momentum_buffer") is not None}
-        return tensors | {"generator": self.generator.get_state()}, {"history": self.history, "seconds": self.seconds}
-
-    def restore(self, state: tuple[dict[str, Tensor], dict[str, Any]] | None) -> None:
-        """Continue from what `state` returned; from the start if None."""
-        if state is None:
-            return
-        tensors, figures = state
-        self.network.load_state_dict(_under("network", tensors))
-        self.last, self.history = _clones(self.network), figures["history"]
-        done = [epoch for epoch in self.wanted if epoch <= self.epochs]
-        self.checkpoints = {epoch: {n: t.to(self.inputs.device) for n, t in _under(f"checkpoint{epoch}", tensors).items()} for epoch in done}
-        moments = {int(i): {"momentum_buffer": tensor} for i, tensor in _under("momentum", tensors).items()}
-        self.optimiser.load_state_dict(self.optimiser.state_dict() | {"state": moments})
-        self.generator.set_state(tensors["generator"])
-        self.began -= figures["seconds"]
-
-
-def _clones(network: nn.Module) -> dict[str, Tensor]:
-    return {name: tensor.detach().clone() for name, tensor in network.state_dict().items()}
-
-
-def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name.removeprefix(f"{prefix}/"): tensor for name, tensor in tensors.items() if name.startswith(f"{prefix}/")}
-
-
-def _train(run: _Run, file: StateFile | None, callback: Callable[[dict[str, Any]], None] | None) -> str:
-    """All epochs that are left; returns the status."""
-    while run.epochs < run.recipe.epochs:
-        figures = _pass(run)
-        # looked at once an epoch: a look at every step would wait for the device
-        if not math.isfinite(figures["loss"]) or not _all_finite(run.network):
-            return "diverged"
-        record = run.finish_epoch(figures)
-        if file is not None and run.epochs < run.recipe.epochs:
-            file.save(*run.state())
-        if callback is not None:
-            callback(record)
-    return "completed"
-
-
-def _pass(run: _Run) -> dict[str, float]:
-    """One epoch of steps; mean loss and accuracy over its images."""
-    run.network.train()
-    count, size = len(run.inputs), run.recipe.batch_size
-    order = torch.randperm(count, generator=run.generator)
-    batches = order.split(size)
-    loss, hits = run.inputs.new_zeros((), dtype=torch.float64), run.labels.new_zeros(())
-    with _own_random_numbers(run.generator, run.inputs.device):
-        for index, indices in enumerate(batches):
-            rate = run.recipe.rate_at(run.epochs * len(batches) + index, len(batches))
-            found = _step(run, indices.to(run.inputs.device), rate)
-            loss, hits = loss + found[0], hits + found[1]
-    return {"loss": float(loss) / count, "accuracy": int(hits) / count}
-
-
-def _step(run: _Run, indices: Tensor, rate: float) -> tuple[Tensor, Tensor]:
-    """One step of SGD; summed loss and number of hits of the batch, from before it."""
-    recipe, images, labels = run.recipe, run.inputs[indices], run.labels[indices]
-    output = run.network(augmented(images, run.generator) if recipe.augment else images)
-    loss = functional.cross_entropy(output, labels)
-    objective = loss + recipe.strength * regulariser(run.network, recipe.penalty) if recipe.strength else loss
-    run.optimiser.param_groups[0]["lr"] = rate
-    run.optimiser.zero_grad(set_to_none=True)
-    objective.backward()
-    run.optimiser.step()
-    return loss.detach().double() * len(labels), (output.detach().argmax(1) == labels).sum()
-
-
-@contextlib.contextmanager
-def _own_random_numbers(generator: torch.Generator, device: torch.device) -> Iterator[None]:
-    """Seed the global random numbers, from which dropout draws, by `generator`, and put them back at the end."""
-    seed = int(torch.randint(2**62, (), generator=generator))
-    devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices):
-        torch.default_generator.manual_seed(seed)  # torch.manual_seed would also seed devices that were not forked
-        if devices:
-            with torch.cuda.device(device):
-                torch.cuda.manual_seed(seed)
-        yield
-
-
-def augmented(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Images (N, C, H, W), each padded by zeros, cropped to H x W at a random place and mirrored with probability 1/2.
-
-    The padding is H // 8 rows and W // 8 columns on either side.
-    """
-    count, _, height, width = images.shape
-    down, right = height // CROP_DIVISOR, width // CROP_DIVISOR
-    tops = torch.randint(2 * down + 1, (count, 1), generator=generator)
-    lefts = torch.randint(2 * right + 1, (count, 1), generator=generator)
-    mirrored = torch.randint(2, (count, 1), generator=generator).bool()
-    rows, columns = tops + torch.arange(height), lefts + torch.arange(width)
-    columns = torch.where(mirrored, columns.flip(1), columns)
-    padded = functional.pad(images, (right, right, down, down))
-    # the three index tensors broadcast to (N, H, W), which goes before the channels
-    chosen = (torch.arange(count)[:, None, None], rows[:, :, None], columns[:, None, :])
-    return padded.movedim(1, -1)[tuple(index.to(images.device) for index in chosen)].movedim(-1, 1).contiguous()
-
-
-def _all_finite(network: nn.Module) -> bool:
-    return all(bool(tensor.isfinite().all()) for tensor in network.state_dict().values())

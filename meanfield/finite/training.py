@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from meanfield import measures, validation
+from meanfield import validation
 from meanfield.finite.checkpoints import StateFile, digest, ended
 from meanfield.finite.network import SCALINGS, FiniteCNN
 from meanfield.network import ParticleNetwork
-from meanfield.penalties import input_norms, shrinkage_root
-from meanfield.problem import Problem
+from meanfield.problem import Problem, project_bounds
+from meanfield.starts import normal
 
 OPTIMISERS: dict[str, type[torch.optim.Optimizer]] = {"adam": torch.optim.Adam, "sgd": torch.optim.SGD}
 LEARNING_RATES = {
@@ -362,7 +362,7 @@ def _step(run: _Run) -> None:
 def _disturb(network: FiniteCNN, deviation: float, generator: torch.Generator) -> None:
     """Independent normals of the given deviation on every parameter (one Euler-Maruyama step of the Langevin diffusion)."""
     for parameter in network.parameters():
-        parameter.add_(measures.normal(parameter.shape, generator, parameter), alpha=deviation)
+        parameter.add_(normal(parameter.shape, generator, parameter), alpha=deviation)
 
 
 def _divide_by_masses(network: FiniteCNN) -> None:
@@ -385,28 +385,12 @@ def _project(network: FiniteCNN, problem: Problem) -> None:
     penalty = problem.penalty
     if penalty.input_bound is None and penalty.amplitude_bound is None:
         return
-    particles = network.particles()
-    if penalty.input_bound is not None:
-        norms = input_norms(particles.kernels[0], particles.biases[0])
-        factors = penalty.input_bound / norms.clamp_min(penalty.input_bound)
-        network.kernels[0].mul_(factors[:, None, None, None])
-        if network.biases[0] is not None:
-            network.biases[0].mul_(factors)
-    if penalty.amplitude_bound is not None:
-        for layer in range(1, problem.architecture.depth):
-            _project_amplitudes(network, particles, layer, problem)
-
-
-def _project_amplitudes(network: FiniteCNN, particles: ParticleNetwork, layer: int, problem: Problem) -> None:
-    """min sum_i p_i |w_ij - .|^2 subject to sum_i p_i |w_ij| <= B shrinks every |w_ij| by one threshold per target j."""
-    bound = float(problem.penalty.amplitude_bound or 0)
-    kernels, bias = particles.kernels[layer], network.biases[layer]
-    masses = particles.masses[layer - 1][None, :, None]
-    threshold = shrinkage_root(problem.penalty.atoms(kernels), 1.0, masses, (1, 2), level=bound)
-    shrunk = problem.penalty.shrink(kernels, threshold)
-    network.kernels[layer].copy_(shrunk / network.mean_field_factors[layer])
-    if bias is not None:
-        bias.clamp_(-bound, bound)
+    nearest = project_bounds(problem, network.particles())
+    for parameter, kernel, factor in zip(network.kernels, nearest.kernels, network.mean_field_factors):
+        parameter.copy_(kernel / factor)
+    for parameter, bias in zip(network.biases, nearest.biases):
+        if parameter is not None and bias is not None:
+            parameter.copy_(bias)
 
 
 def _start(problem: Problem, widths: Sequence[int], generator: torch.Generator, scaling: str, start: str | ParticleNetwork | FiniteCNN) -> FiniteCNN:

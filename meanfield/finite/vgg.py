@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import skip_init
 
-from meanfield import measures, validation
+from meanfield import validation
+from meanfield.starts import normal
 
 # convolutions per stage: Simonyan & Zisserman 2015, table 1, columns A, B and D; 8, one convolution a stage, is not in it
 VGG_STAGES = {8: (1, 1, 1, 1, 1), 11: (1, 1, 2, 2, 2), 13: (2, 2, 2, 2, 2), 16: (2, 2, 3, 3, 3)}
@@ -180,7 +181,7 @@ def _linear(sources: int, targets: int, gain: float, generator: torch.Generator,
 def _drawn(layer: Any, gain: float, generator: torch.Generator) -> Any:
     """Fill the weight (targets, sources, ...) with normals of variance gain / fan-in, the bias with zeros."""
     deviation = math.sqrt(gain / layer.weight[0].numel())
-    layer.weight.copy_(measures.normal(layer.weight.shape, generator, layer.weight) * deviation)
+    layer.weight.copy_(normal(layer.weight.shape, generator, layer.weight) * deviation)
     if layer.bias is not None:
         layer.bias.zero_()
     return layer

@@ -17,11 +17,11 @@ import torch
 
 from meanfield import certificates, measures, validation
 from meanfield.certificates import UnseenFeatures
+from meanfield.convex.program import ConvexProgram
 from meanfield.network import ParticleNetwork
 from meanfield.problem import Problem
-from meanfield.program import ConvexProgram
-from meanfield.solution import Solution, message
 from meanfield.solvers import flow, splitting
+from meanfield.solvers.solution import Solution, message
 
 RATE, RATE_DECAY, RATE_CUT, LEAST_RATE = 0.1, 0.7, 0.25, 1e-3
 CLONE_NOISE = 0.3

@@ -25,13 +25,14 @@ import torch
 from scipy import sparse
 from torch import Tensor
 
-from meanfield import certificates, patterns
+from meanfield import certificates
 from meanfield.certificates import Multipliers
+from meanfield.convex import patterns
+from meanfield.convex.patterns import Arrangement
+from meanfield.convex.program import ConvexProgram
 from meanfield.network import ParticleNetwork
-from meanfield.patterns import Arrangement
 from meanfield.problem import Problem
-from meanfield.program import ConvexProgram
-from meanfield.solution import Solution, message
+from meanfield.solvers.solution import Solution, message
 
 SETTINGS: dict[str, Any] = {"tol_gap_abs": 1e-9, "tol_gap_rel": 1e-9, "tol_feas": 1e-9}
 SECOND_ATTEMPT: dict[str, Any] = {"static_regularization_constant": 1e-7, "max_step_fraction": 0.9, "warm_start": False}  # its steps can fail

@@ -23,11 +23,11 @@ import torch
 from torch import Tensor
 
 from meanfield import certificates, validation
+from meanfield.convex.program import ConvexProgram
 from meanfield.network import ParticleNetwork
-from meanfield.penalties import input_norms, shrinkage_root
-from meanfield.problem import Problem, Terms
-from meanfield.program import ConvexProgram
-from meanfield.solution import Solution, message
+from meanfield.penalties import shrinkage_root
+from meanfield.problem import Problem, Terms, project_bounds
+from meanfield.solvers.solution import Solution, message
 
 DESCENTS = ("preconditioned", "gradient")
 DISSIPATION_ERROR = 0.1  # relative error of dJ = -step speed^2 at which an Euler step is accepted
@@ -111,24 +111,6 @@ def _source_prox(problem: Problem, kernels: Tensor, target: Tensor, steps: Tenso
     slopes = 2 * penalty.source * (steps[:, :, None] if isinstance(steps, Tensor) else steps)
     outflow = shrinkage_root(penalty.atoms(kernels), slopes, target[:, None, None], (0, 2), mass=1.0)
     return penalty.shrink(kernels, slopes * outflow)
-
-
-def project_bounds(problem: Problem, network: ParticleNetwork) -> ParticleNetwork:
-    """The nearest network, feature by feature in the flow's metric, that keeps the input and the amplitude bound."""
-    penalty, kernels, biases = problem.penalty, list(network.kernels), list(network.biases)
-    if penalty.input_bound is not None:
-        factor = (penalty.input_bound / input_norms(kernels[0], biases[0]).clamp_min(penalty.input_bound)).to(network.dtype)
-        kernels[0] = kernels[0] * factor[:, None, None, None]
-        biases[0] = None if biases[0] is None else biases[0] * factor
-    if penalty.amplitude_bound is not None:
-        for layer in range(1, len(kernels)):
-            source = network.masses[layer - 1][None, :, None]
-            level = torch.full_like(network.masses[layer][:, None, None], penalty.amplitude_bound)
-            theta = shrinkage_root(penalty.atoms(kernels[layer]), 1.0, source, (1, 2), level=level)
-            kernels[layer] = penalty.shrink(kernels[layer], theta)
-            bias = biases[layer]
-            biases[layer] = None if bias is None else bias.clamp(-penalty.amplitude_bound, penalty.amplitude_bound)
-    return ParticleNetwork.unchecked(network.architecture, network.masses, kernels, network.readout, biases)
 
 
 def squared_distance(start: ParticleNetwork, end: ParticleNetwork) -> Tensor:

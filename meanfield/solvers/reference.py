@@ -14,9 +14,9 @@ from torch import Tensor
 
 from meanfield import certificates, validation
 from meanfield.certificates import Multipliers
-from meanfield.program import ConvexProgram
-from meanfield.repopulation import ProgramPoint
-from meanfield.solution import Solution, message
+from meanfield.convex.program import ConvexProgram
+from meanfield.convex.repopulation import ProgramPoint
+from meanfield.solvers.solution import Solution, message
 
 SOLVERS: dict[str, dict[str, Any]] = {
     "CLARABEL": {"tol_gap_abs": 1e-9, "tol_gap_rel": 1e-9, "tol_feas": 1e-9},

@@ -28,11 +28,11 @@ from torch import Tensor
 
 from meanfield import certificates, validation
 from meanfield.certificates import Certificate, Multipliers
+from meanfield.convex.program import ConvexProgram
+from meanfield.convex.repopulation import ProgramPoint
 from meanfield.penalties import Penalty, cone_projection, row_prox
-from meanfield.program import ConvexProgram
-from meanfield.repopulation import ProgramPoint
-from meanfield.solution import Solution, message
 from meanfield.solvers.acceleration import Anderson
+from meanfield.solvers.solution import Solution, message
 
 Key = tuple[str, int]
 Blocks = dict[Key, Tensor]

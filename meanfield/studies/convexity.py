@@ -28,8 +28,8 @@ from scipy.sparse.linalg import LinearOperator, eigsh
 from torch import Tensor
 
 from meanfield import storage
-from meanfield.program import ConvexProgram
-from meanfield.repopulation import ProgramPoint
+from meanfield.convex.program import ConvexProgram
+from meanfield.convex.repopulation import ProgramPoint
 from meanfield.validation import integer
 
 Function = Callable[[Tensor], Tensor]

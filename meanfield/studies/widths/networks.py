@@ -1,6 +1,6 @@
 """How finite networks approach the continuous one: sampled from a solved measure, and trained from their own starts.
 
-Each measurement is a function of a cell (see `meanfield.sweep`): the fields of a Task and those that its docstring
+Each measurement is a function of a cell (see `meanfield.bench.sweep`): the fields of a Task and those that its docstring
 names.  Theory: channels drawn i.i.d. from the masses give E|F_m - F|^2 = O(1/m), plain Monte Carlo through all layers
 (docs/theory.md, section 10).
 """
@@ -15,13 +15,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from meanfield import finite, main_job, solvers
+from meanfield import finite, solvers, starts
+from meanfield.bench.sweep import Cell, Row
+from meanfield.bench.task import Task
 from meanfield.data import Dataset
 from meanfield.network import ParticleNetwork
 from meanfield.problem import Problem
-from meanfield.solution import Solution
-from meanfield.sweep import Cell, Row
-from meanfield.task import Task
+from meanfield.solvers import main_job
+from meanfield.solvers.solution import Solution
 
 PARTICLES, LIMIT_STEPS = 48, 400  # of the measure that is sampled
 BATCH = 20  # networks drawn for one row: their mean errors are what intervals are made from
@@ -61,8 +62,7 @@ def _limit(task: Task, seed: int) -> Solution:
 def _flowed(problem: Problem, width: int, seed: int, steps: int) -> Solution:
     """The flow with moving masses from a random start of `width` particles per layer."""
     widths, generator = (width,) * problem.architecture.depth, torch.Generator().manual_seed(seed)
-    start = ParticleNetwork.start(problem.architecture, widths, problem.inputs, generator)
-    return solvers.flow.solve(problem, solvers.flow.project_bounds(problem, start), steps=steps)
+    return solvers.flow.solve(problem, starts.draw(problem, widths, generator), steps=steps)
 
 
 def _held_out(task: Task) -> Dataset:

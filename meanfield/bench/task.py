@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from meanfield.architecture import Architecture, Conv
-from meanfield.data import Dataset, load, stamp
+from meanfield.data import Dataset, load
+from meanfield.data.readers import stamp
 from meanfield.penalties import Penalty
 from meanfield.problem import Problem
 from meanfield.validation import one_of

@@ -9,12 +9,13 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from meanfield import measures, repopulation
-from meanfield.basis import ConstraintBasis, Design
+from meanfield import measures
+from meanfield.convex import repopulation
+from meanfield.convex.basis import ConstraintBasis, Design
+from meanfield.convex.repopulation import ProgramPoint
 from meanfield.network import ParticleNetwork
 from meanfield.penalties import perspective
 from meanfield.problem import Problem, Terms
-from meanfield.repopulation import ProgramPoint
 
 RESTORE_SWEEPS = 4
 RESTORE_RIDGE = {torch.float32: 1e-5, torch.float64: 1e-12}  # of the mean diagonal; the sweeps close what it leaves open

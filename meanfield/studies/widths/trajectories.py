@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from meanfield import finite
-from meanfield.distances import FeatureMeasure, median_distance, mmd, moments, sliced_wasserstein
-from meanfield.network import ParticleNetwork
+from meanfield import finite, starts
+from meanfield.bench.distances import FeatureMeasure, median_distance, mmd, moments, sliced_wasserstein
+from meanfield.bench.sweep import Cell, Row
+from meanfield.bench.task import Task
 from meanfield.problem import Problem
-from meanfield.sweep import Cell, Row
-from meanfield.task import Task
 
+TIMES = [0.0, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0]
 PROBES = 32  # held-out images
 REFERENCE_WIDTH = 256  # particles of the start whose median distance is the bandwidth
 PROJECTIONS = 200
@@ -124,7 +124,7 @@ def _setting(task: Task) -> tuple[Problem, Tensor, list[float]]:
     problem = task.problem(images)
     inputs = probes.inputs.to(problem.inputs)
     widths = (REFERENCE_WIDTH,) * task.depth
-    start = ParticleNetwork.start(problem.architecture, widths, problem.inputs, torch.Generator().manual_seed(0))
+    start = starts.draw(problem, widths, torch.Generator().manual_seed(0))
     layers = [FeatureMeasure.of(start, inputs, layer) for layer in range(task.depth)]
     return problem, inputs, [median_distance(each, each) for each in layers]
 

@@ -1,6 +1,6 @@
 """Do networks from different starts learn the same features?  Grafts between trained classifiers, and what controls do.
 
-Each measurement is a function of a cell (see `meanfield.sweep`) and of the store of trained networks.  After Gu et al.
+Each measurement is a function of a cell (see `meanfield.bench.sweep`) and of the store of trained networks.  After Gu et al.
 2020, section 5; definitions of all arms in docs/grafting.md.
 """
 
@@ -16,13 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from meanfield.classifiers import Classifier, Images, layers_of
-from meanfield.distances import FeatureMeasure, linear_cka, median_distance, mmd, moments, sliced_wasserstein
+from meanfield.bench.classifiers import Classifier, Images, layers_of
+from meanfield.bench.distances import FeatureMeasure, linear_cka, median_distance, mmd, moments, sliced_wasserstein
+from meanfield.bench.sweep import Cell, Row
 from meanfield.finite import evaluate
 from meanfield.grafting import Graft, Junction, layer_errors
 from meanfield.grafting.cut import Below
 from meanfield.grafting.errors import Discrepancy
-from meanfield.sweep import Cell, Row
 
 PROBES, PROJECTIONS = 100, 200
 BATCH = 250  # images

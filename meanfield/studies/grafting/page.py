@@ -3,181 +3,30 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from html import escape
-from itertools import groupby, product
+from itertools import groupby
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-import numpy as np
-
-from meanfield import graft_study, plotting
-from meanfield.graft_study import ROUNDING
-from meanfield.plotting import Band
-from meanfield.rates import Interval
-from meanfield.report import assemble, figure, inline, plain_table, publish
-from meanfield.sweep import Row, Rows, groups, select
+from meanfield.bench.rates import Interval
+from meanfield.bench.sweep import Row, Rows, groups, select
+from meanfield.pages.html import assemble, figure, inline, plain_table, publish
+from meanfield.pages.words import capital, count, finite, listed, percent_more, two
+from meanfield.studies.grafting import summary
+from meanfield.studies.grafting.pictures import CONTROLS, DISTANCES, DONORS, METHODS, NAMES, kind, pictures
+from meanfield.studies.grafting.summary import geometric, layers_upwards
 
 Images = dict[str, str]
 Texts = list[list[Any]]
-NAMES = {
-    "trained": "trained", "untrained": "untrained", "permuted_labels": "trained on permuted labels", "rotated": "trained, rotated",
-    "self": "the host itself",
-}  # fmt: skip
-DONORS = {
-    "trained": "trained donors", "untrained": "untrained donors", "permuted_labels": "donors trained on permuted labels",
-    "rotated": "rotated donors", "self": "hosts grafted onto themselves",
-}  # fmt: skip
-METHODS = {"least_squares": "least squares", "transport": "transport", "adam": "the authors' Adam"}
-DISTANCES = {
-    "mmd": "MMD", "sliced_wasserstein": "sliced Wasserstein", "cka": "linear CKA, a similarity", "mean_difference": "difference of means",
-    "log_variance_ratio": "ratio of variances",
-}  # fmt: skip
-CONTROLS = ("untrained", "permuted_labels")
-TRAJECTORY = {
-    "error": ("least_squares", "error", "relative error at the layer, least squares"),
-    "transport": ("transport", "error", "relative error at the layer, transport"),
-    "mmd": ("least_squares", "mmd", "MMD of the features that enter the layer"),
-}
 
 
 def write(tables: Mapping[str, Rows], directory: str | Path, command: str) -> Path:
     """Write graft.html, summary.json and the pictures; returns the page."""
     tables = {part: rows for part, rows in tables.items() if rows}
-    found = graft_study.summary(tables)
+    found = summary.summary(tables)
     return publish(directory, "graft.html", pictures(tables), found, lambda figures: page(tables, found, figures, command))
-
-
-def pictures(tables: Mapping[str, Rows]) -> dict[str, Any]:
-    """Name -> Figure, for the tables there are."""
-    makers: dict[str, tuple[str, Callable[[Rows], Any]]] = {
-        "profiles": ("starts", _profiles), "methods": ("starts", _methods), "later": ("starts", _later), "l2": ("l2", _profiles),
-        **{f"trajectory_{kind}": ("trajectory", lambda rows, kind=kind: _trajectory_picture(rows, kind)) for kind in TRAJECTORY},
-        "ridge": ("trajectory", _ridge_picture), "epochs": ("epochs", _epochs_picture), "across": ("across", _across_picture),
-        "strengths": ("strengths", lambda rows: _settings_picture(rows, "strength")),
-        "widths": ("widths", lambda rows: _settings_picture(rows, "width")),
-        "classes": ("classes", lambda rows: _classes_picture(rows, tables.get("starts", ()))),
-    }  # fmt: skip
-    drawn = {name: make(tables[part]) for name, (part, make) in makers.items() if tables.get(part)}
-    return {name: each for name, each in drawn.items() if each is not None}
-
-
-def _profiles(rows: Rows) -> Any:
-    found = graft_study.starts(select(rows, method="least_squares"))
-    shown = {"relative_accuracy": "accuracy of the graft / of its host", "output_error": "relative error at the output"}
-    panels = {title: _bands(found, name, ("trained", *CONTROLS)) for name, title in shown.items()}
-    return plotting.bands(panels, "connecting layer", log=[shown["output_error"]])
-
-
-def _methods(rows: Rows) -> Any:
-    found = graft_study.starts(rows)
-    kinds = [method for method in METHODS if select(found, method=method)]
-    panels = {METHODS[method]: _bands(select(found, method=method), "error", ("trained", *CONTROLS, "rotated")) for method in kinds}
-    return plotting.bands(panels, "connecting layer", "relative error at the connection", log=list(panels), shared=True)
-
-
-def _bands(found: Rows, name: str, arms: Iterable[str]) -> list[Band]:
-    shown = {arm: sorted(select(found, arm=arm), key=lambda row: row["position"]) for arm in arms}
-    return [
-        Band(NAMES[arm], [row["layer"] for row in each], *([getattr(row[name], end) for row in each] for end in ("value", "low", "high")))
-        for arm, each in shown.items() if each
-    ]  # fmt: skip
-
-
-def _classes_picture(rows: Rows, starts: Rows) -> Any:
-    known = graft_study.class_errors(rows)
-    ends = ([getattr(row["error"], end) for row in known] for end in ("value", "low", "high"))
-    label = Band("the label alone", [row["layer"] for row in known], *ends)
-    grafts = _bands(graft_study.starts(select(starts, method="least_squares")), "error", ("trained", "untrained"))
-    return plotting.bands({"least squares": [*grafts, label]}, "connecting layer", "relative error at the connection", log=["least squares"])
-
-
-def _later(rows: Rows) -> Any:
-    layers, maps = _layers(rows, "layer"), {}
-    for arm in ("trained", *CONTROLS):
-        cells = [
-            {"layer": row["layer"], "at": at, "error": row[f"error_{at}"]}
-            for row in select(rows, arm=arm, method="least_squares") for at in layers if math.isfinite(row.get(f"error_{at}", math.nan))
-        ]  # fmt: skip
-        if cells:
-            maps[NAMES[arm]] = _matrix(cells, "layer", "at", layers, layers, "error")
-    return plotting.heat_maps(maps, layers, "layer of the measurement", "connecting layer", "relative error", log=True)
-
-
-def _trajectory_picture(rows: Rows, kind: str) -> Any:
-    method, name, label = TRAJECTORY[kind]
-    epochs, maps = sorted({row["lower_epoch"] for row in rows}), {}
-    for layer, arm in product(_layers(rows, "layer"), ("trained", "permuted_labels", "self")):
-        if there := select(rows, method=method, layer=layer, arm=arm):
-            maps[f"{layer}, {NAMES[arm]}"] = _matrix(there, "lower_epoch", "upper_epoch", epochs, epochs, name)
-    pairs = [each[np.isfinite(each)].min() for title, each in maps.items() if not title.endswith(NAMES["self"])]
-    lowest = float(min(pairs, default=0.0))  # a network is at no distance from itself: that would take all colours
-    names = [str(epoch) for epoch in epochs]
-    return plotting.heat_maps(maps, names, "epoch of the host", "epoch of the donor", label, log=True, lowest=lowest)
-
-
-def _ridge_picture(rows: Rows) -> Any:
-    """The contrast, drawn: what the epochs of donor and host each for themselves leave of the distance; None for too few epochs."""
-    rows = [row for row in rows if row["lower_epoch"] and row["upper_epoch"]]
-    deepest, epochs, maps = _layers(rows, "layer")[-1], sorted({row["lower_epoch"] for row in rows}), {}
-    for arm, (method, name, _) in product(("trained", "permuted_labels"), TRAJECTORY.values()):
-        if there := select(rows, method=method, layer=deepest, arm=arm):
-            logs = np.log(_matrix(there, "lower_epoch", "upper_epoch", epochs, epochs, name))
-            left = logs - logs.mean(0, keepdims=True) - logs.mean(1, keepdims=True) + logs.mean()
-            maps[f"{_kind({'figure': name, 'method': method})},\n{NAMES[arm]}"] = np.exp(left)
-    names, label = list(map(str, epochs)), f"factor beyond both epochs' own, {deepest}"
-    return plotting.heat_maps(maps, names, "epoch of the host", "epoch of the donor", label, log=True) if len(epochs) > 1 else None
-
-
-def _epochs_picture(rows: Rows) -> Any:
-    layers, epochs, maps = _layers(rows, "layer"), sorted({row["epoch"] for row in rows}), {}
-    for moving, arm in product(("lower", "upper"), ("trained", "permuted_labels")):
-        if there := select(rows, moving=moving, arm=arm):
-            title = f"donor {NAMES[arm]},\n{'donor' if moving == 'lower' else 'host'} at the epoch"
-            maps[title] = _matrix(there, "layer", "epoch", layers, epochs, "output_error")
-    names = [str(epoch) for epoch in epochs]
-    return plotting.heat_maps(maps, names, "epoch", "connecting layer", "relative error at the output", rows=layers, log=True, columns=2)
-
-
-def _across_picture(rows: Rows) -> Any:
-    below, above = _layers(rows, "lower_layer"), _layers(rows, "layer")
-    maps = {NAMES[arm]: _matrix(each, "lower_layer", "layer", below, above, "output_error") for (arm,), each in groups(rows, "arm").items()}
-    return plotting.heat_maps(maps, above, "layer of the host", "layer of the donor", "relative error at the output", rows=below, log=True)
-
-
-def _settings_picture(rows: Rows, name: str) -> Any:
-    """A panel per method and arm; a start does not know its strength, so that there untrained donors are one more line."""
-    found = graft_study.matrix(rows, f"lower_{name}", f"upper_{name}")
-    own = name == "width"
-    places = sorted({row[f"upper_{name}"] for row in found})
-    lines = places if own else [*(["untrained"] if select(found, arm="untrained") else []), *places]
-    maps = {}
-    for (method, arm), each in groups(found, "method", *(["arm"] if own else ["method"])).items():
-        placed = [{**row, "below": row[f"lower_{name}"] if own or row["arm"] == "trained" else "untrained"} for row in each]
-        title = f"{METHODS[method]}, {arm}" if own else METHODS[method]
-        maps[title] = _matrix(placed, "below", f"upper_{name}", lines, places, "output_error")
-    ticks, texts = ([f"{each:g}" if not isinstance(each, str) else each for each in ends] for ends in (places, lines))
-    ends = (f"{name} of the host", f"{name} of the donor")
-    return plotting.heat_maps(maps, ticks, *ends, "mean relative error at the output", rows=texts, log=True, numbers=True, columns=2)
-
-
-def _layers(rows: Rows, column: str) -> list[str]:
-    """The layers named in a column, lowest first: trained networks number theirs."""
-    return sorted({row[column] for row in rows}, key=lambda name: (not name.startswith("conv"), len(name), name))
-
-
-def _matrix(rows: Rows, down: str, across: str, lines: Sequence[Any], columns: Sequence[Any], name: str) -> np.ndarray:
-    """Geometric means, NaN where there is nothing."""
-    found = np.full((len(lines), len(columns)), np.nan)
-    for (line, column), each in groups(rows, down, across).items():
-        found[lines.index(line), columns.index(column)] = _geometric(row[name] for row in each)
-    return found
-
-
-def _geometric(values: Iterable[float]) -> float:
-    logs = [math.log(max(value, ROUNDING)) for value in values if math.isfinite(value)]  # constant hosts have no relative error
-    return math.exp(fmean(logs)) if logs else math.nan
 
 
 def page(tables: Mapping[str, Rows], found: Mapping[str, Any], figures: Mapping[str, bytes], command: str) -> str:
@@ -227,9 +76,9 @@ def _classes_section(found: Rows, tables: Mapping[str, Rows], images: Images) ->
     text = (
         "Two classifiers agree on the class, and whatever in a layer is a function of the class alone can be read from either of them. The best "
         "prediction of the host's pre-activations by the label alone leaves an error between "
-        f"{_two(min(each.value for each in errors.values()))} and {_two(max(each.value for each in errors.values()))}. "
+        f"{two(min(each.value for each in errors.values()))} and {two(max(each.value for each in errors.values()))}. "
     )
-    trained = _squares(graft_study.starts(tables.get("starts", ()))).get("trained", ())
+    trained = _squares(summary.starts(tables.get("starts", ()))).get("trained", ())
     rows = [{**row, "beyond": errors[row["layer"]].above(row["error"])} for row in trained if row["layer"] in errors]
     if rows:
         text += f"With intervals apart, grafts on trained donors know more of the host than its class {_separated(rows, 'beyond')}."
@@ -274,16 +123,16 @@ def _trained_text(arms: Mapping[str, Rows]) -> str:
     accuracy, error = ([row[name].value for row in rows] for name in ("relative_accuracy", "output_error"))
     worst, best = (pick(rows, key=lambda row: row["relative_accuracy"].value)["layer"] for pick in (min, max))
     return (
-        f"Over {_count(rows[0]['pairs'], 'pair')}, grafts on trained donors keep between {min(accuracy):.1%} (at {worst}) and {max(accuracy):.1%} "
-        f"(at {best}) of the accuracy of their hosts, and leave an output error between {_two(min(error))} and {_two(max(error))}."
+        f"Over {count(rows[0]['pairs'], 'pair')}, grafts on trained donors keep between {min(accuracy):.1%} (at {worst}) and {max(accuracy):.1%} "
+        f"(at {best}) of the accuracy of their hosts, and leave an output error between {two(min(error))} and {two(max(error))}."
     )
 
 
 def _control_text(arm: str, rows: Rows) -> str:
     accuracy, error = ([row[name].value for row in rows] for name in ("relative_accuracy", "output_error"))
     text = (
-        f"{_upper(DONORS[arm])} keep between {min(accuracy):.1%} and {max(accuracy):.1%}, with an output error between {_two(min(error))} and "
-        f"{_two(max(error))}."
+        f"{capital(DONORS[arm])} keep between {min(accuracy):.1%} and {max(accuracy):.1%}, with an output error between {two(min(error))} and "
+        f"{two(max(error))}."
     )
     if rows[0]["pairs"] < 2:
         return f"{text} One pair gives no intervals."
@@ -296,7 +145,7 @@ def _separated(rows: Rows, name: str) -> str:
     apart, together = (_runs(rows, name, wanted) for wanted in (True, False))
     if not apart or not together:
         return "at every layer" if apart else "at no layer"
-    return f"at {_list(apart)}, not at {_list(together)}"
+    return f"at {listed(apart)}, not at {listed(together)}"
 
 
 def _runs(rows: Rows, name: str, wanted: bool) -> list[str]:
@@ -313,7 +162,7 @@ def _self_text(arms: Mapping[str, Rows]) -> str:
 
 
 def _methods_text(found: Rows) -> str:
-    means = {(arm, method): _geometric(row["error"].value for row in each) for (arm, method), each in groups(found, "arm", "method").items()}
+    means = {(arm, method): geometric(row["error"].value for row in each) for (arm, method), each in groups(found, "arm", "method").items()}
     least, moved = (means.get(("trained", method)) for method in ("least_squares", "transport"))
     text = (
         "Least squares may combine the features of the donor in any way, so that it only compares the spaces that they span. Transport may not: it "
@@ -322,8 +171,8 @@ def _methods_text(found: Rows) -> str:
     if least is None or moved is None:
         return text
     text += (
-        f" At the connection, in the geometric mean over pairs and layers, least squares leaves trained donors an error of {_two(least)}, transport "
-        f"{_two(moved)}, {_two(moved / least)} times as much."
+        f" At the connection, in the geometric mean over pairs and layers, least squares leaves trained donors an error of {two(least)}, transport "
+        f"{two(moved)}, {two(moved / least)} times as much."
     )
     return " ".join([text, _rotated_text(means, found), *_others_text(means, moved)])
 
@@ -338,27 +187,27 @@ def _rotated_text(means: Mapping[Any, float], found: Rows) -> str:
     )  # fmt: skip
     return (
         f"A random rotation of the donor's features, which keeps their span and spoils their distributions, {unchanged}; it multiplies the error of "
-        f"transport by {_two(moved)}."
+        f"transport by {two(moved)}."
     )
 
 
 def _others_text(means: Mapping[Any, float], trained: float) -> list[str]:
     least = means["trained", "least_squares"]
     return [
-        f"{_upper(DONORS[arm])} have {_two(means[arm, 'least_squares'] / least)} times the error of trained ones by least squares and "
-        f"{_two(means[arm, 'transport'] / trained)} times by transport." for arm in CONTROLS if (arm, "transport") in means
+        f"{capital(DONORS[arm])} have {two(means[arm, 'least_squares'] / least)} times the error of trained ones by least squares and "
+        f"{two(means[arm, 'transport'] / trained)} times by transport." for arm in CONTROLS if (arm, "transport") in means
     ]  # fmt: skip
 
 
 def _later_text(rows: Rows) -> str:
     found = []
     for arm in ("trained", *CONTROLS):
-        there = [row for row in select(rows, arm=arm, method="least_squares") if row["error"] > 0 and row["layer"] != _layers(rows, "layer")[-1]]
+        there = [row for row in select(rows, arm=arm, method="least_squares") if row["error"] > 0 and row["layer"] != layers_upwards(rows, "layer")[-1]]
         if there:
-            found.append(f"{_two(_geometric(row['output_error'] / row['error'] for row in there))} with {DONORS[arm]}")
+            found.append(f"{two(geometric(row['output_error'] / row['error'] for row in there))} with {DONORS[arm]}")
     return (
         "Each row follows the error of one graft through the layers of the host above it. From the connection to the output it is multiplied by "
-        f"{_list(found)}, in the geometric mean over connecting layers below the last and over pairs."
+        f"{listed(found)}, in the geometric mean over connecting layers below the last and over pairs."
     )
 
 
@@ -369,7 +218,7 @@ def _trajectory_section(found: Rows, tables: Mapping[str, Rows], images: Images)
         "log D(t,t), a mean over epochs s &lt; t after the start. What depends on one of the epochs alone cancels; 0 means no ridge, and c that "
         "different epochs are e<sup>c</sup> times as far apart as equal ones."
     )
-    rows = [[row["layer"], NAMES[row["arm"]], _kind(row), _hundredths(row["contrast"]), f"{math.exp(row['contrast'].value):.2f}"] for row in found]
+    rows = [[row["layer"], NAMES[row["arm"]], kind(row), _hundredths(row["contrast"]), f"{math.exp(row['contrast'].value):.2f}"] for row in found]
     captions = {
         "error": "Least-squares grafts: donor and host at every epoch.", "transport": "The same with transport.",
         "mmd": "Distance of the features that enter the layer, without any graft.",
@@ -383,29 +232,25 @@ def _trajectory_section(found: Rows, tables: Mapping[str, Rows], images: Images)
     )
 
 
-def _kind(row: Row) -> str:
-    return "MMD of features" if row["figure"] == "mmd" else f"error of {METHODS[row['method']]}"
-
-
 def _contrast_text(found: Rows) -> str:
     """Of the deepest layer."""
     if not found:
         return "There are too few epochs for contrasts."
-    layers, sentences = _layers(found, "layer"), []
+    layers, sentences = layers_upwards(found, "layer"), []
     for (layer, arm), each in groups(select(found, layer=layers[-1]), "layer", "arm").items():
-        values = [f"{_hundredths(row['contrast'])} for the {_kind(row)}{_ridge(row['contrast'])}" for row in each]
+        values = [f"{_hundredths(row['contrast'])} for the {kind(row)}{_ridge(row['contrast'])}" for row in each]
         subject = "pairs of trained networks have" if arm == "trained" else "with the donor trained on permuted labels the contrasts are"
-        sentences.append(f"At {layer} {subject} {'contrasts of ' if arm == 'trained' else ''}{_list(values)}.")
-    return " ".join([*sentences, f"The table has {_list(layers[:-1])} too."] if len(layers) > 1 else sentences)
+        sentences.append(f"At {layer} {subject} {'contrasts of ' if arm == 'trained' else ''}{listed(values)}.")
+    return " ".join([*sentences, f"The table has {listed(layers[:-1])} too."] if len(layers) > 1 else sentences)
 
 
 def _ridge(contrast: Interval) -> str:
-    return ", no ridge by this interval" if _bounded(contrast) and contrast.low <= 0 <= contrast.high else ""
+    return ", no ridge by this interval" if contrast.bounded and contrast.low <= 0 <= contrast.high else ""
 
 
 def _hundredths(found: Interval) -> str:
     value, low, high = (f"{round(each, 2) + 0.0:.2f}" for each in (found.value, found.low, found.high))
-    return f"{value} ({low} to {high})" if _bounded(found) else value
+    return f"{value} ({low} to {high})" if found.bounded else value
 
 
 def _epochs_section(_: Any, tables: Mapping[str, Rows], images: Images) -> str:
@@ -414,9 +259,9 @@ def _epochs_section(_: Any, tables: Mapping[str, Rows], images: Images) -> str:
     for (moving,), each in groups(rows, "moving").items():
         found = []
         for (arm,), same in groups(each, "arm").items():
-            ends = [_geometric(row["output_error"] for row in select(same, epoch=epoch)) for epoch in (first, last)]
-            found.append(f"from {_two(ends[0])} to {_two(ends[1])} with {DONORS[arm]}")
-        sentences.append(f"As the {'donor' if moving == 'lower' else 'host'} goes from epoch {first} to {last}, it goes {_list(found)}.")
+            ends = [geometric(row["output_error"] for row in select(same, epoch=epoch)) for epoch in (first, last)]
+            found.append(f"from {two(ends[0])} to {two(ends[1])} with {DONORS[arm]}")
+        sentences.append(f"As the {'donor' if moving == 'lower' else 'host'} goes from epoch {first} to {last}, it goes {listed(found)}.")
     text = (
         "One network is taken at an epoch, the other one at the end of its training; read the output error, in the geometric mean over layers and "
         f"pairs. {' '.join(sentences)}"
@@ -427,19 +272,19 @@ def _epochs_section(_: Any, tables: Mapping[str, Rows], images: Images) -> str:
 
 def _across_section(_: Any, tables: Mapping[str, Rows], images: Images) -> str:
     rows = tables["across"]
-    below = _layers(rows, "lower_layer")
+    below = layers_upwards(rows, "lower_layer")
     steps: dict[str, dict[int, list[float]]] = {}
-    order = [*below, *(layer for layer in _layers(rows, "layer") if layer not in below)]
+    order = [*below, *(layer for layer in layers_upwards(rows, "layer") if layer not in below)]
     for row in rows:
         step = order.index(row["layer"]) - order.index(row["lower_layer"])
         steps.setdefault(row["arm"], {}).setdefault(step, []).append(row["output_error"])
     found = [
-        f"from {_two(_geometric(by_step[min(by_step)]))} for {_count(min(by_step), 'layer')} to {_two(_geometric(by_step[max(by_step)]))} for "
-        f"{_count(max(by_step), 'layer')} with {DONORS[arm]}" for arm, by_step in steps.items()
+        f"from {two(geometric(by_step[min(by_step)]))} for {count(min(by_step), 'layer')} to {two(geometric(by_step[max(by_step)]))} for "
+        f"{count(max(by_step), 'layer')} with {DONORS[arm]}" for arm, by_step in steps.items()
     ]  # fmt: skip
     text = (
         "What enters one layer of the donor is led into a later layer of the host. By the number of layers that are skipped so, the output error "
-        f"goes {_list(found)}."
+        f"goes {listed(found)}."
     )
     caption = "Output error: the features that enter the donor's layer, read by the host's."
     return f"<h2>Into another layer</h2><p>{escape(text)}</p>{figure(images, 'across', caption, wide=True)}"
@@ -464,18 +309,18 @@ def _settings_text(found: Rows) -> str:
     for (method, arm), each in groups(found, "method", "arm").items():
         error, accuracy = ([row[name] for row in each] for name in ("output_error", "relative_accuracy"))
         sentences.append(
-            f"with {METHODS[method]} and {DONORS[arm]} the output error lies between {_two(min(error))} and {_two(max(error))}, the accuracy between "
+            f"with {METHODS[method]} and {DONORS[arm]} the output error lies between {two(min(error))} and {two(max(error))}, the accuracy between "
             f"{min(accuracy):.1%} and {max(accuracy):.1%} of the host's"
         )
-    return f"{_upper('; '.join(sentences))}."
+    return f"{capital('; '.join(sentences))}."
 
 
 def _procedures_section(found: Rows, _: Mapping[str, Rows], images: Images) -> str:
     points, excess, ratio = (fmean(row[name] for row in found) for name in ("accuracy_points", "excess", "ratio"))
     text = (
         f"The connecting layer trained by Adam, as the authors do, ends {abs(points):.1f} points {'above' if points > 0 else 'below'} the accuracy "
-        f"of least squares, with {_percent_more(excess)} error on the training images, and takes {ratio:.3g} times the CPU seconds, on average over "
-        f"{_count(len(found), 'layer')}."
+        f"of least squares, with {percent_more(excess)} error on the training images, and takes {ratio:.3g} times the CPU seconds, on average over "
+        f"{count(len(found), 'layer')}."
     )
     rows = [
         [row["layer"], f"{row['accuracy_points']:+.2f}", f"{row['fit_error']:.3g}", f"{row['adam_fit_error']:.3g}", f"{row['excess']:+.1%}",
@@ -499,7 +344,7 @@ def _correlations_section(found: Rows, _: Mapping[str, Rows], images: Images) ->
         f"(trained, untrained, permuted labels), layer by layer. In the mean over layers, {'; '.join(sentences) or 'none is defined'}."
     )
     rows = [
-        [METHODS[row["method"]], DISTANCES[row["distance"]], row["layers"], *(_finite(row[name]) for name in ("mean", "least", "most"))]
+        [METHODS[row["method"]], DISTANCES[row["distance"]], row["layers"], *(finite(row[name]) for name in ("mean", "least", "most"))]
         for row in found
     ]
     head = ["error of", "distance", "layers", "mean over layers", "least", "most"]
@@ -512,7 +357,7 @@ def _train_section(_: Any, tables: Mapping[str, Rows], images: Images) -> str:
         [labels, penalty, f"{strength:g}", width, each[0]["epoch"], len(each), _extent(each, "accuracy"), _extent(each, "held_out_accuracy")]
         for (labels, penalty, strength, width), each in groups(ends, "labels", "penalty", "strength", "width").items()
     ]
-    text = f"{_upper(_count(len(ends), 'network'))} were trained." if len(ends) != 1 else "One network was trained."
+    text = f"{capital(count(len(ends), 'network'))} were trained." if len(ends) != 1 else "One network was trained."
     permuted = select(ends, labels="permuted")
     if permuted:
         text += (
@@ -540,33 +385,3 @@ def _limits() -> str:
         "controls is the figure to read, not the accuracy. The intervals are over pairs of networks on the same images; nothing here speaks of other "
         "images or of larger data sets.</p>"
     )
-
-
-def _bounded(found: Interval) -> bool:
-    """Not of a single value."""
-    return math.isfinite(found.low) and math.isfinite(found.high)
-
-
-def _two(number: float) -> str:
-    """Two digits, zeros as well."""
-    return f"{number:#.2g}".rstrip(".") if number < 100 else f"{number:.0f}"
-
-
-def _finite(number: float) -> str:
-    return f"{number:.2f}" if math.isfinite(number) else "undefined"
-
-
-def _list(parts: Sequence[str]) -> str:
-    return " and ".join([", ".join(parts[:-1]), parts[-1]] if len(parts) > 1 else parts)
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}{'' if number == 1 else 's'}"
-
-
-def _upper(text: str) -> str:
-    return text[:1].upper() + text[1:]
-
-
-def _percent_more(excess: float) -> str:
-    return f"{abs(excess):.1%} {'more' if excess > 0 else 'less'}"

@@ -20,7 +20,12 @@ class Interval:
     high: float
 
     def __str__(self) -> str:
-        return f"{self.value:.3g} ({self.low:.3g} to {self.high:.3g})" if np.isfinite(self.high - self.low) else f"{self.value:.3g}"
+        return f"{self.value:.3g} ({self.low:.3g} to {self.high:.3g})" if self.bounded else f"{self.value:.3g}"
+
+    @property
+    def bounded(self) -> bool:
+        """Not of a single value."""
+        return bool(np.isfinite(self.low) and np.isfinite(self.high))
 
     def above(self, other: Interval) -> bool:
         """Whether the whole of this interval lies above the other one."""

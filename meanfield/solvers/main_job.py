@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
-from meanfield.network import ParticleNetwork
+from meanfield import starts
 from meanfield.problem import Problem
-from meanfield.solution import Solution
-from meanfield.solvers import alternating, flow
+from meanfield.solvers import alternating
+from meanfield.solvers.solution import Solution
 
 
 def solve(problem: Problem, widths: Sequence[int] = (64, 32), seed: int = 0, *, start: str = "low_rank", **options: Any) -> Solution:
@@ -19,7 +19,5 @@ def solve(problem: Problem, widths: Sequence[int] = (64, 32), seed: int = 0, *, 
     The random start (kind `start`, drawn from `seed`) is moved inside the problem's bounds.  "low_rank" starts ended
     lower than "anchored" ones on digits (0.0196 to 0.0202 against 0.0198 to 0.0206 at widths (30, 12)).
     """
-    generator = torch.Generator().manual_seed(seed)
-    network = ParticleNetwork.start(problem.architecture, widths, problem.inputs, generator, start)
-    network = flow.project_bounds(problem, network)
+    network = starts.draw(problem, widths, torch.Generator().manual_seed(seed), start)
     return alternating.solve(problem, network, seed=seed, **options)

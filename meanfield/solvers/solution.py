@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from meanfield.certificates import Certificate, Multipliers
+from meanfield.convex.repopulation import ProgramPoint
 from meanfield.network import ParticleNetwork
-from meanfield.repopulation import ProgramPoint
 
 STATUS_TEXTS = {
     "optimal": "the duality gap on this support is below the tolerance",

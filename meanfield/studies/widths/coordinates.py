@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from meanfield import finite
+from meanfield.bench.sweep import Cell, Row
+from meanfield.bench.task import Task
 from meanfield.finite.training import LEARNING_RATES
-from meanfield.sweep import Cell, Row
-from meanfield.task import Task
 
 
 def check(cell: Cell) -> list[Row]:

@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 
 import meanfield
-from meanfield import finite, measures, solvers
+from meanfield import finite, measures, solvers, starts
+from meanfield.convex.program import ConvexProgram
 from meanfield.data import Dataset
 from meanfield.network import ParticleNetwork
 from meanfield.problem import Problem
-from meanfield.program import ConvexProgram
-from meanfield.solution import Solution
+from meanfield.solvers.solution import Solution
 
 PACKAGES = ("torch", "numpy", "scipy", "cvxpy", "clarabel", "matplotlib", "scikit-learn", "safetensors")
 REFERENCE_LIMIT = 66 * 34 * 400  # M_{l-1} M_l (images x positions), the largest product that cvxpy is given
@@ -235,8 +235,7 @@ def _segment(run: Run) -> dict[str, Any]:
 
 def _flowed(run: Run, seed: int) -> ParticleNetwork:
     generator = torch.Generator().manual_seed(seed)
-    start = ParticleNetwork.start(run.problem.architecture, run.start.widths, run.problem.inputs, generator, "low_rank")
-    start = solvers.flow.project_bounds(run.problem, start)
+    start = starts.draw(run.problem, run.start.widths, generator, "low_rank")
     solved = solvers.flow.solve(run.problem, start, steps=run.segment_steps, seed=seed)
     if solved.status == "interrupted":
         raise KeyboardInterrupt

@@ -9,131 +9,17 @@ from typing import Any
 
 import numpy as np
 
-from meanfield import plotting, width_study
-from meanfield.plotting import Curve
-from meanfield.rates import Slope
-from meanfield.report import assemble, figure, inline, plain_table, publish
-from meanfield.studies.trajectories import QUANTILES
-from meanfield.sweep import Rows, groups, select
-from meanfield.width_study import samples
-
-DISTANCES = {"mmd": "MMD", "sliced_wasserstein": "sliced Wasserstein"}
-SAMPLING = {"masses": "by mass", "uniform": "masses ignored (control)"}
-ARMS = {
-    "mean_field": "mean-field scaling", "ntk": "control: 1/sqrt(m) scaling", "permuted_labels": "control: second network on permuted labels",
-    "shuffled_batches": "minibatches, reshuffled", "fixed_batches": "minibatches in fixed order", "noise": "with noise",
-}  # fmt: skip
+from meanfield.bench.sweep import Rows, groups, select
+from meanfield.pages.html import assemble, figure, inline, plain_table, publish
+from meanfield.studies.widths import summary
+from meanfield.studies.widths.pictures import ARMS, DISTANCES, SAMPLING, pictures
+from meanfield.studies.widths.summary import samples
 
 
 def write(tables: Mapping[str, Rows], directory: str | Path, command: str) -> Path:
     """Write widths.html, summary.json and the pictures; returns the page."""
-    found = width_study.summary(tables)
+    found = summary.summary(tables)
     return publish(directory, "widths.html", pictures(tables), found, lambda figures: page(tables, found, figures, command))
-
-
-def pictures(tables: Mapping[str, Rows]) -> dict[str, Any]:
-    """Name -> Figure, for the tables there are."""
-    makers = {
-        "sampled": ("sampled", _sampled_picture), "trained": ("trained", _trained_picture), "trajectories": ("trajectories", _trajectory_picture),
-        "times": ("trajectories", _times_picture), "seeds": ("gallery", _seeds_picture), "distributions": ("statistics", _distribution_picture),
-        "coordinates": ("coordinates", _coordinate_picture), "kernel": ("kernel", _kernel_picture),
-    }  # fmt: skip
-    context = dict(tables)
-    return {name: make(context[part], context) for name, (part, make) in makers.items() if context.get(part)}
-
-
-def _sampled_picture(rows: Rows, _: Mapping[str, Rows]) -> Any:
-    panels = {}
-    for (depth,), each in groups(rows, "depth").items():
-        panels[f"L = {depth}"] = [
-            Curve(_with(f"{activation}, {SAMPLING[sampling]}", width_study.rate(drawn, "squared_error")), samples(drawn, "squared_error"), "mean")
-            for (activation, sampling), drawn in groups(each, "activation", "sampling").items()
-        ]
-    return plotting.rates(panels, "E |F_m - F|^2", guide=-1)
-
-
-def _trained_picture(rows: Rows, tables: Mapping[str, Rows]) -> Any:
-    best = width_study.trained_shares(rows, tables.get("limit", ()))["best"]
-    curves = []
-    for (masses,), each in groups(rows, "masses").items():
-        excess = {m: [max(value / best - 1, 1e-4) for value in values] for m, values in samples(each, "value").items()}
-        curves.append(Curve(f"masses {masses}", excess))
-    return plotting.rates({"trained from random starts": curves}, "(J - best) / best")
-
-
-def _trajectory_picture(rows: Rows, _: Mapping[str, Rows]) -> Any:
-    deepest, last = max(row["layer"] for row in rows), max(row["time"] for row in rows)
-    panels = {}
-    for (arm,), each in groups(select(rows, layer=deepest), "arm").items():
-        moved = _time_of_change(each)
-        kinds = {"seeds": ("two seeds", last), "doubled": ("widths m and 2m", last), "times": (f"times {moved / 2:g} and {moved:g}", moved)}
-        curves = []
-        for kind, (label, time) in kinds.items():
-            there = select(each, kind=kind, time=time)
-            if there:
-                curves.append(Curve(_with(label, width_study.rate(there, "mmd")), samples(there, "mmd")))
-        panels[ARMS[arm]] = curves
-    return plotting.rates(panels, f"MMD of the features of layer {deepest}")
-
-
-def _time_of_change(rows: Rows) -> float:
-    """The time at which the widest network has moved most since half that time."""
-    widest = max(row["width"] for row in rows)
-    return width_study.most_changed(select(rows, width=widest), "mmd")
-
-
-def _times_picture(rows: Rows, _: Mapping[str, Rows]) -> Any:
-    crossed = select(rows, kind="cross", arm="mean_field")
-    times = sorted({row["time"] for row in crossed})
-    maps = {f"width {width}": _matrix(each, "time", "other_time", times) for (width,), each in groups(crossed, "width").items()}
-    chosen = dict(list(maps.items())[:: max(1, (len(maps) - 1) // 2)])
-    return plotting.heat_maps(chosen, [f"{t:g}" for t in times], "flow time of the second network", "flow time of the first", "MMD, last layer")
-
-
-def _seeds_picture(rows: Rows, _: Mapping[str, Rows]) -> Any:
-    seeds = sorted({row["seed"] for row in rows})
-    maps = {f"width {width}": _matrix(each, "seed", "other_seed", seeds) for (width,), each in groups(rows, "width").items()}
-    return plotting.heat_maps(maps, [str(seed) for seed in seeds], "seed", "seed", "MMD, last layer, last time")
-
-
-def _matrix(rows: Rows, first: str, second: str, places: Sequence[Any]) -> np.ndarray:
-    found = np.full((len(places), len(places)), np.nan)
-    for row in rows:
-        found[places.index(row[first]), places.index(row[second])] = row["mmd"]
-    return found
-
-
-def _distribution_picture(rows: Rows, _: Mapping[str, Rows]) -> Any:
-    last = max(row["time"] for row in rows)
-    panels = {}
-    for (what, layer), each in groups(select(rows, time=last), "of", "layer").items():
-        panels[f"{what} of layer {layer}"] = {
-            f"width {width}": [[row[f"q{q:02d}"] for q in QUANTILES] for row in same] for (width,), same in groups(each, "width").items()
-        }
-    ordered = dict(sorted(panels.items(), key=lambda item: (item[0].startswith("features"), item[0])))
-    return plotting.distributions(ordered, [q / 100 for q in QUANTILES])
-
-
-def _coordinate_picture(rows: Rows, _: Mapping[str, Rows]) -> Any:
-    last = max(row["step"] for row in rows)
-    panels = {}
-    for (scaling, optimiser), each in groups(select(rows, step=last), "scaling", "optimiser").items():
-        panels[f"{scaling}, {optimiser}"] = [
-            Curve(_with(layer if layer == "output" else f"layer {layer}", width_study.rate(same, "change")), samples(same, "change"), "mean")
-            for (layer,), same in groups(each, "layer").items()
-        ]
-    return plotting.rates(panels, f"mean change, {last} steps")
-
-
-def _kernel_picture(rows: Rows, _: Mapping[str, Rows]) -> Any:
-    fitted = width_study.rate(rows, "relative_error", "median")
-    return plotting.rates(
-        {"one ReLU layer": [Curve(_with("empirical kernel", fitted), samples(rows, "relative_error"))]}, "relative Frobenius error", -0.5
-    )
-
-
-def _with(label: str, slope: Slope | None) -> str:
-    return label if slope is None else f"{label}, slope {slope}"
 
 
 def page(tables: Mapping[str, Rows], found: Mapping[str, Any], figures: Mapping[str, bytes], command: str) -> str:

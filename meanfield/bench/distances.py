@@ -5,7 +5,7 @@ delta_{x_i} on such vectors.  Vectors are measured by their root mean square |x|
 has the unit of one feature value and does not grow with the number of probes.  Sums are taken in float64.
 
     >>> import torch
-    >>> from meanfield.distances import FeatureMeasure, wasserstein
+    >>> from meanfield.bench.distances import FeatureMeasure, wasserstein
     >>> here = FeatureMeasure.uniform(torch.tensor([[0.0, 0.0], [1.0, 1.0]]))
     >>> round(wasserstein(here, FeatureMeasure.uniform(here.values + 3)), 6)
     3.0
@@ -23,8 +23,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from meanfield.measures import normal
 from meanfield.network import MASS_TOLERANCE, ParticleNetwork
+from meanfield.starts import normal
 from meanfield.validation import finite, integer, positive, shaped
 
 if TYPE_CHECKING:

@@ -1,0 +1,6 @@
+"""Image data sets, shipped inside packages or read from a user's .npz file, folder of images or CIFAR files."""
+
+from meanfield.data.dataset import Dataset, load
+from meanfield.data.readers import stamp
+
+__all__ = ["Dataset", "load", "stamp"]

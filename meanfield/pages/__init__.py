@@ -1,0 +1,1 @@
+"""How a page is written: pictures, HTML and words; knows no study."""

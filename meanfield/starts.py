@@ -1,0 +1,88 @@
+"""Random starting measures that have a limit as the widths grow."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from meanfield import validation
+from meanfield.architecture import Architecture
+from meanfield.network import ParticleNetwork
+from meanfield.problem import Problem, project_bounds
+
+ANCHOR_ROWS = 1024
+STARTS = ("anchored", "low_rank")
+
+
+def normal(shape: Sequence[int], generator: torch.Generator, like: Tensor) -> Tensor:
+    """Gaussian draws on the generator's device, so that a seed gives one start on every device."""
+    return torch.randn(tuple(shape), generator=generator, dtype=torch.float64, device=generator.device).to(like)
+
+
+def draw(problem: Problem, widths: Sequence[int], generator: torch.Generator, kind: str = "anchored") -> ParticleNetwork:
+    """A random start (see `start`) moved inside the bounds of the problem."""
+    return project_bounds(problem, start(problem.architecture, widths, problem.inputs, generator, kind))
+
+
+def start(
+    architecture: Architecture, widths: Sequence[int], inputs: Tensor, generator: torch.Generator, kind: str = "anchored"
+) -> ParticleNetwork:
+    """A random start with uniform masses that has a limit as the widths grow.
+
+    kind "anchored": pre-activations as a wide standard network would draw them, realised by the least-norm kernels on
+    the inputs (at most about 1,024 image positions of them serve as anchors); "low_rank": kernels
+    w(z', z) = sum_r a_r(z) phi_r(z') with random functions phi_r.  Both are scaled to pre-activations of unit root mean
+    square.  First-layer kernels, biases and readout are standard normal (biases of later layers start at zero).
+    dtype and device are those of `inputs`, (N, C_0, H, W).
+    """
+    widths = validation.widths(widths, architecture.depth)
+    validation.one_of(kind, STARTS, "kind")
+    architecture.check_inputs(inputs)
+    masses = [inputs.new_full((m,), 1 / m) for m in widths]
+    shapes = architecture.kernel_shapes(widths)
+    kernels = [normal(shapes[0], generator, inputs) * math.sqrt(architecture.input_shape[0])]
+    biases = [inputs.new_zeros(m) if layer.bias else None for m, layer in zip(widths, architecture.layers)]
+    if biases[0] is not None:
+        biases[0] = normal((widths[0],), generator, inputs)
+    signal = architecture.layers[0].activate(
+        architecture.layers[0].convolve(inputs, kernels[0] / architecture.input_shape[0], biases[0])
+    )
+    coordinates = kernels[0].flatten(1)
+    for layer, shape, mass in zip(architecture.layers[1:], shapes[1:], masses[:-1]):
+        if kind == "anchored":
+            kernel = _anchored(layer, signal, shape, mass, generator)
+        else:
+            kernel, coordinates = _low_rank(coordinates, shape, generator, inputs)
+        response = layer.convolve(signal, kernel * mass[None, :, None, None])
+        scale = 1 / response.square().mean().sqrt().clamp_min(torch.finfo(inputs.dtype).tiny)
+        kernels.append(kernel * scale)
+        signal = layer.activate(response * scale)
+    readout = normal(architecture.readout_shape(widths[-1]), generator, inputs)
+    return ParticleNetwork(architecture, masses, kernels, readout, biases)
+
+
+def _anchored(layer, signal: Tensor, shape: tuple[int, ...], mass: Tensor, generator: torch.Generator) -> Tensor:
+    """w_j = A^T K^+ g_j on anchor rows, K = A diag(p) A^T, g_j = M^{-1/2} sum_i omega_ij * f_i."""
+    rows = layer.patches(signal).flatten(0, 1)  # (N P, M S)
+    omega = normal(shape, generator, signal).flatten(1)  # (M', M S)
+    if rows.shape[0] > ANCHOR_ROWS:
+        chosen = torch.randperm(rows.shape[0], generator=generator, device=generator.device)[:ANCHOR_ROWS]
+        rows = rows[chosen.to(rows.device)]
+    target = rows @ omega.T / math.sqrt(shape[1])
+    weight = mass.repeat_interleave(layer.offsets)
+    gram = (rows * weight) @ rows.T
+    return (torch.linalg.pinv(gram, hermitian=True) @ target).T.matmul(rows).reshape(shape)
+
+
+def _low_rank(
+    coordinates: Tensor, shape: tuple[int, ...], generator: torch.Generator, like: Tensor, rank: int = 8
+) -> tuple[Tensor, Tensor]:
+    """w_ij = sum_r a_rj phi_r(i), phi_r = tanh of a random linear map of the source's own coordinates, kernel-valued."""
+    offsets = shape[2] * shape[3]
+    maps = normal((coordinates.shape[1], rank * offsets), generator, like) / math.sqrt(coordinates.shape[1])
+    functions = torch.tanh(coordinates @ maps).reshape(shape[1], rank, offsets)
+    coefficients = normal((shape[0], rank), generator, like)
+    return torch.einsum("jr,irs->jis", coefficients, functions).reshape(shape), coefficients

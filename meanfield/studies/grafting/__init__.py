@@ -1,0 +1,1 @@
+"""Do networks from different starts learn the same features?"""

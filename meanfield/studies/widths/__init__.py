@@ -1,0 +1,1 @@
+"""How networks of finite width approach the continuous one."""
