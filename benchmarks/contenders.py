@@ -2,9 +2,9 @@
 
 Timed in CPU seconds of the process, on one thread.  The splitting's time holds everything it does: constraint basis,
 iterations, restoration, certificates.  For cvxpy, building and compiling the model (up to the matrices that the solver
-is given) is stated apart from the solver's run; restoring its point to the constraints is free of charge.  Memory is the
-growth of peak resident memory from the frozen program to the answer, compilation included.  A tiny program is solved
-first, so that no one pays for imports.
+is given) is stated apart from the solver's run; restoring its point to the constraints is free of charge.  Memory is
+the growth of peak resident memory from the frozen program to the answer, compilation included.  A tiny program is
+solved first, so that no one pays for imports.
 """
 
 from __future__ import annotations
@@ -32,10 +32,19 @@ WARM_UP_TOLERANCE = 1e-2
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 CVXPY_OPTIONS: dict[str, Callable[[float, float], dict[str, Any]]] = {
     "CLARABEL": lambda tolerance, seconds: {
-        "tol_gap_abs": tolerance, "tol_gap_rel": tolerance, "tol_feas": tolerance, "time_limit": seconds, "max_threads": 1,
+        "tol_gap_abs": tolerance,
+        "tol_gap_rel": tolerance,
+        "tol_feas": tolerance,
+        "time_limit": seconds,
+        "max_threads": 1,
     },
-    "SCS": lambda tolerance, seconds: {"eps_abs": tolerance, "eps_rel": tolerance, "max_iters": 1_000_000, "time_limit_secs": seconds},
-}  # fmt: skip
+    "SCS": lambda tolerance, seconds: {
+        "eps_abs": tolerance,
+        "eps_rel": tolerance,
+        "max_iters": 1_000_000,
+        "time_limit_secs": seconds,
+    },
+}
 CONTENDERS = ("splitting", *CVXPY_OPTIONS)
 
 
@@ -68,14 +77,25 @@ def run(order: dict[str, Any]) -> dict[str, Any]:
     if outcome.answer is not None:
         outcome.answer.save(order["answer"])
     return {
-        "contender": name, "tolerance": order["tolerance"], "status": outcome.status, "cpu_seconds": outcome.cpu_seconds,
-        "wall_seconds": outcome.wall_seconds, "compile_cpu_seconds": outcome.compile_cpu_seconds, "iterations": outcome.iterations,
-        "peak_bytes": grown, "answered": outcome.answer is not None, "history": outcome.history,
-    }  # fmt: skip
+        "contender": name,
+        "tolerance": order["tolerance"],
+        "status": outcome.status,
+        "cpu_seconds": outcome.cpu_seconds,
+        "wall_seconds": outcome.wall_seconds,
+        "compile_cpu_seconds": outcome.compile_cpu_seconds,
+        "iterations": outcome.iterations,
+        "peak_bytes": grown,
+        "answered": outcome.answer is not None,
+        "history": outcome.history,
+    }
 
 
-def solve(name: str, program: ConvexProgram, tolerance: float, max_seconds: float, check_every: int | None = None) -> Outcome:
-    """One contender on one program; check_every is the splitting's, for a history with more rows than its own choice."""
+def solve(
+    name: str, program: ConvexProgram, tolerance: float, max_seconds: float, check_every: int | None = None
+) -> Outcome:
+    """One contender on one program; check_every is the splitting's, for a history with more rows
+    than its own choice.
+    """
     if name == "splitting":
         return _splitting(program, tolerance, max_seconds, check_every)
     return _cvxpy(name, program, tolerance, max_seconds)
@@ -83,7 +103,9 @@ def solve(name: str, program: ConvexProgram, tolerance: float, max_seconds: floa
 
 def _splitting(program: ConvexProgram, tolerance: float, max_seconds: float, check_every: int | None) -> Outcome:
     began, wall = time.process_time(), time.perf_counter()
-    solution = splitting.solve(program, tolerance, max_iterations=1_000_000, max_seconds=max_seconds, check_every=check_every)
+    solution = splitting.solve(
+        program, tolerance, max_iterations=1_000_000, max_seconds=max_seconds, check_every=check_every
+    )
     took, wall = time.process_time() - began, time.perf_counter() - wall
     points = [solution.point]
     if solution.point.readout.dtype == torch.float32:  # restored for the judge, who works in float64

@@ -27,7 +27,13 @@ def settings(quick: bool = False, fresh: bool = True) -> Settings:
 
 def run(chosen: Settings, report: Callable[[str], None] = print) -> dict[str, Any]:
     """Every figure of the benchmark, ready for JSON; `skipped` says why there is none."""
-    found: dict[str, Any] = {"benchmark": "device", "machine": machine.description(), "device": None, "cases": [], "skipped": None}
+    found: dict[str, Any] = {
+        "benchmark": "device",
+        "machine": machine.description(),
+        "device": None,
+        "cases": [],
+        "skipped": None,
+    }
     if not torch.cuda.is_available():
         found["skipped"] = "torch sees no GPU (torch.cuda.is_available() is False)"
         report(f"device benchmark skipped: {found['skipped']}")

@@ -12,20 +12,33 @@ GAP_LABEL = "proven relative gap"
 
 
 def solve_picture(found: dict[str, Any]) -> bytes:
-    """One panel per case: the splitting's gap along its run, cvxpy's over its tolerances, hollow with compile time added. PNG."""
+    """One panel per case: the splitting's gap along its run, cvxpy's over its tolerances, hollow with compile time
+    added. PNG.
+    """
     cases = found["cases"]
     figure, axes = _panels(len(cases))
     for axis, case in zip(axes, cases):
         _gap_panel(axis, case)
     axes[0].set_ylabel(GAP_LABEL)
     named = {text: handle for axis in axes for handle, text in zip(*axis.get_legend_handles_labels())}
-    figure.legend(named.values(), named, loc="outside lower center", ncols=min(len(named), 2 * len(axes)), frameon=False, fontsize=8)
+    figure.legend(
+        named.values(),
+        named,
+        loc="outside lower center",
+        ncols=min(len(named), 2 * len(axes)),
+        frameon=False,
+        fontsize=8,
+    )
     return _png(figure)
 
 
 def _gap_panel(axis: Any, case: dict[str, Any]) -> None:
     for name in dict.fromkeys(run["contender"] for run in case["runs"]):
-        runs = [run for run in case["runs"] if run["contender"] == name and run.get("relative_gap") is not None and run["feasible"]]
+        runs = [
+            run
+            for run in case["runs"]
+            if run["contender"] == name and run.get("relative_gap") is not None and run["feasible"]
+        ]
         if name == "splitting":
             _draw_history(axis, runs)
         elif runs:
@@ -43,7 +56,9 @@ def _label_axes(axis: Any) -> None:
     axis.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
     axis.xaxis.set_major_formatter(FuncFormatter(lambda seconds, _: f"{seconds:g}"))
     axis.xaxis.set_minor_formatter(NullFormatter())
-    axis.yaxis.set_major_formatter(FuncFormatter(lambda gap, _: ("≤ " if gap < 1.01 * SMALLEST_GAP else "") + f"{gap:.0e}"))
+    axis.yaxis.set_major_formatter(
+        FuncFormatter(lambda gap, _: ("≤ " if gap < 1.01 * SMALLEST_GAP else "") + f"{gap:.0e}")
+    )
 
 
 def _draw_history(axis: Any, runs: list[dict[str, Any]]) -> None:
@@ -52,14 +67,30 @@ def _draw_history(axis: Any, runs: list[dict[str, Any]]) -> None:
     gaps = [max(row["gap"] / abs(row["value"]), SMALLEST_GAP) for row in rows]
     axis.plot(times, gaps, color=COLOURS["splitting"], label="splitting, along one run", linewidth=1.6)
     ends = [max(run["relative_gap"], SMALLEST_GAP) for run in runs]
-    axis.plot([run["cpu_seconds"] for run in runs], ends, MARKERS["splitting"], color=COLOURS["splitting"], label="splitting, stopped at a tolerance")
+    axis.plot(
+        [run["cpu_seconds"] for run in runs],
+        ends,
+        MARKERS["splitting"],
+        color=COLOURS["splitting"],
+        label="splitting, stopped at a tolerance",
+    )
 
 
 def _draw_sweep(axis: Any, name: str, runs: list[dict[str, Any]]) -> None:
     gaps = [max(run["relative_gap"], SMALLEST_GAP) for run in runs]
-    axis.plot([run["cpu_seconds"] for run in runs], gaps, MARKERS[name] + "-", color=COLOURS[name], label=f"{name}, solve")
+    axis.plot(
+        [run["cpu_seconds"] for run in runs], gaps, MARKERS[name] + "-", color=COLOURS[name], label=f"{name}, solve"
+    )
     total = [run["cpu_seconds"] + run["compile_cpu_seconds"] for run in runs]
-    axis.plot(total, gaps, MARKERS[name] + ":", color=COLOURS[name], markerfacecolor="none", alpha=0.7, label=f"{name}, with cvxpy's compilation")
+    axis.plot(
+        total,
+        gaps,
+        MARKERS[name] + ":",
+        color=COLOURS[name],
+        markerfacecolor="none",
+        alpha=0.7,
+        label=f"{name}, with cvxpy's compilation",
+    )
 
 
 def growth_picture(found: dict[str, Any]) -> bytes:
@@ -74,11 +105,16 @@ def growth_picture(found: dict[str, Any]) -> bytes:
 
 def _growth_panel(axis: Any, name: str, sweep: dict[str, Any]) -> None:
     rows = [row for row in sweep["rows"] if "failed" not in row]
-    for key, text, style in (("iteration_seconds", "an iteration", "o-"), ("products_seconds", "its two products", "s--")):
+    for key, text, style in (
+        ("iteration_seconds", "an iteration", "o-"),
+        ("products_seconds", "its two products", "s--"),
+    ):
         fit = sweep["exponents"][key]
         slope = "" if fit["slope"] is None else f", exponent {fit['slope']:.2f}"
         colour = COLOURS["splitting"] if style == "o-" else COLOURS["CLARABEL"]
-        axis.plot([row["size"] for row in rows], [1e3 * row[key] for row in rows], style, color=colour, label=text + slope)
+        axis.plot(
+            [row["size"] for row in rows], [1e3 * row[key] for row in rows], style, color=colour, label=text + slope
+        )
     axis.set(xscale="log", yscale="log", xlabel=_SIZE_LABELS[name], title=f"growth with {name}")
     ticks = sorted({row["size"] for row in rows})
     axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
@@ -87,7 +123,11 @@ def _growth_panel(axis: Any, name: str, sweep: dict[str, Any]) -> None:
     axis.legend(frameon=False, fontsize=8)
 
 
-_SIZE_LABELS = {"particles": "particles of layer 1 (half as many in layer 2)", "images": "images", "positions": "positions of an image"}
+_SIZE_LABELS = {
+    "particles": "particles of layer 1 (half as many in layer 2)",
+    "images": "images",
+    "positions": "positions of an image",
+}
 
 
 def _panels(count: int) -> tuple[Any, Any]:

@@ -64,10 +64,14 @@ def load(settings: Settings, dtype: str) -> tuple[mf.Problem, mf.data.Dataset]:
     """The problem on the first images of the ten digits, and the images that are left."""
     chosen, rest = mf.data.load("digits", samples=settings.samples).split()
     layer = mf.Conv(kernel_size=3, padding=1, activation="tanh")
-    architecture = mf.Architecture(chosen.input_shape, (layer, layer), readout="average", outputs=chosen.outputs_for("softmax"))
+    architecture = mf.Architecture(
+        chosen.input_shape, (layer, layer), readout="average", outputs=chosen.outputs_for("softmax")
+    )
     source, readout, first = settings.penalties
     penalty = mf.Penalty(source=source, readout=readout, input=first)
-    return mf.Problem(architecture, chosen.inputs.to(DTYPES[dtype]), chosen.targets("softmax"), "softmax", penalty), rest
+    return mf.Problem(
+        architecture, chosen.inputs.to(DTYPES[dtype]), chosen.targets("softmax"), "softmax", penalty
+    ), rest
 
 
 class FlowContender:
@@ -99,9 +103,14 @@ class PlainContender:
         first, second = settings.widths
         self.inputs, self.targets = problem.inputs, problem.targets
         self.network = nn.Sequential(
-            nn.Conv2d(1, first, 3, padding=1, bias=False), nn.Tanh(), nn.Conv2d(first, second, 3, padding=1, bias=False), nn.Tanh(),
-            nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(second, problem.architecture.outputs, bias=False),
-        ).to(self.inputs.dtype)  # fmt: skip
+            nn.Conv2d(1, first, 3, padding=1, bias=False),
+            nn.Tanh(),
+            nn.Conv2d(first, second, 3, padding=1, bias=False),
+            nn.Tanh(),
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(),
+            nn.Linear(second, problem.architecture.outputs, bias=False),
+        ).to(self.inputs.dtype)
         self.optimizer = torch.optim.Adam(self.network.parameters(), settings.plain_rate)
         self.schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, total)
 
@@ -123,10 +132,16 @@ def speed(settings: Settings, dtype: str) -> dict[str, Any]:
     problem, _ = load(settings, dtype)
     total = settings.warm_up + settings.repetitions * settings.block
     both = {name: contender(name, problem, settings, total) for name in CONTENDERS}
-    blocks = alternating({name: each.step for name, each in both.items()}, settings.warm_up, settings.repetitions, settings.block)
+    blocks = alternating(
+        {name: each.step for name, each in both.items()}, settings.warm_up, settings.repetitions, settings.block
+    )
     medians = {name: statistics.median(seconds) for name, seconds in blocks.items()}
     ratios = [plain / flowed for plain, flowed in zip(blocks["plain"], blocks["flow"])]
-    return {"seconds_per_step": medians, "speed_ratio": medians["plain"] / medians["flow"], "block_ratios": sorted(ratios)}
+    return {
+        "seconds_per_step": medians,
+        "speed_ratio": medians["plain"] / medians["flow"],
+        "block_ratios": sorted(ratios),
+    }
 
 
 def own_memory(name: str, settings: Settings, dtype: str) -> int:
@@ -150,7 +165,10 @@ def memory(settings: Settings, dtype: str) -> dict[str, Any]:
 
 
 def _memory_of(name: str, settings: Settings, dtype: str) -> int:
-    code = "import json, sys; from benchmarks import flow_step as f; s = json.loads(sys.argv[1]); print(f.own_memory(s[0], f.from_dict(s[1]), s[2]))"
+    code = (
+        "import json, sys; from benchmarks import flow_step as f; s = json.loads(sys.argv[1]); "
+        "print(f.own_memory(s[0], f.from_dict(s[1]), s[2]))"
+    )
     paths = [str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH", "")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), "OMP_NUM_THREADS": "1"}
     order = json.dumps([name, asdict(settings), dtype])
@@ -162,13 +180,19 @@ def _memory_of(name: str, settings: Settings, dtype: str) -> int:
 
 def from_dict(description: dict[str, Any]) -> Settings:
     """Settings from their JSON form."""
-    return replace(Settings(), **{name: tuple(value) if isinstance(value, list) else value for name, value in description.items()})
+    return replace(
+        Settings(), **{name: tuple(value) if isinstance(value, list) else value for name, value in description.items()}
+    )
 
 
 def training(settings: Settings, dtype: str) -> dict[str, Any]:
-    """Both trained on the same images for the same number of steps, the rate annealed to zero; accuracy on the images that are left."""
+    """Both trained on the same images for the same number of steps, the rate annealed to zero; accuracy on the images
+    that are left.
+    """
     problem, rest = load(settings, dtype)
-    held_out = problem.loss.check_targets(rest.targets("softmax"), len(rest), problem.architecture.outputs, like=problem.inputs)
+    held_out = problem.loss.check_targets(
+        rest.targets("softmax"), len(rest), problem.architecture.outputs, like=problem.inputs
+    )
     found: dict[str, Any] = {"steps": settings.training_steps, "held_out_images": len(rest)}
     for name in CONTENDERS:
         each = contender(name, problem, settings, settings.training_steps)
@@ -179,7 +203,9 @@ def training(settings: Settings, dtype: str) -> dict[str, Any]:
         with torch.no_grad():
             found[name] = {
                 "training_accuracy": accuracy(problem.loss, each.predict(problem.inputs), problem.targets),
-                "held_out_accuracy": accuracy(problem.loss, each.predict(rest.inputs.to(problem.inputs.dtype)), held_out),
+                "held_out_accuracy": accuracy(
+                    problem.loss, each.predict(rest.inputs.to(problem.inputs.dtype)), held_out
+                ),
             }
         if isinstance(each, FlowContender):
             found[name]["value"] = float(each.terms.total())
@@ -198,4 +224,10 @@ def run(settings: Settings) -> dict[str, Any]:
     for each in figures.values():
         each["fast_enough"] = each["speed_ratio"] >= SPEED_REQUIRED
         each["small_enough"] = each["memory_ratio"] <= MEMORY_ALLOWED
-    return {"benchmark": "flow_step", "settings": asdict(settings), "machine": machine.description(), "figures": figures, "training": trained}
+    return {
+        "benchmark": "flow_step",
+        "settings": asdict(settings),
+        "machine": machine.description(),
+        "figures": figures,
+        "training": trained,
+    }

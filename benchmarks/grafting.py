@@ -1,9 +1,11 @@
-"""What a graft costs: large layers against the matrix products they need, the number of images, and the whole design matrix.
+"""What a graft costs: large layers against the matrix products they need, the number of images, and the whole design
+matrix.
 
-Every large graft runs in a process of its own, `threads` threads, images made batch by batch: wall and CPU seconds, peak
-memory.  The floor is the time of the products alone, rows x (1 + d + K)^2 x 10/16 multiply-adds in float64 (a symmetric
-product in four stripes) at the speed of one large product measured in the same process.  The peer is numpy.linalg.lstsq
-on the whole design matrix, made by unfold, on a size that fits; both in alternating blocks in one process.
+Every large graft runs in a process of its own, `threads` threads, images made batch by batch: wall and CPU seconds,
+peak memory.  The floor is the time of the products alone, rows x (1 + d + K)^2 x 10/16 multiply-adds in float64 (a
+symmetric product in four stripes) at the speed of one large product measured in the same process.  The peer is
+numpy.linalg.lstsq on the whole design matrix, made by unfold, on a size that fits; both in alternating blocks in one
+process.
 """
 
 from __future__ import annotations
@@ -33,7 +35,9 @@ BATCH = 250
 
 @dataclass(frozen=True)
 class Settings:
-    """layers: of VGG-16 at 32x32 with `width` channels first; images of the large runs; memory at each of `memory_images`."""
+    """layers: of VGG-16 at 32x32 with `width` channels first; images of the large runs; memory at each of
+    `memory_images`.
+    """
 
     layers: tuple[str, ...] = ("conv2", "conv4", "conv9", "conv12")
     images: int = 10_000
@@ -52,7 +56,10 @@ QUICK = Settings(("conv4",), 500, 4, "conv4", (500, 1000), 1, peer_images=10, re
 
 def networks(width: int, device: str = "cpu") -> tuple[nn.Sequential, nn.Sequential]:
     """Two starts: what a graft costs does not depend on training."""
-    lower, upper = (vgg(16, (3, 32, 32), 10, width=width, generator=torch.Generator().manual_seed(seed)).to(device) for seed in (0, 1))
+    lower, upper = (
+        vgg(16, (3, 32, 32), 10, width=width, generator=torch.Generator().manual_seed(seed)).to(device)
+        for seed in (0, 1)
+    )
     return lower, upper
 
 
@@ -68,7 +75,12 @@ def one(order: dict[str, Any]) -> dict[str, Any]:
     device, (lower, upper) = order["device"], networks(order["width"], order["device"])
     began, cpu = time.perf_counter(), time.process_time()
     found = graft(lower, upper, order["layer"], images(order["images"], device))
-    figures = {"seconds": time.perf_counter() - began, "cpu_seconds": time.process_time() - cpu, "error": found.error, "rank": found.rank}
+    figures = {
+        "seconds": time.perf_counter() - began,
+        "cpu_seconds": time.process_time() - cpu,
+        "error": found.error,
+        "rank": found.rank,
+    }
     peak = torch.cuda.max_memory_allocated() if device == "cuda" else _peak()
     figures |= {"unknowns": found.unknowns, "rows": found.samples, "peak_bytes": peak}
     columns = 1 + found.unknowns + len(found.network.connection.layer.weight)
@@ -81,7 +93,9 @@ def _peak() -> int:
 
 
 def _speed(columns: int, device: str) -> float:
-    """Float operations a second of A A' in float64, A of as many rows as there are columns in a graft, at most 2,000."""
+    """Float operations a second of A A' in float64, A of as many rows as there are columns in a
+    graft, at most 2,000.
+    """
     a = torch.randn(min(columns, 2000), 20_000, dtype=torch.float64, device=device)
     seconds = []
     for _ in range(4):
@@ -101,13 +115,17 @@ def whole(lower: nn.Sequential, upper: nn.Sequential, layer: str, inputs: Tensor
 
 
 def peer(settings: Settings) -> dict[str, Any]:
-    """Median CPU seconds of both on a narrower network, and the largest difference of their kernels in units of the largest entry."""
+    """Median CPU seconds of both on a narrower network, and the largest difference of their kernels in units of the
+    largest entry.
+    """
     lower, upper = networks(max(2, settings.width // 4))
     inputs, layer = torch.cat(list(images(settings.peer_images, "cpu"))), settings.memory_layer
     answers: dict[str, np.ndarray] = {}
 
     def ours() -> None:
-        answers["graft"] = graft(lower, upper, layer, inputs).network.connection.layer.weight.flatten(1).T.double().numpy()
+        answers["graft"] = (
+            graft(lower, upper, layer, inputs).network.connection.layer.weight.flatten(1).T.double().numpy()
+        )
 
     def theirs() -> None:
         answers["whole matrix"] = whole(lower, upper, layer, inputs)[1:]
@@ -116,12 +134,20 @@ def peer(settings: Settings) -> dict[str, Any]:
     kernel, solution = answers["graft"], answers["whole matrix"]
     medians = {name: statistics.median(seconds) for name, seconds in blocks.items()}
     difference = float(np.abs(kernel - solution).max() / np.abs(solution).max())
-    return {"cpu_seconds": medians, "ratio": medians["graft"] / medians["whole matrix"], "largest_difference": difference, "layer": layer}
+    return {
+        "cpu_seconds": medians,
+        "ratio": medians["graft"] / medians["whole matrix"],
+        "largest_difference": difference,
+        "layer": layer,
+    }
 
 
 def run(settings: Settings, report: Callable[[str], None] = print) -> dict[str, Any]:
     base = {"width": settings.width, "threads": settings.threads, "device": settings.device}
-    ask = lambda layer, count: isolated.call("benchmarks.grafting:one", {**base, "layer": layer, "images": count}, fresh=settings.fresh)  # noqa: E731
+
+    def ask(layer: str, count: int) -> Any:
+        return isolated.call("benchmarks.grafting:one", {**base, "layer": layer, "images": count}, fresh=settings.fresh)
+
     grafts, memory = [], []
     for layer in settings.layers:
         grafts.append(ask(layer, settings.images))
@@ -132,7 +158,14 @@ def run(settings: Settings, report: Callable[[str], None] = print) -> dict[str, 
     growth = memory[-1]["peak_bytes"] / memory[0]["peak_bytes"] - 1
     allowed = CPU_ALLOWED if settings.device == "cpu" else GPU_ALLOWED
     return {
-        "benchmark": "grafting", "settings": asdict(settings), "machine": machine.description(), "grafts": grafts, "memory": memory,
-        "memory_growth": growth, "memory_flat": growth <= GROWTH_ALLOWED, "fast_enough": max(each["seconds"] for each in grafts) <= allowed,
-        "allowed_seconds": allowed, "peer": peer(settings),
-    }  # fmt: skip
+        "benchmark": "grafting",
+        "settings": asdict(settings),
+        "machine": machine.description(),
+        "grafts": grafts,
+        "memory": memory,
+        "memory_growth": growth,
+        "memory_flat": growth <= GROWTH_ALLOWED,
+        "fast_enough": max(each["seconds"] for each in grafts) <= allowed,
+        "allowed_seconds": allowed,
+        "peer": peer(settings),
+    }

@@ -1,10 +1,10 @@
 """How the splitting's cost grows with particles, images and positions, each swept alone.
 
 Time per iteration, in CPU seconds on one thread: the difference of two runs of different length through the public
-`splitting.solve`, so that the basis, the start and the certificates cancel; medians over repetitions.  Beside it, in the
-same process, the two matrix products that an iteration contains, (M_2 x M_1 S) (M_1 S x rank) and back, and the float64
-rate of one large square product.  Sizes are one program each, in a process of its own.  Exponents are slopes of log time
-against log size with their standard errors.
+`splitting.solve`, so that the basis, the start and the certificates cancel; medians over repetitions.  Beside it, in
+the same process, the two matrix products that an iteration contains, (M_2 x M_1 S) (M_1 S x rank) and back, and the
+float64 rate of one large square product.  Sizes are one program each, in a process of its own.  Exponents are slopes of
+log time against log size with their standard errors.
 """
 
 from __future__ import annotations
@@ -36,7 +36,9 @@ LARGE_FLOPS = 5e8  # per iteration: from here on the targets apply
 
 @dataclass(frozen=True)
 class Settings:
-    """The sweeps, each a list of cases and the size that grows; repetitions of each pair of runs; how products are timed."""
+    """The sweeps, each a list of cases and the size that grows; repetitions of each pair of runs; how products are
+    timed.
+    """
 
     particles: tuple[Case, ...] = tuple(Case(16, 4, (width, width // 2)) for width in (64, 128, 256, 512))
     images: tuple[Case, ...] = tuple(Case(images, 4, (256, 64)) for images in (16, 32, 64, 128))
@@ -49,9 +51,14 @@ class Settings:
 
 
 QUICK = Settings(
-    particles=(Case(4, 4, (8, 4)), Case(4, 4, (16, 8))), images=(Case(4, 4, (8, 4)), Case(8, 4, (8, 4))),
-    positions=(Case(4, 4, (8, 4)), Case(4, 6, (8, 4))), repetitions=1, square=128, timed_seconds=0.01, long_if_fast=38,
-)  # fmt: skip
+    particles=(Case(4, 4, (8, 4)), Case(4, 4, (16, 8))),
+    images=(Case(4, 4, (8, 4)), Case(8, 4, (8, 4))),
+    positions=(Case(4, 4, (8, 4)), Case(4, 6, (8, 4))),
+    repetitions=1,
+    square=128,
+    timed_seconds=0.01,
+    long_if_fast=38,
+)
 LARGE = Case(64, 8, (1024, 128))
 SIZES: dict[str, Callable[[Case], float]] = {
     "particles": lambda case: case.widths[0],
@@ -61,7 +68,9 @@ SIZES: dict[str, Callable[[Case], float]] = {
 
 
 def settings(quick: bool = False, large: bool = False, fresh: bool = True) -> Settings:
-    """The settings that the command line asks for; `large` ends the sweep of particles with 1024/128 on 64 whole digits."""
+    """The settings that the command line asks for; `large` ends the sweep of particles with 1024/128 on 64 whole
+    digits.
+    """
     base = QUICK if quick else Settings()
     return replace(base, fresh=fresh, particles=(*base.particles, LARGE) if large else base.particles)
 
@@ -79,16 +88,22 @@ def run(chosen: Settings, report: Callable[[str], None] = print) -> dict[str, An
 def row(name: str, case: Case, chosen: Settings, report: Callable[[str], None]) -> dict[str, Any]:
     """The figures of one size; a process that fails leaves its reason."""
     order = {
-        "case": case.to_dict(), "repetitions": chosen.repetitions, "square": chosen.square,
-        "timed_seconds": chosen.timed_seconds, "long_if_fast": chosen.long_if_fast,
-    }  # fmt: skip
+        "case": case.to_dict(),
+        "repetitions": chosen.repetitions,
+        "square": chosen.square,
+        "timed_seconds": chosen.timed_seconds,
+        "long_if_fast": chosen.long_if_fast,
+    }
     size = {"size": SIZES[name](case), "case": case.name}
     try:
         found = {**size, **isolated.call("benchmarks.growth:measure", order, fresh=chosen.fresh)}
     except isolated.Failure as failure:
         report(f"{name}: {case.name}: failed: {failure}")
         return {**size, "failed": str(failure)}
-    report(f"{name}: {case.name}: {1e3 * found['iteration_seconds']:.2f} ms an iteration, {found['over_products']:.2f} times its products")
+    report(
+        f"{name}: {case.name}: {1e3 * found['iteration_seconds']:.2f} ms an iteration, {found['over_products']:.2f} "
+        f"times its products"
+    )
     return found
 
 
@@ -110,16 +125,29 @@ def measure(order: dict[str, Any]) -> dict[str, Any]:
         rates.append(square_rate(order["square"], least))
         iterations.append((_iterate(program, long) - _iterate(program, SHORT)) / (long - SHORT))
     flops = 4.0 * program.widths[1] * basis.right.numel()
-    return _figures(basis, flops, basis_seconds, statistics.median(iterations), statistics.median(products), max(rates), grown)
+    return _figures(
+        basis, flops, basis_seconds, statistics.median(iterations), statistics.median(products), max(rates), grown
+    )
 
 
-def _figures(basis: Any, flops: float, basis_seconds: float, iteration: float, products: float, rate: float, grown: int) -> dict[str, Any]:
+def _figures(
+    basis: Any, flops: float, basis_seconds: float, iteration: float, products: float, rate: float, grown: int
+) -> dict[str, Any]:
     return {
-        "rank": basis.rank, "columns": basis.right.shape[0], "flops": flops, "basis_seconds": basis_seconds, "peak_bytes": grown,
-        "iteration_seconds": iteration, "products_seconds": products, "over_products": iteration / products,
-        "matmul_gflops": rate / 1e9, "products_gflops": flops / products / 1e9, "iteration_gflops": flops / iteration / 1e9,
-        "products_share": flops / products / rate, "iteration_share": flops / iteration / rate,
-    }  # fmt: skip
+        "rank": basis.rank,
+        "columns": basis.right.shape[0],
+        "flops": flops,
+        "basis_seconds": basis_seconds,
+        "peak_bytes": grown,
+        "iteration_seconds": iteration,
+        "products_seconds": products,
+        "over_products": iteration / products,
+        "matmul_gflops": rate / 1e9,
+        "products_gflops": flops / products / 1e9,
+        "iteration_gflops": flops / iteration / 1e9,
+        "products_share": flops / products / rate,
+        "iteration_share": flops / iteration / rate,
+    }
 
 
 def _iterate(program: ConvexProgram, iterations: int) -> float:
@@ -130,7 +158,9 @@ def _iterate(program: ConvexProgram, iterations: int) -> float:
 
 
 def product_seconds(rows: int, right: torch.Tensor, least: float) -> float:
-    """CPU seconds of rows @ right and of its result's return through right, added to the rows; repeated for `least` seconds."""
+    """CPU seconds of rows @ right and of its result's return through right, added to the rows; repeated for `least`
+    seconds.
+    """
     vectors = torch.randn(rows, right.shape[0], dtype=right.dtype, generator=torch.Generator().manual_seed(0))
     out = torch.empty_like(vectors)
 
@@ -182,6 +212,14 @@ def targets(sweeps: dict[str, Any]) -> list[dict[str, Any]]:
         return []
     worst, slowest = max(row["over_products"] for row in large), min(row["products_share"] for row in large)
     return [
-        {"text": f"an iteration takes at most {ITERATION_ALLOWED:g} times its two products", "worst": worst, "kept": worst <= ITERATION_ALLOWED},
-        {"text": f"the products run at {RATE_REQUIRED:.0%} or more of the measured float64 rate", "worst": slowest, "kept": slowest >= RATE_REQUIRED},
+        {
+            "text": f"an iteration takes at most {ITERATION_ALLOWED:g} times its two products",
+            "worst": worst,
+            "kept": worst <= ITERATION_ALLOWED,
+        },
+        {
+            "text": f"the products run at {RATE_REQUIRED:.0%} or more of the measured float64 rate",
+            "worst": slowest,
+            "kept": slowest >= RATE_REQUIRED,
+        },
     ]

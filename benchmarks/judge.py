@@ -29,14 +29,20 @@ class Answer(NamedTuple):
     multipliers: list[Multipliers]
 
     def save(self, path: str | Path) -> None:
-        points = [{"masses": list(p.masses), "kernels": list(p.kernels), "readout": p.readout, "biases": list(p.biases)} for p in self.points]
+        points = [
+            {"masses": list(p.masses), "kernels": list(p.kernels), "readout": p.readout, "biases": list(p.biases)}
+            for p in self.points
+        ]
         duals = [{"output": m.output, "realisation": list(m.realisation)} for m in self.multipliers]
         torch.save({"points": points, "multipliers": duals}, path)
 
     @classmethod
     def load(cls, path: str | Path) -> Answer:
         held: dict[str, list[dict[str, Any]]] = torch.load(path, weights_only=True, map_location="cpu")
-        points = [ProgramPoint(tuple(p["masses"]), tuple(p["kernels"]), p["readout"], tuple(p["biases"])) for p in held["points"]]
+        points = [
+            ProgramPoint(tuple(p["masses"]), tuple(p["kernels"]), p["readout"], tuple(p["biases"]))
+            for p in held["points"]
+        ]
         return cls(points, [Multipliers(m["output"], tuple(m["realisation"])) for m in held["multipliers"]])
 
 
@@ -51,9 +57,11 @@ def judge(program: ConvexProgram, answer: Answer) -> Certificate:
 def figures(certificate: Certificate) -> dict[str, Any]:
     """What is stored of a certificate; numbers that are not finite become None."""
     found = {
-        "value": certificate.value, "dual_value": certificate.dual_value, "relative_gap": certificate.relative_gap,
+        "value": certificate.value,
+        "dual_value": certificate.dual_value,
+        "relative_gap": certificate.relative_gap,
         "violation": certificate.violation,
-    }  # fmt: skip
+    }
     finite = {name: number if math.isfinite(number) else None for name, number in found.items()}
     return {**finite, "feasible": certificate.violation <= FEASIBLE and finite["value"] is not None}
 

@@ -20,12 +20,21 @@ def description() -> dict[str, Any]:
     """Processor, memory, system and versions, without anything that names the computer or its user."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
-    model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor())
-    versions = {"meanfield": mf.__version__, "python": platform.python_version()} | {name: _version(name) for name in LIBRARIES}
+    model = next(
+        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor()
+    )
+    versions = {"meanfield": mf.__version__, "python": platform.python_version()} | {
+        name: _version(name) for name in LIBRARIES
+    }
     return {
-        "processor": model, "cores": os.cpu_count(), "memory_gib": _memory_gib(), "threads": 1,
-        "system": platform.system(), "architecture": platform.machine(), "versions": versions,
-    }  # fmt: skip
+        "processor": model,
+        "cores": os.cpu_count(),
+        "memory_gib": _memory_gib(),
+        "threads": 1,
+        "system": platform.system(),
+        "architecture": platform.machine(),
+        "versions": versions,
+    }
 
 
 def _version(name: str) -> str | None:

@@ -5,8 +5,9 @@ patterns.  A kernel as large as the image makes a convolution such a network, wi
 minimising over masses and scales turns  lambda_1 sum p |z|^2 + lambda_u sum p u^2  into
 2 sqrt(lambda_1 lambda_u) sum_i |w_i| |v_i|: the objectives agree for c = 2 sqrt(lambda_1 lambda_u).  Its neurons become
 particles of mass |w_i| |v_i| / T, T their sum, with p |z|^2 and p u^2 balanced, so that J of that network is its
-objective.  All answers are networks; J is taken in float64 outside.  With at most three kernel entries the exact optimum
-over all measures bounds every answer from below; beyond that the excess is over the best value found, and says so.
+objective.  All answers are networks; J is taken in float64 outside.  With at most three kernel entries the exact
+optimum over all measures bounds every answer from below; beyond that the excess is over the best value found, and says
+so.
 """
 
 from __future__ import annotations
@@ -39,7 +40,9 @@ PYSCNN_MODULES = ("models", "optimize", "solvers", "regularizers", "metrics", "a
 
 @dataclass(frozen=True)
 class Case:
-    """Digits 0 against 1, drawn by the seed and averaged to `size`; `peers` sweeps pyscnn's tolerance, over `gates` patterns."""
+    """Digits 0 against 1, drawn by the seed and averaged to `size`; `peers` sweeps pyscnn's tolerance, over `gates`
+    patterns.
+    """
 
     name: str
     images: int
@@ -54,7 +57,9 @@ class Case:
 
     @classmethod
     def from_dict(cls, description: dict[str, Any]) -> Case:
-        given: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in description.items()}
+        given: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value for name, value in description.items()
+        }
         return cls(**given)
 
     @property
@@ -71,7 +76,9 @@ CASES = (
     Case("4x4 image, kernel 4x4", 100, (4, 4), (4, 4)),
     Case("8x8 image, kernel 3x3", 100, (8, 8), (3, 3)),
 )
-TINY = Case("strip of 3 columns, kernel 1x3", 8, (1, 3), (1, 3), particles=8, gates=20, peers=(1e-3,), rounds=1, flow_steps=50)
+TINY = Case(
+    "strip of 3 columns, kernel 1x3", 8, (1, 3), (1, 3), particles=8, gates=20, peers=(1e-3,), rounds=1, flow_steps=50
+)
 
 
 def problem(case: Case) -> mf.Problem:
@@ -80,7 +87,9 @@ def problem(case: Case) -> mf.Problem:
     chosen = torch.as_tensor(np.random.default_rng(case.seed).permutation(len(digits))[: case.images])
     inputs = torch.nn.functional.adaptive_avg_pool2d(digits.inputs[chosen].double(), case.size)
     architecture = mf.Architecture((1, *case.size), (mf.Conv(case.kernel, activation="relu"),), readout="average")
-    return mf.Problem(architecture, inputs, digits.targets("squared")[chosen], "squared", mf.Penalty(input=STRENGTH, readout=STRENGTH))
+    return mf.Problem(
+        architecture, inputs, digits.targets("squared")[chosen], "squared", mf.Penalty(input=STRENGTH, readout=STRENGTH)
+    )
 
 
 def measure(case: Case, max_seconds: float, fresh: bool, report: Callable[[str], None]) -> dict[str, Any]:
@@ -120,15 +129,26 @@ def _add_excess(runs: list[dict[str, Any]]) -> dict[str, Any]:
     values = [run["value"] for run in runs if run.get("value") is not None]
     best = max(bounds) if bounds else min(values, default=None)
     for run in runs:
-        run["excess"] = None if best is None or run.get("value") is None else (run["value"] - best) / max(abs(run["value"]), 1e-300)
-    return {"best": best, "excess_over": "the exact optimum's lower bound" if bounds else "the best value found, which is no bound"}
+        run["excess"] = (
+            None if best is None or run.get("value") is None else (run["value"] - best) / max(abs(run["value"]), 1e-300)
+        )
+    return {
+        "best": best,
+        "excess_over": "the exact optimum's lower bound" if bounds else "the best value found, which is no bound",
+    }
 
 
 def one_run(contender: str, case: Case, tolerance: float | None, max_seconds: float, fresh: bool) -> dict[str, Any]:
     """One contender in a process of its own; its network is read back and valued here."""
     with tempfile.TemporaryDirectory() as directory:
         answer = Path(directory, "network.pt")
-        order = {"contender": contender, "case": asdict(case), "tolerance": tolerance, "max_seconds": max_seconds, "answer": str(answer)}
+        order = {
+            "contender": contender,
+            "case": asdict(case),
+            "tolerance": tolerance,
+            "max_seconds": max_seconds,
+            "answer": str(answer),
+        }
         try:
             found = isolated.call("benchmarks.one_layer:run", order, timeout=max_seconds, fresh=fresh)
         except isolated.Failure as failure:
@@ -149,11 +169,17 @@ def run(order: dict[str, Any]) -> dict[str, Any]:
     before, began = peak_bytes(), time.process_time()
     network, status, bound = CONTENDERS[name](exact, case, order)
     took = time.process_time() - began
-    torch.save({"masses": network.masses[0], "kernels": network.kernels[0], "readout": network.readout}, order["answer"])
+    torch.save(
+        {"masses": network.masses[0], "kernels": network.kernels[0], "readout": network.readout}, order["answer"]
+    )
     return {
-        "contender": name, "tolerance": order["tolerance"], "status": status, "cpu_seconds": took,
-        "peak_bytes": peak_bytes() - before, "lower_bound": bound,
-    }  # fmt: skip
+        "contender": name,
+        "tolerance": order["tolerance"],
+        "status": status,
+        "cpu_seconds": took,
+        "peak_bytes": peak_bytes() - before,
+        "lower_bound": bound,
+    }
 
 
 def _meanfield(exact: mf.Problem, case: Case, order: dict[str, Any]) -> tuple[mf.ParticleNetwork, str, float | None]:
@@ -162,7 +188,9 @@ def _meanfield(exact: mf.Problem, case: Case, order: dict[str, Any]) -> tuple[mf
     return solution.network, solution.status, None
 
 
-def _exact_optimum(exact: mf.Problem, case: Case, order: dict[str, Any]) -> tuple[mf.ParticleNetwork, str, float | None]:
+def _exact_optimum(
+    exact: mf.Problem, case: Case, order: dict[str, Any]
+) -> tuple[mf.ParticleNetwork, str, float | None]:
     solution = arrangements.solve(exact)
     return solution.network, solution.status, solution.lower_bound
 
@@ -176,7 +204,14 @@ def _pyscnn(exact: mf.Problem, case: Case, order: dict[str, Any]) -> tuple[mf.Pa
     solver = solvers.AL(model, tol=order["tolerance"], constraint_tol=order["tolerance"])
     penalty = regularizers.NeuronGL1(2 * math.sqrt(exact.penalty.input * exact.penalty.readout))
     trained, _ = optimize.optimize_model(
-        model, solver, metrics.Metrics(), patches, exact.targets.flatten().numpy(), regularizer=penalty, unitize_data=False, dtype="float64"
+        model,
+        solver,
+        metrics.Metrics(),
+        patches,
+        exact.targets.flatten().numpy(),
+        regularizer=penalty,
+        unitize_data=False,
+        dtype="float64",
     )
     first, second = (torch.as_tensor(array, dtype=torch.float64) for array in trained.parameters[:2])
     return balanced_network(exact, first, second.flatten()), "stopped", None

@@ -27,7 +27,9 @@ def one_layer_problem() -> mf.Problem:
 def two_layer_problem() -> mf.Problem:
     digits = data.load("digits", **DIGITS)
     arch = mf.Architecture(digits.input_shape, (mf.Conv(3, padding=1, activation="tanh"),) * 2)
-    return mf.Problem(arch, digits.inputs, digits.targets("squared"), penalty=mf.Penalty(source=3e-4, input=3e-4, readout=3e-3))
+    return mf.Problem(
+        arch, digits.inputs, digits.targets("squared"), penalty=mf.Penalty(source=3e-4, input=3e-4, readout=3e-3)
+    )
 
 
 def one_layer(seeds: range, particles: int = 64) -> list[dict[str, Any]]:
@@ -35,7 +37,14 @@ def one_layer(seeds: range, particles: int = 64) -> list[dict[str, Any]]:
     rows = []
     for seed in seeds:
         solution = mf.solve(problem, (particles,), seed=seed)
-        rows.append({"seed": seed, "value": solution.value, "excess": solution.value - EXACT_ONE_LAYER, "seconds": solution.seconds})
+        rows.append(
+            {
+                "seed": seed,
+                "value": solution.value,
+                "excess": solution.value - EXACT_ONE_LAYER,
+                "seconds": solution.seconds,
+            }
+        )
     return rows
 
 
@@ -50,11 +59,16 @@ def two_layers(seeds: range, rounds: int = 8, widths: tuple[int, int] = (30, 12)
         values = [row[key] for row in solution.history for key in ("flow_value", "value")]
         rows.append(
             {
-                "seed": seed, "value": solution.value, "gap": solution.gap, "flow_gaps": [row["flow_gap"] for row in solution.history],
+                "seed": seed,
+                "value": solution.value,
+                "gap": solution.gap,
+                "flow_gaps": [row["flow_gap"] for row in solution.history],
                 "never_rises": all(after <= before * (1 + 1e-12) for before, after in pairwise(values)),
-                "reference_value": reference.value, "reference_gap": reference.gap, "seconds": solution.seconds,
+                "reference_value": reference.value,
+                "reference_gap": reference.gap,
+                "seconds": solution.seconds,
             }
-        )  # fmt: skip
+        )
     return rows
 
 

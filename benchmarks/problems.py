@@ -60,7 +60,9 @@ def program(case: Case, dtype: torch.dtype = torch.float64) -> mf.ConvexProgram:
     return mf.ConvexProgram.freeze(problem, normal_network(architecture, case.widths, problem.inputs, case.seed))
 
 
-def normal_network(architecture: mf.Architecture, widths: tuple[int, int], like: Tensor, seed: int) -> mf.ParticleNetwork:
+def normal_network(
+    architecture: mf.Architecture, widths: tuple[int, int], like: Tensor, seed: int
+) -> mf.ParticleNetwork:
     """Uniform masses, kernels and readout standard normal."""
     generator = torch.Generator().manual_seed(seed)
     masses = [like.new_full((width,), 1 / width) for width in widths]
@@ -70,7 +72,9 @@ def normal_network(architecture: mf.Architecture, widths: tuple[int, int], like:
 
 
 def digits(images: int, side: int) -> tuple[Tensor, Tensor]:
-    """The first digits 3 and 5 and their labels -1, 1; pooled where `side` divides 8, else interpolated to side x side."""
+    """The first digits 3 and 5 and their labels -1, 1; pooled where `side` divides 8, else
+    interpolated to side x side.
+    """
     chosen = data.load("digits", classes=(3, 5), samples=images, pool=FULL_SIDE // side if FULL_SIDE % side == 0 else 1)
     inputs = chosen.inputs
     if inputs.shape[-1] != side:

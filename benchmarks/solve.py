@@ -34,7 +34,9 @@ GRACE = 600.0  # wall seconds beside the time limit: a factorisation cannot be i
 
 @dataclass(frozen=True)
 class Settings:
-    """Cases with the contenders that can do them; gaps; wall seconds a run may take; iterations between a curve's points."""
+    """Cases with the contenders that can do them; gaps; wall seconds a run may take; iterations between a curve's
+    points.
+    """
 
     cases: tuple[tuple[Case, tuple[str, ...]], ...] = ((SMALL, CONTENDERS), (STANDARD, ("splitting",)))
     gaps: tuple[float, ...] = GAPS
@@ -63,7 +65,12 @@ def run(chosen: Settings, report: Callable[[str], None] = print) -> dict[str, An
     return {
         "benchmark": "solve",
         "machine": machine.description(),
-        "settings": {"gaps": chosen.gaps, "max_seconds": chosen.max_seconds, "fresh_processes": chosen.fresh, "penalty": asdict(problems.PENALTY)},
+        "settings": {
+            "gaps": chosen.gaps,
+            "max_seconds": chosen.max_seconds,
+            "fresh_processes": chosen.fresh,
+            "penalty": asdict(problems.PENALTY),
+        },
         "cases": [measure(case, contenders, chosen, report) for case, contenders in chosen.cases],
         "one_layer": [one_layer.measure(case, chosen.max_seconds, chosen.fresh, report) for case in chosen.one_layer],
     }
@@ -76,12 +83,20 @@ def measure(case: Case, contenders: Sequence[str], chosen: Settings, report: Cal
     bound = judge.excess(runs)
     skipped = [{"contender": name, "reason": NOT_RUN} for name in CONTENDERS if name not in contenders]
     return {
-        "name": case.name, **case.to_dict(), "constraints_per_feature": case.constraints, "unknowns_per_feature": case.columns,
-        "best_bound": bound, "runs": runs, "skipped": skipped, "at_gap": [at_gap(case, runs, gap) for gap in gaps],
-    }  # fmt: skip
+        "name": case.name,
+        **case.to_dict(),
+        "constraints_per_feature": case.constraints,
+        "unknowns_per_feature": case.columns,
+        "best_bound": bound,
+        "runs": runs,
+        "skipped": skipped,
+        "at_gap": [at_gap(case, runs, gap) for gap in gaps],
+    }
 
 
-def sweep(name: str, case: Case, gaps: Sequence[float], chosen: Settings, report: Callable[[str], None]) -> list[dict[str, Any]]:
+def sweep(
+    name: str, case: Case, gaps: Sequence[float], chosen: Settings, report: Callable[[str], None]
+) -> list[dict[str, Any]]:
     """One contender at tighter and tighter tolerances; the splitting's last run is repeated for its curve."""
     runs: list[dict[str, Any]] = []
     for tolerance in gaps if name == "splitting" else (*gaps, *(min(gaps) * share for share in TIGHTER)):
@@ -103,11 +118,26 @@ def one_run(name: str, case: Case, tolerance: float, chosen: Settings, **more: A
     """One contender at one tolerance, judged; a process without an answer is a run with its reason as the status."""
     with tempfile.TemporaryDirectory() as directory:
         answer = Path(directory, "answer.pt")
-        order = {"contender": name, "case": case.to_dict(), "tolerance": tolerance, "max_seconds": chosen.max_seconds, "answer": str(answer), **more}
+        order = {
+            "contender": name,
+            "case": case.to_dict(),
+            "tolerance": tolerance,
+            "max_seconds": chosen.max_seconds,
+            "answer": str(answer),
+            **more,
+        }
         try:
-            found = isolated.call("benchmarks.contenders:run", order, timeout=chosen.max_seconds + GRACE, fresh=chosen.fresh)
+            found = isolated.call(
+                "benchmarks.contenders:run", order, timeout=chosen.max_seconds + GRACE, fresh=chosen.fresh
+            )
         except isolated.Failure as failure:
-            return {"contender": name, "tolerance": tolerance, "status": f"failed: {failure}", "answered": False, "feasible": False}
+            return {
+                "contender": name,
+                "tolerance": tolerance,
+                "status": f"failed: {failure}",
+                "answered": False,
+                "feasible": False,
+            }
         if not found["answered"]:
             return {**found, "feasible": False}
         return {**found, **judge.figures(judge.judge(problems.program(case), judge.Answer.load(answer)))}
@@ -117,7 +147,10 @@ def _line(case: Case, run: dict[str, Any]) -> str:
     if not run["answered"]:
         return f"{case.name}: {run['contender']} at {run['tolerance']:.0e}: {run['status']}"
     gap = "none" if run["relative_gap"] is None else f"{run['relative_gap']:.1e}"
-    return f"{case.name}: {run['contender']} at {run['tolerance']:.0e}: gap {gap} in {run['cpu_seconds']:.2f} CPU s ({run['status']})"
+    return (
+        f"{case.name}: {run['contender']} at {run['tolerance']:.0e}: gap {gap} in {run['cpu_seconds']:.2f} CPU s "
+        f"({run['status']})"
+    )
 
 
 def at_gap(case: Case, runs: Sequence[dict[str, Any]], gap: float) -> dict[str, Any]:
@@ -136,7 +169,12 @@ def _targets(case: Case, gap: float, own: float | None, faster: dict[str, float]
     targets: list[dict[str, Any]] = []
     if gap == TARGET and case in SPEED_REQUIRED:
         found, required = faster.get("CLARABEL"), SPEED_REQUIRED[case]
-        targets.append({"text": f"at least {required:g} times faster than CLARABEL's solve", "kept": found is not None and found >= required})
+        targets.append(
+            {
+                "text": f"at least {required:g} times faster than CLARABEL's solve",
+                "kept": found is not None and found >= required,
+            }
+        )
     if (case, gap) in SECONDS_ALLOWED:
         allowed = SECONDS_ALLOWED[case, gap]
         targets.append({"text": f"at most {allowed:g} CPU s", "kept": own is not None and own <= allowed})

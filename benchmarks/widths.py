@@ -1,4 +1,5 @@
-"""What a training step and a sweep cost: a step of `finite.train` against plain torch, and a sweep against its cells' own time.
+"""What a training step and a sweep cost: a step of `finite.train` against plain torch, and a sweep against its cells'
+own time.
 
 The step has the full objective, penalties included, and SGD in the mean-field scaling.  The plain step is forward, the
 same loss, backward and torch.optim.SGD over nn.Conv2d layers without biases; "plain with penalties" adds this library's
@@ -52,7 +53,9 @@ def problem(settings: Settings) -> mf.Problem:
     layers = (mf.Conv(3, padding=1, activation="tanh"),) * settings.depth
     architecture = mf.Architecture(data.input_shape, layers, outputs=data.outputs_for("softmax"))
     penalty = mf.Penalty(source=3e-5, readout=3e-5, input=3e-5)
-    return mf.Problem(architecture, data.inputs, data.targets("softmax"), "softmax", penalty).to(dtype=getattr(torch, settings.dtype))
+    return mf.Problem(architecture, data.inputs, data.targets("softmax"), "softmax", penalty).to(
+        dtype=getattr(torch, settings.dtype)
+    )
 
 
 def library_step(settings: Settings) -> Step:
@@ -68,7 +71,11 @@ def plain_step(settings: Settings, *, penalised: bool) -> Step:
     task = problem(settings)
     torch.manual_seed(0)
     channels = (task.architecture.input_shape[0], *(settings.width,) * settings.depth)
-    blocks = [block for pair in itertools.pairwise(channels) for block in (nn.Conv2d(*pair, 3, padding=1, bias=False), nn.Tanh())]
+    blocks = [
+        block
+        for pair in itertools.pairwise(channels)
+        for block in (nn.Conv2d(*pair, 3, padding=1, bias=False), nn.Tanh())
+    ]
     head = (nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(settings.width, task.architecture.outputs, bias=False))
     network = nn.Sequential(*blocks, *head).to(task.inputs.dtype)
     optimiser = torch.optim.SGD(network.parameters(), 1e-2)
@@ -90,9 +97,11 @@ def _penalties(network: nn.Sequential, penalty: mf.Penalty) -> Tensor:
     readout = network[-1].weight
     assert isinstance(readout, Tensor)
     source = sum((kernel.flatten(2).norm(dim=2).mean(0) * kernel.shape[1]).square().mean() for kernel in others)
-    return penalty.source * source + penalty.readout * readout.square().sum() * readout.shape[1] + penalty.input * first.square().sum(
-        (1, 2, 3)
-    ).mean()  # fmt: skip
+    return (
+        penalty.source * source
+        + penalty.readout * readout.square().sum() * readout.shape[1]
+        + penalty.input * first.square().sum((1, 2, 3)).mean()
+    )
 
 
 def step_seconds(settings: Settings) -> dict[str, Any]:
@@ -103,7 +112,12 @@ def step_seconds(settings: Settings) -> dict[str, Any]:
     medians = {name: statistics.median(seconds) for name, seconds in blocks.items()}
     ratio = statistics.median(own / plain for own, plain in zip(blocks["finite.train"], blocks["plain"]))
     fair = statistics.median(own / plain for own, plain in zip(blocks["finite.train"], blocks["plain with penalties"]))
-    return {"seconds_per_step": medians, "ratio": ratio, "ratio_with_penalties": fair, "fast_enough": ratio <= STEP_ALLOWED}
+    return {
+        "seconds_per_step": medians,
+        "ratio": ratio,
+        "ratio_with_penalties": fair,
+        "fast_enough": ratio <= STEP_ALLOWED,
+    }
 
 
 def work(cell: Cell) -> list[Row]:

@@ -41,7 +41,8 @@ __all__ = [
     "studies",
 ]
 
-# Names are imported when they are first asked for (PEP 562): torch takes a second, and `meanfield --help` needs none of it.
+# Names are imported when they are first asked for (PEP 562): torch takes a second, and `meanfield --help` needs none
+# of it.
 _HOMES = {
     "Architecture": "architecture",
     "Conv": "architecture",

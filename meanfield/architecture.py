@@ -198,4 +198,6 @@ class Architecture:
             layers = tuple(Conv(**layer) for layer in description["layers"])
             return cls(**{**description, "layers": layers})
         except (KeyError, TypeError) as error:
-            raise ValueError(f"architecture description {description!r} is not one written by to_dict: {error}") from error
+            raise ValueError(
+                f"architecture description {description!r} is not one written by to_dict: {error}"
+            ) from error

@@ -51,7 +51,9 @@ def _columns(targets: Tensor, count: int, outputs: int, like: Tensor) -> Tensor:
     _check_count(targets, count)
     columns = targets.reshape(count, -1) if targets.ndim <= 2 else targets
     if tuple(columns.shape) != (count, outputs):
-        raise ValueError(f"targets has shape {tuple(targets.shape)}; expected ({count}, {outputs}) for {outputs} outputs")
+        raise ValueError(
+            f"targets has shape {tuple(targets.shape)}; expected ({count}, {outputs}) for {outputs} outputs"
+        )
     return finite(columns.to(dtype=like.dtype, device=like.device), "targets")
 
 
@@ -147,11 +149,14 @@ class SoftmaxLoss:
         if outputs < 2:
             raise ValueError(f"outputs={outputs}: the softmax loss needs one output per class, at least 2")
         if targets.ndim != 1 or bool((targets != targets.floor()).any() if targets.is_floating_point() else False):
-            raise ValueError(f"targets of shape {tuple(targets.shape)}: the softmax loss expects ({count},) integer classes")
+            raise ValueError(
+                f"targets of shape {tuple(targets.shape)}: the softmax loss expects ({count},) integer classes"
+            )
         classes = targets.to(dtype=torch.int64, device=like.device)
         if int(classes.min()) < 0 or int(classes.max()) >= outputs:
             raise ValueError(
-                f"targets lie in {int(classes.min())}..{int(classes.max())}; with outputs={outputs} the classes are 0..{outputs - 1}"
+                f"targets lie in {int(classes.min())}..{int(classes.max())}; with outputs={outputs} the classes are "
+                f"0..{outputs - 1}"
             )
         if count > 1 and bool((classes == classes[0]).all()):
             raise ValueError(f"targets hold one class only ({int(classes[0])}); at least two are needed")
@@ -198,7 +203,9 @@ class SoftmaxLoss:
     def _merit(self, outputs: Tensor, center: Tensor, targets: Tensor, weight: float) -> Tensor:
         return self.value(outputs, targets) + 0.5 * weight * (outputs - center).square().sum(1)
 
-    def _advance(self, outputs: Tensor, step: Tensor, merit: Tensor, center: Tensor, targets: Tensor, weight: float) -> tuple[Tensor, Tensor]:
+    def _advance(
+        self, outputs: Tensor, step: Tensor, merit: Tensor, center: Tensor, targets: Tensor, weight: float
+    ) -> tuple[Tensor, Tensor]:
         """The full Newton step of each image if its merit does not rise beyond rounding, else log(1 + d) / d of it.
 
         d is the step's span: along it the Hessian changes by at most exp(d), so that the shorter step always descends
@@ -209,7 +216,9 @@ class SoftmaxLoss:
         descends = new <= merit + 8 * torch.finfo(merit.dtype).eps * (1 + merit.abs())
         span = (step.amax(1, keepdim=True) - step.amin(1, keepdim=True)).clamp_min(torch.finfo(merit.dtype).tiny)
         shorter = outputs - torch.log1p(span) / span * step
-        return torch.where(descends[:, None], whole, shorter), torch.where(descends, new, self._merit(shorter, center, targets, weight))
+        return torch.where(descends[:, None], whole, shorter), torch.where(
+            descends, new, self._merit(shorter, center, targets, weight)
+        )
 
     def _one_hot(self, targets: Tensor, like: Tensor) -> Tensor:
         return torch.nn.functional.one_hot(targets, like.shape[1]).to(like.dtype)

@@ -112,11 +112,14 @@ def mixture(first: ParticleNetwork, second: ParticleNetwork, t: float) -> Partic
 def balance(network: ParticleNetwork, input_strength: float, readout_strength: float) -> ParticleNetwork:
     """The same output at the least lambda_1 int |(z, b)|^2 + lambda_u int |u|^2, for one positively homogeneous layer.
 
-    A particle matters by t = p |(z, b)| |u| only.  With T = sum t the least is 2 sqrt(lambda_1 lambda_u) T, at masses t / T
-    and squared norms sqrt(lambda_u / lambda_1) T and sqrt(lambda_1 / lambda_u) T (section 4 of Bach, JMLR 2017).
+    A particle matters by t = p |(z, b)| |u| only.  With T = sum t the least is 2 sqrt(lambda_1 lambda_u) T, at masses
+    t / T and squared norms sqrt(lambda_u / lambda_1) T and sqrt(lambda_1 / lambda_u) T (section 4 of Bach, JMLR 2017).
     Particles without response are dropped; a network without any is returned as it is.
     """
-    norms, sizes = input_norms(network.kernels[0], network.biases[0]), network.readout.movedim(1, 0).flatten(1).norm(dim=1)
+    norms, sizes = (
+        input_norms(network.kernels[0], network.biases[0]),
+        network.readout.movedim(1, 0).flatten(1).norm(dim=1),
+    )
     amounts = network.masses[0] * norms * sizes
     if network.architecture.depth > 1 or not bool((amounts > 0).any()):
         return network
@@ -126,7 +129,9 @@ def balance(network: ParticleNetwork, input_strength: float, readout_strength: f
     masses, stretch, squeeze = amounts / total, ratio * total.sqrt() / norms, total.sqrt() / ratio / sizes
     bias, readout = live.biases[0], live.readout * squeeze.reshape(1, -1, *[1] * (live.readout.ndim - 2))
     kernels = live.kernels[0] * stretch[:, None, None, None]
-    return ParticleNetwork(network.architecture, [masses / masses.sum()], [kernels], readout, [None if bias is None else bias * stretch])
+    return ParticleNetwork(
+        network.architecture, [masses / masses.sum()], [kernels], readout, [None if bias is None else bias * stretch]
+    )
 
 
 def adjoin(network: ParticleNetwork, others: ParticleNetwork) -> ParticleNetwork:
@@ -147,7 +152,9 @@ def interpolate(first: ParticleNetwork, second: ParticleNetwork, t: float) -> Pa
     if first.architecture != second.architecture:
         raise ValueError("first and second must have the same architecture")
     if first.widths != second.widths:
-        raise ValueError(f"widths differ, {first.widths} and {second.widths}: weights can only be averaged at equal widths")
+        raise ValueError(
+            f"widths differ, {first.widths} and {second.widths}: weights can only be averaged at equal widths"
+        )
     blend = [a + t * (b - a) for a, b in zip(first.tensors(), second.tensors())]
     return with_tensors(first, blend)
 
@@ -155,12 +162,19 @@ def interpolate(first: ParticleNetwork, second: ParticleNetwork, t: float) -> Pa
 def with_tensors(network: ParticleNetwork, tensors: Sequence[Tensor]) -> ParticleNetwork:
     """The network with its tensors replaced, in the order of `ParticleNetwork.tensors`."""
     depth, remaining = network.architecture.depth, list(tensors)
-    masses, kernels, readout, rest = remaining[:depth], remaining[depth : 2 * depth], remaining[2 * depth], remaining[2 * depth + 1 :]
+    masses, kernels, readout, rest = (
+        remaining[:depth],
+        remaining[depth : 2 * depth],
+        remaining[2 * depth],
+        remaining[2 * depth + 1 :],
+    )
     biases = [None if bias is None else rest.pop(0) for bias in network.biases]
     return ParticleNetwork.unchecked(network.architecture, masses, kernels, readout, biases)
 
 
-def extend(network: ParticleNetwork, copies: Sequence[int], noise: float, generator: torch.Generator) -> ParticleNetwork:
+def extend(
+    network: ParticleNetwork, copies: Sequence[int], noise: float, generator: torch.Generator
+) -> ParticleNetwork:
     """Add, at zero mass, perturbed clones of the heaviest particles: copies[l] of them in layer l.
 
     A clone's incoming kernel (and bias) is its parent's plus Gaussian noise of `noise` times the parent's root mean

@@ -92,7 +92,9 @@ class ParticleNetwork:
                 shaped(bias, (self.widths[index],), f"biases[{index}]")
         kinds = {(tensor.dtype, tensor.device) for tensor in self.tensors()}
         if len(kinds) != 1 or self.dtype not in MASS_TOLERANCE:
-            raise ValueError(f"all tensors must share one dtype, float32 or float64, and one device; got {sorted(map(str, kinds))}")
+            raise ValueError(
+                f"all tensors must share one dtype, float32 or float64, and one device; got {sorted(map(str, kinds))}"
+            )
         for index, masses in enumerate(self.masses):
             _check_masses(masses, f"masses[{index}]")
         for index, kernel in enumerate(self.kernels):
@@ -126,7 +128,11 @@ class ParticleNetwork:
         """The network with `function` applied to every tensor."""
         biases = [None if bias is None else function(bias) for bias in self.biases]
         return ParticleNetwork.unchecked(
-            self.architecture, [function(m) for m in self.masses], [function(k) for k in self.kernels], function(self.readout), biases
+            self.architecture,
+            [function(m) for m in self.masses],
+            [function(k) for k in self.kernels],
+            function(self.readout),
+            biases,
         )
 
     def to(self, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> ParticleNetwork:
@@ -166,7 +172,8 @@ class ParticleNetwork:
         self.architecture.check_inputs(inputs)
         if inputs.dtype != self.dtype or inputs.device != self.device:
             raise ValueError(
-                f"inputs are {inputs.dtype} on {inputs.device}, the network is {self.dtype} on {self.device}; convert one with .to(...)"
+                f"inputs are {inputs.dtype} on {inputs.device}, the network is {self.dtype} on {self.device}; convert "
+                f"one with .to(...)"
             )
         return inputs
 

@@ -121,7 +121,8 @@ def shrinkage_root(
         below = value < 0
         low, high = torch.where(below, r, low), torch.where(below, high, r)
         new = r - value / slope
-        inside = (new >= low) & (new <= high) & new.isfinite()  # where the slope vanishes, 0 / 0 and 1 / 0 are no candidates
+        # where the slope vanishes, 0 / 0 and 1 / 0 are no candidates
+        inside = (new >= low) & (new <= high) & new.isfinite()
         new = torch.where(inside, new, torch.where(high.isinf(), 2 * r + 1, 0.5 * (low + high)))
         r = torch.where(settled, r, new)
     return r
@@ -168,7 +169,9 @@ def row_prox(
 def cone_projection(
     kernels: Tensor, masses: Tensor, penalty: Penalty, bound: float, kernel_weight: float, mass_weight: float
 ) -> tuple[Tensor, Tensor]:
-    """Projection on {sum_i |W_ij| <= bound p_j} in the metric of `row_prox`; kernels (targets, sources, ...), masses (targets,)."""
+    """Projection on {sum_i |W_ij| <= bound p_j} in the metric of `row_prox`; kernels (targets, sources, ...), masses
+    (targets,).
+    """
     center = masses[:, None, None]
     slope = bound * kernel_weight / mass_weight
     atoms = penalty.atoms(kernels)

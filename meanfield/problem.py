@@ -36,7 +36,14 @@ class Problem:
     Fang et al. 2019 and Gu et al. 2020 with r(t) = t^2.
     """
 
-    def __init__(self, architecture: Architecture, inputs: Any, targets: Any, loss: str = "squared", penalty: Penalty | None = None):
+    def __init__(
+        self,
+        architecture: Architecture,
+        inputs: Any,
+        targets: Any,
+        loss: str = "squared",
+        penalty: Penalty | None = None,
+    ):
         if not isinstance(architecture, Architecture):
             raise TypeError(f"architecture must be an Architecture, not {type(architecture).__name__}")
         if penalty is not None and not isinstance(penalty, Penalty):
@@ -121,15 +128,19 @@ class Problem:
         for name, reached, bound in self.bounds(network):
             if reached > bound * (1 + BOUND_TOLERANCE[network.dtype]):
                 raise ValueError(
-                    f"{name}={bound:g} makes the network infeasible: it reaches {reached:.6g}; raise the bound or scale the network down"
+                    f"{name}={bound:g} makes the network infeasible: it reaches {reached:.6g}; raise the bound or "
+                    f"scale the network down"
                 )
 
     def _check_network(self, network: ParticleNetwork) -> None:
         if network.architecture != self.architecture:
-            raise ValueError(f"the network has the architecture {network.architecture}, the problem {self.architecture}")
+            raise ValueError(
+                f"the network has the architecture {network.architecture}, the problem {self.architecture}"
+            )
         if network.dtype != self.inputs.dtype or network.device != self.inputs.device:
             raise ValueError(
-                f"the network is {network.dtype} on {network.device}, the problem {self.inputs.dtype} on {self.inputs.device}; "
+                f"the network is {network.dtype} on {network.device}, the problem {self.inputs.dtype} on "
+                f"{self.inputs.device}; "
                 "convert one with .to(...)"
             )
 
@@ -156,7 +167,9 @@ def project_bounds(problem: Problem, network: ParticleNetwork) -> ParticleNetwor
     """The nearest network, feature by feature in the flow's metric, that keeps the input and the amplitude bound."""
     penalty, kernels, biases = problem.penalty, list(network.kernels), list(network.biases)
     if penalty.input_bound is not None:
-        factor = (penalty.input_bound / input_norms(kernels[0], biases[0]).clamp_min(penalty.input_bound)).to(network.dtype)
+        factor = (penalty.input_bound / input_norms(kernels[0], biases[0]).clamp_min(penalty.input_bound)).to(
+            network.dtype
+        )
         kernels[0] = kernels[0] * factor[:, None, None, None]
         biases[0] = None if biases[0] is None else biases[0] * factor
     if penalty.amplitude_bound is not None:

@@ -22,13 +22,19 @@ def normal(shape: Sequence[int], generator: torch.Generator, like: Tensor) -> Te
     return torch.randn(tuple(shape), generator=generator, dtype=torch.float64, device=generator.device).to(like)
 
 
-def draw(problem: Problem, widths: Sequence[int], generator: torch.Generator, kind: str = "anchored") -> ParticleNetwork:
+def draw(
+    problem: Problem, widths: Sequence[int], generator: torch.Generator, kind: str = "anchored"
+) -> ParticleNetwork:
     """A random start (see `start`) moved inside the bounds of the problem."""
     return project_bounds(problem, start(problem.architecture, widths, problem.inputs, generator, kind))
 
 
 def start(
-    architecture: Architecture, widths: Sequence[int], inputs: Tensor, generator: torch.Generator, kind: str = "anchored"
+    architecture: Architecture,
+    widths: Sequence[int],
+    inputs: Tensor,
+    generator: torch.Generator,
+    kind: str = "anchored",
 ) -> ParticleNetwork:
     """A random start with uniform masses that has a limit as the widths grow.
 
@@ -80,7 +86,9 @@ def _anchored(layer, signal: Tensor, shape: tuple[int, ...], mass: Tensor, gener
 def _low_rank(
     coordinates: Tensor, shape: tuple[int, ...], generator: torch.Generator, like: Tensor, rank: int = 8
 ) -> tuple[Tensor, Tensor]:
-    """w_ij = sum_r a_rj phi_r(i), phi_r = tanh of a random linear map of the source's own coordinates, kernel-valued."""
+    """w_ij = sum_r a_rj phi_r(i), phi_r = tanh of a random linear map of the source's own
+    coordinates, kernel-valued.
+    """
     offsets = shape[2] * shape[3]
     maps = normal((coordinates.shape[1], rank * offsets), generator, like) / math.sqrt(coordinates.shape[1])
     functions = torch.tanh(coordinates @ maps).reshape(shape[1], rank, offsets)

@@ -18,7 +18,9 @@ TENSORS, DESCRIPTION = ".safetensors", ".json"
 
 
 def write_atomically(path: Path, content: bytes | str) -> Path:
-    """Write under a temporary name in the same directory, then rename: readers see the old file or the whole new one."""
+    """Write under a temporary name in the same directory, then rename: readers see the old file or
+    the whole new one.
+    """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
     try:
@@ -37,7 +39,9 @@ def save_network(network: ParticleNetwork, path: str | Path) -> Path:
 
     The description is written last: where it is there, so are the tensors.
     """
-    tensors = {f"masses.{i}": p for i, p in enumerate(network.masses)} | {f"kernels.{i}": w for i, w in enumerate(network.kernels)}
+    tensors = {f"masses.{i}": p for i, p in enumerate(network.masses)} | {
+        f"kernels.{i}": w for i, w in enumerate(network.kernels)
+    }
     tensors |= {"readout": network.readout} | {f"biases.{i}": b for i, b in enumerate(network.biases) if b is not None}
     path = save_tensors(tensors, path)
     description = {
@@ -65,10 +69,15 @@ def load_network(path: str | Path) -> ParticleNetwork:
     expected = {"readout", *(f"{kind}.{i}" for kind in ("masses", "kernels") for i in layers)}
     expected |= {f"biases.{i}" for i in layers if architecture.layers[i].bias}
     if set(tensors) != expected:
-        raise ValueError(f"{path} holds the tensors {sorted(tensors)}; its description {path.with_suffix(DESCRIPTION).name} needs {sorted(expected)}")
+        raise ValueError(
+            f"{path} holds the tensors {sorted(tensors)}; its description {path.with_suffix(DESCRIPTION).name} needs "
+            f"{sorted(expected)}"
+        )
     masses, kernels = ([tensors[f"{kind}.{i}"] for i in layers] for kind in ("masses", "kernels"))
     try:
-        return ParticleNetwork(architecture, masses, kernels, tensors["readout"], [tensors.get(f"biases.{i}") for i in layers])
+        return ParticleNetwork(
+            architecture, masses, kernels, tensors["readout"], [tensors.get(f"biases.{i}") for i in layers]
+        )
     except ValueError as error:
         raise ValueError(f"{path} does not fit its description: {error}") from error
 
@@ -95,13 +104,22 @@ def _description(path: Path) -> dict[str, Any]:
         description = json.loads(path.read_bytes())
     except ValueError as error:
         raise ValueError(f"{path} is not JSON, perhaps truncated ({error})") from error
-    if not isinstance(description, dict) or description.get("format") != FORMAT or not isinstance(description.get("architecture"), dict):
-        raise ValueError(f"{path} does not describe a network: expected a JSON object with \"format\": {FORMAT!r} and an \"architecture\"")
+    if (
+        not isinstance(description, dict)
+        or description.get("format") != FORMAT
+        or not isinstance(description.get("architecture"), dict)
+    ):
+        raise ValueError(
+            f'{path} does not describe a network: expected a JSON object with "format": {FORMAT!r} and an '
+            f'"architecture"'
+        )
     return description
 
 
 def load_tensors(path: str | Path) -> dict[str, Tensor]:
-    """The tensors of `path` (.safetensors), on the CPU; FileNotFoundError, ValueError where it is truncated or of another kind."""
+    """The tensors of `path` (.safetensors), on the CPU; FileNotFoundError, ValueError where it is truncated or of
+    another kind.
+    """
     from safetensors import SafetensorError
     from safetensors.torch import load
 

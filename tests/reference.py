@@ -41,7 +41,9 @@ def shifted(image, row, column, conv, offset):
 
 
 def output_size(image, conv):
-    return [(image.shape[axis] + 2 * conv.padding[axis] - conv.kernel[axis]) // conv.stride[axis] + 1 for axis in (0, 1)]
+    return [
+        (image.shape[axis] + 2 * conv.padding[axis] - conv.kernel[axis]) // conv.stride[axis] + 1 for axis in (0, 1)
+    ]
 
 
 def offsets_of(conv):
@@ -71,7 +73,10 @@ def activate(g, conv):
     reduce = {"average": np.mean, "max": np.max}[conv.pooling]
     rows, columns = h.shape[0] // height, h.shape[1] // width
     return np.array(
-        [[reduce(h[a * height : (a + 1) * height, b * width : (b + 1) * width]) for b in range(columns)] for a in range(rows)]
+        [
+            [reduce(h[a * height : (a + 1) * height, b * width : (b + 1) * width]) for b in range(columns)]
+            for a in range(rows)
+        ]
     )
 
 
@@ -87,7 +92,11 @@ def read(features, amounts):
 
 def respond(network, inputs):
     """Per image: pre-activations and features of every layer, and the output F."""
-    arch, masses, kernels = network.architecture, [array(p) for p in network.masses], [array(w) for w in network.kernels]
+    arch, masses, kernels = (
+        network.architecture,
+        [array(p) for p in network.masses],
+        [array(w) for w in network.kernels],
+    )
     readout = array(network.readout)
     weights = [np.full(arch.input_shape[0], 1 / arch.input_shape[0]), *masses[:-1]]
     every = []
@@ -99,13 +108,19 @@ def respond(network, inputs):
             g.append(np.array([convolve(signal, kernels[layer][j], weights[layer], bias[j], conv) for j in width]))
             f.append(np.array([activate(map_, conv) for map_ in g[-1]]))
             signal = f[-1]
-        amounts = np.array([[readout[k, j] * masses[-1][j] for j in range(len(masses[-1]))] for k in range(arch.outputs)])
+        amounts = np.array(
+            [[readout[k, j] * masses[-1][j] for j in range(len(masses[-1]))] for k in range(arch.outputs)]
+        )
         every.append((g, f, read(signal, amounts)))
     return every
 
 
 def kernel_norm(kernel, penalty):
-    return math.sqrt(sum(v * v for v in kernel.ravel())) if penalty.kernel_norm == "l2" else sum(abs(v) for v in kernel.ravel())
+    return (
+        math.sqrt(sum(v * v for v in kernel.ravel()))
+        if penalty.kernel_norm == "l2"
+        else sum(abs(v) for v in kernel.ravel())
+    )
 
 
 def loss_value(name, output, target):
@@ -140,7 +155,9 @@ def objective_terms(problem, network):
 
 def input_cost(network, particle):
     bias = network.biases[0]
-    return float((array(network.kernels[0])[particle] ** 2).sum()) + (0.0 if bias is None else float(bias[particle]) ** 2)
+    return float((array(network.kernels[0])[particle] ** 2).sum()) + (
+        0.0 if bias is None else float(bias[particle]) ** 2
+    )
 
 
 def perspective(amount, mass):
@@ -197,9 +214,13 @@ def numerical_conjugate(name, dual, target):
 def numerical_prox(name, center, target, weight):
     """The value min_F loss(F, y) + weight/2 |F - center|^2."""
     merit = lambda F: loss_value(name, F, target) + 0.5 * weight * ((F - center) ** 2).sum()  # noqa: E731
-    return min(optimize.minimize(merit, center, method=method, options=options).fun for method, options in (
-        ("BFGS", {"gtol": 1e-9}), ("Nelder-Mead", {"xatol": 1e-10, "fatol": 1e-14, "maxiter": 4000}),
-    ))  # fmt: skip
+    return min(
+        optimize.minimize(merit, center, method=method, options=options).fun
+        for method, options in (
+            ("BFGS", {"gtol": 1e-9}),
+            ("Nelder-Mead", {"xatol": 1e-10, "fatol": 1e-14, "maxiter": 4000}),
+        )
+    )
 
 
 class DualTwin:
@@ -221,7 +242,9 @@ class DualTwin:
         for j, i in product(*map(range, norms.shape)):
             norms[j, i] = self._dual_norm([self._paired(beta[j], f[:, i], conv, s) for s in offsets_of(conv)])
         pairing = np.array([sum((beta[j, n] * g[n, j].ravel()).sum() for n in range(len(f))) for j in range(len(beta))])
-        free = np.abs(beta.sum((1, 2))) if conv.bias and self.penalty.amplitude_bound is not None else np.zeros(len(beta))
+        free = (
+            np.abs(beta.sum((1, 2))) if conv.bias and self.penalty.amplitude_bound is not None else np.zeros(len(beta))
+        )
         return norms, pairing, free
 
     def _paired(self, beta, feature, conv, offset):
@@ -233,7 +256,9 @@ class DualTwin:
         )
 
     def _dual_norm(self, entries):
-        return math.sqrt(sum(v * v for v in entries)) if self.penalty.kernel_norm == "l2" else max(abs(v) for v in entries)
+        return (
+            math.sqrt(sum(v * v for v in entries)) if self.penalty.kernel_norm == "l2" else max(abs(v) for v in entries)
+        )
 
     def _readout_norms(self):
         last, flat = array(self.program.features[-1]), self.program.problem.architecture.readout == "flatten"
@@ -241,11 +266,17 @@ class DualTwin:
         for j in range(last.shape[1]):
             maps = np.array([image.ravel() / image.size for image in last[:, j]])
             seen = maps if flat else maps.sum(1, keepdims=True)
-            found.append(math.sqrt(sum((self.r[:, k] @ seen[:, q]) ** 2 for k in range(self.r.shape[1]) for q in range(seen.shape[1]))))
+            found.append(
+                math.sqrt(
+                    sum((self.r[:, k] @ seen[:, q]) ** 2 for k in range(self.r.shape[1]) for q in range(seen.shape[1]))
+                )
+            )
         return np.array(found)
 
     def value(self, scale=1.0):
-        """Dual value of the multipliers times `scale`; with a bound, mu of every layer below the last is minimised numerically."""
+        """Dual value of the multipliers times `scale`; with a bound, mu of every layer below the last is minimised
+        numerically.
+        """
         targets, name = self.program.problem.targets.cpu().numpy(), self.program.problem.loss.name
         fit = np.mean([conjugate(name, len(self.r) * scale * s, y) for s, y in zip(self.r, targets)])
         if not math.isfinite(fit):
@@ -268,7 +299,9 @@ class DualTwin:
             result, gamma = 0.0, self.costs
             for (norms, pairing, free), more in zip(self.layers, excess):
                 mu = (-gamma).max() + more
-                kappa = np.maximum(scale * norms - np.sqrt(4 * self.penalty.source * np.maximum(mu + gamma, 0)), 0).max(1)
+                kappa = np.maximum(scale * norms - np.sqrt(4 * self.penalty.source * np.maximum(mu + gamma, 0)), 0).max(
+                    1
+                )
                 gamma = scale * pairing - self.penalty.amplitude_bound * (kappa + scale * free)
                 result += mu
             return result + self._last(gamma, scale)
@@ -283,7 +316,10 @@ class DualTwin:
         step = grid[1]
         near = min(grid, key=lambda x: total([x]))
         fine = optimize.minimize_scalar(
-            lambda x: total([x]), bounds=(max(near - step, 0), near + step + 1e-300), method="bounded", options={"xatol": 1e-13}
+            lambda x: total([x]),
+            bounds=(max(near - step, 0), near + step + 1e-300),
+            method="bounded",
+            options={"xatol": 1e-13},
         )
         return min(fine.fun, total([near]))
 
@@ -292,5 +328,7 @@ class DualTwin:
         grid = np.linspace(0, 2, 41)
         near = max(grid, key=self.value)
         lower = lambda scale: -max(self.value(scale), -1e9)  # noqa: E731
-        fine = optimize.minimize_scalar(lower, bounds=(max(near - 0.05, 0), near + 0.05), method="bounded", options={"xatol": 1e-10})
+        fine = optimize.minimize_scalar(
+            lower, bounds=(max(near - 0.05, 0), near + 0.05), method="bounded", options={"xatol": 1e-10}
+        )
         return max(-fine.fun, self.value(near), self.value(1.0))

@@ -44,14 +44,22 @@ def convs(draw, size, activations, poolings=POOLINGS, biases=(False, True)):
     output = [(s + 2 * p - k) // step + 1 for s, p, k, step in zip(size, padding, kernel, stride)]
     pool = tuple(draw(st.integers(1, min(2, s))) for s in output)
     choice = st.sampled_from
-    return mf.Conv(kernel, padding, stride, draw(choice(list(activations))), draw(choice(poolings)), pool, draw(choice(biases)))
+    return mf.Conv(
+        kernel, padding, stride, draw(choice(list(activations))), draw(choice(poolings)), pool, draw(choice(biases))
+    )
 
 
 @st.composite
 def architectures(
-    draw, depths=(1, 2, 3), outputs=(1, 3), activations=tuple(ACTIVATIONS), poolings=POOLINGS, biases=(False, True), sides=(2, 5),
+    draw,
+    depths=(1, 2, 3),
+    outputs=(1, 3),
+    activations=tuple(ACTIVATIONS),
+    poolings=POOLINGS,
+    biases=(False, True),
+    sides=(2, 5),
     readouts=READOUTS,
-):  # fmt: skip
+):
     shape = (draw(st.integers(1, 2)), draw(st.integers(*sides)), draw(st.integers(*sides)))
     size, layers = shape[1:], []
     for index in range(draw(st.sampled_from(depths))):
@@ -61,13 +69,16 @@ def architectures(
 
 
 def random_network(arch, widths, seed, dtype=torch.float64, zero_mass=False):
-    """Gaussian kernels, biases and readout, random masses; with `zero_mass` the last particle of every wide layer has none."""
+    """Gaussian kernels, biases and readout, random masses; with `zero_mass` the last particle of every wide layer has
+    none.
+    """
     masses = [random_masses(m, seed + index) for index, m in enumerate(widths)]
     if zero_mass:
         masses = [torch.cat([p[:-1] / p[:-1].sum(), p.new_zeros(1)]) if len(p) > 1 else p for p in masses]
     kernels = [normal(shape, seed + 10 + index, dtype) for index, shape in enumerate(arch.kernel_shapes(widths))]
     biases = [
-        normal((m,), seed + 20 + index, dtype) if conv.bias else None for index, (m, conv) in enumerate(zip(widths, arch.layers))
+        normal((m,), seed + 20 + index, dtype) if conv.bias else None
+        for index, (m, conv) in enumerate(zip(widths, arch.layers))
     ]
     readout = normal(arch.readout_shape(widths[-1]), seed + 30, dtype)
     return mf.ParticleNetwork(arch, [p.to(dtype) for p in masses], kernels, readout, biases)
@@ -116,9 +127,16 @@ def bounded(penalty, network, amplitude_factor, input_factor):
 
 @st.composite
 def cases(
-    draw, archs=None, losses=("squared", "logistic", "softmax"), norms=NORMS, bounds=(None, 1.3), max_width=4, images=(2, 4),
-    zero_mass=(False,), dtype=torch.float64,
-):  # fmt: skip
+    draw,
+    archs=None,
+    losses=("squared", "logistic", "softmax"),
+    norms=NORMS,
+    bounds=(None, 1.3),
+    max_width=4,
+    images=(2, 4),
+    zero_mass=(False,),
+    dtype=torch.float64,
+):
     arch = draw(archs if archs is not None else architectures())
     seed = draw(seeds)
     widths = [draw(st.integers(1, max_width)) for _ in arch.layers]

@@ -23,7 +23,9 @@ def slow_map(size=8):
 def test_a_slow_linear_map_is_solved_in_a_few_dozen_steps():
     matrix, offset = slow_map()
     answer = torch.linalg.solve(torch.eye(8, dtype=torch.float64) - matrix, offset)
-    plain, fast = (torch.linalg.vector_norm(iterate(matrix, offset, 60, each) - answer).item() for each in (False, True))
+    plain, fast = (
+        torch.linalg.vector_norm(iterate(matrix, offset, 60, each) - answer).item() for each in (False, True)
+    )
     assert fast < 1e-6 * torch.linalg.vector_norm(answer).item()
     assert plain > 1e4 * fast
 

@@ -13,9 +13,23 @@ from meanfield.solvers.solution import STATUS_TEXTS
 
 EXACT = 0.32012158137  # one layer, ReLU: cone program over all activation patterns
 COLUMNS = {
-    "round", "phase", "seconds", "rate", "flow_drop", "flow_speed", "flow_value", "flow_gap", "value", "dual_value", "gap", "violation",
-    "widths", "accepted", "flow_steps", "program_iterations",
-}  # fmt: skip
+    "round",
+    "phase",
+    "seconds",
+    "rate",
+    "flow_drop",
+    "flow_speed",
+    "flow_value",
+    "flow_gap",
+    "value",
+    "dual_value",
+    "gap",
+    "violation",
+    "widths",
+    "accepted",
+    "flow_steps",
+    "program_iterations",
+}
 OPTIONS = {"rounds": 3, "flow_steps": 20, "program_iterations": 200, "tolerance": 1e-10}
 
 
@@ -89,11 +103,16 @@ def test_same_seed_same_answer():
 
 def test_clones_enter_as_candidates_and_never_raise_the_value():
     problem, network = tiny(widths=(4, 3))
-    plain, grown = (alternating.solve(problem, network, clones=clones, **{**OPTIONS, "rounds": 1}) for clones in (None, (3, 2)))
+    plain, grown = (
+        alternating.solve(problem, network, clones=clones, **{**OPTIONS, "rounds": 1}) for clones in (None, (3, 2))
+    )
     assert grown.history[0]["flow_value"] == plain.history[0]["flow_value"]
     assert grown.value <= plain.value + plain.gap + grown.gap
     assert grown.value <= grown.history[0]["flow_value"]
-    assert [m - n for m, n in zip(mf.measures.extend(network, (3, 2), 0.3, generator(0)).widths, network.widths)] == [3, 2]
+    assert [m - n for m, n in zip(mf.measures.extend(network, (3, 2), 0.3, generator(0)).widths, network.widths)] == [
+        3,
+        2,
+    ]
 
 
 def test_convergence_is_a_flow_that_ends_at_its_programs_optimum():
@@ -164,7 +183,9 @@ def test_bad_options_are_named(options):
 
 def test_the_main_job_starts_inside_the_bounds():
     problem, _ = tiny()
-    bounded = mf.Problem(problem.architecture, problem.inputs, problem.targets, penalty=mf.Penalty(input_bound=0.5, amplitude_bound=0.7))
+    bounded = mf.Problem(
+        problem.architecture, problem.inputs, problem.targets, penalty=mf.Penalty(input_bound=0.5, amplitude_bound=0.7)
+    )
     solution = mf.solve(bounded, widths=(6, 3), seed=1, rounds=1, flow_steps=10, program_iterations=50)
     assert bounded.excess(solution.network) <= 1e-7
     assert bounded.value(solution.network).item() == pytest.approx(solution.value, abs=1e-9)

@@ -15,7 +15,9 @@ from meanfield.architecture import ACTIVATIONS
 @given(convs((4, 5), tuple(ACTIVATIONS)), seeds)
 def test_convolve_matches_the_explicit_sums(conv, seed):
     inputs, kernels, bias = normal((2, 2, 4, 5), seed), normal((3, 2, *conv.kernel), seed + 1), normal((3,), seed + 2)
-    expected = [[slow.convolve(x, w, [1, 1], b, conv) for w, b in zip(kernels.numpy(), bias.numpy())] for x in inputs.numpy()]
+    expected = [
+        [slow.convolve(x, w, [1, 1], b, conv) for w, b in zip(kernels.numpy(), bias.numpy())] for x in inputs.numpy()
+    ]
     np.testing.assert_allclose(conv.convolve(inputs, kernels, bias), expected, atol=1e-13)
 
 
@@ -34,7 +36,9 @@ def test_correlate_is_the_adjoint_of_convolve(conv, seed):
     inputs, kernels = normal((2, 2, 4, 5), seed), normal((3, 2, *conv.kernel), seed + 1)
     moved = conv.convolve(inputs, kernels)
     responses = normal(moved.shape, seed + 2)
-    torch.testing.assert_close((moved * responses).sum(), (kernels * conv.correlate(inputs, responses)).sum(), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        (moved * responses).sum(), (kernels * conv.correlate(inputs, responses)).sum(), rtol=1e-12, atol=1e-12
+    )
 
 
 @given(convs((4, 5), tuple(ACTIVATIONS)), seeds)
@@ -79,7 +83,13 @@ def test_kernel_shapes_put_the_target_first():
 
 def test_sizes_are_stored_as_pairs():
     conv = mf.Conv(kernel_size=3, padding=(0, 1), stride=[2, 1])
-    assert (conv.kernel_size, conv.padding, conv.stride, conv.pool_size, conv.offsets) == ((3, 3), (0, 1), (2, 1), (2, 2), 9)
+    assert (conv.kernel_size, conv.padding, conv.stride, conv.pool_size, conv.offsets) == (
+        (3, 3),
+        (0, 1),
+        (2, 1),
+        (2, 2),
+        9,
+    )
 
 
 def test_one_layer_may_be_given_bare():
@@ -103,12 +113,17 @@ def test_operations_keep_dtype_and_device(dtype, device):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"kernel_size": 0}, "kernel_size=0"), ({"kernel_size": (1, 2, 3)}, "kernel_size=.*pair"), ({"kernel_size": 2.5}, "kernel_size=2.5"),
-        ({"padding": -1}, "padding=-1"), ({"stride": 0}, "stride=0"), ({"pool_size": 0}, "pool_size=0"),
-        ({"activation": "rely"}, "activation='rely'.*did you mean 'relu'"), ({"pooling": "mean"}, "pooling='mean'"),
+        ({"kernel_size": 0}, "kernel_size=0"),
+        ({"kernel_size": (1, 2, 3)}, "kernel_size=.*pair"),
+        ({"kernel_size": 2.5}, "kernel_size=2.5"),
+        ({"padding": -1}, "padding=-1"),
+        ({"stride": 0}, "stride=0"),
+        ({"pool_size": 0}, "pool_size=0"),
+        ({"activation": "rely"}, "activation='rely'.*did you mean 'relu'"),
+        ({"pooling": "mean"}, "pooling='mean'"),
         ({"bias": 1}, "bias=1 must be True or False"),
     ],
-)  # fmt: skip
+)
 def test_conv_names_the_bad_argument(options, message):
     with pytest.raises(ValueError, match=message):
         mf.Conv(**options)
@@ -117,22 +132,32 @@ def test_conv_names_the_bad_argument(options, message):
 @pytest.mark.parametrize(
     ("shape", "layers", "options", "message"),
     [
-        ((4, 4), (mf.Conv(),), {}, r"input_shape=\(4, 4\) must be \(channels, height, width\)"), (4, (mf.Conv(),), {}, "input_shape=4"),
-        ((1, 0, 4), (mf.Conv(),), {}, "input_shape=0"), ((1, 4, 4), (), {}, r"layers=\(\) must be a non-empty"),
-        ((1, 4, 4), ("conv",), {}, "layers=.*sequence of Conv"), ((1, 4, 4), 3, {}, "layers=3 must be a non-empty"),
-        ((1, 4, 4), (mf.Conv(),), {"readout": "mean"}, "readout='mean'"), ((1, 4, 4), (mf.Conv(),), {"outputs": 0}, "outputs=0"),
+        ((4, 4), (mf.Conv(),), {}, r"input_shape=\(4, 4\) must be \(channels, height, width\)"),
+        (4, (mf.Conv(),), {}, "input_shape=4"),
+        ((1, 0, 4), (mf.Conv(),), {}, "input_shape=0"),
+        ((1, 4, 4), (), {}, r"layers=\(\) must be a non-empty"),
+        ((1, 4, 4), ("conv",), {}, "layers=.*sequence of Conv"),
+        ((1, 4, 4), 3, {}, "layers=3 must be a non-empty"),
+        ((1, 4, 4), (mf.Conv(),), {"readout": "mean"}, "readout='mean'"),
+        ((1, 4, 4), (mf.Conv(),), {"outputs": 0}, "outputs=0"),
         ((1, 4, 2), (mf.Conv(),), {}, r"layers\[0\]: kernel_size=\(3, 3\).* 2 along width \(input 2, padding 0\)"),
         ((1, 4, 4), (mf.Conv(), mf.Conv()), {}, r"layers\[1\]: kernel_size=\(3, 3\).* 2 along height"),
-        ((1, 3, 3), (mf.Conv(3, pooling="max"),), {}, r"layers\[0\]: pool_size=\(2, 2\) leaves no position of the output \(1, 1\)"),
+        (
+            (1, 3, 3),
+            (mf.Conv(3, pooling="max"),),
+            {},
+            r"layers\[0\]: pool_size=\(2, 2\) leaves no position of the output \(1, 1\)",
+        ),
     ],
-)  # fmt: skip
+)
 def test_architecture_names_the_bad_argument(shape, layers, options, message):
     with pytest.raises(ValueError, match=message):
         mf.Architecture(shape, layers, **options)
 
 
 @pytest.mark.parametrize(
-    "description", [{}, {"layers": [{"kernel": 3}]}, {"layers": 3}, None, {"input_shape": [1, 4, 4], "layers": [{}], "colour": 1}]
+    "description",
+    [{}, {"layers": [{"kernel": 3}]}, {"layers": 3}, None, {"input_shape": [1, 4, 4], "layers": [{}], "colour": 1}],
 )
 def test_from_dict_refuses_other_descriptions(description):
     with pytest.raises(ValueError, match=r"architecture description .* is not one written by to_dict"):

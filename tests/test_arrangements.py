@@ -17,9 +17,22 @@ PENALTY = mf.Penalty(input=2e-3, readout=5e-3)
 EXACT_DIGITS = 0.32012158137
 
 
-def one_layer(channels=1, kernel=(1, 2), bias=False, loss="squared", count=6, side=3, seed=0, penalty=PENALTY, dtype=torch.float64, **conv):
+def one_layer(
+    channels=1,
+    kernel=(1, 2),
+    bias=False,
+    loss="squared",
+    count=6,
+    side=3,
+    seed=0,
+    penalty=PENALTY,
+    dtype=torch.float64,
+    **conv,
+):
     arch = mf.Architecture((channels, side, side), (mf.Conv(kernel, bias=bias, **conv),))
-    return mf.Problem(arch, random_inputs(arch, count, seed, dtype), random_targets(loss, 1, count, seed), loss, penalty)
+    return mf.Problem(
+        arch, random_inputs(arch, count, seed, dtype), random_targets(loss, 1, count, seed), loss, penalty
+    )
 
 
 def digits_problem():
@@ -37,13 +50,22 @@ def twin(problem, patches):
     for sign in (1, -1):
         for pattern in sampled:
             v = cp.Variable(d)
-            output = output + sign * (np.add.reduceat(pattern[:, None] * rows, np.arange(0, len(rows), positions)) / positions) @ v
+            output = (
+                output
+                + sign * (np.add.reduceat(pattern[:, None] * rows, np.arange(0, len(rows), positions)) / positions) @ v
+            )
             variation = variation + cp.norm(v, 2)
             constraints.append(((2 * pattern - 1)[:, None] * rows) @ v >= 0)
     y, penalty = problem.targets[:, 0].numpy(), problem.penalty
-    loss = cp.sum_squares(output - y) / 2 if problem.loss.name == "squared" else cp.sum(cp.logistic(-cp.multiply(y, output)))
+    loss = (
+        cp.sum_squares(output - y) / 2
+        if problem.loss.name == "squared"
+        else cp.sum(cp.logistic(-cp.multiply(y, output)))
+    )
     objective = loss / count + 2 * math.sqrt(penalty.input * penalty.readout) * variation
-    return cp.Problem(cp.Minimize(objective), constraints).solve(solver=cp.CLARABEL, tol_gap_abs=1e-10, tol_gap_rel=1e-10)
+    return cp.Problem(cp.Minimize(objective), constraints).solve(
+        solver=cp.CLARABEL, tol_gap_abs=1e-10, tol_gap_rel=1e-10
+    )
 
 
 def certified(problem, tolerance=1e-8):
@@ -97,33 +119,44 @@ def test_agrees_with_the_program_as_written(case):
 def test_one_image_one_position_has_a_closed_form():
     """min over v of (a v - y)^2 / 2 + c |v| with c = 2 sqrt(lambda_1 lambda_u): c y / a - c^2 / (2 a^2)."""
     a, y, c = 0.7, 1.3, 2 * math.sqrt(2e-3 * 5e-3)
-    problem = mf.Problem(mf.Architecture((1, 1, 1), mf.Conv(1)), np.full((1, 1, 1, 1), a), np.array([y]), penalty=PENALTY)
+    problem = mf.Problem(
+        mf.Architecture((1, 1, 1), mf.Conv(1)), np.full((1, 1, 1, 1), a), np.array([y]), penalty=PENALTY
+    )
     solution = certified(problem)
     assert solution.value == pytest.approx(c * y / a - c**2 / (2 * a**2), rel=1e-10)
     assert solution.network.widths == (1,)
 
 
-EXACT_ARCHITECTURES = architectures(depths=(1,), outputs=(1,), activations=("relu",), poolings=("none", "average"), readouts=("average",))
+EXACT_ARCHITECTURES = architectures(
+    depths=(1,), outputs=(1,), activations=("relu",), poolings=("none", "average"), readouts=("average",)
+)
 
 
 @given(EXACT_ARCHITECTURES.filter(lambda a: a.input_shape[0] * a.layers[0].offsets + a.layers[0].bias <= 3), seeds)
 def test_outputs_are_those_of_the_network(arch, seed):
-    """Patches merged by direction and cells give the output of one particle: channels, strides, padding, pooling, bias."""
+    """Patches merged by direction and cells give the output of one particle: channels, strides,
+    padding, pooling, bias.
+    """
     problem = mf.Problem(arch, random_inputs(arch, 3, seed), random_targets("squared", 1, 3, seed))
     network = random_network(arch, (5,), seed)
     layer = arrangements._Layer.of(problem)
     kernels = [network.kernels[0].flatten(1)] + ([] if network.biases[0] is None else [network.biases[0][:, None]])
-    for z, expected in zip(torch.cat(kernels, 1).numpy(), arch.readout_features(network.responses(problem.inputs).features[0]).T):
+    for z, expected in zip(
+        torch.cat(kernels, 1).numpy(), arch.readout_features(network.responses(problem.inputs).features[0]).T
+    ):
         cell = np.flatnonzero((layer.arrangement.cells == (layer.arrangement.normals @ z > 0)).all(1))
         assert layer.features(cell)[:, 0] @ z == pytest.approx(expected.numpy(), abs=1e-12)
-        assert layer.responses(np.array([1.0, -2.0, 0.5]))[cell[0]] @ z == pytest.approx(expected.numpy() @ [1.0, -2.0, 0.5], abs=1e-12)
+        assert layer.responses(np.array([1.0, -2.0, 0.5]))[cell[0]] @ z == pytest.approx(
+            expected.numpy() @ [1.0, -2.0, 0.5], abs=1e-12
+        )
 
 
 @costly(15)
 @given(
     EXACT_ARCHITECTURES.filter(lambda a: a.input_shape[0] * a.layers[0].offsets + a.layers[0].bias <= 3),
-    seeds, st.sampled_from(["squared", "logistic"]),
-)  # fmt: skip
+    seeds,
+    st.sampled_from(["squared", "logistic"]),
+)
 def test_random_problems_are_solved_and_no_network_falls_below_the_bound(arch, seed, loss):
     problem = mf.Problem(arch, random_inputs(arch, 4, seed), random_targets(loss, 1, 4, seed), loss, PENALTY)
     solution = certified(problem)
@@ -141,7 +174,9 @@ def test_the_particle_solver_ends_at_the_exact_optimum(case, seed):
     assert exact.lower_bound <= particles.value <= exact.value + 1e-5
 
 
-@pytest.mark.parametrize("case", [{"kernel": (1, 2), "side": 4}, {"kernel": (1, 2), "bias": True, "loss": "logistic", "count": 3}])
+@pytest.mark.parametrize(
+    "case", [{"kernel": (1, 2), "side": 4}, {"kernel": (1, 2), "bias": True, "loss": "logistic", "count": 3}]
+)
 def test_cells_one_after_the_other_give_the_optimum_of_all_cells(monkeypatch, case):
     problem = one_layer(**case)
     found = []
@@ -223,7 +258,9 @@ def test_a_solver_without_an_answer_leaves_the_zero_network_and_a_bound(monkeypa
     assert solution.status == "failed"
     assert solution.value == 0.5 * problem.targets.square().mean().item()
     assert 0 < solution.lower_bound < true
-    assert re.search(r"CLARABEL ended as (None|an error \(out of steps\)): the solver returned no point", solution.message)
+    assert re.search(
+        r"CLARABEL ended as (None|an error \(out of steps\)): the solver returned no point", solution.message
+    )
 
 
 def test_a_program_on_which_the_solver_fails_at_first_is_solved():
@@ -243,7 +280,11 @@ REFUSED = [
     ({"layers": mf.Conv(1)}, {"input": 0.0}, "input=0: .* use a positive input penalty"),
     ({"layers": mf.Conv(1)}, {"readout": 0.0}, "readout=0: .* use a positive readout penalty"),
     ({"layers": mf.Conv(1)}, {"input_bound": 2.0}, r"input_bound=2\.0: .* no multiple of a total variation"),
-    ({"layers": mf.Conv((1, 3), bias=True)}, {}, r"kernel_size=\(1, 3\) has 4 entries .* `certificates.search_features`"),
+    (
+        {"layers": mf.Conv((1, 3), bias=True)},
+        {},
+        r"kernel_size=\(1, 3\) has 4 entries .* `certificates.search_features`",
+    ),
 ]
 
 

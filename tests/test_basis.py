@@ -23,7 +23,9 @@ def test_basis_spans_the_row_space_and_its_preimage_maps_to_it(case):
         singular = torch.linalg.svdvals(A)
         largest = singular[0].item()
         # singular values within a factor of two of the tolerance may fall on either side
-        certain = [int((singular > factor * found.tolerance * largest).sum()) if largest > 0 else 0 for factor in (2.0, 0.5)]
+        certain = [
+            int((singular > factor * found.tolerance * largest).sum()) if largest > 0 else 0 for factor in (2.0, 0.5)
+        ]
         assert certain[0] <= found.rank <= certain[1]
         eye = torch.eye(found.rank, dtype=torch.float64)
         torch.testing.assert_close(found.right.T @ found.right, eye, rtol=0, atol=1e-12)
@@ -43,7 +45,9 @@ def test_products_in_blocks_are_those_of_the_matrix(monkeypatch, shape, bias, en
     wide = A.shape[0] <= A.shape[1]
     torch.testing.assert_close(design.gram(), A @ A.T if wide else A.T @ A)
     for chosen in ([2, 0, 5], []):
-        torch.testing.assert_close(design.lines(torch.tensor(chosen).long()), A[chosen].T if wide else A[:, chosen], rtol=0, atol=0)
+        torch.testing.assert_close(
+            design.lines(torch.tensor(chosen).long()), A[chosen].T if wide else A[:, chosen], rtol=0, atol=0
+        )
     torch.testing.assert_close(design.apply_adjoint(normal((A.shape[0], 3), 2)), A.T @ normal((A.shape[0], 3), 2))
 
 
@@ -58,7 +62,9 @@ def test_small_singular_values_are_resolved_although_the_gram_matrix_squares_the
     assert found.rank == 2
     torch.testing.assert_close(found.right.T @ found.right, torch.eye(2, dtype=torch.float64), rtol=0, atol=1e-13)
     # a line of A carries the second direction and at most 1e-13 of the third: it is turned by their ratio
-    torch.testing.assert_close(found.right @ found.right.T, right[:, :2] @ right[:, :2].T, rtol=0, atol=1e-12 / size + 1e-13)
+    torch.testing.assert_close(
+        found.right @ found.right.T, right[:, :2] @ right[:, :2].T, rtol=0, atol=1e-12 / size + 1e-13
+    )
     torch.testing.assert_close(A.T @ found.preimage, found.right, rtol=0, atol=1e-15 / size + 1e-13)
 
 

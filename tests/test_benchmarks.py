@@ -6,10 +6,24 @@ import torch
 
 import meanfield as mf
 from benchmarks import __main__ as command
-from benchmarks import contenders, flow_step, grafting, growth, isolated, judge, one_layer, problems, solve, tables, widths
+from benchmarks import (
+    contenders,
+    flow_step,
+    grafting,
+    growth,
+    isolated,
+    judge,
+    one_layer,
+    problems,
+    solve,
+    tables,
+    widths,
+)
 from meanfield.solvers import flow, splitting
 
-TINY = flow_step.Settings(samples=20, widths=(3, 2), dtypes=("float64",), repetitions=2, block=1, warm_up=1, memory_steps=1, training_steps=3)
+TINY = flow_step.Settings(
+    samples=20, widths=(3, 2), dtypes=("float64",), repetitions=2, block=1, warm_up=1, memory_steps=1, training_steps=3
+)
 
 
 def test_both_contenders_lower_their_loss():
@@ -58,7 +72,9 @@ def test_settings_survive_json():
     assert flow_step.from_dict(json.loads(json.dumps(flow_step.asdict(TINY)))) == TINY
 
 
-@pytest.mark.parametrize("arguments", [[], ["flow", "--samples", "0"], ["flow", "--dtypes", "float16"], ["slow"], ["solve", "--gaps", "2"]])
+@pytest.mark.parametrize(
+    "arguments", [[], ["flow", "--samples", "0"], ["flow", "--dtypes", "float16"], ["slow"], ["solve", "--gaps", "2"]]
+)
 def test_bad_arguments_are_refused(arguments, capsys):
     with pytest.raises(SystemExit):
         command.main(arguments)
@@ -177,7 +193,13 @@ def test_slopes():
 
 
 def test_a_fresh_process_answers_and_a_failure_says_why():
-    order = {"case": one_layer.TINY.__dict__, "contender": "exact optimum", "tolerance": None, "max_seconds": 60.0, "answer": "/nowhere/network.pt"}
+    order = {
+        "case": one_layer.TINY.__dict__,
+        "contender": "exact optimum",
+        "tolerance": None,
+        "max_seconds": 60.0,
+        "answer": "/nowhere/network.pt",
+    }
     with pytest.raises(isolated.Failure, match="nowhere"):
         isolated.call("benchmarks.one_layer:run", order)
     with pytest.raises(isolated.Failure, match="stopped after"):
@@ -226,8 +248,11 @@ def test_the_plain_contender_has_the_penalties_of_the_library():
     problem = widths.problem(settings)
     generator = torch.Generator().manual_seed(0)
     network = mf.finite.FiniteCNN.random(problem.architecture, (4, 4), problem.inputs, generator)
-    plain = torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3, padding=1, bias=False), torch.nn.Conv2d(4, 4, 3, padding=1, bias=False),
-                                torch.nn.Linear(4, 10, bias=False)).double()  # fmt: skip
+    plain = torch.nn.Sequential(
+        torch.nn.Conv2d(1, 4, 3, padding=1, bias=False),
+        torch.nn.Conv2d(4, 4, 3, padding=1, bias=False),
+        torch.nn.Linear(4, 10, bias=False),
+    ).double()
     with torch.no_grad():
         for block, kernel in zip(plain, [network.kernels[0], network.kernels[1] / 4, network.readout / 4]):
             block.weight.copy_(kernel)
@@ -237,7 +262,9 @@ def test_the_plain_contender_has_the_penalties_of_the_library():
 
 
 def test_a_sweep_and_a_step_are_measured_and_shown():
-    found = widths.run(widths.Settings(samples=4, width=2, repetitions=1, block=1, warm_up=1, cells=3, cell_seconds=0.01, jobs=1))
+    found = widths.run(
+        widths.Settings(samples=4, width=2, repetitions=1, block=1, warm_up=1, cells=3, cell_seconds=0.01, jobs=1)
+    )
     assert set(found["step"]["seconds_per_step"]) == set(widths.CONTENDERS)
     assert found["sweep"]["cell_seconds"] >= 0.03
     assert [table.row_count for table in tables.widths_tables(found)] == [3, 1]

@@ -12,7 +12,8 @@ import meanfield as mf
 from meanfield import certificates
 from meanfield.certificates import Certificate, Multipliers, certify, dual_value, stationary_multipliers
 
-SOLVER_ERROR = 1e-9**0.5  # an objective exact to 1e-9 leaves that much in outputs and multipliers, and the dual value has kinks
+# an objective exact to 1e-9 leaves that much in outputs and multipliers, and the dual value has kinks
+SOLVER_ERROR = 1e-9**0.5
 
 shallow = architectures(depths=(1,), sides=(2, 4))
 two_layers = architectures(depths=(2,), sides=(2, 3))
@@ -23,7 +24,10 @@ def random_multipliers(program, seed, size=1.0, output_size=1.0):
     """An output part in the conjugate's domain, off its boundary, and any realisation part."""
     problem = program.problem
     count = len(problem.inputs)
-    r = problem.loss.gradient(output_size * normal((count, problem.architecture.outputs), seed), problem.targets) / count
+    r = (
+        problem.loss.gradient(output_size * normal((count, problem.architecture.outputs), seed), problem.targets)
+        / count
+    )
     shapes = [(g.shape[1], count, g.shape[2] * g.shape[3]) for g in program.preactivations[1:]]
     return Multipliers(r, tuple(size * normal(shape, seed + 1 + k) / count for k, shape in enumerate(shapes)))
 
@@ -89,7 +93,9 @@ def test_duality_of_three_layers(case):
     check_weak_and_strong_duality(case)
 
 
-def roomy_case(loss="squared", norm="l2", bound=None, bias=True, outputs=1, readout="average", depth=2, activation="tanh", seed=7):
+def roomy_case(
+    loss="squared", norm="l2", bound=None, bias=True, outputs=1, readout="average", depth=2, activation="tanh", seed=7
+):
     """Fewer image positions than source columns: the program can do more than the network."""
     layers = tuple(mf.Conv(2, activation=activation, bias=bias) for _ in range(depth))
     arch = mf.Architecture((1, depth + 2, depth + 1), layers, readout, outputs)
@@ -97,23 +103,35 @@ def roomy_case(loss="squared", norm="l2", bound=None, bias=True, outputs=1, read
     penalty = mf.Penalty(source=0.01, readout=0.02, input=0.01, kernel_norm=norm, amplitude_bound=bound)
     if bound is not None:
         free = mf.Problem(arch, random_inputs(arch, 3, seed), random_targets(loss, outputs, 3, seed), loss, penalty)
-        penalty = replace(penalty, amplitude_bound=bound * {n: r for n, r, _ in free.bounds(network)}["amplitude_bound"])
-    return mf.Problem(arch, random_inputs(arch, 3, seed), random_targets(loss, outputs, 3, seed), loss, penalty), network
+        penalty = replace(
+            penalty, amplitude_bound=bound * {n: r for n, r, _ in free.bounds(network)}["amplitude_bound"]
+        )
+    return mf.Problem(
+        arch, random_inputs(arch, 3, seed), random_targets(loss, outputs, 3, seed), loss, penalty
+    ), network
 
 
 @pytest.mark.parametrize(
     "options",
     [
-        {}, {"loss": "logistic", "bound": 1.1}, {"loss": "softmax", "outputs": 3, "norm": "l1"}, {"bound": 1.1, "norm": "l1", "readout": "flatten"},
-        {"loss": "softmax", "outputs": 3, "bound": 1.2, "bias": False}, {"depth": 3, "loss": "logistic"}, {"depth": 3, "norm": "l1"},
-        {"outputs": 3, "readout": "flatten", "bias": False}, {"depth": 1, "loss": "softmax", "outputs": 3}, {"activation": "relu", "bound": 1.05},
+        {},
+        {"loss": "logistic", "bound": 1.1},
+        {"loss": "softmax", "outputs": 3, "norm": "l1"},
+        {"bound": 1.1, "norm": "l1", "readout": "flatten"},
+        {"loss": "softmax", "outputs": 3, "bound": 1.2, "bias": False},
+        {"depth": 3, "loss": "logistic"},
+        {"depth": 3, "norm": "l1"},
+        {"outputs": 3, "readout": "flatten", "bias": False},
+        {"depth": 1, "loss": "softmax", "outputs": 3},
+        {"activation": "relu", "bound": 1.05},
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_gap_closes_at_the_optimum_and_nowhere_above_it(options):
     problem, network = roomy_case(**options)
     program = mf.ConvexProgram.freeze(problem, network)
-    firm = {"static_regularization_constant": 1e-7} if program.depth == 3 else {}  # without it three free biases stop the solver
+    # without it three free biases stop the solver
+    firm = {"static_regularization_constant": 1e-7} if program.depth == 3 else {}
     solution = slow.solve(program, **firm)
     start = problem.value(network).item()
     assert solution.value < start - 1e-3  # the case is not trivial
@@ -149,7 +167,12 @@ def test_relative_gap_is_the_share_of_the_value():
     assert Certificate(-2.0, -3.0, 1.0, 0.0).relative_gap == 0.5
 
 
-@given(cases(archs=architectures(depths=(2, 3), sides=(2, 3), activations=SMOOTH, poolings=("none", "average")), zero_mass=(False, True)))
+@given(
+    cases(
+        archs=architectures(depths=(2, 3), sides=(2, 3), activations=SMOOTH, poolings=("none", "average")),
+        zero_mass=(False, True),
+    )
+)
 def test_stationary_multipliers_are_gradients_of_the_loss_over_masses(case):
     program = case.freeze
     multipliers = stationary_multipliers(program, program.point(case.network))
@@ -168,7 +191,9 @@ def test_stationary_multipliers_are_gradients_of_the_loss_over_masses(case):
 def loss_after(case, program, layer, preactivations):
     """The mean loss of the network when the pre-activations of one layer are replaced."""
     network, signal = case.network, case.network.architecture.layers[layer].activate(preactivations)
-    for conv, w, b, p in list(zip(network.architecture.layers, network.kernels, network.biases, (None, *network.masses[:-1])))[layer + 1 :]:
+    for conv, w, b, p in list(
+        zip(network.architecture.layers, network.kernels, network.biases, (None, *network.masses[:-1]))
+    )[layer + 1 :]:
         signal = conv.activate(conv.convolve(signal, w * p[None, :, None, None], b))
     return case.problem.loss.value(network.read(signal), case.problem.targets).mean().item()
 
@@ -199,7 +224,9 @@ def test_multipliers_outside_the_domain_are_repaired(loss):
 @pytest.mark.parametrize("bound", [None, 1.3])
 def test_weak_duality_holds_where_a_strength_is_zero(zero, norm, bound):
     problem, network = roomy_case(norm=norm, bound=bound, outputs=2)
-    problem = mf.Problem(problem.architecture, problem.inputs, problem.targets, penalty=replace(problem.penalty, **{zero: 0.0}))
+    problem = mf.Problem(
+        problem.architecture, problem.inputs, problem.targets, penalty=replace(problem.penalty, **{zero: 0.0})
+    )
     program = mf.ConvexProgram.freeze(problem, network)
     solution = slow.solve(program)
     for multipliers in tried_multipliers(program, solution, 3):

@@ -27,7 +27,9 @@ def test_checkpoints_are_those_of_the_training(tmp_path):
     for epoch in (1, 2):
         kept = TINY.at(epoch, tmp_path)
         assert not kept.training
-        assert all(torch.equal(a, b) for a, b in zip(kept.state_dict().values(), direct.at(epoch).state_dict().values()))
+        assert all(
+            torch.equal(a, b) for a, b in zip(kept.state_dict().values(), direct.at(epoch).state_dict().values())
+        )
     start = TINY.at(0, tmp_path)
     assert all(torch.equal(a, b) for a, b in zip(start.state_dict().values(), TINY.start().state_dict().values()))
     (file,) = tmp_path.iterdir()  # one file for all epochs, no state left behind
@@ -66,7 +68,11 @@ def test_the_split_is_random_or_in_file_order():
 
 def test_presets():
     authors = Classifier(preset="authors", network="vgg16", strength=8.0, epochs=200)
-    assert (authors.recipe.learning_rate, authors.recipe.milestones, authors.recipe.augment) == (0.002, (60, 120, 180), True)
+    assert (authors.recipe.learning_rate, authors.recipe.milestones, authors.recipe.augment) == (
+        0.002,
+        (60, 120, 180),
+        True,
+    )
     assert [module.p for module in authors.variant(width=2).start() if isinstance(module, torch.nn.Dropout)] == [0.5]
     assert Classifier(epochs=30).recipe.milestones == (20, 26)
     names = layers_of(TINY.start())

@@ -71,8 +71,26 @@ def test_help_states_every_default():
 
 
 def test_ctrl_c_keeps_the_best_network(tmp_path):
-    command = [sys.executable, "-m", "meanfield.cli", "solve", "--widths", "6,4", "--samples", "6", "--rounds", "999", "--tolerance", "1e-15"]
-    process = subprocess.Popen([*command, "--out", str(tmp_path)], stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    command = [
+        sys.executable,
+        "-m",
+        "meanfield.cli",
+        "solve",
+        "--widths",
+        "6,4",
+        "--samples",
+        "6",
+        "--rounds",
+        "999",
+        "--tolerance",
+        "1e-15",
+    ]
+    process = subprocess.Popen(
+        [*command, "--out", str(tmp_path)],
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
     process.stderr.readline()  # the first round is done
     process.send_signal(signal.SIGINT)
     _, stderr = process.communicate(timeout=50)

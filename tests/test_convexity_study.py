@@ -1,4 +1,6 @@
-"""The convexity study against functions whose curvature is known, and the program's variables against its own checks."""
+"""The convexity study against functions whose curvature is known, and the program's variables
+against its own checks.
+"""
 
 import math
 
@@ -42,7 +44,12 @@ def test_segments_name_their_worst_line_and_replay_it():
     assert math.isclose(found.worst.replay(function), found.worst.violation, rel_tol=1e-12)
 
 
-CONVEX = (lambda x: x.square().sum(), lambda x: x.abs().sum(), lambda x: x.square().sum().sqrt(), lambda x: x.exp().sum())
+CONVEX = (
+    lambda x: x.square().sum(),
+    lambda x: x.abs().sum(),
+    lambda x: x.square().sum().sqrt(),
+    lambda x: x.exp().sum(),
+)
 
 
 @pytest.mark.parametrize("function", CONVEX)
@@ -154,7 +161,9 @@ def test_the_vector_form_has_the_program_s_value(case):
 
 
 def test_the_rounding_bound_covers_single_precision():
-    """The same formula in float32 against float64: the bound holds and is no more than a few hundred times too large."""
+    """The same formula in float32 against float64: the bound holds and is no more than a few
+    hundred times too large.
+    """
     arch = mf.Architecture((2, 3, 3), (mf.Conv(2, activation="tanh"), mf.Conv(2, activation="tanh")), "average", 1)
     inputs, targets = normal((4, 2, 3, 3), 0), normal((4, 1), 1)
     network = starts.start(arch, (6, 5), inputs, generator(0))

@@ -291,19 +291,27 @@ class TestBadDirectories:
         with pytest.raises(ValueError, match=message):
             data.load(folder)
         save(folder / "dog" / "3.png", grey(1, (3, 4, 3)))
-        with pytest.raises(ValueError, match=r"cat/0.png is grey of shape \(1, 3, 4\), .*dog/3.png is colour of shape \(3, 3, 4\); resize or"):
+        with pytest.raises(
+            ValueError,
+            match=r"cat/0.png is grey of shape \(1, 3, 4\), .*dog/3.png is colour of shape \(3, 3, 4\); resize or",
+        ):
             data.load(folder)
 
     def test_no_images(self, tmp_path):
         for make in (lambda: None, lambda: save(tmp_path / "a.png", grey(1)), lambda: (tmp_path / "cat").mkdir()):
             make()
-            with pytest.raises(ValueError, match=r"holds no images; expected .*/CLASS/\*.png, one folder per class, with files .png, .jpg"):
+            with pytest.raises(
+                ValueError,
+                match=r"holds no images; expected .*/CLASS/\*.png, one folder per class, with files .png, .jpg",
+            ):
                 data.load(tmp_path)
 
     def test_an_empty_class(self, folder):
         (folder / "emu").mkdir()
         (folder / "emu" / "1.gif").write_bytes(b"GIF89a")
-        with pytest.raises(ValueError, match=r"pets: the class folder 'emu' holds no images; remove it or add files .png"):
+        with pytest.raises(
+            ValueError, match=r"pets: the class folder 'emu' holds no images; remove it or add files .png"
+        ):
             data.load(folder)
 
     def test_one_class(self, tmp_path):
@@ -337,7 +345,12 @@ class TestBadDirectories:
 
     def test_other_contents_under_an_image_name(self, folder, tmp_path):
         Image.fromarray(np.zeros((3, 4), np.uint8)).save(tmp_path / "real.gif")
-        for content in (b"", b"hello", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 3 4\n", (tmp_path / "real.gif").read_bytes()):
+        for content in (
+            b"",
+            b"hello",
+            b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 3 4\n",
+            (tmp_path / "real.gif").read_bytes(),
+        ):
             (folder / "dog" / "fake.png").write_bytes(content)
             with pytest.raises(ValueError, match=r"dog/fake.png is a damaged image or no image"):
                 data.load(folder)
@@ -345,7 +358,11 @@ class TestBadDirectories:
     @pytest.mark.parametrize(
         ("mode", "size", "message"),
         [
-            ("RGBA", (4, 3), r"has mode 'RGBA'; images must be one frame of 8-bit grey or RGB without transparency, convert it"),
+            (
+                "RGBA",
+                (4, 3),
+                r"has mode 'RGBA'; images must be one frame of 8-bit grey or RGB without transparency, convert it",
+            ),
             ("LA", (4, 3), "has mode 'LA'"),
             ("I;16", (4, 3), "has mode 'I;16'"),
         ],
@@ -377,9 +394,14 @@ HUNDRED = ("train.bin", "test.bin")
 
 
 def records(rng, *labels):
-    """One record per row of the label columns: label bytes, then random pixels, written byte by byte; and the pixels."""
+    """One record per row of the label columns: label bytes, then random pixels, written byte by
+    byte; and the pixels.
+    """
     pixels = rng.integers(0, 256, (len(labels[0]), 3, 32, 32), dtype=np.uint8)
-    parts = (bytes(column[row] for column in labels) + b"".join(plane.tobytes() for plane in image) for row, image in enumerate(pixels))
+    parts = (
+        bytes(column[row] for column in labels) + b"".join(plane.tobytes() for plane in image)
+        for row, image in enumerate(pixels)
+    )
     return b"".join(parts), pixels
 
 
@@ -404,7 +426,9 @@ def ten(tmp_path, rng):
 
 @pytest.fixture
 def hundred(tmp_path, rng):
-    pixels = write_cifar(tmp_path / "hundred", rng, {"train.bin": [[19, 0, 4], [99, 7, 42]], "test.bin": [[4, 0], [7, 0]]})
+    pixels = write_cifar(
+        tmp_path / "hundred", rng, {"train.bin": [[19, 0, 4], [99, 7, 42]], "test.bin": [[4, 0], [7, 0]]}
+    )
     return tmp_path / "hundred", pixels
 
 
@@ -448,7 +472,11 @@ class TestCifar:
 
     def test_fine_and_coarse(self, hundred):
         place, pixels = hundred
-        for labels, expected in (("auto", [99, 7, 42, 7, 0]), ("fine", [99, 7, 42, 7, 0]), ("coarse", [19, 0, 4, 4, 0])):
+        for labels, expected in (
+            ("auto", [99, 7, 42, 7, 0]),
+            ("fine", [99, 7, 42, 7, 0]),
+            ("coarse", [19, 0, 4, 4, 0]),
+        ):
             found = data.load(place, labels=labels)
             assert (found.name, found.labels.tolist()) == ("CIFAR-100", expected)
             np.testing.assert_array_equal(found.inputs.numpy(), pixels / 255)
@@ -479,13 +507,18 @@ class TestBadCifar:
     @pytest.mark.parametrize("name", TEN)
     def test_a_missing_file_of_cifar_10(self, ten, name):
         (ten[0] / name).unlink()
-        with pytest.raises(FileNotFoundError, match=rf"ten/{name} is missing; CIFAR-10 is read from all of data_batch_1.bin, .*, test_batch.bin"):
+        with pytest.raises(
+            FileNotFoundError,
+            match=rf"ten/{name} is missing; CIFAR-10 is read from all of data_batch_1.bin, .*, test_batch.bin",
+        ):
             data.load(ten[0])
 
     @pytest.mark.parametrize("name", HUNDRED)
     def test_a_missing_file_of_cifar_100(self, hundred, name):
         (hundred[0] / name).unlink()
-        with pytest.raises(FileNotFoundError, match=rf"hundred/{name} is missing; CIFAR-100 is read from all of train.bin, test.bin"):
+        with pytest.raises(
+            FileNotFoundError, match=rf"hundred/{name} is missing; CIFAR-100 is read from all of train.bin, test.bin"
+        ):
             data.load(hundred[0])
 
     @pytest.mark.parametrize("size", [0, 1, 3072, 3074, 6145])
@@ -493,14 +526,19 @@ class TestBadCifar:
         path = ten[0] / "data_batch_3.bin"
         path.write_bytes(path.read_bytes()[:size])
         kind = "truncated or of another kind" if size else "empty"
-        with pytest.raises(ValueError, match=rf"data_batch_3.bin is {kind}: it has {size} bytes; expected a multiple of 3073, .* of CIFAR-10"):
+        with pytest.raises(
+            ValueError,
+            match=rf"data_batch_3.bin is {kind}: it has {size} bytes; expected a multiple of 3073, .* of CIFAR-10",
+        ):
             data.load(ten[0])
 
     @pytest.mark.parametrize("size", [0, 3073, 6147])
     def test_truncated_cifar_100(self, hundred, size):
         path = hundred[0] / "test.bin"
         path.write_bytes(path.read_bytes()[:size])
-        with pytest.raises(ValueError, match=rf"test.bin is .*: it has {size} bytes; expected a multiple of 3074, .* of CIFAR-100"):
+        with pytest.raises(
+            ValueError, match=rf"test.bin is .*: it has {size} bytes; expected a multiple of 3074, .* of CIFAR-100"
+        ):
             data.load(hundred[0])
 
     def test_a_label_out_of_range_has_a_position(self, ten):
@@ -508,34 +546,50 @@ class TestBadCifar:
         content = bytearray(path.read_bytes())
         content[3073] = 10
         path.write_bytes(content)
-        with pytest.raises(ValueError, match=r"data_batch_4.bin: the fine label of record 1 \(byte 3073\) is 10; expected 0..9, the file is damaged"):
+        with pytest.raises(
+            ValueError,
+            match=r"data_batch_4.bin: the fine label of record 1 \(byte 3073\) is 10; expected 0..9, the file is "
+            r"damaged",
+        ):
             data.load(ten[0])
 
-    @pytest.mark.parametrize(("byte", "value", "message"), [(6148, 20, "coarse label of record 2"), (3075, 100, "fine label of record 1")])
+    @pytest.mark.parametrize(
+        ("byte", "value", "message"), [(6148, 20, "coarse label of record 2"), (3075, 100, "fine label of record 1")]
+    )
     @pytest.mark.parametrize("labels", ["fine", "coarse"])
     def test_both_labels_of_cifar_100_are_checked(self, hundred, byte, value, message, labels):
         path = hundred[0] / "train.bin"
         content = bytearray(path.read_bytes())
         content[byte] = value
         path.write_bytes(content)
-        with pytest.raises(ValueError, match=rf"train.bin: the {message} \(byte {byte}\) is {value}; expected 0..{value - 1}"):
+        with pytest.raises(
+            ValueError, match=rf"train.bin: the {message} \(byte {byte}\) is {value}; expected 0..{value - 1}"
+        ):
             data.load(hundred[0], labels=labels)
 
-    @pytest.mark.parametrize(("name", "files", "sub"), [("CIFAR-10", ("data_batch_1",), "cifar-10-batches-py"),
-                                                        ("CIFAR-100", ("train", "test"), "cifar-100-python")])  # fmt: skip
+    @pytest.mark.parametrize(
+        ("name", "files", "sub"),
+        [("CIFAR-10", ("data_batch_1",), "cifar-10-batches-py"), ("CIFAR-100", ("train", "test"), "cifar-100-python")],
+    )
     def test_the_pickled_version_is_refused_and_not_run(self, tmp_path, name, files, sub):
         (tmp_path / "root" / sub).mkdir(parents=True)
         for file in files:
             (tmp_path / "root" / sub / file).write_bytes(f"cos\nmkdir\n(V{tmp_path}/ran\ntR.".encode())
         for source in (tmp_path / "root", tmp_path / "root" / sub):
-            with pytest.raises(ValueError, match=rf"{sub} holds the Python version of {name}, pickled .* refused; fetch the binary version, with"):
+            with pytest.raises(
+                ValueError,
+                match=rf"{sub} holds the Python version of {name}, pickled .* refused; fetch the binary version, with",
+            ):
                 data.load(source)
         assert not (tmp_path / "ran").exists()
 
     def test_two_data_sets(self, tmp_path, rng):
         write_cifar(tmp_path / "cifar-10-batches-bin", rng, {name: [[0, 1]] for name in TEN})
         write_cifar(tmp_path / "cifar-100-binary", rng, {name: [[0, 1], [2, 3]] for name in HUNDRED})
-        with pytest.raises(ValueError, match=r"two data sets, CIFAR-10 in .*cifar-10-batches-bin and CIFAR-100 in .*cifar-100-binary; keep"):
+        with pytest.raises(
+            ValueError,
+            match=r"two data sets, CIFAR-10 in .*cifar-10-batches-bin and CIFAR-100 in .*cifar-100-binary; keep",
+        ):
             data.load(tmp_path)
         write_cifar(tmp_path, rng, {name: [[4, 5]] for name in TEN})
         assert data.load(tmp_path).classes == (4, 5)
@@ -543,9 +597,14 @@ class TestBadCifar:
     def test_labels(self, ten, hundred):
         with pytest.raises(ValueError, match=r"CIFAR-10: labels='coarse' is unknown: choose one of 'fine'"):
             data.load(ten[0], labels="coarse")
-        with pytest.raises(ValueError, match=r"CIFAR-100: labels='corse' is unknown: choose one of 'coarse', 'fine'; did you mean 'coarse'\?"):
+        with pytest.raises(
+            ValueError,
+            match=r"CIFAR-100: labels='corse' is unknown: choose one of 'coarse', 'fine'; did you mean 'coarse'\?",
+        ):
             data.load(hundred[0], labels="corse")
-        with pytest.raises(ValueError, match=r"classes=\(0, 20\) contains 20, not a class of CIFAR-100, which has 0, 4, 19"):
+        with pytest.raises(
+            ValueError, match=r"classes=\(0, 20\) contains 20, not a class of CIFAR-100, which has 0, 4, 19"
+        ):
             data.load(hundred[0], labels="coarse", classes=(0, 20))
 
 
@@ -560,7 +619,10 @@ class TestBadArguments:
             ({"classes": "35"}, "classes='35' must be a sequence of integers"),
             ({"classes": (3, 5.0)}, "must be a sequence of integers"),
             ({"classes": (3, 3)}, "names a class twice"),
-            ({"classes": (3, 5), "samples": 366}, "samples=366 is more than there are: digits has 365 images of the classes 3, 5"),
+            (
+                {"classes": (3, 5), "samples": 366},
+                "samples=366 is more than there are: digits has 365 images of the classes 3, 5",
+            ),
             ({"samples": 0}, "samples=0 must be an integer of at least 1"),
             ({"classes": (3, 5), "samples": 1}, r"the first 1 images of digits hold one class only \(3\)"),
             ({"pool": 3}, r"pool=3 does not divide images of 8 x 8 pixels; choose one of \[1, 2, 4, 8\]"),
@@ -573,23 +635,34 @@ class TestBadArguments:
             data.load("digits", **arguments)
 
     def test_unknown_name_suggests_the_nearest(self):
-        with pytest.raises(ValueError, match=r"data='digist' is unknown.*'FILE.npz', 'DIRECTORY'; did you mean 'digits'\?"):
+        with pytest.raises(
+            ValueError, match=r"data='digist' is unknown.*'FILE.npz', 'DIRECTORY'; did you mean 'digits'\?"
+        ):
             data.load("digist")
 
     @pytest.mark.parametrize("held_out", [354, None])
     def test_more_held_out_than_left(self, held_out):
         samples = 12 if held_out else None
-        message = "held_out=354 cannot be held out: 12 images are selected and 353 are left" if held_out else "365 images are selected and 0 are left"
+        message = (
+            "held_out=354 cannot be held out: 12 images are selected and 353 are left"
+            if held_out
+            else "365 images are selected and 0 are left"
+        )
         with pytest.raises(ValueError, match=message):
             data.load("digits", classes=(3, 5), samples=samples).split(held_out)
 
 
 class TestBadFiles:
     def test_missing(self, tmp_path):
-        with pytest.raises(FileNotFoundError, match=r"none.npz does not exist; give one of 'digits', 'mnist' or .* directory of images"):
+        with pytest.raises(
+            FileNotFoundError, match=r"none.npz does not exist; give one of 'digits', 'mnist' or .* directory of images"
+        ):
             data.load(tmp_path / "none.npz")
 
-    @pytest.mark.parametrize(("content", "kind"), [(b"", "empty"), (b"hello", "of another kind"), (b"\x80\x04cos\nsystem\n", "of another kind")])
+    @pytest.mark.parametrize(
+        ("content", "kind"),
+        [(b"", "empty"), (b"hello", "of another kind"), (b"\x80\x04cos\nsystem\n", "of another kind")],
+    )
     def test_wrong_kind(self, tmp_path, content, kind):
         path = tmp_path / "file.npz"
         path.write_bytes(content)
@@ -624,7 +697,9 @@ class TestBadFiles:
 
         path = tmp_path / "hostile.npz"
         np.savez(path, inputs=np.array([Hostile()], dtype=object), targets=arrays["targets"])
-        with pytest.raises(ValueError, match=r"hostile.npz: 'inputs' is a pickled object, which could run code and is refused"):
+        with pytest.raises(
+            ValueError, match=r"hostile.npz: 'inputs' is a pickled object, which could run code and is refused"
+        ):
             data.load(path)
         assert not (tmp_path / "ran").exists()
 
@@ -652,7 +727,10 @@ class TestBadFiles:
             ({"inputs": np.full((6, 2, 2), 1j)}, "'inputs' is complex128; images must be an array of real numbers"),
             ({"targets": np.arange(5)}, r"labels have shape \(5,\); expected \(6,\), one for each of the 6 images"),
             ({"targets": np.eye(6)}, r"labels have shape \(6, 6\)"),
-            ({"targets": np.array([0, 1, 0, 1, 0, 0.5])}, "labels contain 0.5; labels are classes and must be integers"),
+            (
+                {"targets": np.array([0, 1, 0, 1, 0, 0.5])},
+                "labels contain 0.5; labels are classes and must be integers",
+            ),
             ({"targets": np.array([0, 1, 0, 1, 0, np.nan])}, "labels contain nan"),
             ({"targets": np.full(6, 4)}, r"one class only \(4\) is chosen"),
         ],
@@ -664,7 +742,9 @@ class TestBadFiles:
 
     def test_sorted_file_says_how_to_draw(self, tmp_path, rng):
         path = write(tmp_path / "a.npz", x=rng.random((8, 2, 2)), y=np.repeat([1, 2], 4))
-        with pytest.raises(ValueError, match=r"hold one class only \(1\); take more samples, or seed= to draw at random"):
+        with pytest.raises(
+            ValueError, match=r"hold one class only \(1\); take more samples, or seed= to draw at random"
+        ):
             data.load(path, samples=3)
         assert set(data.load(path, samples=5).labels.tolist()) == {1, 2}
 

@@ -77,7 +77,9 @@ def test_equal_images_leave_redundant_constraints(copies):
 
 def test_repeating_all_images_changes_nothing():
     problem, network = make()
-    doubled = mf.Problem(TWO_LAYERS, problem.inputs.repeat(2, 1, 1, 1), problem.targets.repeat(2, 1), penalty=problem.penalty)
+    doubled = mf.Problem(
+        TWO_LAYERS, problem.inputs.repeat(2, 1, 1, 1), problem.targets.repeat(2, 1), penalty=problem.penalty
+    )
     one, two = (certified(each, network, 1e-8)[1] for each in (problem, doubled))
     assert one.value == pytest.approx(two.value, abs=one.gap + two.gap + ROUNDING)
 
@@ -109,10 +111,14 @@ def one_relu(readout, count=5):
 
 
 def critical_readout():
-    """Above max_j |q_j|^2 / (4 lambda_1 |z_j|^2) at r = -y/N the zero network is optimal: then every mu_1 >= 0 is dual feasible."""
+    """Above max_j |q_j|^2 / (4 lambda_1 |z_j|^2) at r = -y/N the zero network is optimal: then every mu_1 >= 0 is dual
+    feasible.
+    """
     problem, network = one_relu(1.0)
     response = network.features(problem.inputs)[0].mean((2, 3)).T @ (-problem.targets / len(problem.targets))
-    return (response.square().flatten()[1:] / (4 * 0.05 * network.kernels[0].flatten(1).square().sum(1)[1:])).max().item()
+    return (
+        (response.square().flatten()[1:] / (4 * 0.05 * network.kernels[0].flatten(1).square().sum(1)[1:])).max().item()
+    )
 
 
 def test_above_the_critical_penalty_the_zero_network_is_optimal():

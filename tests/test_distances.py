@@ -45,8 +45,12 @@ def shifted(measure, shift):
 
 def cloned(measure, share=0.3):
     """The same measure, its first particle split in two and its particles in another order."""
-    masses = torch.cat([measure.masses * torch.cat([measure.masses.new_tensor([share]), measure.masses.new_ones(measure.size - 1)]),
-                        (1 - share) * measure.masses[:1]])  # fmt: skip
+    masses = torch.cat(
+        [
+            measure.masses * torch.cat([measure.masses.new_tensor([share]), measure.masses.new_ones(measure.size - 1)]),
+            (1 - share) * measure.masses[:1],
+        ]
+    )
     return FeatureMeasure(torch.cat([measure.values, measure.values[:1]]).flip(0), masses.flip(0))
 
 
@@ -139,11 +143,14 @@ def test_wasserstein_of_equal_masses_is_an_assignment():
 @given(seeds, sizes, dimensions, st.sampled_from([1, 2, 3]), st.sampled_from([0.0, 1e6]))
 def test_wasserstein_to_a_shift_is_the_shift_whatever_the_offset(seed, size, dimension, p, offset):
     here, shift = shifted(cloud(size, dimension, seed), offset), normal((dimension,), seed + 2)
-    np.testing.assert_allclose(wasserstein(here, shifted(here, shift), p), float(shift.square().mean().sqrt()), rtol=1e-7)
+    np.testing.assert_allclose(
+        wasserstein(here, shifted(here, shift), p), float(shift.square().mean().sqrt()), rtol=1e-7
+    )
 
 
 def test_wasserstein_between_affine_images_is_the_gaussian_formula():
-    """Gelbrich 1990: W_2^2 >= |m_1 - m_2|^2 + tr(S_1 + S_2 - 2 (S_1^1/2 S_2 S_1^1/2)^1/2), equal for y = A x + c, A positive.
+    """Gelbrich 1990: W_2^2 >= |m_1 - m_2|^2 + tr(S_1 + S_2 - 2 (S_1^1/2 S_2 S_1^1/2)^1/2), equal for y = A x + c, A
+    positive.
 
     With the moments of the sample this holds without Monte Carlo error, for Gaussians and any other law.
     """
@@ -153,14 +160,16 @@ def test_wasserstein_between_affine_images_is_the_gaussian_formula():
     half = scipy.linalg.sqrtm(first)
     bures = np.trace(first + second - 2 * scipy.linalg.sqrtm(half @ second @ half)).real
     expected = (float((x.mean(0) - y.mean(0)).square().sum()) + bures) / 3
-    np.testing.assert_allclose(wasserstein(FeatureMeasure.uniform(x), FeatureMeasure.uniform(y)) ** 2, expected, rtol=1e-10)
+    np.testing.assert_allclose(
+        wasserstein(FeatureMeasure.uniform(x), FeatureMeasure.uniform(y)) ** 2, expected, rtol=1e-10
+    )
 
 
 def test_gaussians_on_the_line_agree_with_their_closed_form():
     """W_2(N(m, s^2), N(m', s'^2))^2 = (m - m')^2 + (s - s')^2.
 
-    By the triangle inequality samples x, x' miss it by at most the distances to their own laws, s W_2(standardised sample,
-    N(0, 1)) each, which quantiles give exactly: a bound without a constant to tune.
+    By the triangle inequality samples x, x' miss it by at most the distances to their own laws, s W_2(standardised
+    sample, N(0, 1)) each, which quantiles give exactly: a bound without a constant to tune.
     """
     grid = (np.arange(200_000) + 0.5) / 200_000
     quantiles = scipy.stats.norm.ppf(grid)
@@ -190,11 +199,15 @@ def test_wasserstein_obeys_the_triangle_inequality(seed, m, n, k, dimension, p):
 
 
 def test_clones_are_at_distance_zero_in_spite_of_rounding():
-    """The difference of squares leaves 1e-8 of a norm, which the median of positive distances would take at its word."""
+    """The difference of squares leaves 1e-8 of a norm, which the median of positive distances
+    would take at its word.
+    """
     a = cloud(40, 300, 0)
     assert wasserstein(a, cloned(a)) == 0
     lumps = FeatureMeasure.uniform(normal((2, 300), 1).repeat_interleave(30, 0))
-    np.testing.assert_allclose(median_distance(lumps, lumps), float((lumps.values[0] - lumps.values[-1]).square().mean().sqrt()), rtol=1e-12)
+    np.testing.assert_allclose(
+        median_distance(lumps, lumps), float((lumps.values[0] - lumps.values[-1]).square().mean().sqrt()), rtol=1e-12
+    )
 
 
 def test_distances_do_not_grow_with_the_number_of_probes():
@@ -225,7 +238,9 @@ def test_sliced_is_the_mean_over_its_directions_of_transport_on_lines(seed, m, n
     lines = [[FeatureMeasure((each.values @ theta)[:, None], each.masses) for each in (a, b)] for theta in thetas]
     squares = np.array([wasserstein(*line) ** 2 for line in lines])
     result = sliced_wasserstein(a, b, generator=generator(seed), projections=4)
-    np.testing.assert_allclose([result.squared, result.squared_error], [squares.mean(), squares.std(ddof=1) / 2], rtol=1e-7)
+    np.testing.assert_allclose(
+        [result.squared, result.squared_error], [squares.mean(), squares.std(ddof=1) / 2], rtol=1e-7
+    )
 
 
 def test_sliced_keeps_the_convention_of_pot():
@@ -233,13 +248,17 @@ def test_sliced_keeps_the_convention_of_pot():
 
     a, b = cloud(7, 3, 0), cloud(9, 3, 2)
     thetas = distances._directions(3, 40, generator(5), a.values)
-    theirs = ot.sliced_wasserstein_distance(*(each.numpy() for each in (a.values, b.values, a.masses, b.masses)), projections=thetas.T.numpy())
+    theirs = ot.sliced_wasserstein_distance(
+        *(each.numpy() for each in (a.values, b.values, a.masses, b.masses)), projections=thetas.T.numpy()
+    )
     np.testing.assert_allclose(sliced(a, b, 5, 40), theirs, rtol=1e-9)
 
 
 @pytest.mark.parametrize("dimension", [2, 12])
 def test_sliced_distance_to_a_shift_has_the_moments_of_the_beta_law(dimension):
-    """<theta, v>^2 / |v|^2 is Beta(1/2, (D-1)/2): mean 1/D, variance 2 (D-1) / (D^2 (D+2)); R directions divide it by R."""
+    """<theta, v>^2 / |v|^2 is Beta(1/2, (D-1)/2): mean 1/D, variance 2 (D-1) / (D^2 (D+2)); R directions divide it by
+    R.
+    """
     here, shift, count = cloud(5, dimension, 0), normal((dimension,), 9), 5000
     result = sliced_wasserstein(here, shifted(here, shift), generator=generator(1), projections=count)
     size = float(shift.square().mean())
@@ -248,7 +267,9 @@ def test_sliced_distance_to_a_shift_has_the_moments_of_the_beta_law(dimension):
     # relative deviation of a sample variance: sqrt((kurtosis - 1) / R) at most, and half of it for its root
     kurtosis = 3 + scipy.stats.beta(0.5, (dimension - 1) / 2).stats("k")
     assert abs(result.squared_error / error - 1) <= SIGMAS * math.sqrt((kurtosis - 1) / count) / 2 * 1.2
-    np.testing.assert_allclose([result.value, result.error], [math.sqrt(result.squared), result.squared_error / (2 * result.value)])
+    np.testing.assert_allclose(
+        [result.value, result.error], [math.sqrt(result.squared), result.squared_error / (2 * result.value)]
+    )
 
 
 def test_the_standard_error_of_sliced_transport_covers():
@@ -301,7 +322,9 @@ def test_mmd_is_the_double_loop(seed, m, n, dimension, unbiased):
 
 
 def gaussian_mmd(shift, sigma, bandwidth, dimension):
-    """N(0, I) against N(shift, sigma^2 I): E k = (c / (c + v))^(D/2) exp(-|m|^2 / (2 (c + v))), x - x' ~ N(m, v I), c = s^2 D."""
+    """N(0, I) against N(shift, sigma^2 I): E k = (c / (c + v))^(D/2) exp(-|m|^2 / (2 (c + v))), x - x' ~ N(m, v I), c
+    = s^2 D.
+    """
 
     def kernel(variance, mean):
         c = bandwidth**2 * dimension
@@ -318,7 +341,9 @@ def test_the_unbiased_estimate_averages_to_the_closed_form_for_gaussians(shift, 
     masses = [random_masses(m, 5) if weighted else torch.full((m,), 1 / m, dtype=torch.float64) for m in (12, 17)]
     for draw in range(400):
         x, y = normal((12, dimension), 2 * draw), shift + sigma * normal((17, dimension), 2 * draw + 1)
-        estimates.append(mmd(FeatureMeasure(x, masses[0]), FeatureMeasure(y, masses[1]), [bandwidth], unbiased=True).squared[0])
+        estimates.append(
+            mmd(FeatureMeasure(x, masses[0]), FeatureMeasure(y, masses[1]), [bandwidth], unbiased=True).squared[0]
+        )
     error = np.std(estimates, ddof=1) / math.sqrt(len(estimates))
     assert abs(np.mean(estimates) - gaussian_mmd(shift, sigma, bandwidth, dimension)) <= SIGMAS * error
     assert error < 0.006  # closed forms 0, 0.070, 0.096: the interval would notice
@@ -327,7 +352,9 @@ def test_the_unbiased_estimate_averages_to_the_closed_form_for_gaussians(shift, 
 def test_the_biased_estimate_exceeds_by_its_known_bias():
     """E V = MMD^2 + sum over both measures of (1 - E k(x, x')) sum_i p_i^2."""
     masses, bandwidth, dimension = random_masses(8, 0), 0.8, 3
-    draws = [[FeatureMeasure(normal((8, dimension), 2 * draw + side), masses) for side in range(2)] for draw in range(400)]
+    draws = [
+        [FeatureMeasure(normal((8, dimension), 2 * draw + side), masses) for side in range(2)] for draw in range(400)
+    ]
     estimates = [mmd(*pair, [bandwidth]).squared[0] for pair in draws]
     c = bandwidth**2 * dimension
     expected = 2 * (1 - (c / (c + 2)) ** (dimension / 2)) * float(masses @ masses)
@@ -370,7 +397,9 @@ def test_moments_weigh_as_repetitions_do(dtype, seed):
     result = moments(FeatureMeasure(values, counts.to(dtype) / counts.sum()))
     sample = np.repeat(values.double().numpy(), counts.numpy(), axis=0).ravel()
     expected = [sample.mean(), sample.var(), scipy.stats.kurtosis(sample)]
-    np.testing.assert_allclose(result, expected, rtol=1e-9 if dtype == torch.float64 else 1e-4, atol=1e-9 if dtype == torch.float64 else 1e-5)
+    np.testing.assert_allclose(
+        result, expected, rtol=1e-9 if dtype == torch.float64 else 1e-4, atol=1e-9 if dtype == torch.float64 else 1e-5
+    )
 
 
 QUADRATURES = {
@@ -400,7 +429,9 @@ def test_the_kurtosis_of_a_constant_is_undefined():
 
 
 def slow_cka(a, b):
-    """HSIC of the D x D Gram matrices with the centring matrix written out, Gretton et al. 2005, Kornblith et al. 2019."""
+    """HSIC of the D x D Gram matrices with the centring matrix written out, Gretton et al. 2005,
+    Kornblith et al. 2019.
+    """
     n = a.dimension
     centring = np.eye(n) - np.ones((n, n)) / n
     grams = [centring @ (m.values.T * m.masses).numpy() @ m.values.numpy() @ centring for m in (a, b)]
@@ -438,7 +469,9 @@ def test_cka_of_uncorrelated_features_is_zero_and_of_constant_ones_undefined():
 
 def test_cka_never_forms_a_matrix_over_probes():
     values = normal((2, 200_000), 0)  # whose square would take 320 GB
-    assert linear_cka(FeatureMeasure.uniform(values), FeatureMeasure.uniform(values[:1])) == pytest.approx(1 / math.sqrt(2), abs=0.01)
+    assert linear_cka(FeatureMeasure.uniform(values), FeatureMeasure.uniform(values[:1])) == pytest.approx(
+        1 / math.sqrt(2), abs=0.01
+    )
 
 
 # null bands
@@ -456,7 +489,9 @@ def test_split_halves_are_the_renormalised_halves_of_the_particles_with_mass():
     np.testing.assert_allclose(found, expected[closest], rtol=1e-9)
     counts = np.bincount(closest, minlength=3)
     assert abs(counts - 20).max() <= SIGMAS * math.sqrt(60 * 2 / 9)
-    assert split_half(measure, wasserstein, generator(0), 60) == band != split_half(measure, wasserstein, generator(1), 60)
+    assert (
+        split_half(measure, wasserstein, generator(0), 60) == band != split_half(measure, wasserstein, generator(1), 60)
+    )
 
 
 @pytest.mark.parametrize("name", ["W2", "sliced", "mmd"])
@@ -470,7 +505,9 @@ def test_the_split_half_band_separates_one_law_from_another(name):
 
 
 def test_unbiased_mmd_of_halves_is_about_zero():
-    band = split_half(gaussian(60, 3, 4), lambda a, b: mmd(a, b, [1.0], unbiased=True).squared[0], generator(0), repetitions=80)
+    band = split_half(
+        gaussian(60, 3, 4), lambda a, b: mmd(a, b, [1.0], unbiased=True).squared[0], generator(0), repetitions=80
+    )
     assert band.interval[0] < 0 < band.interval[1]
 
 
@@ -507,7 +544,9 @@ def test_every_distance_runs_on_every_device_and_dtype(dtype, device):
     np.testing.assert_allclose(moments(moved[0]), moments(a), rtol=10 * tolerance)
     halves = [split_half(each, wasserstein, generator(0), 3).distances for each in (a, moved[0])]
     np.testing.assert_allclose(halves[1], halves[0], rtol=tolerance)
-    torch.testing.assert_close(moved[0].standardised().values.double().cpu(), a.standardised().values, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(
+        moved[0].standardised().values.double().cpu(), a.standardised().values, rtol=tolerance, atol=tolerance
+    )
 
 
 GOOD = FeatureMeasure.uniform(torch.eye(3))
@@ -525,10 +564,14 @@ BAD_CALLS = {
     r"b has 2001 particles, exact transport takes 2000; use sliced_wasserstein": lambda: wasserstein(
         GOOD, FeatureMeasure.uniform(torch.ones(2001, 3))
     ),
-    r"projections=1 must be an integer of at least 2": lambda: sliced_wasserstein(GOOD, GOOD, generator=generator(0), projections=1),
+    r"projections=1 must be an integer of at least 2": lambda: sliced_wasserstein(
+        GOOD, GOOD, generator=generator(0), projections=1
+    ),
     r"bandwidths=0.0 must be greater than 0": lambda: mmd(GOOD, GOOD, [1.0, 0.0]),
     r"b has mass on one particle only": lambda: mmd(GOOD, FeatureMeasure.uniform(torch.ones(1, 3)), unbiased=True),
-    r"measure has 1 particle with mass": lambda: split_half(FeatureMeasure.uniform(torch.ones(1, 3)), wasserstein, generator(0)),
+    r"measure has 1 particle with mass": lambda: split_half(
+        FeatureMeasure.uniform(torch.ones(1, 3)), wasserstein, generator(0)
+    ),
     r"measures has 1 entries": lambda: null_band([GOOD], wasserstein),
 }
 

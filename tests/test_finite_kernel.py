@@ -1,4 +1,6 @@
-"""The tangent kernel: against plain autograd, as the mean over draws of finite networks, and its convergence in the width."""
+"""The tangent kernel: against plain autograd, as the mean over draws of finite networks, and its convergence in the
+width.
+"""
 
 import math
 
@@ -25,10 +27,11 @@ def by_autograd(network, inputs):
 
 
 def perceptron_kernel(inputs, bias=False):
-    """F = m^-1/2 sum_j u_j relu(<w_j, x> / sqrt(d) + b_j), w_j ~ N(0, 2), by quadrature over the direction of w in the plane of x, x'.
+    """F = m^-1/2 sum_j u_j relu(<w_j, x> / sqrt(d) + b_j), w_j ~ N(0, 2), by quadrature over the direction of w in the
+    plane of x, x'.
 
-    w = r (cos t, sin t) with E r^2 = 4 in the plane, which leaves averages over t; the trapezoidal rule is spoilt by the kinks
-    to order 1/M^2 for the features, and to 1/M for the share of directions in which both are active.
+    w = r (cos t, sin t) with E r^2 = 4 in the plane, which leaves averages over t; the trapezoidal rule is spoilt by
+    the kinks to order 1/M^2 for the features, and to 1/M for the share of directions in which both are active.
     """
     dimension, points = inputs.shape[1], 400_000
     turn = (np.arange(points) + 0.5) / points * 2 * np.pi
@@ -58,7 +61,9 @@ class TestEmpirical:
         inputs = random_inputs(arch, 4, seed)
         for scaling in SCALINGS:
             network = FiniteCNN.random(arch, [3] * arch.depth, inputs, generator(seed), scaling)
-            torch.testing.assert_close(kernel.empirical(network, inputs), by_autograd(network, inputs), rtol=1e-10, atol=1e-10)
+            torch.testing.assert_close(
+                kernel.empirical(network, inputs), by_autograd(network, inputs), rtol=1e-10, atol=1e-10
+            )
 
     def test_parameters_are_left_alone(self):
         arch = layer_architecture((1, 4, 4), bias=True)
@@ -105,7 +110,9 @@ class TestInfinite:
         inputs = normal((4, *arch.input_shape), 7)
         inputs[0, :, :, :3] = 0  # blank patches
         numbers = generator(11)
-        draws = torch.stack([kernel.empirical(FiniteCNN.random(arch, (16,), inputs, numbers, "ntk"), inputs) for _ in range(400)])
+        draws = torch.stack(
+            [kernel.empirical(FiniteCNN.random(arch, (16,), inputs, numbers, "ntk"), inputs) for _ in range(400)]
+        )
         error = draws.std(0) / math.sqrt(len(draws))
         limit = kernel.infinite(arch, inputs)
         assert bool(((draws.mean(0) - limit).abs() < 4.5 * error).all())
@@ -127,7 +134,9 @@ class TestInfinite:
         inputs = normal((4, 3, 1, 1), 3)
         inputs[3] = -2 * inputs[2]  # opposite directions
         found = kernel.infinite(layer_architecture((3, 1, 1), readout, kernel_size=1, bias=bias), inputs)
-        np.testing.assert_allclose(found.numpy(), perceptron_kernel(inputs[:, :, 0, 0].numpy(), bias), rtol=0, atol=2e-5)
+        np.testing.assert_allclose(
+            found.numpy(), perceptron_kernel(inputs[:, :, 0, 0].numpy(), bias), rtol=0, atol=2e-5
+        )
 
     def test_one_pixel_on_the_diagonal_is_twice_the_mean_square(self):
         """a = 0: A = |x|^2 / C_0 and D = 1/2, hence Theta(x, x) = 3/2 |x|^2 / C_0."""
@@ -154,7 +163,9 @@ class TestInfinite:
         torch.testing.assert_close(kernel.infinite(arch, inputs), whole, rtol=1e-7, atol=0)
 
     def test_dropped_positions_do_not_count(self):
-        """5 x 5 pixels, kernel 2, windows of 3: of 4 x 4 positions the first 3 x 3 are read, which see the first 4 x 4 pixels."""
+        """5 x 5 pixels, kernel 2, windows of 3: of 4 x 4 positions the first 3 x 3 are read, which see the first 4 x 4
+        pixels.
+        """
         arch = layer_architecture((1, 5, 5), kernel_size=2, pooling="average", pool_size=3)
         inputs = random_inputs(arch, 3, 6)
         changed = inputs.clone()
@@ -185,14 +196,19 @@ class TestConvergence:
         medians = np.median(errors, 1)
         print("median relative Frobenius errors:", dict(zip(self.WIDTHS, medians.round(4).tolist())))
         slope = np.polyfit(np.log(self.WIDTHS), np.log(errors).mean(1), 1)[0]
-        assert -0.65 < slope < -0.35  # -1/2 by theory; with 12 seeds the fitted slope varies by 0.08 (standard deviation)
+        # -1/2 by theory; with 12 seeds the fitted slope varies by 0.08 (standard deviation)
+        assert -0.65 < slope < -0.35
 
 
 class TestMisuse:
     @pytest.mark.parametrize(
         ("layers", "outputs", "message"),
         [
-            ((mf.Conv(2), mf.Conv(2)), 1, "architecture has 2 layers; the limit is in closed form for one layer, see kernel.empirical"),
+            (
+                (mf.Conv(2), mf.Conv(2)),
+                1,
+                "architecture has 2 layers; the limit is in closed form for one layer, see kernel.empirical",
+            ),
             ((mf.Conv(2, activation="tanh"),), 1, r"layers\[0\] has activation='tanh'; .* for 'relu'"),
             ((mf.Conv(2, pooling="max"),), 1, r"layers\[0\] has pooling='max'; .* 'none' and 'average'"),
             ((mf.Conv(2),), 3, "architecture has outputs=3; .* take outputs=1"),
@@ -204,7 +220,10 @@ class TestMisuse:
             kernel.infinite(arch, torch.zeros(2, 1, 6, 6))
 
     def test_one_output_and_the_right_shape(self):
-        for outputs, inputs, message in ((2, torch.rand(2, 1, 3, 3), "outputs=2"), (1, torch.rand(2, 3, 3), r"inputs has shape \(2, 3, 3\)")):
+        for outputs, inputs, message in (
+            (2, torch.rand(2, 1, 3, 3), "outputs=2"),
+            (1, torch.rand(2, 3, 3), r"inputs has shape \(2, 3, 3\)"),
+        ):
             arch = mf.Architecture((1, 3, 3), (mf.Conv(2),), outputs=outputs)
             network = FiniteCNN.random(arch, (3,), torch.rand(1, 1, 3, 3), generator(0), "ntk")
             with pytest.raises(ValueError, match=message):

@@ -19,10 +19,15 @@ def seeded(seed=0):
 
 
 def architecture(*, layers=2, bias=True, readout="flatten", activation="tanh", outputs=2, channels=3):
-    stack = (mf.Conv(3, padding=1, stride=2, activation=activation, bias=bias), mf.Conv((2, 1), activation="relu", pooling="average"))
+    stack = (
+        mf.Conv(3, padding=1, stride=2, activation=activation, bias=bias),
+        mf.Conv((2, 1), activation="relu", pooling="average"),
+    )
     if layers == 2:
         return mf.Architecture((channels, 7, 6), stack, readout, outputs)
-    return mf.Architecture((channels, 4, 4), (mf.Conv(3, padding=1, activation=activation, bias=bias),), readout, outputs)
+    return mf.Architecture(
+        (channels, 4, 4), (mf.Conv(3, padding=1, activation=activation, bias=bias),), readout, outputs
+    )
 
 
 def normal(shape, seed, dtype=torch.float64):
@@ -48,10 +53,14 @@ def uneven(arch, widths, seed=0):
 
 def by_torch_layers(network, inputs):
     """The same network from torch.nn.Conv2d layers with the divisions of the scaling written out."""
-    divisor = {"mean_field": lambda m: m, "ntk": math.sqrt, "standard": lambda m: 1, "mup": lambda m: 1}[network.scaling]
+    divisor = {"mean_field": lambda m: m, "ntk": math.sqrt, "standard": lambda m: 1, "mup": lambda m: 1}[
+        network.scaling
+    ]
     signal = inputs
     for layer, kernel, bias in zip(network.architecture.layers, network.kernels, network.biases):
-        plain = nn.Conv2d(kernel.shape[1], kernel.shape[0], layer.kernel, layer.stride, layer.padding, bias=False, dtype=inputs.dtype)
+        plain = nn.Conv2d(
+            kernel.shape[1], kernel.shape[0], layer.kernel, layer.stride, layer.padding, bias=False, dtype=inputs.dtype
+        )
         with torch.no_grad():
             plain.weight.copy_(kernel)
         g = plain(signal) / divisor(kernel.shape[1]) + (0 if bias is None else bias[:, None, None])
@@ -59,7 +68,11 @@ def by_torch_layers(network, inputs):
         signal = nn.AvgPool2d(layer.pool_size)(signal) if layer.pooling == "average" else signal
     if network.architecture.readout == "average":
         return torch.einsum("km,nmhw->nk", network.readout, signal) / signal[0, 0].numel() / divisor(network.widths[-1])
-    return torch.einsum("kmq,nmq->nk", network.readout, signal.flatten(2)) / signal[0, 0].numel() / divisor(network.widths[-1])
+    return (
+        torch.einsum("kmq,nmq->nk", network.readout, signal.flatten(2))
+        / signal[0, 0].numel()
+        / divisor(network.widths[-1])
+    )
 
 
 class TestFunction:
@@ -68,7 +81,9 @@ class TestFunction:
     def test_equals_torch_layers_with_the_divisions_written_out(self, scaling, readout):
         arch = architecture(readout=readout)
         network = FiniteCNN(arch, *drawn_parameters(arch, (5, 4)), scaling)
-        torch.testing.assert_close(network(inputs_for(arch)), by_torch_layers(network, inputs_for(arch)), rtol=1e-12, atol=1e-13)
+        torch.testing.assert_close(
+            network(inputs_for(arch)), by_torch_layers(network, inputs_for(arch)), rtol=1e-12, atol=1e-13
+        )
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
     def test_mean_field_equals_uniform_particles_bit_for_bit(self, dtype):
@@ -87,7 +102,9 @@ class TestFunction:
         arch = architecture(bias=bias)
         network = FiniteCNN(arch, *drawn_parameters(arch, (5, 4)), scaling)
         particles = network.particles()
-        torch.testing.assert_close(particles(inputs_for(arch)), network(inputs_for(arch)).detach(), rtol=1e-12, atol=1e-13)
+        torch.testing.assert_close(
+            particles(inputs_for(arch)), network(inputs_for(arch)).detach(), rtol=1e-12, atol=1e-13
+        )
         assert [p.tolist() for p in particles.masses] == [[1 / 5] * 5, [1 / 4] * 4]
         back = FiniteCNN.from_particles(particles, scaling)
         for ours, theirs in zip(back.parameters(), network.parameters(), strict=True):
@@ -130,7 +147,9 @@ class TestFunction:
 class TestRandomStart:
     @pytest.mark.parametrize("scaling", SCALINGS)
     def test_order_one_at_every_width(self, scaling):
-        """Root mean square of features and of the output (times sqrt(m) for mean_field and mup) does not drift from width 16 to 256."""
+        """Root mean square of features and of the output (times sqrt(m) for mean_field and mup) does not drift from
+        width 16 to 256.
+        """
         arch = mf.Architecture((1, 5, 5), (mf.Conv(3, padding=1), mf.Conv(3, padding=1)), "flatten", outputs=40)
         inputs = inputs_for(arch, 8)
         sizes = []
@@ -138,7 +157,12 @@ class TestRandomStart:
             network = FiniteCNN.random(arch, (width, width), inputs, seeded(1), scaling)
             output = network(inputs).detach().square().mean().sqrt()
             features = network.particles().features(inputs)
-            sizes.append([*(f.square().mean().sqrt() for f in features), output * (math.sqrt(width) if scaling in ("mean_field", "mup") else 1)])
+            sizes.append(
+                [
+                    *(f.square().mean().sqrt() for f in features),
+                    output * (math.sqrt(width) if scaling in ("mean_field", "mup") else 1),
+                ]
+            )
         small, large = torch.tensor(sizes)
         # over 16 channels a root mean square has a relative deviation of about 1/4; a factor of width would be 4 or 16
         assert bool(((small / large).log().abs() < math.log(2)).all())
@@ -146,17 +170,23 @@ class TestRandomStart:
 
     def test_ntk_and_standard_start_at_the_same_function(self):
         arch = architecture()
-        ntk, standard = (FiniteCNN.random(arch, (6, 5), inputs_for(arch), seeded(3), scaling) for scaling in ("ntk", "standard"))
+        ntk, standard = (
+            FiniteCNN.random(arch, (6, 5), inputs_for(arch), seeded(3), scaling) for scaling in ("ntk", "standard")
+        )
         torch.testing.assert_close(ntk(inputs_for(arch)), standard(inputs_for(arch)), rtol=1e-12, atol=1e-13)
 
     def test_mup_divides_the_readout_of_standard_by_the_root_of_its_width(self):
         arch = architecture()
-        mup, standard = (FiniteCNN.random(arch, (6, 5), inputs_for(arch), seeded(3), scaling) for scaling in ("mup", "standard"))
+        mup, standard = (
+            FiniteCNN.random(arch, (6, 5), inputs_for(arch), seeded(3), scaling) for scaling in ("mup", "standard")
+        )
         assert all(torch.equal(a, b) for a, b in zip(mup.kernels, standard.kernels, strict=True))
         torch.testing.assert_close(mup.readout, standard.readout / math.sqrt(5), rtol=1e-14, atol=0)
 
     def test_he_variance(self):
-        """He et al. 2015, eq. (10): variance 2 / fan-in for relu, 1 / fan-in for tanh; 5 standard errors of 4,000 and more draws."""
+        """He et al. 2015, eq. (10): variance 2 / fan-in for relu, 1 / fan-in for tanh; 5 standard errors of 4,000 and
+        more draws.
+        """
         arch = mf.Architecture((3, 8, 8), (mf.Conv(3, activation="relu"), mf.Conv(3, activation="tanh")), outputs=1)
         network = FiniteCNN.random(arch, (160, 40), inputs_for(arch), seeded(0), "standard")
         for kernel, expected in zip(network.kernels, (2 / 27, 1 / (160 * 9)), strict=True):
@@ -165,7 +195,9 @@ class TestRandomStart:
     @pytest.mark.parametrize(("scaling", "power"), [("standard", 1), ("mup", 2)])
     @pytest.mark.parametrize(("readout", "positions"), [("average", 1), ("flatten", 9)])
     def test_readout_variance(self, readout, positions, scaling, power):
-        """positions / m (mup: m^2), as a flattened readout is divided by its positions; 5 standard errors of 4,000 draws."""
+        """positions / m (mup: m^2), as a flattened readout is divided by its positions; 5 standard errors of 4,000
+        draws.
+        """
         arch = mf.Architecture((1, 5, 5), (mf.Conv(3),), readout, outputs=40)
         drawn = FiniteCNN.random(arch, (100,), inputs_for(arch), seeded(0), scaling).readout.detach()
         assert abs(float(drawn.square().mean()) * 100**power / positions - 1) < 5 * math.sqrt(2 / 4000)
@@ -230,9 +262,13 @@ class TestSample:
         return (draws - exact).square().mean((1, 2))
 
     def influence(self, network, inputs):
-        """lim m E|F_m - F|^2 = sum over layers of the variance, under p, of dF/dp (the delta method), averaged as above."""
+        """lim m E|F_m - F|^2 = sum over layers of the variance, under p, of dF/dp (the delta method), averaged as
+        above.
+        """
         masses = [p.clone().requires_grad_() for p in network.masses]
-        varied = mf.ParticleNetwork.unchecked(network.architecture, masses, network.kernels, network.readout, network.biases)
+        varied = mf.ParticleNetwork.unchecked(
+            network.architecture, masses, network.kernels, network.readout, network.biases
+        )
         outputs = varied(inputs).flatten()
         total = 0.0
         for output in outputs:
@@ -243,7 +279,8 @@ class TestSample:
     def test_error_falls_like_one_over_m_with_the_exact_constant(self):
         """Two layers, m = 32, 128, 512: slope -1 of log E|F_m - F|^2 and the delta-method constant at the largest m.
 
-        Intervals: four standard errors of the measured means, and 0.2 (slope), 0.1 (constant) for the terms of order m^-2.
+        Intervals: four standard errors of the measured means, and 0.2 (slope), 0.1 (constant) for the terms of order
+        m^-2.
         """
         network = uneven(architecture(channels=1), (12, 10))
         inputs = inputs_for(network.architecture)
@@ -270,7 +307,9 @@ class TestSample:
         network, _ = self.one_layer()
         masses = network.masses[0].clone()
         masses[::2] = 0
-        thinned = mf.ParticleNetwork(network.architecture, [masses / masses.sum()], network.kernels, network.readout, network.biases)
+        thinned = mf.ParticleNetwork(
+            network.architecture, [masses / masses.sum()], network.kernels, network.readout, network.biases
+        )
         drawn = sample(thinned, (400,), seeded())
         assert not bool((drawn.kernels[0][:, None] == network.kernels[0][None, ::2]).flatten(2).all(2).any())
 
@@ -290,7 +329,9 @@ class TestBadInput:
             FiniteCNN.random(arch, (5, 4), inputs_for(arch), seeded(), "nkt")
 
     def test_uneven_masses(self):
-        with pytest.raises(ValueError, match=r"masses\[0\] are not uniform \(up to .* relative\).*draw one with finite.sample"):
+        with pytest.raises(
+            ValueError, match=r"masses\[0\] are not uniform \(up to .* relative\).*draw one with finite.sample"
+        ):
             FiniteCNN.from_particles(uneven(architecture(), (5, 4)))
 
     def test_widths_and_shapes(self):

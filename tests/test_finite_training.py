@@ -12,7 +12,8 @@ from meanfield.finite import FiniteCNN, train
 from meanfield.finite import training as module
 
 SCALINGS = ("mean_field", "ntk", "standard", "mup")
-EXACT_ONE_LAYER = 0.32012158137  # infinite-width optimum of `one_layer`, by the finite cone program over activation patterns
+# infinite-width optimum of `one_layer`, by the finite cone program over activation patterns
+EXACT_ONE_LAYER = 0.32012158137
 
 
 def seeded(seed=0):
@@ -25,7 +26,13 @@ def make_problem(*, bias=True, loss="squared", count=7, dtype=torch.float64, **p
     arch = mf.Architecture((2, 4, 4), layers, outputs=outputs)
     inputs = torch.rand((count, 2, 4, 4), generator=seeded(5), dtype=torch.float64).to(dtype)
     targets = torch.arange(count) % 3 if loss == "softmax" else torch.where(torch.arange(count) % 2 == 0, 1.0, -1.0)
-    return mf.Problem(arch, inputs, targets, loss=loss, penalty=mf.Penalty(**{"source": 1e-3, "readout": 2e-3, "input": 3e-3, **penalty}))
+    return mf.Problem(
+        arch,
+        inputs,
+        targets,
+        loss=loss,
+        penalty=mf.Penalty(**{"source": 1e-3, "readout": 2e-3, "input": 3e-3, **penalty}),
+    )
 
 
 def random_network(problem, widths, scaling="mean_field", seed=0):
@@ -41,20 +48,26 @@ def random_network(problem, widths, scaling="mean_field", seed=0):
 def digits(widths=None, **settings):
     found = data.load("digits", classes=(3, 5), samples=12, pool=2)
     conv = mf.Conv(3, padding=1, activation="tanh")
-    problem = mf.Problem(mf.Architecture(found.input_shape, (conv, conv)), found.inputs, found.targets("squared"), penalty=mf.Penalty())
+    problem = mf.Problem(
+        mf.Architecture(found.input_shape, (conv, conv)), found.inputs, found.targets("squared"), penalty=mf.Penalty()
+    )
     return problem if widths is None else train(problem, widths, **settings)
 
 
 def one_layer():
     found = data.load("digits", classes=(3, 5), samples=12, pool=2)
     arch = mf.Architecture(found.input_shape, (mf.Conv((1, 2)),))
-    return mf.Problem(arch, found.inputs, found.targets("squared"), penalty=mf.Penalty(source=0, readout=2e-3, input=2e-3))
+    return mf.Problem(
+        arch, found.inputs, found.targets("squared"), penalty=mf.Penalty(source=0, readout=2e-3, input=2e-3)
+    )
 
 
 def make_run(problem, network, *, optimiser="sgd", rate=1e-3, noise=0.0, batch_size=None, shuffle=False, seed=0):
     """A run at a constant learning rate that moves `network` itself."""
     settings = module._Settings(optimiser, network.scaling, rate, 1000, "constant", noise)
-    return module._Run(problem, network, settings, module._Batches(len(problem.inputs), batch_size, shuffle, seeded(seed)))
+    return module._Run(
+        problem, network, settings, module._Batches(len(problem.inputs), batch_size, shuffle, seeded(seed))
+    )
 
 
 def comparable(history):
@@ -72,7 +85,9 @@ def repeated(network, counts=(2, 2)):
     copies = [torch.arange(count * m) // count for count, m in zip(counts, network.widths, strict=True)]
     chosen = mf.measures.select(particles, copies)
     masses = [p / count for count, p in zip(counts, chosen.masses)]
-    return FiniteCNN.from_particles(mf.ParticleNetwork(network.architecture, masses, chosen.kernels, chosen.readout, chosen.biases), network.scaling)
+    return FiniteCNN.from_particles(
+        mf.ParticleNetwork(network.architecture, masses, chosen.kernels, chosen.readout, chosen.biases), network.scaling
+    )
 
 
 class TestSteps:
@@ -98,7 +113,9 @@ class TestSteps:
         ]
         for after, before, mass in pairs:
             assert before.grad.any()
-            torch.testing.assert_close(after.detach(), (before - rate * before.grad / mass).detach(), rtol=1e-12, atol=1e-14)
+            torch.testing.assert_close(
+                after.detach(), (before - rate * before.grad / mass).detach(), rtol=1e-12, atol=1e-14
+            )
 
     @pytest.mark.parametrize("scaling", ["ntk", "standard"])
     def test_other_scalings_follow_their_plain_gradient(self, scaling):
@@ -119,9 +136,13 @@ class TestSteps:
         problem = make_problem()
         start = random_network(problem, (3, 4), scaling)
         rate = (0.02 if optimiser == "adam" else 0.1) * (0.2 if scaling == "mup" else 1)
-        differ = self.relative_difference(start, repeated(start), problem, scaling=scaling, optimiser=optimiser, learning_rate=rate)
+        differ = self.relative_difference(
+            start, repeated(start), problem, scaling=scaling, optimiser=optimiser, learning_rate=rate
+        )
         # Adam's epsilon, 1e-8 against gradients of a size that falls with the width, is all that differs in mup
-        assert differ < {"mean_field": 1e-8, "mup": 1e-5}[scaling] if scaling in ("mean_field", "mup") else differ > 0.02
+        assert (
+            differ < {"mean_field": 1e-8, "mup": 1e-5}[scaling] if scaling in ("mean_field", "mup") else differ > 0.02
+        )
 
     @pytest.mark.parametrize("optimiser", ["sgd", "adam"])
     @pytest.mark.parametrize("counts", [(2, 1), (1, 3)])
@@ -129,7 +150,12 @@ class TestSteps:
         problem = make_problem()
         start = random_network(problem, (3, 4), "mup")
         rate = 0.004 if optimiser == "adam" else 0.02
-        assert self.relative_difference(start, repeated(start, counts), problem, scaling="mup", optimiser=optimiser, learning_rate=rate) < 1e-5
+        assert (
+            self.relative_difference(
+                start, repeated(start, counts), problem, scaling="mup", optimiser=optimiser, learning_rate=rate
+            )
+            < 1e-5
+        )
 
     def relative_difference(self, start, wider, problem, **settings):
         """Largest difference of J along two runs of 40 steps, relative to its decrease."""
@@ -141,12 +167,16 @@ class TestSteps:
 
 
 def one_step_changes(scaling, optimiser, width, seeds):
-    """Root mean square change of the features of both layers and of the output by the first step, geometric mean over seeds, (3,)."""
+    """Root mean square change of the features of both layers and of the output by the first step, geometric mean over
+    seeds, (3,).
+    """
     layers = (mf.Conv(3, padding=1, activation="relu", bias=True), mf.Conv(2, activation="relu", bias=True))
     arch = mf.Architecture((1, 4, 4), layers)
     inputs = torch.rand((4, 1, 4, 4), generator=seeded(5), dtype=torch.float64)
     # targets large against the output of the start, so that the residual is the same at every width and seed
-    problem = mf.Problem(arch, inputs, torch.tensor([10.0, -10.0, 10.0, 10.0]), penalty=mf.Penalty(source=0, readout=0, input=0))
+    problem = mf.Problem(
+        arch, inputs, torch.tensor([10.0, -10.0, 10.0, 10.0]), penalty=mf.Penalty(source=0, readout=0, input=0)
+    )
     changes = []
     for seed in seeds:
         network = FiniteCNN.random(arch, (width, width), inputs, seeded(seed), scaling)
@@ -160,9 +190,11 @@ def one_step_changes(scaling, optimiser, width, seeds):
 class TestMaximalUpdate:
     @pytest.mark.parametrize("optimiser", ["sgd", "adam"])
     def test_first_step_changes_features_and_output_by_order_one_at_every_width(self, optimiser):
-        """Slope of the log of the change against the log of the width; least squares on widths 64, 256, 1024 is that of the outer two.
+        """Slope of the log of the change against the log of the width; least squares on widths 64, 256, 1024 is that
+        of the outer two.
 
-        Control, "standard": SGD changes (features 1, features 2, output) with the powers -1/2, 1/2, 1, Adam with 0, 1, 3/2.
+        Control, "standard": SGD changes (features 1, features 2, output) with the powers -1/2, 1/2, 1, Adam with 0, 1,
+        3/2.
         """
         slopes = {}
         for scaling in ("mup", "standard"):
@@ -200,7 +232,8 @@ class TestMaximalUpdate:
         widths = (module.BASE_WIDTH, module.BASE_WIDTH)
         start = random_network(problem, widths, "mup")
         mup, standard = (
-            train(problem, widths, start=start, scaling=scaling, optimiser=optimiser, learning_rate=1e-4, steps=5) for scaling in ("mup", "standard")
+            train(problem, widths, start=start, scaling=scaling, optimiser=optimiser, learning_rate=1e-4, steps=5)
+            for scaling in ("mup", "standard")
         )
         assert comparable(mup.history) == comparable(standard.history)
 
@@ -219,16 +252,27 @@ class TestCheckpoints:
         for _ in range(10):
             module._step(course)
             stepwise.append(copy.deepcopy(course.network))
-        assert all(same_bits(network, stepwise[step]) for (_, network), step in zip(kept, (0, 3, 4, 8, 10), strict=True))
+        assert all(
+            same_bits(network, stepwise[step]) for (_, network), step in zip(kept, (0, 3, 4, 8, 10), strict=True)
+        )
 
     def test_exact_multiples_of_the_rate_hit_their_step(self):
         for rate in (0.1, 0.3, 1e-3, 7e-5):
-            settings = module._Settings("sgd", "mean_field", rate, 3000, "constant", 0.0, [rate * k for k in range(3001)])
+            settings = module._Settings(
+                "sgd", "mean_field", rate, 3000, "constant", 0.0, [rate * k for k in range(3001)]
+            )
             assert [step for step, _ in settings.checkpoints] == list(range(3001))
 
     def test_flow_time_of_the_cosine_schedule(self):
         rates = [0.1 * (1 + math.cos(math.pi * step / 20)) for step in range(20)]
-        run = train(make_problem(), (3, 4), steps=20, optimiser="sgd", learning_rate=0.2, checkpoints=(sum(rates[:4]) - 1e-4, sum(rates)))
+        run = train(
+            make_problem(),
+            (3, 4),
+            steps=20,
+            optimiser="sgd",
+            learning_rate=0.2,
+            checkpoints=(sum(rates[:4]) - 1e-4, sum(rates)),
+        )
         assert [moment for moment, _ in run.checkpoints] == pytest.approx([sum(rates[:4]), sum(rates)], rel=1e-12)
 
     def test_runs_of_other_rates_meet_at_equal_flow_times(self):
@@ -243,7 +287,9 @@ class TestCheckpoints:
         assert float((outputs[0] - outputs[1]).norm() / (outputs[1] - outputs[2]).norm()) == pytest.approx(2, abs=0.3)
 
     def test_they_change_nothing_else(self):
-        plain, kept = (train(make_problem(), (4, 3), steps=30, batch_size=3, checkpoints=times) for times in ((), (0.2, 0.7)))
+        plain, kept = (
+            train(make_problem(), (4, 3), steps=30, batch_size=3, checkpoints=times) for times in ((), (0.2, 0.7))
+        )
         assert plain.checkpoints == ()
         assert comparable(plain.history) == comparable(kept.history)
 
@@ -276,7 +322,9 @@ class TestNoise:
         return [(a - b).detach() for a, b in zip(*(network.parameters() for network in moved), strict=True)]
 
     def test_moments(self):
-        """Mean 0, variance 2 * 0.3 * 0.02, no correlation of neighbours: within 4.5 standard errors of 400 steps, every parameter apart."""
+        """Mean 0, variance 2 * 0.3 * 0.02, no correlation of neighbours: within 4.5 standard errors of 400 steps,
+        every parameter apart.
+        """
         draws = [self.noise_of_one_step(seed) for seed in range(400)]
         for tensors in zip(*draws, strict=True):
             normal = torch.stack([tensor.flatten() for tensor in tensors]) / math.sqrt(2 * 0.3 * 0.02)
@@ -285,7 +333,9 @@ class TestNoise:
             assert abs(float((normal[:, 1:] * normal[:, :-1]).mean())) < 4.5 / math.sqrt(normal[:, 1:].numel())
 
     def test_seed_decides_and_no_parameter_repeats_another(self):
-        first, again, other = (torch.cat([tensor.flatten() for tensor in self.noise_of_one_step(seed)]) for seed in (1, 1, 2))
+        first, again, other = (
+            torch.cat([tensor.flatten() for tensor in self.noise_of_one_step(seed)]) for seed in (1, 1, 2)
+        )
         assert torch.equal(first, again)
         assert not bool(torch.isclose(first, other).any())
         assert len(first.unique()) == len(first)
@@ -296,11 +346,15 @@ class TestNoise:
         settings, disturbed = module._Settings("sgd", "mean_field", 0.02, 2, "cosine", 0.3), []
         for seed in range(200):
             networks = [random_network(problem, (3, 4)) for _ in range(2)]
-            for network, chosen in zip(networks, (settings, module._Settings("sgd", "mean_field", 0.02, 2, "cosine")), strict=True):
+            for network, chosen in zip(
+                networks, (settings, module._Settings("sgd", "mean_field", 0.02, 2, "cosine")), strict=True
+            ):
                 run = module._Run(problem, network, chosen, module._Batches(7, None, False, seeded(seed)))
                 run.steps = 1
                 module._step(run)
-            disturbed += [(a - b).detach().flatten() for a, b in zip(*(network.parameters() for network in networks), strict=True)]
+            disturbed += [
+                (a - b).detach().flatten() for a, b in zip(*(network.parameters() for network in networks), strict=True)
+            ]
         found = torch.cat(disturbed)
         assert abs(float(found.square().mean()) / (2 * 0.3 * 0.01) - 1) < 4.5 * math.sqrt(2 / len(found))
 
@@ -360,7 +414,9 @@ class TestResume:
         settings = {"steps": 60, "batch_size": 3, "start": random_network(problem, (4, 3))}
         self.stopped(path, 20, problem, **settings)
         self.stopped(path, 50, problem, **settings)
-        assert same_bits(train(problem, (4, 3), state=path, **settings).network, train(problem, (4, 3), **settings).network)
+        assert same_bits(
+            train(problem, (4, 3), state=path, **settings).network, train(problem, (4, 3), **settings).network
+        )
 
     def test_an_interrupt_from_the_keyboard_leaves_the_file(self, tmp_path):
         def stop(record):
@@ -368,10 +424,14 @@ class TestResume:
                 raise KeyboardInterrupt
 
         path = tmp_path / "run.safetensors"
-        assert train(make_problem(), (4, 3), steps=60, state=path, state_every=10, callback=stop).status == "interrupted"
+        assert (
+            train(make_problem(), (4, 3), steps=60, state=path, state_every=10, callback=stop).status == "interrupted"
+        )
         resumed = train(make_problem(), (4, 3), steps=60, state=path)
         assert resumed.status == "completed"
-        assert [record["seconds"] for record in resumed.history] == sorted(record["seconds"] for record in resumed.history)
+        assert [record["seconds"] for record in resumed.history] == sorted(
+            record["seconds"] for record in resumed.history
+        )
 
     @pytest.mark.parametrize(
         ("changed", "name"),
@@ -390,7 +450,9 @@ class TestResume:
         path = tmp_path / "run.safetensors"
         self.stopped(path, 20, steps=60)
         before = path.read_bytes()
-        with pytest.raises(ValueError, match=rf"run.safetensors' is of another run: its {name} is .*, here .*; repeat the arguments"):
+        with pytest.raises(
+            ValueError, match=rf"run.safetensors' is of another run: its {name} is .*, here .*; repeat the arguments"
+        ):
             train(**{"problem": make_problem(), "widths": (4, 3), "steps": 60, "state": path, **changed})
         assert path.read_bytes() == before
 
@@ -405,14 +467,18 @@ class TestResume:
             last, steps = bytes([content[-1] ^ 1]), content.replace(b'\\"steps\\": 14', b'\\"steps\\": 15')
             path.write_bytes({"cut": content[:-10], "flip": content[:-1] + last, "figure": steps}[damage])
             assert path.read_bytes() != content
-        message = {"cut": "is damaged: .*truncated", "other": "is not the state of a training run"}.get(damage, "is damaged: its checksum")
+        message = {"cut": "is damaged: .*truncated", "other": "is not the state of a training run"}.get(
+            damage, "is damaged: its checksum"
+        )
         with pytest.raises(ValueError, match=f"run.safetensors' {message}"):
             train(make_problem(), (4, 3), steps=60, state=path)
 
     def test_paths(self, tmp_path):
         with pytest.raises(ValueError, match=r"state='.*run.pt' must end in .safetensors"):
             train(make_problem(), (4, 3), state=tmp_path / "run.pt")
-        with pytest.raises(ValueError, match=r"state='.*' lies in a directory that does not exist: create .*none first"):
+        with pytest.raises(
+            ValueError, match=r"state='.*' lies in a directory that does not exist: create .*none first"
+        ):
             train(make_problem(), (4, 3), state=tmp_path / "none" / "run.safetensors")
 
 
@@ -434,8 +500,12 @@ class TestResult:
         assert seen == run.history
         assert [record["step"] for record in seen] == list(range(0, 251, 2))
         for record in seen:
-            assert record["value"] == pytest.approx(sum(record[term] for term in ("loss", "source", "readout", "input")), rel=1e-12)
-            assert record["learning_rate"] == pytest.approx(0.01 * (1 + math.cos(math.pi * record["step"] / 250)), abs=1e-15)
+            assert record["value"] == pytest.approx(
+                sum(record[term] for term in ("loss", "source", "readout", "input")), rel=1e-12
+            )
+            assert record["learning_rate"] == pytest.approx(
+                0.01 * (1 + math.cos(math.pi * record["step"] / 250)), abs=1e-15
+            )
         assert seen[-1]["seconds"] <= run.seconds
 
     def test_last_step_is_always_recorded(self):
@@ -446,7 +516,9 @@ class TestResult:
         assert {record["learning_rate"] for record in run.history} == {0.02}
 
     def test_the_best_network_is_returned_not_the_last(self):
-        run = train(make_problem(), (4, 3), steps=100, optimiser="sgd", learning_rate=12.0, schedule="constant", batch_size=1)
+        run = train(
+            make_problem(), (4, 3), steps=100, optimiser="sgd", learning_rate=12.0, schedule="constant", batch_size=1
+        )
         values = [record["value"] for record in run.history]
         assert values[-1] > 1.05 * min(values)
         assert run.value == pytest.approx(min(values), rel=1e-13)
@@ -508,7 +580,9 @@ class TestBounds:
     @pytest.mark.parametrize("scaling", SCALINGS)
     @pytest.mark.parametrize("norm", ["l2", "l1"])
     def test_projection_is_the_nearest_point(self, norm, scaling):
-        """v = P(w): <w - v, y - v> <= 0 for all feasible y, that is (B / p) max_i |w_i - v_i|* = <w - v, v> for every target."""
+        """v = P(w): <w - v, y - v> <= 0 for all feasible y, that is (B / p) max_i |w_i - v_i|* = <w - v, v> for every
+        target.
+        """
         problem = make_problem(kernel_norm=norm, amplitude_bound=1.0, input_bound=2.0)
         network = random_network(problem, (6, 5), scaling, seed=1)
         with torch.no_grad():
@@ -526,8 +600,12 @@ class TestBounds:
         torch.testing.assert_close(after.biases[1], before.biases[1].clamp(-1, 1))
         norms = mf.penalties.input_norms(before.kernels[0], before.biases[0])
         assert bool((norms > 2).any())
-        torch.testing.assert_close(mf.penalties.input_norms(after.kernels[0], after.biases[0]), norms.clamp_max(2.0), rtol=1e-12, atol=0)
-        torch.testing.assert_close(after.kernels[0], before.kernels[0] * (2 / norms).clamp_max(1)[:, None, None, None], rtol=1e-12, atol=0)
+        torch.testing.assert_close(
+            mf.penalties.input_norms(after.kernels[0], after.biases[0]), norms.clamp_max(2.0), rtol=1e-12, atol=0
+        )
+        torch.testing.assert_close(
+            after.kernels[0], before.kernels[0] * (2 / norms).clamp_max(1)[:, None, None, None], rtol=1e-12, atol=0
+        )
 
     def test_given_start_that_breaks_a_bound_is_refused(self):
         problem = make_problem(input_bound=0.1)
@@ -550,7 +628,9 @@ class TestStart:
     def test_random_mean_field_start_is_the_particle_start(self):
         problem = make_problem()
         start = starts.start(problem.architecture, (5, 4), problem.inputs, seeded(3))
-        assert train(problem, (5, 4), 3, steps=1).history[0]["value"] == pytest.approx(float(problem.value(start)), rel=1e-12)
+        assert train(problem, (5, 4), 3, steps=1).history[0]["value"] == pytest.approx(
+            float(problem.value(start)), rel=1e-12
+        )
 
 
 class TestEndings:
@@ -566,16 +646,22 @@ class TestEndings:
 
     @pytest.mark.parametrize("rate", [1e3, 1e200])
     def test_divergence_is_a_status(self, rate):
-        run = train(make_problem(bias=False), (4, 3), steps=100, optimiser="sgd", learning_rate=rate, schedule="constant")
+        run = train(
+            make_problem(bias=False), (4, 3), steps=100, optimiser="sgd", learning_rate=rate, schedule="constant"
+        )
         assert run.status == "diverged"
         assert run.steps < 100
-        assert run.value == pytest.approx(min(record["value"] for record in run.history if record["value"] > 0), rel=1e-13)
+        assert run.value == pytest.approx(
+            min(record["value"] for record in run.history if record["value"] > 0), rel=1e-13
+        )
         assert "lower the learning rate" in run.message
 
 
 class TestKnownOptima:
     def test_one_layer_reaches_the_exact_infinite_width_optimum_from_above(self):
-        """Nothing may lie below the optimum over all measures; 64 channels end close to it; 2 channels can be caught far above (seed 0)."""
+        """Nothing may lie below the optimum over all measures; 64 channels end close to it; 2 channels can be caught
+        far above (seed 0).
+        """
         problem = one_layer()
         wide = [train(problem, (64,), seed, steps=800, learning_rate=0.1).value - EXACT_ONE_LAYER for seed in (0, 1)]
         assert all(-1e-10 < excess < 1e-3 for excess in wide)
@@ -594,7 +680,8 @@ class TestBadInput:
             ({"optimiser": "adan"}, "optimiser='adan' is unknown.*did you mean 'adam'"),
             (
                 {"scaling": "meanfield"},
-                r"scaling='meanfield' is unknown: choose one of 'mean_field', 'ntk', 'standard', 'mup'; did you mean 'mean_field'\?",
+                r"scaling='meanfield' is unknown: choose one of 'mean_field', 'ntk', 'standard', 'mup'; did you mean "
+                r"'mean_field'\?",
             ),
             ({"schedule": "cosin"}, "schedule='cosin' is unknown.*did you mean 'cosine'"),
             ({"start": "randm"}, "start='randm' is unknown.*did you mean 'random'"),
@@ -611,7 +698,8 @@ class TestBadInput:
             ({"checkpoints": (-1,)}, "checkpoints=-1 must be a finite number of at least 0"),
             (
                 {"checkpoints": (0.1, 1.1), "learning_rate": 0.1, "steps": 10, "schedule": "constant"},
-                r"checkpoints=\(0.1, 1.1\) go beyond the total flow time 1 of the 10 steps: choose times up to it, more steps or a larger",
+                r"checkpoints=\(0.1, 1.1\) go beyond the total flow time 1 of the 10 steps: choose times up to it, "
+                r"more steps or a larger",
             ),
             ({"seed": -1}, "seed=-1 must be an integer of at least 0"),
             ({"widths": (4,)}, r"widths=\(4,\) has 1 entries; the architecture has 2 layers"),

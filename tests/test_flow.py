@@ -10,19 +10,37 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given
-from strategies import NORMS, SMOOTH, architectures, bounded, cases, costly, normal, random_inputs, random_masses, random_network, random_targets
+from strategies import (
+    NORMS,
+    SMOOTH,
+    architectures,
+    bounded,
+    cases,
+    costly,
+    normal,
+    random_inputs,
+    random_masses,
+    random_network,
+    random_targets,
+)
 
 import meanfield as mf
 from meanfield.solvers import alternating, flow
 
 EPS = torch.finfo(torch.float64).eps
-smooth_cases = cases(archs=architectures(activations=SMOOTH, poolings=("none", "average"), sides=(2, 4)), bounds=(None,), max_width=3)
+smooth_cases = cases(
+    archs=architectures(activations=SMOOTH, poolings=("none", "average"), sides=(2, 4)), bounds=(None,), max_width=3
+)
 deep_cases = cases(archs=architectures(depths=(2, 3), sides=(2, 4)), bounds=(None,))
 
 
-def make(depth=2, activation="tanh", norm="l2", bias=False, loss="squared", dtype=torch.float64, seed=0, count=4, **penalty):
+def make(
+    depth=2, activation="tanh", norm="l2", bias=False, loss="squared", dtype=torch.float64, seed=0, count=4, **penalty
+):
     """A problem on random images and a random network."""
-    arch = mf.Architecture((1, 4, 4), tuple(mf.Conv(2, activation=activation, bias=bias) for _ in range(depth)), outputs=2)
+    arch = mf.Architecture(
+        (1, 4, 4), tuple(mf.Conv(2, activation=activation, bias=bias) for _ in range(depth)), outputs=2
+    )
     strengths = {"source": 0.03, "readout": 0.05, "input": 0.02} | penalty
     inputs, targets = random_inputs(arch, count, seed, dtype), random_targets(loss, 2, count, seed)
     problem = mf.Problem(arch, inputs, targets, loss, mf.Penalty(kernel_norm=norm, **strengths))
@@ -83,7 +101,9 @@ def test_velocity_is_minus_the_finite_difference_over_the_masses(case):
 
 
 def minimal_speed_squared(problem, network, moving):
-    """Squared metric norm of v - source part, the shortest element of the subdifferential, kernel by kernel in loops."""
+    """Squared metric norm of v - source part, the shortest element of the subdifferential, kernel
+    by kernel in loops.
+    """
     penalty, p = problem.penalty, network.masses
     total = sum(float(q @ rate.square()) for q, rate in zip(p, moving.masses))
     total += float(p[0] @ moving.kernels[0].flatten(1).square().sum(1))
@@ -107,7 +127,10 @@ def minimal_speed_squared(problem, network, moving):
 @given(deep_cases)
 def test_metric_speed_is_that_of_the_shortest_subgradient_also_at_zero_kernels(case):
     problem, network = case.problem, case.network
-    kernels = [network.kernels[0], *(w * (normal(w.shape, 5 + index) > 0) for index, w in enumerate(network.kernels[1:]))]
+    kernels = [
+        network.kernels[0],
+        *(w * (normal(w.shape, 5 + index) > 0) for index, w in enumerate(network.kernels[1:])),
+    ]
     kernels[1][:, 0] = 0  # a whole row: the penalty has slope zero there
     network = replace_kernels(network, kernels)
     _, moving = flow.velocity(problem, network)
@@ -149,8 +172,10 @@ def test_squared_distance_against_loops(case):
 
 EULER = [
     (depth, activation, norm, (depth + (norm == "l1")) % 2 == 0, (depth + (activation == "relu")) % 2 == 0)
-    for depth in (1, 2, 3) for activation in ("tanh", "relu") for norm in NORMS
-]  # fmt: skip
+    for depth in (1, 2, 3)
+    for activation in ("tanh", "relu")
+    for norm in NORMS
+]
 
 
 @pytest.mark.parametrize(("depth", "activation", "norm", "bias", "masses"), EULER)
@@ -160,7 +185,14 @@ def test_dissipation_identity_holds_to_first_order_in_the_step(depth, activation
     signs = lambda net: torch.cat([g.flatten() > 0 for g in net.responses(problem.inputs).preactivations])  # noqa: E731
     for count in steps:
         solution = run(
-            problem, network, descent="gradient", adaptive=False, step_size=horizon / count, steps=count, masses=masses, record_every=count
+            problem,
+            network,
+            descent="gradient",
+            adaptive=False,
+            step_size=horizon / count,
+            steps=count,
+            masses=masses,
+            record_every=count,
         )
         history = solution.history
         assert history[-1]["time"] == pytest.approx(horizon)
@@ -219,7 +251,12 @@ def test_source_prox_solves_its_problem(norm, varied):
     order = 2 if norm == "l2" else 1
     model = cp.Problem(cp.Minimize(cost(free, cp.sum_squares, cp.square, lambda w: cp.norm(w, order))))
     model.solve(solver="CLARABEL", tol_gap_abs=1e-10, tol_gap_rel=1e-10, tol_feas=1e-10)
-    ours = cost([[found[j, i, 0].numpy() for j in range(3)] for i in range(2)], lambda x: x @ x, np.square, lambda w: np.linalg.norm(w, order))
+    ours = cost(
+        [[found[j, i, 0].numpy() for j in range(3)] for i in range(2)],
+        lambda x: x @ x,
+        np.square,
+        lambda w: np.linalg.norm(w, order),
+    )
     assert ours <= model.value + 1e-9
     assert ours == pytest.approx(model.value, rel=1e-7)
     for i in range(2):
@@ -233,7 +270,9 @@ def test_source_prox_solves_its_problem(norm, varied):
 @given(case=cases(bounds=(None,), archs=architectures(depths=(1, 2, 3), sides=(2, 4))))
 def test_bounds_are_kept(descent, case):
     penalty = bounded(replace(case.problem.penalty, readout=1e-4), case.network, 1.0, 1.0)  # the start reaches both
-    problem = mf.Problem(case.problem.architecture, case.problem.inputs, case.problem.targets, case.problem.loss.name, penalty)
+    problem = mf.Problem(
+        case.problem.architecture, case.problem.inputs, case.problem.targets, case.problem.loss.name, penalty
+    )
     answer = flow.solve(problem, case.network, descent=descent, steps=6, step_size=0.3).network
     assert problem.excess(answer) <= 1e-12
     assert torch.isfinite(problem.value(answer))
@@ -279,20 +318,29 @@ def test_minibatch_velocities_average_to_the_full_one(loss):
     moving = [flow.velocity(batch, network)[1] for batch in batches]
     mean = moving[0].map(lambda *parts: sum(parts) / 3, *moving[1:])
     whole = flow.velocity(problem, network)[1]
-    for a, b in zip((*mean.masses, *mean.kernels, mean.readout, *mean.biases), (*whole.masses, *whole.kernels, whole.readout, *whole.biases)):
+    for a, b in zip(
+        (*mean.masses, *mean.kernels, mean.readout, *mean.biases),
+        (*whole.masses, *whole.kernels, whole.readout, *whole.biases),
+    ):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-13)
 
 
 def test_each_epoch_is_reshuffled():
     problem, _ = make(count=6)
-    orders = [[batch.inputs.sum().item() for batch in islice(batches, 3)] for batches in [flow._batches(problem, 2, 0)] for _ in range(3)]
+    orders = [
+        [batch.inputs.sum().item() for batch in islice(batches, 3)]
+        for batches in [flow._batches(problem, 2, 0)]
+        for _ in range(3)
+    ]
     assert len(set(map(tuple, orders))) == 3
 
 
 @pytest.mark.parametrize("descent", flow.DESCENTS)
 def test_same_seed_same_run(descent):
     problem, network = make(count=6)
-    runs = [run(problem, network, descent=descent, steps=8, batch_size=2, seed=seed, record_every=1) for seed in (0, 0, 1)]
+    runs = [
+        run(problem, network, descent=descent, steps=8, batch_size=2, seed=seed, record_every=1) for seed in (0, 0, 1)
+    ]
     values = [[row["value"] for row in solution.history] for solution in runs]
     assert values[0] == values[1]
     assert values[0] != values[2]
@@ -316,7 +364,9 @@ def test_a_batch_of_everything_is_the_full_run(size):
 
 @pytest.mark.parametrize("descent", flow.DESCENTS)
 def test_runs_in_single_precision(descent):
-    single, double = (run(*make(dtype=dtype), descent=descent, steps=20, step_size=0.05) for dtype in (torch.float32, torch.float64))
+    single, double = (
+        run(*make(dtype=dtype), descent=descent, steps=20, step_size=0.05) for dtype in (torch.float32, torch.float64)
+    )
     assert {tensor.dtype for tensor in single.network.tensors()} == {torch.float32}
     assert single.value == pytest.approx(double.value, rel=1e-4)
     assert single.value == pytest.approx(single.certificate.value, rel=1e-15)
@@ -343,7 +393,11 @@ def test_particles_without_mass_are_refused(layer):
         flow.solve(problem, network, steps=1)
 
 
-BOUNDS = [({}, "input_bound and amplitude_bound"), ({"input_bound": 9.0}, "amplitude_bound"), ({"amplitude_bound": 99.0}, "input_bound")]
+BOUNDS = [
+    ({}, "input_bound and amplitude_bound"),
+    ({"input_bound": 9.0}, "amplitude_bound"),
+    ({"amplitude_bound": 99.0}, "input_bound"),
+]
 
 
 @pytest.mark.parametrize(("given_", "missing"), BOUNDS)
@@ -362,7 +416,9 @@ def test_the_alternation_warns_once():
     assert len(solution.history) == 2
 
 
-@pytest.mark.parametrize(("activation", "bounds"), [("tanh", {}), ("relu", {"input_bound": 9.0, "amplitude_bound": 99.0})])
+@pytest.mark.parametrize(
+    ("activation", "bounds"), [("tanh", {}), ("relu", {"input_bound": 9.0, "amplitude_bound": 99.0})]
+)
 def test_no_warning_where_the_infimum_is_attained(activation, bounds):
     problem, network = make(activation=activation, **bounds)
     assert flow.solve(problem, network, steps=1).status == "max_iterations"  # warnings are errors here
@@ -402,10 +458,13 @@ def test_time_limit_is_a_status():
 
 def test_a_stationary_start_has_converged():
     problem, network = make(1)
-    zero = mf.ParticleNetwork(network.architecture, network.masses, [w * 0 for w in network.kernels], network.readout * 0)
+    zero = mf.ParticleNetwork(
+        network.architecture, network.masses, [w * 0 for w in network.kernels], network.readout * 0
+    )
     solution = flow.solve(problem, zero, steps=5)
     assert solution.status == "converged"
-    assert solution.history[-1]["speed"] <= 8 * EPS / flow.PROBE[torch.float64]  # masses of rounding over the probe's step
+    # masses of rounding over the probe's step
+    assert solution.history[-1]["speed"] <= 8 * EPS / flow.PROBE[torch.float64]
     assert solution.value == pytest.approx(problem.targets.square().sum(1).mean().item() / 2)
 
 
@@ -423,7 +482,9 @@ def test_unknown_descent_suggests_the_nearest():
         flow.solve(problem, network, descent="gradiant")
 
 
-@pytest.mark.parametrize("options", [{"steps": 0}, {"step_size": -1.0}, {"step_size": math.nan}, {"steps": 2, "batch_size": 0}])
+@pytest.mark.parametrize(
+    "options", [{"steps": 0}, {"step_size": -1.0}, {"step_size": math.nan}, {"steps": 2, "batch_size": 0}]
+)
 def test_bad_options_are_named(options):
     problem, network = make()
     with pytest.raises(ValueError, match=list(options)[-1]):
@@ -431,7 +492,10 @@ def test_bad_options_are_named(options):
 
 
 @pytest.mark.parametrize("bounds", [{}, {"input_bound": 9.0, "amplitude_bound": 99.0}])
-@pytest.mark.parametrize(("descent", "options"), [("preconditioned", {}), ("gradient", {"adaptive": False}), ("gradient", {"adaptive": True})])
+@pytest.mark.parametrize(
+    ("descent", "options"),
+    [("preconditioned", {}), ("gradient", {"adaptive": False}), ("gradient", {"adaptive": True})],
+)
 def test_a_huge_step_is_a_status_and_not_an_exception(descent, options, bounds):
     problem, network = make(activation="tanh", **bounds)
     solution = flow.solve(problem, network, descent=descent, step_size=1e200, steps=20, record_every=1, **options)

@@ -12,7 +12,12 @@ from meanfield.studies.grafting import pictures, summary
 LAYERS = ("conv2", "conv3", "conv4", "linear1")
 ERRORS = {"trained": 0.1, "untrained": 0.3, "permuted_labels": 0.4, "rotated": 0.1, "self": 1e-13}
 TRANSPORT = {"trained": 0.5, "untrained": 1.0, "permuted_labels": 2.0, "rotated": 1.5, "self": 0.0}
-MOVED = {"features_lower_mean": 0.2, "features_lower_variance": 1.0, "features_upper_mean": 0.1, "features_upper_variance": 1.2}
+MOVED = {
+    "features_lower_mean": 0.2,
+    "features_lower_variance": 1.0,
+    "features_upper_mean": 0.1,
+    "features_upper_variance": 1.2,
+}
 
 
 def graft_row(pair, arm, layer, method="least_squares", error=None, **names):
@@ -21,20 +26,36 @@ def graft_row(pair, arm, layer, method="least_squares", error=None, **names):
     place = LAYERS.index(layer)
     distances = {"mmd": usual + 0.01, "sliced_wasserstein": usual, "cka": 1 - usual}
     later = {f"error_{other}": usual * (1 if other == layer else 1.1) for other in LAYERS[place:]}
-    figures = {"accuracy": 0.8 * (1 - usual / 4), "upper_accuracy": 0.8, "error": usual, "output_error": 1.1 * usual, **later, **distances, **MOVED}
+    figures = {
+        "accuracy": 0.8 * (1 - usual / 4),
+        "upper_accuracy": 0.8,
+        "error": usual,
+        "output_error": 1.1 * usual,
+        **later,
+        **distances,
+        **MOVED,
+    }
     return {"pair": pair, "arm": arm, **names, "layer": layer, "position": place + 2, "method": method, **figures}
 
 
 def starts(pairs=4, arms=tuple(ERRORS), methods=("least_squares", "transport"), same=()):
     """same: layers at which controls are as good as trained donors."""
     return [
-        graft_row(pair, arm, layer, method, ERRORS["trained"] if layer in same and arm != "self" and method == "least_squares" else None)
+        graft_row(
+            pair,
+            arm,
+            layer,
+            method,
+            ERRORS["trained"] if layer in same and arm != "self" and method == "least_squares" else None,
+        )
         for pair, arm, layer, method in product(range(pairs), arms, LAYERS, methods)
     ]
 
 
 def trajectory(pairs=3, ridge=2.0, epochs=(0, 1, 2)):
-    """Trained pairs are `ridge` times closer at equal epochs, controls are not; the epochs have effects of their own."""
+    """Trained pairs are `ridge` times closer at equal epochs, controls are not; the epochs have
+    effects of their own.
+    """
     rows = []
     for pair, arm, below, above in product(range(pairs), ("trained", "permuted_labels", "self"), epochs, epochs):
         if arm == "self" and pair:
@@ -50,13 +71,18 @@ def trajectory(pairs=3, ridge=2.0, epochs=(0, 1, 2)):
 
 def epochs():
     places = product(("lower", "upper"), ("trained", "permuted_labels"), (0, 5), LAYERS)
-    return [graft_row(0, arm, layer, error=0.5 / (1 + epoch), moving=moving, epoch=epoch) for moving, arm, epoch, layer in places]
+    return [
+        graft_row(0, arm, layer, error=0.5 / (1 + epoch), moving=moving, epoch=epoch)
+        for moving, arm, epoch, layer in places
+    ]
 
 
 def across():
     return [
         graft_row(0, arm, above, lower_layer=below)
-        for arm, (below, above) in product(("trained", "untrained"), [("conv2", "conv3"), ("conv2", "conv4"), ("conv3", "conv4")])
+        for arm, (below, above) in product(
+            ("trained", "untrained"), [("conv2", "conv3"), ("conv2", "conv4"), ("conv3", "conv4")]
+        )
     ]
 
 
@@ -72,30 +98,52 @@ def procedures():
     figures = {"least_squares": (0.5, 0.2, 0.1), "adam": (0.48, 0.25, 20.0)}
     return [
         {"pair": 0, "layer": layer, "method": method, "accuracy": accuracy, "fit_error": error, "cpu_seconds": seconds}
-        for layer in LAYERS for method, (accuracy, error, seconds) in figures.items()
-    ]  # fmt: skip
+        for layer in LAYERS
+        for method, (accuracy, error, seconds) in figures.items()
+    ]
 
 
 def train():
     named = {"width": 8, "penalty": "l12", "strength": 1.0, "epoch": 2}
     scores = [("true", 0.9), ("true", 0.95), ("permuted", 0.1)]
-    ends = [{"seed": 0, **named, "labels": labels, "accuracy": held_out, "held_out_accuracy": held_out} for labels, held_out in scores]
+    ends = [
+        {"seed": 0, **named, "labels": labels, "accuracy": held_out, "held_out_accuracy": held_out}
+        for labels, held_out in scores
+    ]
     return [{"seed": 0, **named, "labels": "true", "epoch": 1, "accuracy": 0.3}, *ends]
 
 
 TABLES = {
-    "train": train(), "starts": starts(same=("conv2",)), "l2": starts(2, ("trained", "untrained"), ("least_squares",)), "trajectory": trajectory(),
-    "epochs": epochs(), "across": across(), "strengths": crossed("strength", (0.5, 1.0)),
-    "widths": crossed("width", (4, 8, 16), methods=("least_squares", "transport")), "procedures": procedures(),
-}  # fmt: skip
+    "train": train(),
+    "starts": starts(same=("conv2",)),
+    "l2": starts(2, ("trained", "untrained"), ("least_squares",)),
+    "trajectory": trajectory(),
+    "epochs": epochs(),
+    "across": across(),
+    "strengths": crossed("strength", (0.5, 1.0)),
+    "widths": crossed("width", (4, 8, 16), methods=("least_squares", "transport")),
+    "procedures": procedures(),
+}
 PICTURES = {
-    "starts": {"profiles", "methods", "later"}, "l2": {"l2"}, "trajectory": {"trajectory_error", "trajectory_transport", "trajectory_mmd", "ridge"},
-    "epochs": {"epochs"}, "across": {"across"}, "strengths": {"strengths"}, "widths": {"widths"},
-}  # fmt: skip
+    "starts": {"profiles", "methods", "later"},
+    "l2": {"l2"},
+    "trajectory": {"trajectory_error", "trajectory_transport", "trajectory_mmd", "ridge"},
+    "epochs": {"epochs"},
+    "across": {"across"},
+    "strengths": {"strengths"},
+    "widths": {"widths"},
+}
 HEADINGS = {
-    "starts": "Grafts between", "l2": "With the L2 penalty", "trajectory": "The same path", "epochs": "From when on", "across": "Into another",
-    "strengths": "Strength of", "widths": "Width", "procedures": "Least squares against", "train": "The networks",
-}  # fmt: skip
+    "starts": "Grafts between",
+    "l2": "With the L2 penalty",
+    "trajectory": "The same path",
+    "epochs": "From when on",
+    "across": "Into another",
+    "strengths": "Strength of",
+    "widths": "Width",
+    "procedures": "Least squares against",
+    "train": "The networks",
+}
 
 
 def html(tables):
@@ -128,7 +176,8 @@ def test_the_summary_is_strict_json_with_intervals_as_dicts(tmp_path):
     graft_report.write({"starts": starts(1)}, tmp_path, "meanfield graft")
     found = json.loads((tmp_path / "summary.json").read_text())
     assert found["starts"][0]["error"] == {"value": pytest.approx(0.1), "low": 0.0, "high": None}
-    assert {row["distance"] for row in found["correlations"]} == {"mmd", "sliced_wasserstein", "cka"}  # the moments are all equal
+    # the moments are all equal
+    assert {row["distance"] for row in found["correlations"]} == {"mmd", "sliced_wasserstein", "cka"}
 
 
 @pytest.mark.parametrize("part", TABLES)
@@ -145,7 +194,13 @@ def test_layers_are_named_at_which_trained_donors_are_separated_from_controls():
     text = read({"starts": starts(same=("conv2",))})
     assert "Over 4 pairs, grafts on trained donors keep between" in text
     apart = "at conv3 to linear1, not at conv2"
-    assert text.count(f"With intervals apart, their accuracy lies below that of trained donors {apart}, their error above {apart}.") == 2
+    assert (
+        text.count(
+            f"With intervals apart, their accuracy lies below that of trained donors {apart}, their error above "
+            f"{apart}."
+        )
+        == 2
+    )
     assert "at every layer, their error above at every layer" in read({"starts": starts()})
     assert "at no layer, their error above at no layer" in read({"starts": starts(same=LAYERS)})
     assert "at conv3 and linear1, not at conv2 and conv4" in read({"starts": starts(same=("conv2", "conv4"))})
@@ -161,21 +216,32 @@ def test_one_pair_gives_no_intervals():
 def test_rotation_is_seen_by_transport_alone():
     text = read({"starts": starts()})
     assert "least squares leaves trained donors an error of 0.10, transport 0.51, 5.0 times as much" in text
-    assert "changes no error of least squares by more than 0 of itself; it multiplies the error of transport by 3.0" in text
-    assert "Untrained donors have 3.0 times the error of trained ones by least squares and 2.0 times by transport." in text
+    assert (
+        "changes no error of least squares by more than 0 of itself; it multiplies the error of transport by 3.0"
+        in text
+    )
+    assert (
+        "Untrained donors have 3.0 times the error of trained ones by least squares and 2.0 times by transport." in text
+    )
     off = [{**row, "error": 2 * row["error"]} if row["arm"] == "rotated" else row for row in starts()]
     assert "should leave least squares alone, but changes its error by up to 100%" in read({"starts": off})
 
 
 def test_the_claim_holds_the_mean_accuracies():
     text = read({"starts": starts(1)})
-    assert "a network keeps 97.5% of its accuracy, averaged over the layers of the graft; 92.5% with untrained donors and 90.0% with" in text
+    assert (
+        "a network keeps 97.5% of its accuracy, averaged over the layers of the graft; 92.5% with untrained donors "
+        "and 90.0% with" in text
+    )
 
 
 def test_a_planted_ridge_is_the_contrast_and_effects_of_one_epoch_are_not():
     text = read({"trajectory": trajectory(ridge=2.0)})
     assert f"At conv3 pairs of trained networks have contrasts of {math.log(2.02):.2f} (" in text
-    assert "with the donor trained on permuted labels the contrasts are 0.00 (-0.24 to 0.24) for the error of least squares, no ridge by" in text
+    assert (
+        "with the donor trained on permuted labels the contrasts are 0.00 (-0.24 to 0.24) for the error of least "
+        "squares, no ridge by" in text
+    )
 
 
 def test_of_many_layers_the_text_tells_the_deepest():
@@ -238,8 +304,11 @@ def test_intervals_without_ends_are_shown_as_values():
 
 def test_the_page_says_where_a_graft_knows_more_than_the_class(tmp_path):
     shares = {"conv2": 0.9, "conv3": 0.3, "conv4": 0.05, "linear1": 0.02}
-    classes = [{"pair": pair, "layer": layer, "position": i + 2, "class_error": share * 1.01**pair}
-               for pair in range(4) for i, (layer, share) in enumerate(shares.items())]  # fmt: skip
+    classes = [
+        {"pair": pair, "layer": layer, "position": i + 2, "class_error": share * 1.01**pair}
+        for pair in range(4)
+        for i, (layer, share) in enumerate(shares.items())
+    ]
     page = graft_report.write({"starts": starts(), "classes": classes}, tmp_path, "meanfield graft").read_text()
     assert "know more of the host than its class at conv2 to conv3, not at conv4 to linear1" in page
     assert (tmp_path / "classes.png").exists()

@@ -30,7 +30,13 @@ def test_the_plan_trains_what_is_grafted_once_and_nothing_else(size):
     plan = graft_study.plan(TINY, size)
     trained = [Classifier.from_dict(cell) for cell in plan["train"]]
     assert len(set(trained)) == len(trained)
-    ends = [(cell[end], cell[f"{end}_epoch"]) for part, found in plan.items() if part != "train" for cell in found for end in ("lower", "upper")]
+    ends = [
+        (cell[end], cell[f"{end}_epoch"])
+        for part, found in plan.items()
+        if part != "train"
+        for cell in found
+        for end in ("lower", "upper")
+    ]
     assert set(trained) == {Classifier.from_dict(settings) for settings, epoch in ends if epoch}
     assert all(epoch in settings["checkpoints"] for settings, epoch in ends)
 
@@ -51,12 +57,16 @@ def test_pairs_share_no_network_and_arms_are_what_they_say():
 
 
 def test_matrices_have_every_entry():
-    assert {(cell["lower_epoch"], cell["upper_epoch"]) for cell in cells("trajectory") if cell["names"]["arm"] == "trained"} == set(
-        product((0, 1, 2), repeat=2)
-    )
+    assert {
+        (cell["lower_epoch"], cell["upper_epoch"]) for cell in cells("trajectory") if cell["names"]["arm"] == "trained"
+    } == set(product((0, 1, 2), repeat=2))
     trained = [cell for cell in cells("strengths") if cell["names"]["arm"] == "trained"]
-    assert {(cell["lower"]["strength"], cell["upper"]["strength"]) for cell in trained} == set(product((1.0, 4.0), repeat=2))
-    assert {(cell["lower"]["width"], cell["upper"]["width"]) for cell in cells("widths")} == set(product((2, 4), repeat=2))
+    assert {(cell["lower"]["strength"], cell["upper"]["strength"]) for cell in trained} == set(
+        product((1.0, 4.0), repeat=2)
+    )
+    assert {(cell["lower"]["width"], cell["upper"]["width"]) for cell in cells("widths")} == set(
+        product((2, 4), repeat=2)
+    )
     moving = {(cell["names"]["moving"], cell["lower_epoch"], cell["upper_epoch"]) for cell in cells("epochs")}
     assert moving == {("lower", epoch, 2) for epoch in (0, 1, 2)} | {("upper", 2, epoch) for epoch in (0, 1, 2)}
 
@@ -67,7 +77,9 @@ def trajectory_rows(bonus, pairs=3):
     for pair, s, t in product(range(pairs), (0, 1, 4, 9), (0, 1, 4, 9)):
         error = math.exp(0.3 * s - 0.7 * t + pair + (bonus * (1 + 0.1 * pair) if s != t else 0.0))
         named = {"pair": pair, "arm": "trained", "layer": "conv3", "lower_epoch": s, "upper_epoch": t}
-        rows += [{**named, "method": method, "error": error, "mmd": error**2} for method in ("least_squares", "transport")]
+        rows += [
+            {**named, "method": method, "error": error, "mmd": error**2} for method in ("least_squares", "transport")
+        ]
     return rows
 
 
@@ -84,8 +96,9 @@ def start_rows(errors, accuracies):
     shared = {"method": "least_squares", "layer": "conv5", "position": 5, "upper_accuracy": 0.5}
     return [
         {**shared, "arm": arm, "pair": pair, "error": error, "output_error": error, "accuracy": accuracy}
-        for arm in errors for pair, (error, accuracy) in enumerate(zip(errors[arm], accuracies[arm]))
-    ]  # fmt: skip
+        for arm in errors
+        for pair, (error, accuracy) in enumerate(zip(errors[arm], accuracies[arm]))
+    ]
 
 
 def test_arms_are_separated_only_where_intervals_do_not_overlap():
@@ -93,7 +106,10 @@ def test_arms_are_separated_only_where_intervals_do_not_overlap():
     accuracies = {"trained": [0.5, 0.49, 0.5], "untrained": [0.48, 0.5, 0.49], "permuted_labels": [0.3, 0.31, 0.29]}
     found = {row["arm"]: row for row in summary.starts(start_rows(errors, accuracies))}
     assert (found["untrained"]["error_separated"], found["untrained"]["accuracy_separated"]) == (True, False)
-    assert (found["permuted_labels"]["error_separated"], found["permuted_labels"]["accuracy_separated"]) == (False, True)
+    assert (found["permuted_labels"]["error_separated"], found["permuted_labels"]["accuracy_separated"]) == (
+        False,
+        True,
+    )
     assert not found["trained"]["error_separated"]
     assert found["trained"]["relative_accuracy"].value == pytest.approx(2 * (0.5 + 0.49 + 0.5) / 3)
     assert found["untrained"]["error"].value == pytest.approx((0.4 * 0.5 * 0.45) ** (1 / 3))
@@ -116,13 +132,28 @@ def test_rank_correlations_of_monotone_tables():
         x = pair + 10 * (arm == "untrained")
         moments = {"features_lower_mean": 1.0 + x, "features_upper_mean": 1.0}
         moments |= {"features_lower_variance": math.exp(-x), "features_upper_variance": 1.0}
-        rows.append({"layer": layer, "arm": arm, "method": "transport", "error": x**3, "mmd": x, "sliced_wasserstein": x, "cka": -x, **moments})
+        rows.append(
+            {
+                "layer": layer,
+                "arm": arm,
+                "method": "transport",
+                "error": x**3,
+                "mmd": x,
+                "sliced_wasserstein": x,
+                "cka": -x,
+                **moments,
+            }
+        )
         if arm == "self":
             rows[-1] |= {"error": 100.0 * pair, "mmd": -pair}  # would spoil it
     found = {row["distance"]: row for row in summary.correlations(rows)}
     assert {name: round(row["mean"], 12) for name, row in found.items()} == {
-        "mmd": 1, "sliced_wasserstein": 1, "cka": -1, "mean_difference": 1, "log_variance_ratio": 1,
-    }  # fmt: skip
+        "mmd": 1,
+        "sliced_wasserstein": 1,
+        "cka": -1,
+        "mean_difference": 1,
+        "log_variance_ratio": 1,
+    }
     assert found["mmd"]["layers"] == 2
 
 
@@ -139,9 +170,18 @@ def test_procedures_in_points_and_ratios():
 
 def test_matrix_takes_the_upper_half_of_the_layers():
     rows = [
-        {"arm": "trained", "method": "least_squares", "a": 1, "b": 2, "position": position, "accuracy": position / 10, "upper_accuracy": 1.0,
-         "output_error": position} for position in (2, 3, 4, 5, 6)
-    ]  # fmt: skip
+        {
+            "arm": "trained",
+            "method": "least_squares",
+            "a": 1,
+            "b": 2,
+            "position": position,
+            "accuracy": position / 10,
+            "upper_accuracy": 1.0,
+            "output_error": position,
+        }
+        for position in (2, 3, 4, 5, 6)
+    ]
     (found,) = summary.matrix(rows, "a", "b")
     assert found["relative_accuracy"] == pytest.approx(0.5)
     assert found["output_error"] == pytest.approx(5)
@@ -165,7 +205,9 @@ def test_rows_say_what_grafts_do(tmp_path):
     rows = grafting.pair(cell, str(tmp_path))
     lower, upper = (Classifier.from_dict(cell[end]).at(2, tmp_path) for end in ("lower", "upper"))
     images = TINY.images()
-    assert [(row["layer"], row["method"]) for row in rows] == list(product(layers_of(upper)[1:], ("least_squares", "transport")))
+    assert [(row["layer"], row["method"]) for row in rows] == list(
+        product(layers_of(upper)[1:], ("least_squares", "transport"))
+    )
     for row in rows:
         found = graft(lower, upper, row["layer"], images.inputs, row["method"])
         score = evaluate(found.network, images.held_out, images.held_out_labels)
@@ -173,7 +215,9 @@ def test_rows_say_what_grafts_do(tmp_path):
         assert row["fit_error"] == pytest.approx(found.error, rel=1e-6)
         with torch.no_grad():
             ours, theirs = found.network(images.held_out).double(), upper(images.held_out).double()
-        assert row["output_error"] == pytest.approx(float((ours - theirs).square().sum() / (theirs - theirs.mean(0)).square().sum()), rel=1e-4)
+        assert row["output_error"] == pytest.approx(
+            float((ours - theirs).square().sum() / (theirs - theirs.mean(0)).square().sum()), rel=1e-4
+        )
         assert row["error_linear1"] == row["output_error"]
         assert 0 <= row["cka"] <= 1 + 1e-9
     assert rows[0]["upper_accuracy"] == evaluate(upper, images.held_out, images.held_out_labels).accuracy
@@ -191,7 +235,9 @@ def test_what_the_label_alone_says(tmp_path):
             seen, goal = part(images.inputs).double(), part(images.held_out).double()
         means = torch.stack([seen[images.labels == label].mean(0) for label in range(10)])
         axes = (0, 2, 3) if goal.ndim == 4 else (0,)
-        expected = (goal - means[images.held_out_labels]).square().sum() / (goal - goal.mean(axes, keepdim=True)).square().sum()
+        expected = (goal - means[images.held_out_labels]).square().sum() / (
+            goal - goal.mean(axes, keepdim=True)
+        ).square().sum()
         assert found[layer] == pytest.approx(float(expected), rel=1e-6)
     assert list(found) == list(layers_of(upper)[1:])
 
@@ -200,7 +246,8 @@ def test_layers_of_the_matrices_are_those_the_network_has():
     deep = replace(SMALL, layers=("conv4", "conv13"))
     assert graft_study.plan(TINY, deep, parts=["trajectory"])["trajectory"][0]["connections"] == ["conv4"]
     none = replace(SMALL, layers=("conv13",))
-    assert graft_study.plan(TINY, none, parts=["trajectory"])["trajectory"][0]["connections"] == ["conv4"]  # the fourth of six
+    # the fourth of six
+    assert graft_study.plan(TINY, none, parts=["trajectory"])["trajectory"][0]["connections"] == ["conv4"]
 
 
 def test_strengths_are_in_units_of_the_classifier_s():
@@ -214,7 +261,8 @@ def test_a_donor_that_is_the_host_is_perfect(tmp_path):
     cell = next(cell for cell in cells("starts") if cell["names"]["arm"] == "self")
     for row in grafting.pair(cell, str(tmp_path)):
         assert row["fit_error"] < 1e-6
-        assert row["output_error"] < (1e-10 if row["method"] == "transport" else 1e-2)  # 120 images do not determine a kernel
+        # 120 images do not determine a kernel
+        assert row["output_error"] < (1e-10 if row["method"] == "transport" else 1e-2)
         assert (row["mmd"], row["sliced_wasserstein"]) == pytest.approx((0, 0), abs=1e-6)
 
 

@@ -38,15 +38,26 @@ def plain(width: int, seed: int, dtype: torch.dtype = torch.float64) -> nn.Seque
     """Strides, dilation, two kinds of pooling, a layer without bias, an activation in place and one shared."""
     shared = nn.Tanh()
     network = nn.Sequential(
-        nn.Conv2d(2, width, 3, padding=1), shared, nn.MaxPool2d(2), nn.Conv2d(width, width + 1, 3, stride=2, padding="valid"), nn.ReLU(inplace=True),
-        nn.Conv2d(width + 1, width, (2, 3), padding="same", dilation=(1, 2), bias=False), shared, nn.AvgPool2d(2, stride=1),
-        nn.Conv2d(width, 3, 2, padding=1, padding_mode="circular"), nn.Flatten(), nn.Linear(12, 5), nn.ReLU(), nn.Linear(5, 4),
-    )  # fmt: skip
+        nn.Conv2d(2, width, 3, padding=1),
+        shared,
+        nn.MaxPool2d(2),
+        nn.Conv2d(width, width + 1, 3, stride=2, padding="valid"),
+        nn.ReLU(inplace=True),
+        nn.Conv2d(width + 1, width, (2, 3), padding="same", dilation=(1, 2), bias=False),
+        shared,
+        nn.AvgPool2d(2, stride=1),
+        nn.Conv2d(width, 3, 2, padding=1, padding_mode="circular"),
+        nn.Flatten(),
+        nn.Linear(12, 5),
+        nn.ReLU(),
+        nn.Linear(5, 4),
+    )
     return filled(network, seed, dtype)  # type: ignore[return-value]
 
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
-LAYERS = ["0", "3", "5", "8", "10", "12", "7", "11"]  # the last two are no linear layers: a 1x1 convolution or a matrix goes in front
+# the last two are no linear layers: a 1x1 convolution or a matrix goes in front
+LAYERS = ["0", "3", "5", "8", "10", "12", "7", "11"]
 IMAGES = normal(150, 2, 12, 12)
 
 
@@ -64,7 +75,9 @@ class Block(nn.Module):
 
 
 class Residual(nn.Module):
-    """As a user would write it: functions between modules, a shortcut in every block, batch norm, a layer called twice."""
+    """As a user would write it: functions between modules, a shortcut in every block, batch norm,
+    a layer called twice.
+    """
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -147,9 +160,12 @@ def slow_patches(layer: nn.Conv2d, signal: Tensor) -> np.ndarray:
 
 @pytest.mark.parametrize(
     ("geometry", "pool"),
-    [({"kernel_size": 3, "padding": 1}, nn.MaxPool2d(2)), ({"kernel_size": (2, 3), "stride": (2, 1), "padding": (0, 1)}, nn.Identity()),
-     ({"kernel_size": 2, "dilation": 2, "stride": 2, "padding": 1}, nn.AvgPool2d(3, stride=1))],
-)  # fmt: skip
+    [
+        ({"kernel_size": 3, "padding": 1}, nn.MaxPool2d(2)),
+        ({"kernel_size": (2, 3), "stride": (2, 1), "padding": (0, 1)}, nn.Identity()),
+        ({"kernel_size": 2, "dilation": 2, "stride": 2, "padding": 1}, nn.AvgPool2d(3, stride=1)),
+    ],
+)
 @pytest.mark.parametrize("bias", [True, False])
 def test_least_squares_against_a_slow_twin(geometry, pool, bias):
     def make(width: int, seed: int) -> nn.Sequential:
@@ -171,7 +187,11 @@ def test_least_squares_against_a_slow_twin(geometry, pool, bias):
     error = ((design @ weights - goal) ** 2).sum() / ((goal - goal.mean(0)) ** 2).sum()
     assert found.error == pytest.approx(error, rel=1e-9)
     assert (found.samples, found.unknowns) == (len(design), design.shape[1] - bias)
-    expected = upper[4](functional.conv2d(lower[:3](images), fitted.weight, fitted.bias, upper[3].stride, upper[3].padding, upper[3].dilation))
+    expected = upper[4](
+        functional.conv2d(
+            lower[:3](images), fitted.weight, fitted.bias, upper[3].stride, upper[3].padding, upper[3].dilation
+        )
+    )
     torch.testing.assert_close(found.network(images), expected.detach(), rtol=0, atol=1e-12)
 
 
@@ -223,7 +243,9 @@ def test_transport_splits_the_kernel_over_clones():
         lower[3].bias.copy_(network[3].bias[clones])
     lower[5] = nn.Conv2d(14, 6, (2, 3), padding="same", dilation=(1, 2), bias=False).double()
     found = graft(lower, network, "5", IMAGES, "transport")
-    torch.testing.assert_close(found.network.connection.layer.weight.detach(), network[5].weight[:, clones].detach() / 2, rtol=0, atol=1e-12)
+    torch.testing.assert_close(
+        found.network.connection.layer.weight.detach(), network[5].weight[:, clones].detach() / 2, rtol=0, atol=1e-12
+    )
     torch.testing.assert_close(found.network(IMAGES), network(IMAGES).detach(), rtol=0, atol=1e-10)
 
 
@@ -239,7 +261,9 @@ def test_transport_is_optimal_and_not_blind_to_rotations_as_least_squares_is():
     turned = nn.Sequential(*list(lower)[:5], turn, *list(lower)[5:])
     same = graft(turned, upper, "5", IMAGES, lower_layer="6")
     assert same.error == pytest.approx(graft(lower, upper, "5", IMAGES).error, rel=1e-9)
-    own = graft(nn.Sequential(*list(upper)[:5], turn, *list(upper)[5:]), upper, "5", IMAGES, "transport", lower_layer="6")
+    own = graft(
+        nn.Sequential(*list(upper)[:5], turn, *list(upper)[5:]), upper, "5", IMAGES, "transport", lower_layer="6"
+    )
     assert own.error > 0.05  # on itself transport would be exact
 
 
@@ -252,7 +276,13 @@ def test_match_needs_equal_widths_and_transport_does_not():
 def test_ridge_against_the_normal_equations():
     lower, upper = plain(5, 0), plain(5, 1)
     found = graft(lower, upper, "8", IMAGES, ridge=0.3)
-    design = functional.unfold(functional.pad(lower[:8](IMAGES), (1, 1, 1, 1), "circular"), 2).transpose(1, 2).flatten(0, 1).detach().numpy()
+    design = (
+        functional.unfold(functional.pad(lower[:8](IMAGES), (1, 1, 1, 1), "circular"), 2)
+        .transpose(1, 2)
+        .flatten(0, 1)
+        .detach()
+        .numpy()
+    )
     goal = upper[:9](IMAGES).detach().movedim(1, -1).reshape(-1, 3).numpy()
     a, b = design - design.mean(0), goal - goal.mean(0)
     weights = np.linalg.solve(a.T @ a / len(a) + 0.3 * np.eye(a.shape[1]), a.T @ b / len(a))
@@ -309,7 +339,9 @@ def test_layers_of_other_depths_meet_by_averaging_or_repeating():
     down = graft(lower, upper, "5", IMAGES, lower_layer="3")  # 6x6 maps to 2x2: means over 3x3 pixels
     signal = functional.avg_pool2d(lower[:3](IMAGES), 3)
     torch.testing.assert_close(down.network.connection.resampled(lower[:3](IMAGES)), signal)
-    expected = upper[6:](functional.conv2d(functional.pad(signal, (2, 2, 0, 1)), down.network.connection.layer.weight, dilation=(1, 2)))
+    expected = upper[6:](
+        functional.conv2d(functional.pad(signal, (2, 2, 0, 1)), down.network.connection.layer.weight, dilation=(1, 2))
+    )
     torch.testing.assert_close(down.network(IMAGES), expected.detach(), rtol=0, atol=1e-12)
     up = graft(lower, upper, "3", IMAGES, lower_layer="5")  # 2x2 to 6x6: every pixel nine times
     repeated = lower[:5](IMAGES).repeat_interleave(3, 2).repeat_interleave(3, 3)
@@ -335,8 +367,18 @@ def test_errors_of_every_later_layer_against_their_definition():
         assert error == pytest.approx(float(expected), rel=1e-10)
     block = graft(residual(4, 0), residual(4, 1), "stage1.1", normal(30, 2, 12, 12))
     names = list(layer_errors(block, residual(4, 1), normal(30, 2, 12, 12)))
-    assert names == ["stage1.1", "stage1.1.conv1", "stage1.1.conv2", "stage2.0.conv1", "stage2.0.conv2", "stage2.0.down", "head"]
-    assert layer_errors(block, residual(4, 1), normal(30, 2, 12, 12))["stage1.1"] == pytest.approx(block.error, rel=1e-9)
+    assert names == [
+        "stage1.1",
+        "stage1.1.conv1",
+        "stage1.1.conv2",
+        "stage2.0.conv1",
+        "stage2.0.conv2",
+        "stage2.0.down",
+        "head",
+    ]
+    assert layer_errors(block, residual(4, 1), normal(30, 2, 12, 12))["stage1.1"] == pytest.approx(
+        block.error, rel=1e-9
+    )
 
 
 def test_inputs_are_not_kept():
@@ -363,7 +405,9 @@ def test_inputs_are_not_kept():
 def test_a_loader_of_pairs_is_read(tmp_path):
     images, labels = IMAGES[:40], torch.zeros(40)
     loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(images, labels), batch_size=16)
-    assert graft(plain(5, 0), plain(5, 1), "3", loader).error == pytest.approx(graft(plain(5, 0), plain(5, 1), "3", images).error, rel=1e-9)
+    assert graft(plain(5, 0), plain(5, 1), "3", loader).error == pytest.approx(
+        graft(plain(5, 0), plain(5, 1), "3", images).error, rel=1e-9
+    )
 
 
 def test_errors_name_what_is_wrong():
@@ -451,7 +495,9 @@ def test_layers_that_do_more_than_a_convolution_are_left_alone():
         def forward(self, x: Tensor) -> Tensor:
             return self._conv_forward(x, self.weight - self.weight.mean(), self.bias)
 
-    upper = filled(nn.Sequential(nn.Conv2d(2, 5, 3), nn.ReLU(), Standardised(5, 4, 3), nn.Flatten(), nn.Linear(256, 3)), 0)
+    upper = filled(
+        nn.Sequential(nn.Conv2d(2, 5, 3), nn.ReLU(), Standardised(5, 4, 3), nn.Flatten(), nn.Linear(256, 3)), 0
+    )
     assert graft(upper, upper, "2", IMAGES, "match").error < 1e-24
     hooked = plain(5, 0)
     hooked[3].register_forward_hook(lambda module, inputs, output: 2 * output)
@@ -486,7 +532,9 @@ def test_inputs_that_cannot_be_used_are_named():
     for method in ("least_squares", "transport"):
         with pytest.raises(ValueError, match="not finite"):
             graft(lower, upper, "5", broken, method)
-    with pytest.raises(ValueError, match=r"begin with torch.float64 \(150, 2, 12, 12\) and go on with torch.int64 \(150,\)"):
+    with pytest.raises(
+        ValueError, match=r"begin with torch.float64 \(150, 2, 12, 12\) and go on with torch.int64 \(150,\)"
+    ):
         graft(lower, upper, "5", (IMAGES, torch.zeros(150, dtype=torch.int64)))
     with pytest.raises(TypeError, match="inputs must be a tensor"):
         graft(lower, upper, "5", None)  # type: ignore[arg-type]

@@ -60,12 +60,18 @@ def test_conjugate_is_the_supremum(name, seed):
 @pytest.mark.parametrize(
     ("name", "dual", "target"),
     [
-        ("logistic", [0.1], [1.0]), ("logistic", [-1.1], [1.0]), ("logistic", [1.1], [-1.0]),
-        ("softmax", [0.1, 0.2, 0.0], 0), ("softmax", [-1.2, 0.6, 0.6], 0),
+        ("logistic", [0.1], [1.0]),
+        ("logistic", [-1.1], [1.0]),
+        ("logistic", [1.1], [-1.0]),
+        ("softmax", [0.1, 0.2, 0.0], 0),
+        ("softmax", [-1.2, 0.6, 0.6], 0),
     ],
-)  # fmt: skip
+)
 def test_conjugate_is_infinite_outside_its_domain(name, dual, target):
-    assert losses.make(name).conjugate(torch.tensor([dual], dtype=torch.float64), torch.tensor([target])).item() == torch.inf
+    assert (
+        losses.make(name).conjugate(torch.tensor([dual], dtype=torch.float64), torch.tensor([target])).item()
+        == torch.inf
+    )
 
 
 @pytest.mark.parametrize(("dual", "target"), [([0.0], [1.0]), ([-1.0], [1.0]), ([1.0], [-1.0])])
@@ -128,10 +134,11 @@ def test_float32_throughout(name, device):
     single, y_single = F.float().to(device), (y.float() if y.is_floating_point() else y).to(device)
     s = loss.gradient(F, y)
     pairs = [
-        (loss.value(single, y_single), loss.value(F, y)), (loss.gradient(single, y_single), s),
+        (loss.value(single, y_single), loss.value(F, y)),
+        (loss.gradient(single, y_single), s),
         (loss.conjugate(loss.feasible(s.float().to(device), y_single), y_single), loss.conjugate(s, y)),
         (loss.prox(single, y_single, 0.7), loss.prox(F, y, 0.7)),
-    ]  # fmt: skip
+    ]
     for got, expected in pairs:
         assert got.dtype == torch.float32
         torch.testing.assert_close(got.cpu().double(), expected, rtol=1e-5, atol=1e-5)
@@ -176,17 +183,22 @@ def test_softmax_accepts_whole_floating_classes():
 @pytest.mark.parametrize(
     ("name", "targets", "outputs", "message"),
     [
-        ("squared", [1.0, 2.0, 3.0], 1, r"targets has shape \(3,\); expected 2 rows"), ("squared", 1.0, 1, r"targets has shape \(\)"),
+        ("squared", [1.0, 2.0, 3.0], 1, r"targets has shape \(3,\); expected 2 rows"),
+        ("squared", 1.0, 1, r"targets has shape \(\)"),
         ("squared", [1.0, 2.0], 3, r"targets has shape \(2,\); expected \(2, 3\) for 3 outputs"),
-        ("squared", [[[1.0]], [[2.0]]], 1, r"targets has shape \(2, 1, 1\)"), ("squared", [1.0, float("nan")], 1, r"targets\[1, 0\] is nan"),
+        ("squared", [[[1.0]], [[2.0]]], 1, r"targets has shape \(2, 1, 1\)"),
+        ("squared", [1.0, float("nan")], 1, r"targets\[1, 0\] is nan"),
         ("logistic", [0.0, 1.0], 1, "targets contain 0; the logistic loss expects the labels -1 and 1"),
         ("logistic", [1.0, 1.0], 1, r"targets hold one class only \(label 1\)"),
-        ("softmax", [0, 1], 1, "outputs=1: the softmax loss needs"), ("softmax", [0.5, 1.0], 3, r"targets of shape \(2,\).*integer classes"),
-        ("softmax", [[0], [1]], 3, r"targets of shape \(2, 1\)"), ("softmax", [0, 3], 3, r"targets lie in 0..3; with outputs=3 the classes are 0..2"),
-        ("softmax", [-1, 0], 3, r"targets lie in -1..0"), ("softmax", [2, 2], 3, r"targets hold one class only \(2\)"),
+        ("softmax", [0, 1], 1, "outputs=1: the softmax loss needs"),
+        ("softmax", [0.5, 1.0], 3, r"targets of shape \(2,\).*integer classes"),
+        ("softmax", [[0], [1]], 3, r"targets of shape \(2, 1\)"),
+        ("softmax", [0, 3], 3, r"targets lie in 0..3; with outputs=3 the classes are 0..2"),
+        ("softmax", [-1, 0], 3, r"targets lie in -1..0"),
+        ("softmax", [2, 2], 3, r"targets hold one class only \(2\)"),
         ("softmax", [0, 1, 2], 3, r"targets has shape \(3,\); expected 2 rows"),
     ],
-)  # fmt: skip
+)
 def test_check_targets_says_what_is_wrong(name, targets, outputs, message):
     with pytest.raises(ValueError, match=message):
         losses.make(name).check_targets(torch.tensor(targets), 2, outputs, torch.zeros(1, dtype=torch.float64))

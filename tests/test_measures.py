@@ -64,7 +64,9 @@ def test_merging_clones_keeps_the_function_whatever_their_outgoing_kernels(case,
 def test_mixture_has_the_linear_output_and_a_convex_value(case, seed, t, width):
     arch, first, problem = case.problem.architecture, case.network, case.problem
     second = random_network(arch, [width] * arch.depth, seed)
-    free = mf.Problem(arch, problem.inputs, problem.targets, problem.loss.name, mf.Penalty(kernel_norm=problem.penalty.kernel_norm))
+    free = mf.Problem(
+        arch, problem.inputs, problem.targets, problem.loss.name, mf.Penalty(kernel_norm=problem.penalty.kernel_norm)
+    )
     mixed = measures.mixture(first, second, t)
     expected = (1 - t) * first(problem.inputs) + t * second(problem.inputs)
     torch.testing.assert_close(mixed(problem.inputs), expected, rtol=1e-11, atol=1e-11)
@@ -77,8 +79,12 @@ def test_mixture_has_the_linear_output_and_a_convex_value(case, seed, t, width):
 
 @given(cases(bounds=(1.3,)), st.floats(0.05, 0.95))
 def test_mixture_keeps_the_bounds(case, t):
-    mixed = measures.mixture(case.network, measures.permute(case.network, [torch.arange(m).flip(0) for m in case.network.widths]), t)
-    for (name, reached, _), (_, expected, _) in zip(case.problem.bounds(mixed), case.problem.bounds(case.network), strict=True):
+    mixed = measures.mixture(
+        case.network, measures.permute(case.network, [torch.arange(m).flip(0) for m in case.network.widths]), t
+    )
+    for (name, reached, _), (_, expected, _) in zip(
+        case.problem.bounds(mixed), case.problem.bounds(case.network), strict=True
+    ):
         assert reached == pytest.approx(expected, rel=1e-12), name
 
 
@@ -118,7 +124,9 @@ def test_extend_clones_the_heaviest_particles_with_noise_of_the_stated_size():
 @pytest.mark.parametrize("kind", starts.STARTS)
 @pytest.mark.parametrize("width", [8, 256])
 def test_start_has_preactivations_of_order_one_at_every_width(kind, width):
-    arch = mf.Architecture((2, 5, 5), (mf.Conv(3, padding=1, activation="tanh", bias=True), mf.Conv(3, activation="relu"), mf.Conv(2)))
+    arch = mf.Architecture(
+        (2, 5, 5), (mf.Conv(3, padding=1, activation="tanh", bias=True), mf.Conv(3, activation="relu"), mf.Conv(2))
+    )
     inputs = random_inputs(arch, 6, 1)
     network = starts.start(arch, [width] * 3, inputs, generator(0), kind)
     for g in network.responses(inputs).preactivations[1:]:
@@ -194,11 +202,15 @@ def test_split_accepts_shares_of_single_precision():
 @pytest.mark.parametrize(
     ("layer", "particle", "shares", "message"),
     [
-        (0, 0, [0.5, 0.6], r"shares=\[0.5, 0.6\] must be positive and sum to 1"), (0, 0, [1.5, -0.5], "shares="), (0, 0, [[1.0]], "shares="),
-        (0, 0, [float("nan"), 1.0], r"shares\[0\] is nan"), (2, 0, [1.0], "layer=2, particle=0 is not a particle of widths"),
-        (0, 3, [1.0], "layer=0, particle=3"), (-1, 0, [1.0], "layer=-1"),
+        (0, 0, [0.5, 0.6], r"shares=\[0.5, 0.6\] must be positive and sum to 1"),
+        (0, 0, [1.5, -0.5], "shares="),
+        (0, 0, [[1.0]], "shares="),
+        (0, 0, [float("nan"), 1.0], r"shares\[0\] is nan"),
+        (2, 0, [1.0], "layer=2, particle=0 is not a particle of widths"),
+        (0, 3, [1.0], "layer=0, particle=3"),
+        (-1, 0, [1.0], "layer=-1"),
     ],
-)  # fmt: skip
+)
 def test_split_names_the_bad_argument(layer, particle, shares, message):
     with pytest.raises(ValueError, match=message):
         measures.split(random_network(ARCH, (3, 2), 0), layer, particle, torch.tensor(shares, dtype=torch.float64))
@@ -207,11 +219,15 @@ def test_split_names_the_bad_argument(layer, particle, shares, message):
 @pytest.mark.parametrize(
     ("layer", "particles", "message"),
     [
-        (0, [1], r"particles=\[1\] must name at least two different particles"), (0, [1, 1], r"particles=\[1, 1\]"),
-        (0, [0, 0, 1], r"particles=\[0, 0, 1\]"), (0, [0, 3], r"layer=0, particle=3 is not a particle of widths \(3, 2\)"),
-        (0, [0, -1], "particle=-1"), (2, [0, 1], "layer=2"), (-1, [0, 1], "layer=-1"),
+        (0, [1], r"particles=\[1\] must name at least two different particles"),
+        (0, [1, 1], r"particles=\[1, 1\]"),
+        (0, [0, 0, 1], r"particles=\[0, 0, 1\]"),
+        (0, [0, 3], r"layer=0, particle=3 is not a particle of widths \(3, 2\)"),
+        (0, [0, -1], "particle=-1"),
+        (2, [0, 1], "layer=2"),
+        (-1, [0, 1], "layer=-1"),
     ],
-)  # fmt: skip
+)
 def test_merge_names_the_bad_argument(layer, particles, message):
     with pytest.raises(ValueError, match=message):
         measures.merge(random_network(ARCH, (3, 2), 0), layer, particles)
@@ -233,7 +249,9 @@ def test_mixture_names_t(t):
 
 
 def test_mixture_and_interpolation_refuse_another_architecture():
-    first, second = (random_network(mf.Architecture((1, 3, 3), mf.Conv(activation=name)), (2,), 0) for name in SMOOTH[:2])
+    first, second = (
+        random_network(mf.Architecture((1, 3, 3), mf.Conv(activation=name)), (2,), 0) for name in SMOOTH[:2]
+    )
     with pytest.raises(ValueError, match="first and second must have the same architecture"):
         measures.mixture(first, second, 0.5)
     with pytest.raises(ValueError, match="first and second must have the same architecture"):

@@ -1,7 +1,7 @@
 """The proof that the theory checks can fail: bugs, one at a time, each of which turns a named claim red.
 
-A bug is planted by replacing one function of the library; `test_theory_checks` shows the same claims green without it, at
-the same seed.  Red means that the measurement itself refutes the claim, or that a control passes, not that something
+A bug is planted by replacing one function of the library; `test_theory_checks` shows the same claims green without it,
+at the same seed.  Red means that the measurement itself refutes the claim, or that a control passes, not that something
 raised.
 """
 
@@ -21,9 +21,13 @@ from theory_checks.catalogue import FAMILIES, claim
 from theory_checks.claim import Setting, judge
 
 KEPT = {
-    "to_program": repopulation.to_program, "mixture": measures.mixture, "split": measures.split, "terms": Problem.terms,
-    "residual": ConvexProgram.residual, "tangent": flow._tangent,
-}  # fmt: skip
+    "to_program": repopulation.to_program,
+    "mixture": measures.mixture,
+    "split": measures.split,
+    "terms": Problem.terms,
+    "residual": ConvexProgram.residual,
+    "tangent": flow._tangent,
+}
 
 
 @pytest.fixture(autouse=True)

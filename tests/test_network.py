@@ -14,7 +14,9 @@ ARCH = mf.Architecture((2, 3, 3), (mf.Conv(2, bias=True), mf.Conv(2)), outputs=2
 @st.composite
 def networks(draw, **options):
     arch = draw(architectures(**options))
-    return random_network(arch, [draw(st.integers(1, 3)) for _ in arch.layers], draw(seeds), zero_mass=draw(st.booleans()))
+    return random_network(
+        arch, [draw(st.integers(1, 3)) for _ in arch.layers], draw(seeds), zero_mass=draw(st.booleans())
+    )
 
 
 @given(networks(), seeds)
@@ -48,15 +50,23 @@ def test_amplitudes_average_over_the_source_masses(network, seed):
 def test_uniform_masses_are_a_standard_network_divided_by_its_channels(network, seed):
     widths, arch = network.widths, network.architecture
     uniform = mf.ParticleNetwork(
-        arch, [torch.full((m,), 1 / m, dtype=torch.float64) for m in widths], network.kernels, network.readout, network.biases
+        arch,
+        [torch.full((m,), 1 / m, dtype=torch.float64) for m in widths],
+        network.kernels,
+        network.readout,
+        network.biases,
     )
     signal = random_inputs(arch, 2, seed)
     output = uniform(signal)
     for conv, kernel, bias in zip(arch.layers, network.kernels, network.biases):
-        signal = conv.activate(conv.convolve(signal, kernel, None) / signal.shape[1] + (0 if bias is None else bias[None, :, None, None]))
+        signal = conv.activate(
+            conv.convolve(signal, kernel, None) / signal.shape[1] + (0 if bias is None else bias[None, :, None, None])
+        )
     flat = signal.flatten(2)
     read = flat.mean(2) if arch.readout == "average" else flat / flat.shape[2]
-    torch.testing.assert_close(output, torch.einsum("kj...,nj...->nk", network.readout, read) / widths[-1], rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        output, torch.einsum("kj...,nj...->nk", network.readout, read) / widths[-1], rtol=1e-12, atol=1e-12
+    )
 
 
 @given(networks(), seeds)
@@ -96,7 +106,12 @@ def test_repr_names_widths():
 
 def parts(**changes):
     network = random_network(ARCH, (3, 2), 0)
-    stated = {"masses": network.masses, "kernels": network.kernels, "readout": network.readout, "biases": network.biases}
+    stated = {
+        "masses": network.masses,
+        "kernels": network.kernels,
+        "readout": network.readout,
+        "biases": network.biases,
+    }
     return {**stated, **changes}
 
 
@@ -106,23 +121,35 @@ P, W = parts()["masses"], parts()["kernels"]
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"masses": P[:1]}, "masses has 1 entries; the architecture has 2 layers"), ({"kernels": W[:1]}, "kernels has 1 entries"),
+        ({"masses": P[:1]}, "masses has 1 entries; the architecture has 2 layers"),
+        ({"kernels": W[:1]}, "kernels has 1 entries"),
         ({"biases": parts()["biases"][:1]}, "biases has 1 entries"),
-        ({"masses": (P[0][None], P[1])}, r"masses\[0\] must be a tensor of shape \(M,\), M >= 1, got a tensor of shape \(1, 3\)"),
-        ({"masses": (P[0], P[1][:0])}, r"masses\[1\] must be a tensor of shape"), ({"masses": ([1.0], P[1])}, r"masses\[0\].*got \[1.0\]"),
+        (
+            {"masses": (P[0][None], P[1])},
+            r"masses\[0\] must be a tensor of shape \(M,\), M >= 1, got a tensor of shape \(1, 3\)",
+        ),
+        ({"masses": (P[0], P[1][:0])}, r"masses\[1\] must be a tensor of shape"),
+        ({"masses": ([1.0], P[1])}, r"masses\[0\].*got \[1.0\]"),
         ({"kernels": (W[0], W[1][:, :2])}, r"kernels\[1\] has shape \(2, 2, 2, 2\); expected \(2, 3, 2, 2\)"),
         ({"readout": torch.zeros(2, 3, dtype=torch.float64)}, r"readout has shape \(2, 3\); expected \(2, 2\)"),
         ({"biases": None}, r"biases\[0\] is None but layers\[0\].bias=True"),
-        ({"biases": (parts()["biases"][0], P[1])}, r"biases\[1\] is a tensor of shape \(2,\) but layers\[1\].bias=False"),
+        (
+            {"biases": (parts()["biases"][0], P[1])},
+            r"biases\[1\] is a tensor of shape \(2,\) but layers\[1\].bias=False",
+        ),
         ({"biases": (P[1], None)}, r"biases\[0\] has shape \(2,\); expected \(3,\)"),
         ({"readout": parts()["readout"].float()}, "all tensors must share one dtype"),
         ({"masses": (P[0] * 1.01, P[1])}, r"masses\[0\] sums to 1.01; masses must sum to 1"),
-        ({"masses": (torch.tensor([1.2, -0.1, -0.1], dtype=torch.float64), P[1])}, r"masses\[0\] has the negative entry -0.1"),
-        ({"masses": (P[0] * torch.nan, P[1])}, r"masses\[0\]\[0\] is nan"), ({"kernels": (W[0] / 0, W[1])}, r"kernels\[0\]\[0, 0, 0, 0\] is -?inf"),
+        (
+            {"masses": (torch.tensor([1.2, -0.1, -0.1], dtype=torch.float64), P[1])},
+            r"masses\[0\] has the negative entry -0.1",
+        ),
+        ({"masses": (P[0] * torch.nan, P[1])}, r"masses\[0\]\[0\] is nan"),
+        ({"kernels": (W[0] / 0, W[1])}, r"kernels\[0\]\[0, 0, 0, 0\] is -?inf"),
         ({"readout": parts()["readout"] * torch.nan}, r"readout\[0, 0\] is nan"),
         ({"biases": (parts()["biases"][0] / 0, None)}, r"biases\[0\]\[0\] is -?inf"),
     ],
-)  # fmt: skip
+)
 def test_constructor_names_the_bad_argument(changes, message):
     with pytest.raises(ValueError, match=message):
         mf.ParticleNetwork(ARCH, **parts(**changes))

@@ -35,7 +35,12 @@ def depth_of_cell(signed):
 
 def least(row, signed):
     """min of row z over the cone {signed z >= 0} within the unit box."""
-    return linprog(row, -signed if len(signed) else None, np.zeros(len(signed)) if len(signed) else None, bounds=[(-1, 1)] * len(row)).fun
+    return linprog(
+        row,
+        -signed if len(signed) else None,
+        np.zeros(len(signed)) if len(signed) else None,
+        bounds=[(-1, 1)] * len(row),
+    ).fun
 
 
 def nonzero(rows):
@@ -68,7 +73,8 @@ def cells_by_euler(rows):
 
 
 @pytest.mark.parametrize(
-    ("n", "d", "count"), [(1, 1, 2), (5, 1, 2), (1, 2, 2), (7, 2, 14), (40, 2, 80), (1, 3, 2), (2, 3, 4), (9, 3, 74), (25, 3, 602)]
+    ("n", "d", "count"),
+    [(1, 1, 2), (5, 1, 2), (1, 2, 2), (7, 2, 14), (40, 2, 80), (1, 3, 2), (2, 3, 4), (9, 3, 74), (25, 3, 602)],
 )
 def test_number_of_patterns_in_general_position(n, d, count):
     assert len(listed_patterns(normal((n, d), n))) == count
@@ -80,7 +86,9 @@ def test_sampling_finds_exactly_the_listed_patterns(n, d):
     assert set(listed_patterns(rows)) == sampled_patterns(rows, 200_000)
 
 
-integer_rows = st.integers(1, 3).flatmap(lambda d: st.lists(st.lists(st.integers(-2, 2), min_size=d, max_size=d), min_size=1, max_size=7))
+integer_rows = st.integers(1, 3).flatmap(
+    lambda d: st.lists(st.lists(st.integers(-2, 2), min_size=d, max_size=d), min_size=1, max_size=7)
+)
 
 
 @given(integer_rows)

@@ -56,12 +56,16 @@ def test_shrink_is_the_proximal_map_of_the_norm(shape, seed, norm, threshold):
     removed = kernels - shrunk
     rounding = 4e-16 * penalty.dual_norms(kernels)
     assert bool((penalty.dual_norms(removed) <= threshold * (1 + 1e-12) + rounding).all())
-    torch.testing.assert_close((removed * shrunk).sum((2, 3)), threshold * penalty.norms(shrunk), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        (removed * shrunk).sum((2, 3)), threshold * penalty.norms(shrunk), rtol=1e-12, atol=1e-12
+    )
 
 
 def test_shrink_of_zero_kernels_is_zero():
     for norm in NORMS:
-        assert Penalty(kernel_norm=norm).shrink(torch.zeros(1, 1, 2, 2), 0.0).tolist() == torch.zeros(1, 1, 2, 2).tolist()
+        assert (
+            Penalty(kernel_norm=norm).shrink(torch.zeros(1, 1, 2, 2), 0.0).tolist() == torch.zeros(1, 1, 2, 2).tolist()
+        )
 
 
 @given(shapes, seeds)
@@ -92,15 +96,21 @@ def root_sides(r, magnitudes, slopes, weights, level, mass, curvature):
 
 @settings(max_examples=100)
 @given(
-    seeds, st.integers(1, 5), st.floats(-2, 2), st.floats(-2, 2), st.sampled_from([0.0, 0.1, 3.0]),
+    seeds,
+    st.integers(1, 5),
+    st.floats(-2, 2),
+    st.floats(-2, 2),
+    st.sampled_from([0.0, 0.1, 3.0]),
     st.sampled_from([None, 0.0, 0.3, 100.0]),
-)  # fmt: skip
+)
 def test_root_balances_both_sides(seed, count, level, mass, curvature, start):
     mass = abs(mass) + 0.1 if curvature == 0 and level <= 0 else mass  # a root exists
     magnitudes, slopes, weights = (normal((count,), seed + k).abs() for k in range(3))
     begin = None if start is None else torch.full((1,), start, dtype=torch.float64)
     given_mass = torch.tensor([mass], dtype=torch.float64)
-    r = shrinkage_root(magnitudes, slopes, weights, (0,), level=level, mass=given_mass, curvature=curvature, start=begin)
+    r = shrinkage_root(
+        magnitudes, slopes, weights, (0,), level=level, mass=given_mass, curvature=curvature, start=begin
+    )
     numbers = (magnitudes.tolist(), slopes.tolist(), weights.tolist(), level, mass, curvature)
     excess = lambda x: root_sides(x, *numbers)[1] - root_sides(x, *numbers)[0]  # noqa: E731
     if excess(0.0) >= 0:
@@ -118,7 +128,10 @@ def test_root_balances_both_sides(seed, count, level, mass, curvature, start):
 def test_roots_of_a_batch_are_the_roots_one_by_one(seed):
     magnitudes, mass = normal((4, 3, 2), seed).abs(), normal((1, 3, 1), seed + 1)
     together = shrinkage_root(magnitudes, 0.5, 1.0, (0, 2), mass=mass, curvature=0.7)
-    alone = [shrinkage_root(magnitudes[:, i : i + 1], 0.5, 1.0, (0, 2), mass=mass[:, i : i + 1], curvature=0.7) for i in range(3)]
+    alone = [
+        shrinkage_root(magnitudes[:, i : i + 1], 0.5, 1.0, (0, 2), mass=mass[:, i : i + 1], curvature=0.7)
+        for i in range(3)
+    ]
     assert together.shape == (1, 3, 1)
     torch.testing.assert_close(together, torch.cat(alone, 1), rtol=1e-12, atol=1e-12)
 
@@ -126,7 +139,11 @@ def test_roots_of_a_batch_are_the_roots_one_by_one(seed):
 def row_value(W, p, center, masses, penalty, strength, kernel_weight, mass_weight):
     amounts = [sum(slow.kernel_norm(W[j, i], penalty) for j in range(W.shape[0])) for i in range(W.shape[1])]
     rows = sum(slow.perspective(amount, mass) for amount, mass in zip(amounts, p))
-    return strength * rows + 0.5 * kernel_weight * ((W - center) ** 2).sum() + 0.5 * mass_weight * ((p - masses) ** 2).sum()
+    return (
+        strength * rows
+        + 0.5 * kernel_weight * ((W - center) ** 2).sum()
+        + 0.5 * mass_weight * ((p - masses) ** 2).sum()
+    )
 
 
 def amounts_by_cvxpy(W, shape, norm):
@@ -144,7 +161,9 @@ def test_row_prox_attains_the_minimum(center, norm, strength, kernel_weight, mas
     W, q = cp.Variable(kernels.numel()), cp.Variable(len(masses), nonneg=True)
     amounts = amounts_by_cvxpy(W, kernels.shape, norm)
     rows = sum(cp.quad_over_lin(cp.sum([row[i] for row in amounts]), q[i]) for i in range(len(masses)))
-    distance = 0.5 * kernel_weight * cp.sum_squares(W - kernels.flatten().numpy()) + 0.5 * mass_weight * cp.sum_squares(q - masses.numpy())
+    distance = 0.5 * kernel_weight * cp.sum_squares(W - kernels.flatten().numpy()) + 0.5 * mass_weight * cp.sum_squares(
+        q - masses.numpy()
+    )
     with np.errstate(divide="ignore", invalid="ignore"):  # cvxpy evaluates s^2 / p at p = 0
         problem = cp.Problem(cp.Minimize(strength * rows + distance))
         problem.solve(solver="CLARABEL")
@@ -202,8 +221,12 @@ def test_cone_projection_is_the_nearest_point_of_the_cone(center, norm, bound, k
     assert bool((reached <= bound * p + scale).all())
     V, q = cp.Variable(kernels.numel()), cp.Variable(len(masses))
     amounts = amounts_by_cvxpy(V, kernels.shape, norm)
-    distance = 0.5 * kernel_weight * cp.sum_squares(V - kernels.flatten().numpy()) + 0.5 * mass_weight * cp.sum_squares(q - masses.numpy())
-    optimum = cp.Problem(cp.Minimize(distance), [cp.sum(row) <= bound * q[j] for j, row in enumerate(amounts)]).solve(solver="CLARABEL")
+    distance = 0.5 * kernel_weight * cp.sum_squares(V - kernels.flatten().numpy()) + 0.5 * mass_weight * cp.sum_squares(
+        q - masses.numpy()
+    )
+    optimum = cp.Problem(cp.Minimize(distance), [cp.sum(row) <= bound * q[j] for j, row in enumerate(amounts)]).solve(
+        solver="CLARABEL"
+    )
     value = 0.5 * kernel_weight * (W - kernels).square().sum() + 0.5 * mass_weight * (p - masses).square().sum()
     assert value.item() == pytest.approx(optimum, rel=1e-7, abs=1e-7)
 
@@ -215,7 +238,12 @@ def test_cone_projection_splits_the_center_into_orthogonal_parts(center, norm, b
     penalty = Penalty(kernel_norm=norm)
     W, p = cone_projection(kernels, masses, penalty, bound, kernel_weight, mass_weight)
     removed, lifted = kernel_weight * (kernels - W), mass_weight * (masses - p)
-    scale = 1e-12 * (1 + kernels.abs().sum().item() + masses.abs().max().item()) ** 2 * (1 + bound) ** 2 * max(kernel_weight, mass_weight, 1)
+    scale = (
+        1e-12
+        * (1 + kernels.abs().sum().item() + masses.abs().max().item()) ** 2
+        * (1 + bound) ** 2
+        * max(kernel_weight, mass_weight, 1)
+    )
     np.testing.assert_allclose((removed * W).sum((1, 2, 3)) + lifted * p, 0, atol=scale)
     strongest = penalty.dual_norms(removed).amax(1)
     assert bool((lifted + bound * strongest <= scale).all())  # the removed part lies in the polar cone
@@ -250,11 +278,14 @@ def test_float32_proximal_maps_agree_with_float64(norm, seed, device):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"source": -1}, "source=-1"), ({"readout": float("nan")}, "readout=nan"), ({"input": "1"}, "input='1'"),
-        ({"kernel_norm": "l3"}, "kernel_norm='l3' is unknown"), ({"amplitude_bound": 0}, "amplitude_bound=0"),
+        ({"source": -1}, "source=-1"),
+        ({"readout": float("nan")}, "readout=nan"),
+        ({"input": "1"}, "input='1'"),
+        ({"kernel_norm": "l3"}, "kernel_norm='l3' is unknown"),
+        ({"amplitude_bound": 0}, "amplitude_bound=0"),
         ({"input_bound": -1.0}, "input_bound=-1.0"),
     ],
-)  # fmt: skip
+)
 def test_penalty_names_the_bad_argument(options, message):
     with pytest.raises(ValueError, match=message):
         Penalty(**options)

@@ -83,7 +83,9 @@ def test_shared_bands_have_one_range():
 
 def test_heat_maps_take_rectangles_with_blanks_and_numbers():
     matrix = np.array([[0.1, 20.0, np.nan], [0.5, 1e-9, 0.3]])
-    panel, bar = plotting.heat_maps({"a": matrix}, ["1", "2", "3"], "epoch", "layer", "error", rows=["u", "v"], log=True, numbers=True).axes
+    panel, bar = plotting.heat_maps(
+        {"a": matrix}, ["1", "2", "3"], "epoch", "layer", "error", rows=["u", "v"], log=True, numbers=True
+    ).axes
     assert [tick.get_text() for tick in panel.get_yticklabels()] == ["u", "v"]
     assert [text.get_text() for text in panel.texts] == ["0.10", "20", "0.50", "1.0e-09", "0.30"]
     image = panel.get_images()[0]

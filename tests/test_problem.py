@@ -17,7 +17,9 @@ smooth = architectures(activations=SMOOTH, poolings=("none", "average"))
 
 @given(cases(zero_mass=(False, True)))
 def test_terms_match_the_explicit_sums(case):
-    np.testing.assert_allclose(case.problem.terms(case.network), slow.objective_terms(case.problem, case.network), rtol=1e-11, atol=1e-13)
+    np.testing.assert_allclose(
+        case.problem.terms(case.network), slow.objective_terms(case.problem, case.network), rtol=1e-11, atol=1e-13
+    )
 
 
 @given(cases())
@@ -64,7 +66,9 @@ def test_bounds_report_what_the_particles_reach(case):
 
 def over_bound(name, factor):
     network = random_network(ARCH, (3, 2), 0)
-    free = mf.Problem(ARCH, random_inputs(ARCH, 2, 0), [0.0, 1.0], penalty=mf.Penalty(amplitude_bound=1.0, input_bound=1.0))
+    free = mf.Problem(
+        ARCH, random_inputs(ARCH, 2, 0), [0.0, 1.0], penalty=mf.Penalty(amplitude_bound=1.0, input_bound=1.0)
+    )
     reached = {bound: value for bound, value, _ in free.bounds(network)}[name]
     penalty = mf.Penalty(**{name: reached / factor})
     return mf.Problem(ARCH, free.inputs, free.targets, penalty=penalty), network
@@ -92,15 +96,22 @@ def test_massless_particles_may_exceed_a_bound():
     kernels[0][-1] *= 1e6
     kernels[1][-1] *= 1e6
     heavy = mf.ParticleNetwork(ARCH, network.masses, kernels, network.readout, network.biases)
-    problem = mf.Problem(ARCH, random_inputs(ARCH, 2, 0), [0.0, 1.0], penalty=mf.Penalty(amplitude_bound=100.0, input_bound=100.0))
+    problem = mf.Problem(
+        ARCH, random_inputs(ARCH, 2, 0), [0.0, 1.0], penalty=mf.Penalty(amplitude_bound=100.0, input_bound=100.0)
+    )
     assert problem.value(heavy).isfinite()
 
 
-@given(cases(archs=architectures(depths=(1,), activations=("relu",), biases=(False, True)), bounds=(None,)), st.floats(0.1, 10))
+@given(
+    cases(archs=architectures(depths=(1,), activations=("relu",), biases=(False, True)), bounds=(None,)),
+    st.floats(0.1, 10),
+)
 def test_one_layer_relu_is_homogeneous(case, scale):
     network = case.network
     bias = None if network.biases[0] is None else [scale * network.biases[0]]
-    moved = mf.ParticleNetwork(network.architecture, network.masses, [scale * network.kernels[0]], network.readout / scale, bias)
+    moved = mf.ParticleNetwork(
+        network.architecture, network.masses, [scale * network.kernels[0]], network.readout / scale, bias
+    )
     torch.testing.assert_close(moved(case.problem.inputs), network(case.problem.inputs), rtol=1e-11, atol=1e-11)
 
 
@@ -108,7 +119,11 @@ def test_one_layer_relu_is_homogeneous(case, scale):
 def test_one_layer_relu_value_survives_scaled_masses(case, a):
     """Masses times a, (z, u) divided by sqrt(a), and the rest of the mass on a zero particle."""
     network, root = case.network, math.sqrt(a)
-    bias = None if network.biases[0] is None else [torch.cat([network.biases[0] / root, torch.zeros(1, dtype=torch.float64)])]
+    bias = (
+        None
+        if network.biases[0] is None
+        else [torch.cat([network.biases[0] / root, torch.zeros(1, dtype=torch.float64)])]
+    )
     kernels = torch.cat([network.kernels[0] / root, torch.zeros_like(network.kernels[0][:1])])
     readout = torch.cat([network.readout / root, torch.zeros_like(network.readout[:, :1])], 1)
     masses = torch.cat([a * network.masses[0], torch.tensor([1 - a], dtype=torch.float64)])
@@ -126,7 +141,9 @@ def test_relabelling_the_images_changes_nothing(case):
 @given(cases())
 def test_losses_of_single_images_average_to_the_loss(case):
     single = [case.problem.batch(torch.tensor([n])).terms(case.network).loss for n in range(len(case.problem.inputs))]
-    torch.testing.assert_close(torch.stack(single).mean(), case.problem.terms(case.network).loss, rtol=1e-12, atol=1e-13)
+    torch.testing.assert_close(
+        torch.stack(single).mean(), case.problem.terms(case.network).loss, rtol=1e-12, atol=1e-13
+    )
 
 
 @pytest.mark.parametrize("loss", ["squared", "logistic", "softmax"])
@@ -150,7 +167,9 @@ def test_arrays_lists_and_integers_are_converted():
 
 
 def test_repr_names_loss_and_size():
-    assert repr(mf.Problem(ARCH, torch.zeros(2, 1, 3, 3), [1, 2])).startswith("Problem(2 images, squared loss, Architecture(")
+    assert repr(mf.Problem(ARCH, torch.zeros(2, 1, 3, 3), [1, 2])).startswith(
+        "Problem(2 images, squared loss, Architecture("
+    )
 
 
 TANH, RELU = mf.Conv(2, activation="tanh"), mf.Conv(2)
@@ -160,15 +179,26 @@ BIASED = replace(TANH, bias=True)
 @pytest.mark.parametrize(
     ("layers", "penalty", "expected"),
     [
-        ((RELU,), {}, []), ((BIASED,), {}, []), ((RELU, RELU), {}, ["input_bound", "amplitude_bound"]),
-        ((TANH, RELU), {"amplitude_bound": 1.0}, ["input_bound"]), ((RELU, TANH), {"input_bound": 1.0}, ["amplitude_bound"]),
-        ((RELU, RELU), {"input_bound": 1.0, "amplitude_bound": 1.0}, []), ((TANH, TANH), {}, []), ((TANH, BIASED), {}, ["amplitude_bound"]),
-        ((BIASED, TANH), {}, []), ((TANH,), {"input": 0}, ["input_bound"]), ((TANH, TANH), {"source": 0}, ["amplitude_bound"]),
-        ((TANH,), {"source": 0}, []), ((TANH,), {"readout": 0}, ["a positive readout penalty"]), ((TANH,), {"input": 0, "input_bound": 1.0}, []),
+        ((RELU,), {}, []),
+        ((BIASED,), {}, []),
+        ((RELU, RELU), {}, ["input_bound", "amplitude_bound"]),
+        ((TANH, RELU), {"amplitude_bound": 1.0}, ["input_bound"]),
+        ((RELU, TANH), {"input_bound": 1.0}, ["amplitude_bound"]),
+        ((RELU, RELU), {"input_bound": 1.0, "amplitude_bound": 1.0}, []),
+        ((TANH, TANH), {}, []),
+        ((TANH, BIASED), {}, ["amplitude_bound"]),
+        ((BIASED, TANH), {}, []),
+        ((TANH,), {"input": 0}, ["input_bound"]),
+        ((TANH, TANH), {"source": 0}, ["amplitude_bound"]),
+        ((TANH,), {"source": 0}, []),
+        ((TANH,), {"readout": 0}, ["a positive readout penalty"]),
+        ((TANH,), {"input": 0, "input_bound": 1.0}, []),
     ],
-)  # fmt: skip
+)
 def test_missing_bounds_follow_the_theory(layers, penalty, expected):
-    problem = mf.Problem(mf.Architecture((1, 3, 3), layers), torch.zeros(2, 1, 3, 3), [1, 2], penalty=mf.Penalty(**penalty))
+    problem = mf.Problem(
+        mf.Architecture((1, 3, 3), layers), torch.zeros(2, 1, 3, 3), [1, 2], penalty=mf.Penalty(**penalty)
+    )
     assert problem.missing_bounds() == expected
 
 
@@ -176,16 +206,18 @@ def test_missing_bounds_follow_the_theory(layers, penalty, expected):
     ("changes", "error", "message"),
     [
         ({"architecture": "cnn"}, TypeError, "architecture must be an Architecture, not str"),
-        ({"penalty": 0.1}, TypeError, "penalty must be a Penalty, not float"), ({"loss": "hinge"}, ValueError, "loss='hinge' is unknown"),
+        ({"penalty": 0.1}, TypeError, "penalty must be a Penalty, not float"),
+        ({"loss": "hinge"}, ValueError, "loss='hinge' is unknown"),
         ({"inputs": "images"}, TypeError, "inputs of type str is not a tensor or an array of numbers"),
-        ({"targets": [None, 1]}, TypeError, "targets of type list"), ({"inputs": torch.zeros(2, 3, 3)}, ValueError, r"inputs has shape \(2, 3, 3\)"),
+        ({"targets": [None, 1]}, TypeError, "targets of type list"),
+        ({"inputs": torch.zeros(2, 3, 3)}, ValueError, r"inputs has shape \(2, 3, 3\)"),
         ({"inputs": torch.zeros(0, 1, 3, 3)}, ValueError, "inputs is empty"),
         ({"inputs": torch.zeros(2, 1, 3, 3, dtype=torch.float16)}, ValueError, "inputs has dtype torch.float16"),
         ({"inputs": torch.zeros(2, 1, 3, 3, dtype=torch.complex64)}, ValueError, "inputs has dtype torch.complex64"),
         ({"inputs": torch.full((2, 1, 3, 3), torch.nan)}, ValueError, r"inputs\[0, 0, 0, 0\] is nan"),
         ({"targets": [1.0]}, ValueError, r"targets has shape \(1,\)"),
     ],
-)  # fmt: skip
+)
 def test_problem_names_the_bad_argument(changes, error, message):
     arguments = {"architecture": ARCH, "inputs": torch.zeros(2, 1, 3, 3), "targets": [0.0, 1.0], **changes}
     with pytest.raises(error, match=message):

@@ -23,7 +23,9 @@ def random_point(program, seed):
 
 
 def feasible_neighbour(program, point, seed):
-    """A feasible point with other masses, the bounds left aside: kernels follow their target's mass, readout is free."""
+    """A feasible point with other masses, the bounds left aside: kernels follow their target's
+    mass, readout is free.
+    """
     masses = tuple(random_masses(len(p), seed + k) for k, p in enumerate(point.masses))
     ratios = [new / old for new, old in zip(masses[1:], point.masses[1:])]
     kernels = tuple(W * ratio[:, None, None, None] for W, ratio in zip(point.kernels, ratios))
@@ -44,7 +46,9 @@ def test_residual_matches_the_explicit_sums_at_any_point(case):
     program = case.freeze
     point = random_point(program, case.seed)
     for layer in range(1, program.depth):
-        np.testing.assert_allclose(program.residual(point, layer), slow.realisation_residual(program, point, layer), atol=1e-11)
+        np.testing.assert_allclose(
+            program.residual(point, layer), slow.realisation_residual(program, point, layer), atol=1e-11
+        )
 
 
 @given(cases(archs=deep))
@@ -54,8 +58,12 @@ def test_design_has_one_column_per_source_and_offset_and_one_for_the_bias(case):
     for layer in range(1, program.depth):
         W, bias = point.kernels[layer - 1].flatten(1), point.biases[layer - 1]
         columns = W if bias is None else torch.cat([W, bias[:, None]], 1)
-        moved = program.design(layer).rows() @ columns.T - point.masses[layer] * program.preactivations[layer].movedim(1, 3).flatten(0, 2)
-        torch.testing.assert_close(moved, program.residual(point, layer).movedim(1, 3).flatten(0, 2), rtol=1e-11, atol=1e-11)
+        moved = program.design(layer).rows() @ columns.T - point.masses[layer] * program.preactivations[layer].movedim(
+            1, 3
+        ).flatten(0, 2)
+        torch.testing.assert_close(
+            moved, program.residual(point, layer).movedim(1, 3).flatten(0, 2), rtol=1e-11, atol=1e-11
+        )
 
 
 @given(cases(archs=deep))
@@ -113,7 +121,9 @@ def test_terms_of_zero_strength_count_nothing_even_at_zero_mass():
     arch = mf.Architecture((1, 3, 3), (mf.Conv(2), mf.Conv(2)))
     network = random_network(arch, (3, 3), 0, zero_mass=True)
     penalty = mf.Penalty(source=0, readout=0, input=0)
-    program = mf.ConvexProgram.freeze(mf.Problem(arch, random_inputs(arch, 3, 0), [0.0, 1.0, 2.0], penalty=penalty), network)
+    program = mf.ConvexProgram.freeze(
+        mf.Problem(arch, random_inputs(arch, 3, 0), [0.0, 1.0, 2.0], penalty=penalty), network
+    )
     point = program.point(network).map(lambda t: t + 0.1 if t.ndim != 1 else t)
     assert program.terms(point)[1:] == (0, 0, 0)
 
@@ -123,7 +133,12 @@ PLAIN = mf.Architecture((1, 4, 4), (mf.Conv(2, activation="tanh", bias=True), mf
 
 def bounded_program(norm="l2", slack=1.2, width=(3, 3), count=4):
     network = random_network(PLAIN, width, 1)
-    free = mf.Problem(PLAIN, random_inputs(PLAIN, count, 1), normal((count, 2), 3), penalty=mf.Penalty(kernel_norm=norm, amplitude_bound=1.0))
+    free = mf.Problem(
+        PLAIN,
+        random_inputs(PLAIN, count, 1),
+        normal((count, 2), 3),
+        penalty=mf.Penalty(kernel_norm=norm, amplitude_bound=1.0),
+    )
     reached = free.bounds(network)[0][1]
     penalty = mf.Penalty(kernel_norm=norm, amplitude_bound=slack * reached)
     return mf.ConvexProgram.freeze(mf.Problem(PLAIN, free.inputs, free.targets, penalty=penalty), network)
@@ -180,12 +195,17 @@ def test_violation_of_the_amplitude_bound(norm):
 def test_violation_of_the_bias_bound():
     arch = mf.Architecture((1, 4, 4), (mf.Conv(2), mf.Conv(2, bias=True)))
     network = random_network(arch, (3, 2), 1)
-    small = mf.ParticleNetwork(arch, network.masses, [network.kernels[0], 1e-3 * network.kernels[1]], network.readout, network.biases)
+    small = mf.ParticleNetwork(
+        arch, network.masses, [network.kernels[0], 1e-3 * network.kernels[1]], network.readout, network.biases
+    )
     bound = network.biases[1].abs().max().item()
     problem = mf.Problem(arch, random_inputs(arch, 2, 1), [0.0, 1.0], penalty=mf.Penalty(amplitude_bound=bound))
     program = mf.ConvexProgram.freeze(problem, small)
     assert program.violation(program.point(small)) < 1e-12
-    tight = replace(program, problem=mf.Problem(arch, problem.inputs, problem.targets, penalty=mf.Penalty(amplitude_bound=bound / 1.01)))
+    tight = replace(
+        program,
+        problem=mf.Problem(arch, problem.inputs, problem.targets, penalty=mf.Penalty(amplitude_bound=bound / 1.01)),
+    )
     assert tight.violation(program.point(small)) > 1e-3
 
 
@@ -220,7 +240,9 @@ def test_restore_leaves_a_feasible_point_alone(case):
     program = case.freeze
     point = program.point(case.network)
     restored = program.restore(point)
-    for got, expected in zip((*restored.masses, *restored.kernels, restored.readout), (*point.masses, *point.kernels, point.readout)):
+    for got, expected in zip(
+        (*restored.masses, *restored.kernels, restored.readout), (*point.masses, *point.kernels, point.readout)
+    ):
         torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-9)
 
 
@@ -240,7 +262,9 @@ def test_network_of_the_point_is_the_frozen_network(case):
     back = program.network(program.point(case.network))
     for got, expected in zip(back.tensors(), case.network.tensors(), strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-13, atol=1e-13)
-    torch.testing.assert_close(program.output(program.point(case.network)), case.network(case.problem.inputs), rtol=1e-11, atol=1e-12)
+    torch.testing.assert_close(
+        program.output(program.point(case.network)), case.network(case.problem.inputs), rtol=1e-11, atol=1e-12
+    )
 
 
 @given(cases())
@@ -262,21 +286,31 @@ def test_dtype_and_device_are_kept(dtype, device):
     program = bounded_program().to(dtype=dtype, device=device)
     point = program.restore(program.point(program.frozen))
     tensors = [*program.features, program.feature_costs, program.design(1).rows(), program.value(point), *point.masses]
-    tensors += [program.basis(1).right, program.basis(1).preimage, *point.kernels, point.readout, *program.network(point).tensors()]
+    tensors += [
+        program.basis(1).right,
+        program.basis(1).preimage,
+        *point.kernels,
+        point.readout,
+        *program.network(point).tensors(),
+    ]
     assert {(t.dtype, t.device.type) for t in tensors} == {(dtype, device.type)}
     assert program.violation(point) < (1e-4 if dtype == torch.float32 else 1e-11)
 
 
 def test_freeze_refuses_a_network_beyond_a_bound():
     program = bounded_program()
-    problem = mf.Problem(PLAIN, program.problem.inputs, program.problem.targets, penalty=mf.Penalty(amplitude_bound=1e-3))
+    problem = mf.Problem(
+        PLAIN, program.problem.inputs, program.problem.targets, penalty=mf.Penalty(amplitude_bound=1e-3)
+    )
     with pytest.raises(ValueError, match=r"amplitude_bound=0.001 makes the network infeasible"):
         mf.ConvexProgram.freeze(problem, program.frozen)
 
 
 def test_point_refuses_other_widths():
     program = bounded_program()
-    with pytest.raises(ValueError, match=r"the network has widths \(2, 2\); the program froze the features of widths \(3, 3\)"):
+    with pytest.raises(
+        ValueError, match=r"the network has widths \(2, 2\); the program froze the features of widths \(3, 3\)"
+    ):
         program.point(random_network(PLAIN, (2, 2), 0))
 
 
@@ -293,7 +327,9 @@ def test_point_refuses_other_features(changed):
 def test_point_refuses_another_first_bias():
     program = bounded_program()
     network = program.frozen
-    other = mf.ParticleNetwork(PLAIN, network.masses, network.kernels, network.readout, [network.biases[0] + 1, network.biases[1]])
+    other = mf.ParticleNetwork(
+        PLAIN, network.masses, network.kernels, network.readout, [network.biases[0] + 1, network.biases[1]]
+    )
     with pytest.raises(ValueError, match="the network's features differ from the frozen ones"):
         program.point(other)
 

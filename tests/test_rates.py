@@ -22,7 +22,9 @@ def test_the_slope_is_that_of_least_squares_on_log_means():
 
 
 def test_the_interval_covers_the_truth_about_as_often_as_it_says():
-    """True slope -1, log-normal noise: 300 intervals, share of misses within 4.5 standard errors of what few samples allow."""
+    """True slope -1, log-normal noise: 300 intervals, share of misses within 4.5 standard errors of what few samples
+    allow.
+    """
     x, rng = np.array([16, 64, 256]), np.random.default_rng(0)
     misses = 0
     for trial in range(300):
@@ -38,7 +40,14 @@ def test_an_interval_lies_inside_another():
 
 
 @pytest.mark.parametrize(
-    ("x", "samples"), [([1], [[1.0]]), ([1, 1], [[1.0], [1.0]]), ([1, 2], [[1.0], []]), ([1, 2], [[1.0], [0.0]]), ([0, 2], [[1.0], [1.0]])]
+    ("x", "samples"),
+    [
+        ([1], [[1.0]]),
+        ([1, 1], [[1.0], [1.0]]),
+        ([1, 2], [[1.0], []]),
+        ([1, 2], [[1.0], [0.0]]),
+        ([0, 2], [[1.0], [1.0]]),
+    ],
 )
 def test_what_has_no_slope_is_refused(x, samples):
     with pytest.raises(ValueError, match=r"slope|positive"):

@@ -18,7 +18,14 @@ def run(example, directory):
     path = directory / "example.py"
     path.write_text(example)
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-    done = subprocess.run([sys.executable, "-W", "error", str(path)], capture_output=True, text=True, cwd=directory, env=environment, timeout=300)
+    done = subprocess.run(
+        [sys.executable, "-W", "error", str(path)],
+        capture_output=True,
+        text=True,
+        cwd=directory,
+        env=environment,
+        timeout=300,
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -48,7 +55,15 @@ def test_the_test_command_is_the_one_of_the_ci():
 
 
 def test_files_named_in_the_text_exist():
-    for name in ("constraints.txt", "CITATION.cff", "LICENSE", "Makefile", "benchmarks", "meanfield/certificates/duality.py", "tests/data"):
+    for name in (
+        "constraints.txt",
+        "CITATION.cff",
+        "LICENSE",
+        "Makefile",
+        "benchmarks",
+        "meanfield/certificates/duality.py",
+        "tests/data",
+    ):
         assert (ROOT / name).exists(), name
 
 

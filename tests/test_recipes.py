@@ -1,4 +1,6 @@
-"""Training by a recipe: the regulariser and its conversion, rates, steps, augmentation, resuming to the bit, every ending with a status."""
+"""Training by a recipe: the regulariser and its conversion, rates, steps, augmentation, resuming to the bit, every
+ending with a status.
+"""
 
 import copy
 import dataclasses
@@ -13,7 +15,19 @@ from torch.nn import functional
 
 import meanfield as mf
 from meanfield import data
-from meanfield.finite import L2_STRENGTHS, L12_STRENGTHS, FiniteCNN, Recipe, evaluate, fit, l12, recipes, regulariser, residual, vgg
+from meanfield.finite import (
+    L2_STRENGTHS,
+    L12_STRENGTHS,
+    FiniteCNN,
+    Recipe,
+    evaluate,
+    fit,
+    l12,
+    recipes,
+    regulariser,
+    residual,
+    vgg,
+)
 
 
 def seeded(seed=0):
@@ -92,7 +106,9 @@ class TestRegulariser:
         assert len(weights) == 10
         sums = {kind: float(regulariser(network, kind).detach()) for kind in ("l12", "l2")}
         assert sums["l12"] == pytest.approx(sum(float(l12(weight.detach())) for weight in weights), rel=1e-12)
-        assert sums["l2"] == pytest.approx(sum(float(weight.detach().square().sum()) for weight in weights) / 2, rel=1e-12)
+        assert sums["l2"] == pytest.approx(
+            sum(float(weight.detach().square().sum()) for weight in weights) / 2, rel=1e-12
+        )
         assert float(regulariser(network, "none")) == 0
         assert regulariser(network, "none").dtype == torch.float64
         assert float(regulariser(nn.ReLU(), "l12")) == 0
@@ -119,13 +135,25 @@ class TestRecipe:
 
     @pytest.mark.parametrize(
         ("penalty", "strengths", "rates"),
-        [("l12", L12_STRENGTHS, [0.01] * 4 + [0.002, 0.001]), ("l2", L2_STRENGTHS, [0.01] * 3 + [0.002, 0.001]), ("none", (0,), [0.01])],
+        [
+            ("l12", L12_STRENGTHS, [0.01] * 4 + [0.002, 0.001]),
+            ("l2", L2_STRENGTHS, [0.01] * 3 + [0.002, 0.001]),
+            ("none", (0,), [0.01]),
+        ],
     )
     def test_the_preset_of_the_authors(self, penalty, strengths, rates):
         found = [Recipe.authors(penalty, strength) for strength in strengths]
         assert [entry.learning_rate for entry in found] == rates
         assert [entry.strength for entry in found] == list(strengths)
-        fixed = {"epochs": 200, "batch_size": 64, "momentum": 0.9, "milestones": (60, 120, 180), "decay": 0.2, "warm_up": 1, "augment": True}
+        fixed = {
+            "epochs": 200,
+            "batch_size": 64,
+            "momentum": 0.9,
+            "milestones": (60, 120, 180),
+            "decay": 0.2,
+            "warm_up": 1,
+            "augment": True,
+        }
         assert fixed.items() <= dataclasses.asdict(found[-1]).items()
 
     @pytest.mark.parametrize(
@@ -152,9 +180,13 @@ class TestRecipe:
 class TestSteps:
     @pytest.mark.parametrize(("penalty", "strength"), [("none", 0.0), ("l12", 0.7), ("l2", 0.3)])
     def test_three_whole_batch_steps_are_nesterov_steps_on_the_objective(self, penalty, strength):
-        """v <- momentum v + g, w <- w - rate (g + momentum v)  (torch's form of Sutskever et al. 2013), at the rate of each step."""
+        """v <- momentum v + g, w <- w - rate (g + momentum v)  (torch's form of Sutskever et al. 2013), at the rate of
+        each step.
+        """
         (inputs, labels), network = task(dtype=torch.float64), linear()
-        found = recipe(epochs=3, batch_size=100, penalty=penalty, strength=strength, warm_up=2, milestones=(2,), momentum=0.8)
+        found = recipe(
+            epochs=3, batch_size=100, penalty=penalty, strength=strength, warm_up=2, milestones=(2,), momentum=0.8
+        )
         weight, bias = (p.detach().clone() for p in network.parameters())
         velocity = [torch.zeros_like(weight), torch.zeros_like(bias)]
         for rate in (0.01, 0.02, 0.004):
@@ -170,14 +202,18 @@ class TestSteps:
         torch.testing.assert_close(trained[1].detach(), bias, rtol=1e-11, atol=1e-13)
 
     def test_the_records(self):
-        """At a rate too small to move anything the pass sees the start: its mean weighs the short last batch by its size."""
+        """At a rate too small to move anything the pass sees the start: its mean weighs the short last batch by its
+        size.
+        """
         (inputs, labels), network = task(dtype=torch.float64), linear()
         seen = []
         found = recipe(learning_rate=1e-13, epochs=2, milestones=(1,), penalty="l12", strength=1)
         result = fit(network, inputs, labels, found, callback=seen.append)
         accuracy, loss = evaluate(network, inputs, labels)
         assert seen == result.history
-        assert [list(record) for record in seen] == [["epoch", "loss", "regulariser", "accuracy", "learning_rate", "seconds"]] * 2
+        assert [list(record) for record in seen] == [
+            ["epoch", "loss", "regulariser", "accuracy", "learning_rate", "seconds"]
+        ] * 2
         for record, rate in zip(seen, (1e-13, 0.2e-13)):
             assert record["loss"] == pytest.approx(loss, rel=1e-9)
             assert record["accuracy"] == accuracy
@@ -253,12 +289,16 @@ class TestSteps:
 
 class TestAugmentation:
     def test_every_image_is_a_shifted_and_perhaps_mirrored_copy(self):
-        """Rows and columns are read off one image of distinct entries; all places and both orientations occur equally often."""
+        """Rows and columns are read off one image of distinct entries; all places and both orientations occur equally
+        often.
+        """
         height, width, count = 16, 24, 3000
         image = torch.arange(1.0, 1 + 2 * height * width).reshape(1, 2, height, width)
         found = recipes.augmented(image.expand(count, -1, -1, -1), seeded())
         padded = functional.pad(image, (3, 3, 2, 2))
-        views = {(top, left): padded[0, :, top : top + height, left : left + width] for top in range(5) for left in range(7)}
+        views = {
+            (top, left): padded[0, :, top : top + height, left : left + width] for top in range(5) for left in range(7)
+        }
         keys = {view.contiguous().numpy().tobytes(): (*place, 0) for place, view in views.items()}
         keys |= {view.flip(2).contiguous().numpy().tobytes(): (*place, 1) for place, view in views.items()}
         places = torch.tensor([keys[one.numpy().tobytes()] for one in found]).double()
@@ -274,7 +314,10 @@ class TestAugmentation:
 
     def test_a_recipe_uses_it(self):
         inputs, labels = task()
-        plain, moved = (fit(small(), inputs, labels, recipe(epochs=1, augment=augment)).history[0]["loss"] for augment in (False, True))
+        plain, moved = (
+            fit(small(), inputs, labels, recipe(epochs=1, augment=augment)).history[0]["loss"]
+            for augment in (False, True)
+        )
         assert plain != moved
 
 
@@ -283,7 +326,11 @@ class Killed(Exception):
 
 
 class TestCheckpointsAndResuming:
-    SETTINGS = ({"augment": True, "penalty": "l12", "strength": 0.5}, {"momentum": 0.0}, {"penalty": "l2", "strength": 0.1})
+    SETTINGS = (
+        {"augment": True, "penalty": "l12", "strength": 0.5},
+        {"momentum": 0.0},
+        {"penalty": "l2", "strength": 0.1},
+    )
 
     def run(self, path=None, at=None, error=Killed, **settings):
         def stop(record):
@@ -291,7 +338,11 @@ class TestCheckpointsAndResuming:
                 raise error
 
         inputs, labels = task()
-        start, seed, kept = settings.pop("start", None) or small(dropout=0.4), settings.pop("seed", 5), settings.pop("checkpoints", (0, 2, 4))
+        start, seed, kept = (
+            settings.pop("start", None) or small(dropout=0.4),
+            settings.pop("seed", 5),
+            settings.pop("checkpoints", (0, 2, 4)),
+        )
         return fit(start, inputs, labels, recipe(**settings), seed, checkpoints=kept, state=path, callback=stop)
 
     @pytest.mark.parametrize("settings", SETTINGS)
@@ -309,7 +360,9 @@ class TestCheckpointsAndResuming:
         assert [record["epoch"] for record in whole.history] == [1, 2, 3, 4, 5]
         assert list(resumed.checkpoints) == [0, 2, 4]
         assert all(same_bits(resumed.at(epoch), whole.at(epoch)) for epoch in (0, 2, 4))
-        assert [record["seconds"] for record in resumed.history] == sorted(record["seconds"] for record in resumed.history)
+        assert [record["seconds"] for record in resumed.history] == sorted(
+            record["seconds"] for record in resumed.history
+        )
         assert not list(tmp_path.iterdir())
 
     def test_batch_statistics_are_resumed_too(self, tmp_path):
@@ -357,7 +410,14 @@ class TestCheckpointsAndResuming:
 
     def test_divergence_has_a_status_and_keeps_the_last_whole_epoch(self, tmp_path):
         inputs, labels = task()
-        result = fit(small(), inputs, labels, recipe(learning_rate=1e6, warm_up=0), checkpoints=(0, 5), state=tmp_path / "run.safetensors")
+        result = fit(
+            small(),
+            inputs,
+            labels,
+            recipe(learning_rate=1e6, warm_up=0),
+            checkpoints=(0, 5),
+            state=tmp_path / "run.safetensors",
+        )
         assert result.status == "diverged"
         assert "lower learning_rate" in result.message
         assert result.epochs == len(result.history) < 5
@@ -397,7 +457,9 @@ class TestEvaluate:
         score = evaluate(network, inputs, labels, batch_size=5)
         assert [module.training for module in network.modules()] == modes
         logs = output.double().log_softmax(1)
-        assert score.loss == pytest.approx(-sum(float(row[label]) for row, label in zip(logs, labels.tolist())) / 22, rel=1e-5)
+        assert score.loss == pytest.approx(
+            -sum(float(row[label]) for row, label in zip(logs, labels.tolist())) / 22, rel=1e-5
+        )
         assert score.accuracy == sum(int(row.argmax()) == label for row, label in zip(logs, labels.tolist())) / 22
         assert 0 < score.accuracy < 1
 
@@ -415,14 +477,30 @@ class TestArguments:
             ({"network": "vgg"}, TypeError, "network must be a torch.nn.Module, not str"),
             ({"recipe": {"epochs": 3}}, TypeError, "recipe must be a Recipe, not dict"),
             ({"inputs": [1.0]}, TypeError, "inputs must be a torch.Tensor, not list"),
-            ({"inputs": torch.zeros(22, 1, 4, 4, dtype=torch.int64)}, ValueError, "inputs has dtype torch.int64 and shape"),
+            (
+                {"inputs": torch.zeros(22, 1, 4, 4, dtype=torch.int64)},
+                ValueError,
+                "inputs has dtype torch.int64 and shape",
+            ),
             ({"labels": torch.zeros(21, dtype=torch.int64)}, ValueError, r"labels has shape \(21,\); expected \(22,\)"),
             ({"labels": torch.zeros(22)}, ValueError, "labels has dtype torch.float32; expected torch.int64"),
-            ({"labels": torch.full((22,), 3)}, ValueError, r"labels reach from 3 to 3; the network has 3 outputs, so they must lie in 0\.\.2"),
+            (
+                {"labels": torch.full((22,), 3)},
+                ValueError,
+                r"labels reach from 3 to 3; the network has 3 outputs, so they must lie in 0\.\.2",
+            ),
             ({"labels": torch.arange(22) % 3 - 1}, ValueError, "labels reach from -1 to 1"),
-            ({"network": small()[:2]}, ValueError, r"network gives an output of shape \(1, 2, 4, 4\) for one image; expected \(1, classes\)"),
+            (
+                {"network": small()[:2]},
+                ValueError,
+                r"network gives an output of shape \(1, 2, 4, 4\) for one image; expected \(1, classes\)",
+            ),
             ({"network": small().requires_grad_(False)}, ValueError, "network has no parameter that needs a gradient"),
-            ({"inputs": torch.zeros(22, 16), "recipe": recipe(augment=True)}, ValueError, r"augment=True needs inputs of shape \(N, C, H, W\)"),
+            (
+                {"inputs": torch.zeros(22, 16), "recipe": recipe(augment=True)},
+                ValueError,
+                r"augment=True needs inputs of shape \(N, C, H, W\)",
+            ),
             ({"seed": -1}, ValueError, "seed=-1 must be an integer of at least 0"),
             ({"checkpoints": (3, 1)}, ValueError, r"checkpoints=\(3, 1\) must be increasing epochs"),
             ({"checkpoints": (6,)}, ValueError, r"checkpoints=\(6,\) go beyond the 5 epochs"),
@@ -436,7 +514,9 @@ class TestArguments:
 
     def test_evaluate(self):
         inputs, labels = task(dtype=torch.float64)
-        with pytest.raises(ValueError, match=r"inputs are torch.float64 on cpu, the network is torch.float32 on cpu; convert"):
+        with pytest.raises(
+            ValueError, match=r"inputs are torch.float64 on cpu, the network is torch.float32 on cpu; convert"
+        ):
             evaluate(small(), inputs, labels)
         with pytest.raises(ValueError, match="batch_size=0 must be an integer of at least 1"):
             evaluate(small(), inputs.float(), labels, batch_size=0)

@@ -26,13 +26,17 @@ def stored_case(name):
     depth = sum(key.startswith("kernel") for key in tensors)
     kernels = [tensors[f"kernel{layer}"] for layer in range(depth)]
     layers = tuple(
-        mf.Conv(tuple(w.shape[2:]), settings_["padding"], stride, settings_["activation"]) for w, stride in zip(kernels, settings_["strides"])
+        mf.Conv(tuple(w.shape[2:]), settings_["padding"], stride, settings_["activation"])
+        for w, stride in zip(kernels, settings_["strides"])
     )
     arch = mf.Architecture(tuple(arrays["inputs"].shape[1:]), layers, settings_["readout"], settings_["K"])
     penalty = mf.Penalty(
-        source=settings_["lam_source"], readout=settings_["lam_readout"], input=settings_["lam_input"],
-        kernel_norm=settings_["kernel_norm"], amplitude_bound=settings_["bound"],
-    )  # fmt: skip
+        source=settings_["lam_source"],
+        readout=settings_["lam_readout"],
+        input=settings_["lam_input"],
+        kernel_norm=settings_["kernel_norm"],
+        amplitude_bound=settings_["bound"],
+    )
     network = mf.ParticleNetwork(arch, [tensors[f"mass{layer}"] for layer in range(depth)], kernels, tensors["readout"])
     return mf.Problem(arch, tensors["inputs"], tensors["targets"], settings_["loss"], penalty), network, settings_
 
@@ -67,7 +71,9 @@ def test_stored_optimum_is_certified(solved):
     assert -1e-9 <= solution.gap < 1e-6
     assert solution.gap == solution.certificate.gap == solution.value - solution.certificate.dual_value
     assert solution.relative_gap == pytest.approx(solution.gap / solution.value)
-    assert certificates.dual_value(program, solution.multipliers) == pytest.approx(solution.certificate.dual_value, abs=1e-12)
+    assert certificates.dual_value(program, solution.multipliers) == pytest.approx(
+        solution.certificate.dual_value, abs=1e-12
+    )
     assert problem.value(solution.network).item() == pytest.approx(solution.value, rel=1e-8)
 
 
@@ -102,7 +108,9 @@ def small_program(dtype=torch.float64, loss="squared"):
 def test_candidates_of_zero_mass_never_raise_the_optimum():
     arch = mf.Architecture((1, 3, 3), (mf.Conv(2, activation="tanh"), mf.Conv(2, activation="tanh")))
     network = random_network(arch, (4, 3), 0)
-    problem = mf.Problem(arch, random_inputs(arch, 3, 0), [0.0, 1.0, 2.0], penalty=mf.Penalty(source=0.01, readout=0.02, input=0.01))
+    problem = mf.Problem(
+        arch, random_inputs(arch, 3, 0), [0.0, 1.0, 2.0], penalty=mf.Penalty(source=0.01, readout=0.02, input=0.01)
+    )
     grown = mf.measures.extend(network, [3, 3], 0.5, torch.Generator().manual_seed(0))
     few, many = (slow.solve(mf.ConvexProgram.freeze(problem, net)).value for net in (network, grown))
     assert many <= few + 1e-8
@@ -158,7 +166,11 @@ def test_iteration_limit_is_a_status_and_not_an_exception(loss):
 
 
 @pytest.mark.parametrize(
-    ("outcome", "text"), [(cp.SolverError("out of steps"), r"CLARABEL ended as an error \(out of steps\)"), (None, "CLARABEL ended as None")]
+    ("outcome", "text"),
+    [
+        (cp.SolverError("out of steps"), r"CLARABEL ended as an error \(out of steps\)"),
+        (None, "CLARABEL ended as None"),
+    ],
 )
 def test_a_solver_without_an_answer_is_a_failed_solution(monkeypatch, outcome, text):
     program = small_program()

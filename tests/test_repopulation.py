@@ -75,7 +75,9 @@ def test_to_network_normalises_masses_and_keeps_the_flow():
     back = to_network(scaled, network)
     again = to_program(back)
     assert all(p.sum().item() == pytest.approx(1, abs=1e-14) for p in again.masses)
-    for got, expected in zip((*again.kernels, again.readout, again.biases[0]), (*point.kernels, point.readout, point.biases[0])):
+    for got, expected in zip(
+        (*again.kernels, again.readout, again.biases[0]), (*point.kernels, point.readout, point.biases[0])
+    ):
         torch.testing.assert_close(got, expected, rtol=1e-13, atol=1e-15)
 
 

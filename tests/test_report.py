@@ -18,7 +18,19 @@ def directory(tmp_path_factory):
     patch = pytest.MonkeyPatch()
     patch.setattr(findings, "TRAINED_WIDTHS", (4,))
     patch.setattr(findings, "SAMPLED_WIDTHS", (4, 8))
-    arguments = ["--widths", "6,4", "--samples", "6", "--rounds", "1", "--flow-steps", "20", "--out", str(out), "--quiet"]
+    arguments = [
+        "--widths",
+        "6,4",
+        "--samples",
+        "6",
+        "--rounds",
+        "1",
+        "--flow-steps",
+        "20",
+        "--out",
+        str(out),
+        "--quiet",
+    ]
     result = CliRunner().invoke(app, ["solve", *arguments])
     patch.undo()
     assert result.exit_code == 0, result.output

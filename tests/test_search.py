@@ -1,4 +1,6 @@
-"""The bound over all measures and the search for unseen features: weak duality by a slow twin, exact optima, refusals."""
+"""The bound over all measures and the search for unseen features: weak duality by a slow twin,
+exact optima, refusals.
+"""
 
 import math
 from itertools import pairwise
@@ -43,11 +45,21 @@ def slow_scores(problem, network, output, mu):
         bias = 0.0 if network.biases[0] is None else network.biases[0][i].item()
         gamma.append(penalty.input * (kernel.square().sum().item() + bias**2))
     for layer in range(1, arch.depth):
-        norm = (lambda k: k.abs().sum().item()) if penalty.kernel_norm == "l1" else (lambda k: k.square().sum().sqrt().item())
+        norm = (
+            (lambda k: k.abs().sum().item())
+            if penalty.kernel_norm == "l1"
+            else (lambda k: k.square().sum().sqrt().item())
+        )
         price = [2 * math.sqrt(penalty.source * (mu[layer - 1] + g)) for g in gamma]
-        gamma = [sum(price[i] * norm(row[i]) * p[layer - 1][i].item() for i in range(len(row))) for row in network.kernels[layer]]
+        gamma = [
+            sum(price[i] * norm(row[i]) * p[layer - 1][i].item() for i in range(len(row)))
+            for row in network.kernels[layer]
+        ]
     read = arch.readout_features(network.features(problem.inputs)[-1])
-    gains = [sum((output[:, k] @ read[:, j]).square().sum().item() for k in range(arch.outputs)) for j in range(read.shape[1])]
+    gains = [
+        sum((output[:, k] @ read[:, j]).square().sum().item() for k in range(arch.outputs))
+        for j in range(read.shape[1])
+    ]
     return [gain / (4 * penalty.readout) for gain in gains], gamma
 
 
@@ -61,7 +73,9 @@ def test_every_network_lies_above_the_bound_of_its_own_features(case, prices):
     bound = -conjugate - sum(mu) - max(g - c for g, c in zip(gains, gamma))
     assert problem.value(network).item() >= bound - 1e-9 * (1 + abs(bound))
     own = search._own(problem, network, max(network.widths))
-    torch.testing.assert_close(own.responses(problem, output) / (4 * problem.penalty.readout), torch.tensor(gains, dtype=torch.float64))
+    torch.testing.assert_close(
+        own.responses(problem, output) / (4 * problem.penalty.readout), torch.tensor(gains, dtype=torch.float64)
+    )
     # the root of zero is smoothed by the smallest number there is
     torch.testing.assert_close(own.costs(problem, mu), torch.tensor(gamma, dtype=torch.float64), rtol=1e-9, atol=1e-12)
 
@@ -115,7 +129,9 @@ def test_a_found_feature_is_what_its_score_says():
     found = search_features(problem, output, network, starts=24, steps=60, rounds=2)
     assert found.features is not None
     gains, gamma = slow_scores(problem, found.features, output, found.mu)
-    torch.testing.assert_close(found.scores, torch.tensor([g - c for g, c in zip(gains, gamma)], dtype=torch.float64), rtol=1e-3, atol=1e-9)
+    torch.testing.assert_close(
+        found.scores, torch.tensor([g - c for g, c in zip(gains, gamma)], dtype=torch.float64), rtol=1e-3, atol=1e-9
+    )
     assert (found.scores > 0).all()
     assert found.scores.tolist() == sorted(found.scores.tolist(), reverse=True)
 
@@ -148,7 +164,9 @@ def test_the_summary_claims_no_proof_of_a_search():
 @pytest.mark.parametrize("make", [one_layer, two_layers])
 def test_above_the_critical_penalty_the_bound_is_the_zero_network(make):
     problem = make()
-    problem = mf.Problem(problem.architecture, problem.inputs, problem.targets, penalty=mf.Penalty(source=1.0, readout=1e3, input=1.0))
+    problem = mf.Problem(
+        problem.architecture, problem.inputs, problem.targets, penalty=mf.Penalty(source=1.0, readout=1e3, input=1.0)
+    )
     nothing = 0.5 * problem.targets.square().mean().item()
     found = search_features(problem, -problem.targets / len(problem.targets), **QUICK)
     assert found.bound == pytest.approx(nothing, rel=1e-6)
@@ -159,7 +177,9 @@ def test_a_linear_layer_has_a_closed_form(channels):
     """q(z) = r <x, z> / C_0 on one image of one pixel: |q| <= |r| |x| / C_0 on unit kernels."""
     arch = mf.Architecture((channels, 1, 1), (mf.Conv(1, activation="identity"),))
     x = torch.tensor([3.0, -4.0], dtype=torch.float64)[:channels].view(1, channels, 1, 1)
-    problem = mf.Problem(arch, x, torch.tensor([[2.0]], dtype=torch.float64), penalty=mf.Penalty(input=0.1, readout=0.2))
+    problem = mf.Problem(
+        arch, x, torch.tensor([[2.0]], dtype=torch.float64), penalty=mf.Penalty(input=0.1, readout=0.2)
+    )
     limit = 2 * math.sqrt(0.1 * 0.2) / (x.norm().item() / channels)  # largest |r|
     r = min(2.0, limit)
     found = search_features(problem, torch.tensor([[-2.0]], dtype=torch.float64), starts=16, steps=200)
@@ -168,7 +188,9 @@ def test_a_linear_layer_has_a_closed_form(channels):
 
 def test_softplus_respects_what_it_becomes_far_away():
     arch = mf.Architecture((1, 3, 3), (mf.Conv(2, activation="softplus"),))
-    problem = mf.Problem(arch, random_inputs(arch, 4, 0), normal((4, 1), 1), penalty=mf.Penalty(input=0.01, readout=0.01))
+    problem = mf.Problem(
+        arch, random_inputs(arch, 4, 0), normal((4, 1), 1), penalty=mf.Penalty(input=0.01, readout=0.01)
+    )
     solution = mf.solve(problem, (8,), rounds=2, flow_steps=200)
     found = search_features(problem, solution.multipliers.output, solution.network)
     assert 0 < found.bound <= solution.value + 1e-9
@@ -191,7 +213,10 @@ def test_single_precision_problems_get_figures_of_double_precision():
 def test_candidates_enter_without_mass_and_can_only_help():
     problem = two_layers(readout=2e-3, source=2e-3, input=2e-3)
     network, candidates = random_network(TWO_TANH, (3, 2), 0), random_network(TWO_TANH, (4, 3), 9)
-    alone, joined = mf.ConvexProgram.freeze(problem, network), mf.ConvexProgram.with_candidates(problem, network, candidates)
+    alone, joined = (
+        mf.ConvexProgram.freeze(problem, network),
+        mf.ConvexProgram.with_candidates(problem, network, candidates),
+    )
     start = joined.point(joined.frozen)
     assert joined.value(start).item() == pytest.approx(problem.value(network).item(), rel=1e-12)
     assert joined.violation(start) < 1e-12
@@ -216,7 +241,9 @@ def test_balancing_one_layer_keeps_the_output_at_the_least_penalty():
     balanced = measures.balance(network, 2e-3, 8e-3)
     torch.testing.assert_close(balanced(problem.inputs), network(problem.inputs))
     total = (network.masses[0] * network.kernels[0].flatten(1).norm(dim=1) * network.readout[0].abs()).sum().item()
-    penalty = mf.Problem(problem.architecture, problem.inputs, problem.targets, penalty=mf.Penalty(input=2e-3, readout=8e-3))
+    penalty = mf.Problem(
+        problem.architecture, problem.inputs, problem.targets, penalty=mf.Penalty(input=2e-3, readout=8e-3)
+    )
     terms = penalty.terms(balanced)
     assert (terms.input + terms.readout).item() == pytest.approx(2 * math.sqrt(2e-3 * 8e-3) * total, rel=1e-12)
 

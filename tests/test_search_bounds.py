@@ -26,7 +26,10 @@ QUICK = {"starts": 10, "steps": 12, "rounds": 2}
 def feasible(problem, seed, size=1.0):
     """Any output multipliers, made feasible as a caller would."""
     count = len(problem.inputs)
-    return problem.loss.feasible(count * size * normal((count, problem.architecture.outputs), seed), problem.targets) / count
+    return (
+        problem.loss.feasible(count * size * normal((count, problem.architecture.outputs), seed), problem.targets)
+        / count
+    )
 
 
 def gradient(problem, network):
@@ -45,7 +48,9 @@ def kernel_norm(penalty, kernel):
 
 
 def gains_and_costs(problem, network, output, mu):
-    """|q_j|^2 / (4 lambda_u) and gamma_j of the last layer's particles, feature by feature, from w, p and the feature maps."""
+    """|q_j|^2 / (4 lambda_u) and gamma_j of the last layer's particles, feature by feature, from w, p and the feature
+    maps.
+    """
     penalty, arch, masses = problem.penalty, problem.architecture, [slow.array(p) for p in network.masses]
     first = np.zeros(network.widths[0]) if network.biases[0] is None else slow.array(network.biases[0])
     gamma = [penalty.input * ((z**2).sum() + b**2) for z, b in zip(slow.array(network.kernels[0]), first)]
@@ -84,7 +89,11 @@ def own_prices(problem, network):
     strength, mu = problem.penalty.source, []
     below = problem.terms(network).input.item()
     for layer in range(1, problem.architecture.depth):
-        norms, p, target = problem.penalty.norms(network.kernels[layer]), network.masses[layer - 1], network.masses[layer]
+        norms, p, target = (
+            problem.penalty.norms(network.kernels[layer]),
+            network.masses[layer - 1],
+            network.masses[layer],
+        )
         source = strength * sum((p[i] * (target @ norms[:, i]) ** 2).item() for i in range(len(p)))
         mu.append(source - below)
         below = 2 * source
@@ -94,7 +103,11 @@ def own_prices(problem, network):
 price = st.sampled_from([0.0, 1e-3, 0.05, 1.0])
 
 
-@given(cases(archs=architectures(sides=(2, 4)), zero_mass=(False, True)), st.tuples(price, price), st.sampled_from([0.03, 1.0, 4.0]))
+@given(
+    cases(archs=architectures(sides=(2, 4)), zero_mass=(False, True)),
+    st.tuples(price, price),
+    st.sampled_from([0.03, 1.0, 4.0]),
+)
 def test_no_network_is_below_the_bound_on_its_own_features(case, prices, size):
     """Three losses, both norms, biases, bounds, poolings, readouts and L = 1, 2, 3; any r and any mu."""
     problem, network = case.problem, case.network
@@ -103,8 +116,12 @@ def test_no_network_is_below_the_bound_on_its_own_features(case, prices, size):
     for output in (feasible(problem, case.seed, size), gradient(problem, network)):
         bound = own_bound(problem, network, output, mu)
         assert value >= bound - 1e-10 * (1 + abs(bound))
-        gains, gamma = (each[slow.array(network.masses[-1]) > 0] for each in gains_and_costs(problem, network, output, mu))
-        np.testing.assert_allclose(slow.array(own.responses(problem, output)) / (4 * problem.penalty.readout), gains, rtol=1e-10, atol=1e-10)
+        gains, gamma = (
+            each[slow.array(network.masses[-1]) > 0] for each in gains_and_costs(problem, network, output, mu)
+        )
+        np.testing.assert_allclose(
+            slow.array(own.responses(problem, output)) / (4 * problem.penalty.readout), gains, rtol=1e-10, atol=1e-10
+        )
         np.testing.assert_allclose(slow.array(own.costs(problem, mu)), gamma, rtol=1e-10, atol=1e-10)
 
 
@@ -140,12 +157,19 @@ def test_the_bound_is_attained_where_every_inequality_is_tight(arch, norm, seed)
 @pytest.mark.parametrize(
     ("depth", "loss", "outputs", "norm", "readout", "bias"),
     [
-        (1, "logistic", 1, "l2", "average", True), (2, "squared", 1, "l2", "average", False), (2, "softmax", 3, "l1", "flatten", True),
+        (1, "logistic", 1, "l2", "average", True),
+        (2, "squared", 1, "l2", "average", False),
+        (2, "softmax", 3, "l1", "flatten", True),
         (3, "squared", 2, "l1", "average", False),
     ],
-)  # fmt: skip
+)
 def test_own_features_give_the_value_at_the_optimum_of_their_program(depth, loss, outputs, norm, readout, bias):
-    arch = mf.Architecture((2, depth + 1, depth + 2), tuple(mf.Conv(2, activation="tanh", bias=bias) for _ in range(depth)), readout, outputs)
+    arch = mf.Architecture(
+        (2, depth + 1, depth + 2),
+        tuple(mf.Conv(2, activation="tanh", bias=bias) for _ in range(depth)),
+        readout,
+        outputs,
+    )
     penalty = mf.Penalty(source=0.01, readout=0.02, input=0.01, kernel_norm=norm)
     problem = mf.Problem(arch, random_inputs(arch, 3, 1), random_targets(loss, outputs, 3, 1), loss, penalty)
     start = random_network(arch, [4] * depth, 2)
@@ -185,7 +209,8 @@ def test_optimal_multipliers_give_the_exact_optimum(exact, with_network):
     found = search_features(problem, solution.multipliers.output, solution.network if with_network else None)
     assert EXACT - 1e-5 <= found.rigorous_bound <= EXACT + 1e-9
     assert found.bound >= found.rigorous_bound - 1e-12
-    assert found.bound <= EXACT + (1e-9 if with_network else 1e-5)  # own features reach the supremum, a search comes close
+    # own features reach the supremum, a search comes close
+    assert found.bound <= EXACT + (1e-9 if with_network else 1e-5)
 
 
 @pytest.mark.parametrize("steps", [1, 5, 40])
@@ -222,7 +247,12 @@ def test_input_bound_of_one_pixel_in_closed_form(activation):
     """|q| <= |r| h(B x): the supremum is found by a fine grid over z."""
     arch = mf.Architecture((1, 1, 1), (mf.Conv(1, activation=activation),))
     penalty = mf.Penalty(input=0.05, readout=0.1, input_bound=0.8)
-    problem = mf.Problem(arch, torch.full((1, 1, 1, 1), 1.5, dtype=torch.float64), torch.tensor([[1.0]], dtype=torch.float64), penalty=penalty)
+    problem = mf.Problem(
+        arch,
+        torch.full((1, 1, 1, 1), 1.5, dtype=torch.float64),
+        torch.tensor([[1.0]], dtype=torch.float64),
+        penalty=penalty,
+    )
     z = np.linspace(-0.8, 0.8, 2001)
     h = np.array([slow.ACTIVATIONS[activation](1.5 * each) for each in z])
     r = np.linspace(0, 1, 4001)
@@ -246,7 +276,9 @@ def test_above_the_critical_penalty_the_zero_network_is_optimal(layers):
 @pytest.fixture(scope="module")
 def softplus():
     arch = mf.Architecture((1, 3, 3), (mf.Conv(2, activation="softplus"),))
-    problem = mf.Problem(arch, random_inputs(arch, 5, 0), normal((5, 1), 1), penalty=mf.Penalty(input=0.01, readout=0.01))
+    problem = mf.Problem(
+        arch, random_inputs(arch, 5, 0), normal((5, 1), 1), penalty=mf.Penalty(input=0.01, readout=0.01)
+    )
     return problem, mf.solve(problem, (8,), rounds=3, flow_steps=300)
 
 
@@ -295,7 +327,9 @@ def test_a_found_feature_lowers_the_value():
 
 
 def bounded_problem(norm, bias):
-    arch = mf.Architecture((1, 4, 4), (mf.Conv(2, activation="relu", bias=bias), mf.Conv(2, activation="relu", bias=bias)))
+    arch = mf.Architecture(
+        (1, 4, 4), (mf.Conv(2, activation="relu", bias=bias), mf.Conv(2, activation="relu", bias=bias))
+    )
     penalty = mf.Penalty(source=1e-4, readout=1e-3, input=1e-4, kernel_norm=norm, amplitude_bound=0.7, input_bound=0.9)
     return mf.Problem(arch, random_inputs(arch, 5, 0), normal((5, 1), 1), penalty=penalty)
 
@@ -330,7 +364,12 @@ def test_single_precision_problems_get_double_precision_figures():
     single, output = problem.to(dtype=torch.float32), gradient(problem, network)
     found = search_features(single, output.float(), network.to(dtype=torch.float32), **QUICK)
     assert found.features.dtype == found.scores.dtype == torch.float64
-    same = search_features(single.to(dtype=torch.float64), output.float().double(), network.to(dtype=torch.float32).to(dtype=torch.float64), **QUICK)
+    same = search_features(
+        single.to(dtype=torch.float64),
+        output.float().double(),
+        network.to(dtype=torch.float32).to(dtype=torch.float64),
+        **QUICK,
+    )
     assert found.bound == same.bound
 
 
@@ -342,12 +381,15 @@ ONE, TWO = ("relu",), ("relu", "relu")
 @pytest.mark.parametrize(
     ("layers", "penalty", "reasons"),
     [
-        (TWO, mf.Penalty(), ["input_bound", "amplitude_bound"]), (TWO, mf.Penalty(input_bound=1.0), ["amplitude_bound"]),
-        (TWO, mf.Penalty(amplitude_bound=1.0), ["input_bound"]), (("tanh", "relu"), mf.Penalty(), ["input_bound", "amplitude_bound"]),
-        (ONE, mf.Penalty(readout=0.0), ["readout penalty"]), (("tanh", "tanh"), mf.Penalty(source=0.0), ["source penalty"]),
+        (TWO, mf.Penalty(), ["input_bound", "amplitude_bound"]),
+        (TWO, mf.Penalty(input_bound=1.0), ["amplitude_bound"]),
+        (TWO, mf.Penalty(amplitude_bound=1.0), ["input_bound"]),
+        (("tanh", "relu"), mf.Penalty(), ["input_bound", "amplitude_bound"]),
+        (ONE, mf.Penalty(readout=0.0), ["readout penalty"]),
+        (("tanh", "tanh"), mf.Penalty(source=0.0), ["source penalty"]),
         (ONE, mf.Penalty(input=0.0), ["input_bound"]),
     ],
-)  # fmt: skip
+)
 def test_without_a_bound_the_reason_is_named(layers, penalty, reasons):
     arch = mf.Architecture((1, 3, 4), tuple(mf.Conv((1, 2), activation=name) for name in layers))
     problem = mf.Problem(arch, random_inputs(arch, 3, 0), normal((3, 1), 1), penalty=penalty)
@@ -393,7 +435,10 @@ def test_a_program_with_candidates_starts_at_the_network_and_gains(bias):
     arch = mf.Architecture((1, 3, 4), tuple(mf.Conv(2, activation="tanh", bias=bias) for _ in range(2)))
     problem = mf.Problem(arch, random_inputs(arch, 3, 0), normal((3, 1), 1), penalty=WEAK)
     network, others = random_network(arch, (3, 2), 0), random_network(arch, (2, 3), 1)
-    alone, joined = mf.ConvexProgram.freeze(problem, network), mf.ConvexProgram.with_candidates(problem, network, others)
+    alone, joined = (
+        mf.ConvexProgram.freeze(problem, network),
+        mf.ConvexProgram.with_candidates(problem, network, others),
+    )
     start = joined.point(joined.frozen)
     assert joined.value(start).item() == pytest.approx(problem.value(network).item(), rel=1e-12)
     assert joined.violation(start) < 1e-10

@@ -102,7 +102,9 @@ def test_concave_maximum_on_a_kink(dimension):
     eye = torch.eye(dimension, dtype=torch.float64)
     A = torch.cat([eye, -eye[:1], eye[1:], -eye[1:]])
     w = torch.cat([torch.tensor([50.0, -50.0]), *[torch.full((dimension - 1,), v) for v in (0.0, -2.0, -2.0)]]).double()
-    order = torch.cat([torch.tensor([0, dimension]), torch.arange(1, dimension), torch.arange(dimension + 1, 3 * dimension - 1)])
+    order = torch.cat(
+        [torch.tensor([0, dimension]), torch.arange(1, dimension), torch.arange(dimension + 1, 3 * dimension - 1)]
+    )
     found = check(A[order], w[:, None], gap=1e-8)
     expected = math.sqrt(50**2 + 4 * (dimension - 1))  # of the negative: -50 z_1 + 2 sum |z_i|
     assert found.lower == pytest.approx(expected, rel=1e-9)
@@ -147,7 +149,9 @@ def test_several_outputs(dimension, outputs):
 
 @pytest.mark.parametrize("dimension", [4, 9])
 def test_rows_that_nearly_cancel(dimension):
-    """Pairs of close rows of opposite weight, some turned round: the bound stays valid and is far below the sum of sizes."""
+    """Pairs of close rows of opposite weight, some turned round: the bound stays valid and is far below the sum of
+    sizes.
+    """
     A = normal((150, dimension), 31)
     B = A + 0.05 * normal((150, dimension), 32)
     B[::3] *= -1
@@ -185,7 +189,9 @@ def test_open_cells_are_limited(monkeypatch):
 
 def degenerate(dimension, seed):
     A = normal((4, dimension), seed)
-    return torch.cat([A, A[:2], 2 * A[1:3], -0.5 * A[:2], torch.zeros(2, dimension, dtype=torch.float64), A[:1] + 1e-14])
+    return torch.cat(
+        [A, A[:2], 2 * A[1:3], -0.5 * A[:2], torch.zeros(2, dimension, dtype=torch.float64), A[:1] + 1e-14]
+    )
 
 
 @pytest.mark.parametrize("dimension", [1, 2, 3, 4])
@@ -220,7 +226,11 @@ def test_nearly_equal_planes_are_left_to_branch_and_bound():
 
 @pytest.mark.parametrize(
     ("A", "W"),
-    [(normal((5, 4), 60), torch.zeros(5, 1)), (torch.zeros(5, 4), torch.ones(5, 2)), (torch.zeros(0, 3), torch.zeros(0, 1))],
+    [
+        (normal((5, 4), 60), torch.zeros(5, 1)),
+        (torch.zeros(5, 4), torch.ones(5, 2)),
+        (torch.zeros(0, 3), torch.zeros(0, 1)),
+    ],
 )
 def test_nothing_to_see(A, W):
     found = maximise(A, W)

@@ -124,7 +124,10 @@ def test_ctrl_c_keeps_the_best_point(stop):
     assert solution.certificate.violation < 1e-7
 
 
-@pytest.mark.parametrize(("options", "status"), [({"max_iterations": 5}, "max_iterations"), ({"max_seconds": 0.0, "check_every": 5}, "max_seconds")])
+@pytest.mark.parametrize(
+    ("options", "status"),
+    [({"max_iterations": 5}, "max_iterations"), ({"max_seconds": 0.0, "check_every": 5}, "max_seconds")],
+)
 def test_limits_are_statuses_with_an_honest_gap(options, status):
     frozen = program()
     truth = splitting.solve(frozen, tolerance=1e-9)
@@ -206,7 +209,9 @@ def test_one_image(loss):
 
 
 def test_single_particles_leave_a_ridge_regression_with_a_closed_form():
-    """M_1 = M_2 = 1: masses are one, W is fixed by its constraint, and u solves a scalar least-squares problem per output."""
+    """M_1 = M_2 = 1: masses are one, W is fixed by its constraint, and u solves a scalar least-squares problem per
+    output.
+    """
     problem, network = make((1, 1), count=5)
     frozen = mf.ConvexProgram.freeze(problem, network)
     solution = splitting.solve(frozen, tolerance=1e-8)
@@ -243,7 +248,9 @@ def test_a_perturbed_feasible_point_has_a_larger_gap():
     frozen = program()
     solution = splitting.solve(frozen, tolerance=1e-9)
     masses = tuple(p + 0.05 * normal(p.shape, 9).abs() for p in solution.point.masses)
-    moved = frozen.restore(solution.point.__class__(masses, solution.point.kernels, solution.point.readout, solution.point.biases))
+    moved = frozen.restore(
+        solution.point.__class__(masses, solution.point.kernels, solution.point.readout, solution.point.biases)
+    )
     judged = certificates.certify(frozen, moved, solution.multipliers)
     assert judged.violation < 1e-7
     assert judged.gap >= judged.value - solution.value - ROUNDING

@@ -37,7 +37,9 @@ def test_finished_cells_are_not_measured_again(tmp_path):
     CALLS.clear()
     first = sweep.run(squares, cells(3), tmp_path, backend="sequential")
     heard = []
-    second = sweep.run(squares, cells(5), tmp_path, backend="sequential", announce=lambda cell, kept: heard.append((cell["n"], kept)))
+    second = sweep.run(
+        squares, cells(5), tmp_path, backend="sequential", announce=lambda cell, kept: heard.append((cell["n"], kept))
+    )
     assert CALLS == [0, 1, 2, 3, 4]
     assert second[: len(first)] == first
     assert sorted(heard) == [(0, True), (1, True), (2, True), (3, False), (4, False)]
@@ -51,7 +53,13 @@ def test_a_study_keeps_tables_and_hands_places_on(tmp_path):
     plan = {"one": cells(2), "two": cells(1)}
     heard = []
     options = {"places": {"place": str(tmp_path)}, "backend": "sequential"}
-    tables = sweep.study(plan, {"one": noted, "two": noted}, tmp_path, announce=lambda part, cell, kept: heard.append((part, kept)), **options)
+    tables = sweep.study(
+        plan,
+        {"one": noted, "two": noted},
+        tmp_path,
+        announce=lambda part, cell, kept: heard.append((part, kept)),
+        **options,
+    )
     assert tables == {"one": [{"n": 0, "there": True}, {"n": 1, "there": True}], "two": [{"n": 0, "there": True}]}
     assert (tmp_path / "one.csv").read_text() == "n,there\n0,True\n1,True\n"
     assert heard == [("one", False), ("one", False), ("two", True)]  # the same measure of the same cell
@@ -82,7 +90,13 @@ def test_a_damaged_cell_is_named(tmp_path):
 
 def test_a_table_has_every_column_and_floats_to_the_last_bit(tmp_path):
     path = sweep.write_table(sweep.run(squares, cells(2)), tmp_path / "table.csv")
-    assert path.read_text().splitlines() == ["n,square,third,extra", "0,0,0.0,", '0,,,"a,b"', f"1,1,{1 / 3!r},", '1,,,"a,b"']
+    assert path.read_text().splitlines() == [
+        "n,square,third,extra",
+        "0,0,0.0,",
+        '0,,,"a,b"',
+        f"1,1,{1 / 3!r},",
+        '1,,,"a,b"',
+    ]
 
 
 SCRIPT = """
@@ -99,10 +113,14 @@ sweep.write_table(rows, {table!r})
 def test_killed_again_and_again_and_resumed_the_table_is_the_same(tmp_path):
     whole = sweep.write_table(sweep.run(slow, cells(30)), tmp_path / "whole.csv")
     table, directory = tmp_path / "table.csv", tmp_path / "cells"
-    text = SCRIPT.format(tests=str(Path(__file__).parent), directory=str(directory), table=str(table), backend="threading")
+    text = SCRIPT.format(
+        tests=str(Path(__file__).parent), directory=str(directory), table=str(table), backend="threading"
+    )
     chance, done = random.Random(0), []
     for _ in range(3):
-        process = subprocess.Popen([sys.executable, "-c", text], start_new_session=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        process = subprocess.Popen(
+            [sys.executable, "-c", text], start_new_session=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+        )
         _wait_for_more_cells(process, directory, len(done), chance.randint(1, 4))
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
@@ -124,5 +142,8 @@ def _wait_for_more_cells(process, directory, before, more):
 
 def test_dask_runs_the_same_sweep(tmp_path):
     distributed = pytest.importorskip("distributed")
-    with distributed.LocalCluster(n_workers=1, threads_per_worker=1, processes=False, dashboard_address=None) as cluster, distributed.Client(cluster):
+    with (
+        distributed.LocalCluster(n_workers=1, threads_per_worker=1, processes=False, dashboard_address=None) as cluster,
+        distributed.Client(cluster),
+    ):
         assert sweep.run(slow, cells(3), tmp_path, jobs=1, backend="dask") == sweep.run(slow, cells(3))

@@ -39,19 +39,35 @@ def told(statistic, **more):
 
 def made(statistic, control, **more):
     return Claim(
-        name="made_up", statement="s", source="p", statistic="number", threshold=1.0, derivation="d", limits="l", measure=told(statistic),
-        controls={"dropped": told(control)}, axes=Axes("x", "y"), **more,
-    )  # fmt: skip
+        name="made_up",
+        statement="s",
+        source="p",
+        statistic="number",
+        threshold=1.0,
+        derivation="d",
+        limits="l",
+        measure=told(statistic),
+        controls={"dropped": told(control)},
+        axes=Axes("x", "y"),
+        **more,
+    )
 
 
 @pytest.mark.parametrize(
     ("statistic", "control", "at_least", "holds", "rejected"),
     [
-        (0.5, 2.0, False, True, True), (2.0, 3.0, False, False, True), (0.5, 0.5, False, True, False), (2.0, 0.5, True, True, True),
-        (2.0, 3.0, True, True, False), (0.5, 0.1, True, False, True), (math.nan, math.nan, False, False, False),
-        (math.nan, math.nan, True, False, False), (0.5, math.inf, False, True, True), (1.0, 1.0, False, True, False),
+        (0.5, 2.0, False, True, True),
+        (2.0, 3.0, False, False, True),
+        (0.5, 0.5, False, True, False),
+        (2.0, 0.5, True, True, True),
+        (2.0, 3.0, True, True, False),
+        (0.5, 0.1, True, False, True),
+        (math.nan, math.nan, False, False, False),
+        (math.nan, math.nan, True, False, False),
+        (0.5, math.inf, False, True, True),
+        (1.0, 1.0, False, True, False),
     ],
-)  # fmt: skip
+)
 def test_a_verdict_needs_the_claim_and_its_control(statistic, control, at_least, holds, rejected):
     verdict = judge(made(statistic, control, at_least=at_least), Setting())
     assert (verdict.holds, verdict.control_rejected, verdict.passed) == (holds, rejected, holds and rejected)
@@ -82,7 +98,9 @@ def test_a_measurement_that_raises_is_a_failed_check():
 
 
 def test_records_are_strict_json_and_come_back_the_same():
-    claim = replace(made(0.5, math.inf), measure=told(0.5, series=(Series("a", [0.0, 1.0], [1.0, math.nan], "points"),)))
+    claim = replace(
+        made(0.5, math.inf), measure=told(0.5, series=(Series("a", [0.0, 1.0], [1.0, math.nan], "points"),))
+    )
     record = judge(claim, Setting()).to_dict()
     again = json.loads(json.dumps(record, allow_nan=False))
     assert float(again["control_statistic"]) == math.inf
@@ -119,14 +137,20 @@ def test_a_stored_verdict_is_taken_only_if_the_code_is_the_same(tmp_path, monkey
     (first,) = runner.run(tasks, tmp_path)
     monkeypatch.setattr(runner, "_measure", lambda task, directory: pytest.fail("measured again"))
     assert list(runner.run(tasks, tmp_path, resume=True)) == [first]
-    monkeypatch.setattr(runner, "_measure", lambda task, directory: {"name": CHEAP, "seed": 0, "full": False, "fresh": True})
+    monkeypatch.setattr(
+        runner, "_measure", lambda task, directory: {"name": CHEAP, "seed": 0, "full": False, "fresh": True}
+    )
     assert next(runner.run(tasks, tmp_path))["fresh"]
     (tmp_path / "verdicts" / f"{CHEAP}.quick.0.json").write_text(json.dumps(first | {"code": "older"}))
     assert next(runner.run(tasks, tmp_path, resume=True))["fresh"]
 
 
 def test_the_digest_of_a_claim_covers_its_own_file_and_the_frame():
-    assert runner.fingerprint("invariances.scale") == runner.fingerprint("invariances.particles") != runner.fingerprint("mixture")
+    assert (
+        runner.fingerprint("invariances.scale")
+        == runner.fingerprint("invariances.particles")
+        != runner.fingerprint("mixture")
+    )
     for name in runner.FRAME:
         assert (Path(runner.__file__).parent / f"{name}.py").exists()
 
@@ -151,10 +175,12 @@ def test_the_command_says_no_with_its_exit_status(monkeypatch):
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        (["--only", "nonsense"], "no such claim"), (["--resume"], "needs --out"), (["--device", "abacus"], "cannot be used"),
+        (["--only", "nonsense"], "no such claim"),
+        (["--resume"], "needs --out"),
+        (["--device", "abacus"], "cannot be used"),
         (["--seeds", "0"], "--seeds"),
     ],
-)  # fmt: skip
+)
 def test_wrong_options_are_named(options, text):
     result = CliRunner().invoke(app, options)
     assert result.exit_code == 2
@@ -169,7 +195,9 @@ def test_witnesses_of_controls_can_be_replayed(tmp_path):
     list(runner.run([("joint_convexity.segments", Setting())], tmp_path))
     files = sorted((tmp_path / "witnesses").iterdir())
     assert len(files) == 6
-    witness = Witness.load(tmp_path / "witnesses" / "joint_convexity.segments.weight_decay_for_the_source_penalty.safetensors")
+    witness = Witness.load(
+        tmp_path / "witnesses" / "joint_convexity.segments.weight_decay_for_the_source_penalty.safetensors"
+    )
     found = []
     for instance, depth in ((0, 2), (1, 3), (2, 2), (3, 3), (4, 2), (5, 3)):
         variables = joint_convexity._variables(Setting(), instance, depth)

@@ -10,7 +10,9 @@ def test_one_of_returns_the_option():
 
 
 def test_one_of_names_the_argument_and_the_nearest_option():
-    with pytest.raises(ValueError, match=r"activation='rleu' is unknown: choose one of 'relu', 'tanh'; did you mean 'relu'\?"):
+    with pytest.raises(
+        ValueError, match=r"activation='rleu' is unknown: choose one of 'relu', 'tanh'; did you mean 'relu'\?"
+    ):
         validation.one_of("rleu", ["relu", "tanh"], "activation")
 
 
@@ -37,7 +39,9 @@ def test_pair_accepts_an_integer_or_two(value, expected):
     assert validation.pair(value, "stride", 1) == expected
 
 
-@pytest.mark.parametrize(("value", "message"), [((1, 2, 3), "stride=.*one integer or a pair"), ((1, 0), "stride=0"), ("12", "stride='12'")])
+@pytest.mark.parametrize(
+    ("value", "message"), [((1, 2, 3), "stride=.*one integer or a pair"), ((1, 0), "stride=0"), ("12", "stride='12'")]
+)
 def test_pair_names_the_argument(value, message):
     with pytest.raises(ValueError, match=message):
         validation.pair(value, "stride", 1)
@@ -65,9 +69,14 @@ def test_positive_returns_a_float():
 
 @pytest.mark.parametrize(
     ("value", "message"),
-    [(3, "widths=3 must be a sequence of 2"), ("34", "widths='34' must be a sequence"), ((3,), r"widths=\(3,\) has 1 entries.*2 layers"),
-     ((3, 0), "widths=0"), ((3, 4, 5), "has 3 entries")],
-)  # fmt: skip
+    [
+        (3, "widths=3 must be a sequence of 2"),
+        ("34", "widths='34' must be a sequence"),
+        ((3,), r"widths=\(3,\) has 1 entries.*2 layers"),
+        ((3, 0), "widths=0"),
+        ((3, 4, 5), "has 3 entries"),
+    ],
+)
 def test_widths_name_the_argument(value, message):
     with pytest.raises(ValueError, match=message):
         validation.widths(value, 2)

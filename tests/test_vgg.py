@@ -1,4 +1,6 @@
-"""VGG and residual classifiers: layers, shapes and names, the start, the size of the signal, the blocks; the random numbers they draw."""
+"""VGG and residual classifiers: layers, shapes and names, the start, the size of the signal, the blocks; the random
+numbers they draw.
+"""
 
 import math
 
@@ -36,13 +38,20 @@ class TestVGGLayers:
                 expected += [(f"conv{index}", channels, width), f"relu{index}"]
                 channels = width
             expected.append(f"pool{stage}")
-        found = [(n, m.in_channels, m.out_channels) if isinstance(m, nn.Conv2d) else n for n, m in network.named_children()]
+        found = [
+            (n, m.in_channels, m.out_channels) if isinstance(m, nn.Conv2d) else n for n, m in network.named_children()
+        ]
         assert found == [*expected, "flatten", "linear1"]
-        assert all((c.kernel_size, c.padding, c.stride) == ((3, 3), (1, 1), (1, 1)) for c in network if isinstance(c, nn.Conv2d))
+        assert all(
+            (c.kernel_size, c.padding, c.stride) == ((3, 3), (1, 1), (1, 1))
+            for c in network
+            if isinstance(c, nn.Conv2d)
+        )
         assert network(images(2, 3, 32, 32)).shape == (2, 10)
 
     @pytest.mark.parametrize(
-        ("side", "poolings", "features"), [((1, 1), 0, 8), ((8, 8), 3, 8), ((14, 14), 3, 8), ((28, 28), 4, 8), ((32, 32), 5, 8), ((4, 9), 2, 16)]
+        ("side", "poolings", "features"),
+        [((1, 1), 0, 8), ((8, 8), 3, 8), ((14, 14), 3, 8), ((28, 28), 4, 8), ((32, 32), 5, 8), ((4, 9), 2, 16)],
     )
     def test_poolings_stop_before_the_map_is_smaller_than_their_window(self, side, poolings, features):
         network = vgg(8, (1, *side), 3, width=1, generator=seeded())
@@ -54,7 +63,11 @@ class TestVGGLayers:
         network = vgg(11, (1, 8, 8), 4, width=1, hidden=(6, 5), dropout=0.25, generator=seeded())
         expected = ["flatten", "dropout1", "linear1", "relu9", "dropout2", "linear2", "relu10", "dropout3", "linear3"]
         assert [name for name, _ in network.named_children()][-9:] == expected
-        assert [(m.in_features, m.out_features) for m in network if isinstance(m, nn.Linear)] == [(8, 6), (6, 5), (5, 4)]
+        assert [(m.in_features, m.out_features) for m in network if isinstance(m, nn.Linear)] == [
+            (8, 6),
+            (6, 5),
+            (5, 4),
+        ]
         assert {m.p for m in network if isinstance(m, nn.Dropout)} == {0.25}
         assert names(vgg(11, (1, 8, 8), 4, width=1, dropout=0.5, generator=seeded()), nn.Dropout) == ["dropout1"]
         assert not names(vgg(11, (1, 8, 8), 4, width=1, hidden=(6,), generator=seeded()), nn.Dropout)
@@ -94,7 +107,9 @@ class TestVGGStart:
         found = {}
         for fan_in in ("inside", "kernel"):
             network = vgg(8, (4, 1, 1), 2, width=64, fan_in=fan_in, generator=seeded())[:-2]
-            found[fan_in] = float(network(images(50, 4, 1, 1)).detach().square().mean() / images(50, 4, 1, 1).square().mean())
+            found[fan_in] = float(
+                network(images(50, 4, 1, 1)).detach().square().mean() / images(50, 4, 1, 1).square().mean()
+            )
         assert 0.3 < found["inside"] < 3
         assert found["kernel"] == pytest.approx(found["inside"] * 9.0**-5, rel=1e-4)
 
@@ -107,9 +122,13 @@ class TestVGGStart:
         assert all(torch.equal(first[name], again[name]) for name in first)
         assert not torch.equal(first["conv1.weight"], other["conv1.weight"])
         generator = seeded(1)
-        assert not torch.equal(*(make(*arguments[0], **arguments[1], generator=generator).conv1.weight for _ in range(2)))
+        assert not torch.equal(
+            *(make(*arguments[0], **arguments[1], generator=generator).conv1.weight for _ in range(2))
+        )
 
-    @pytest.mark.parametrize("make", [lambda **k: vgg(8, (1, 4, 4), 3, width=2, **k), lambda **k: residual((1, 4, 4), 3, width=2, **k)])
+    @pytest.mark.parametrize(
+        "make", [lambda **k: vgg(8, (1, 4, 4), 3, width=2, **k), lambda **k: residual((1, 4, 4), 3, width=2, **k)]
+    )
     def test_dtypes_differ_by_rounding_only(self, make):
         single, double = make(generator=seeded()), make(generator=seeded(), dtype=torch.float64)
         assert {p.dtype for p in double.parameters()} == {torch.float64}
@@ -135,7 +154,9 @@ class TestResidual:
         assert network.get_submodule("stage2.0.shortcut")[0].kernel_size == (1, 1)
 
     def test_the_mean_over_positions_is_read(self):
-        network = residual((1, 4, 4), 3, width=2, blocks=(1,), batch_norm=False, generator=seeded(), dtype=torch.float64)
+        network = residual(
+            (1, 4, 4), 3, width=2, blocks=(1,), batch_norm=False, generator=seeded(), dtype=torch.float64
+        )
         x = images(2, 1, 4, 4, dtype=torch.float64)
         features = network[:3](x)
         torch.testing.assert_close(network(x), features.mean((2, 3)) @ network.linear1.weight.T)
@@ -148,7 +169,10 @@ class TestResidual:
                 parameter.copy_(torch.randn(parameter.shape, generator=seeded(index), dtype=torch.float64))
         x = images(4, 2, 5, 5, dtype=torch.float64)
         found, at = block(x), dict(block.named_parameters())
-        norm = lambda signal, name: self.norm(signal, at[f"{name}.weight"], at[f"{name}.bias"]) if batch_norm else signal  # noqa: E731
+
+        def norm(signal, name):
+            return self.norm(signal, at[f"{name}.weight"], at[f"{name}.bias"]) if batch_norm else signal
+
         inner = norm(functional.conv2d(x, at["conv1.weight"], at.get("conv1.bias"), 2, 1), "norm1").clamp_min(0)
         outer = norm(functional.conv2d(inner, at["conv2.weight"], at.get("conv2.bias"), 1, 1), "norm2")
         side = "shortcut.0" if batch_norm else "shortcut"

@@ -97,8 +97,12 @@ def test_pairs_compare_what_they_say():
     cell = {**CELL, "arm": "mean_field", "width": 4, "number": 0, "rate": 0.5, "times": times, "doubled": True}
     rows = trajectories.pair(cell)
     problem, probes, bandwidths = trajectories._setting(TASK)
-    ends = [finite.train(problem, (m, m), seed, optimiser="sgd", learning_rate=0.5, schedule="constant", steps=4, checkpoints=times).checkpoints
-            for m, seed in ((4, 0), (4, 1), (8, 2))]  # fmt: skip
+    ends = [
+        finite.train(
+            problem, (m, m), seed, optimiser="sgd", learning_rate=0.5, schedule="constant", steps=4, checkpoints=times
+        ).checkpoints
+        for m, seed in ((4, 0), (4, 1), (8, 2))
+    ]
     at = lambda run, time: distances.FeatureMeasure.of(ends[run][time][1], probes, 1)  # noqa: E731
     expected = {"seeds": (at(0, 2), at(1, 2)), "doubled": (at(0, 2), at(2, 2)), "times": (at(0, 2), at(0, 1))}
     for kind, measured in expected.items():
@@ -167,8 +171,22 @@ def test_shares_count_seeds_within_one_and_five_per_cent_of_the_best():
 
 def test_the_ratio_is_taken_where_a_network_moves_most():
     rows = [
-        {"kind": kind, "time": time, "mmd": value, "sliced_wasserstein": value, "layer": 1, "arm": "mean_field", "width": 4}
-        for kind, time, value in [("times", 1.0, 9.0), ("times", 2.0, 0.2), ("times", 4.0, 0.5), ("seeds", 2.0, 7.0), ("seeds", 4.0, 0.1)]
+        {
+            "kind": kind,
+            "time": time,
+            "mmd": value,
+            "sliced_wasserstein": value,
+            "layer": 1,
+            "arm": "mean_field",
+            "width": 4,
+        }
+        for kind, time, value in [
+            ("times", 1.0, 9.0),
+            ("times", 2.0, 0.2),
+            ("times", 4.0, 0.5),
+            ("seeds", 2.0, 7.0),
+            ("seeds", 4.0, 0.1),
+        ]
     ]
     found = summary.trajectory_rates(rows)["ratios"][0]
     assert (found["time"], found["ratio"]) == (4.0, pytest.approx(0.2))
@@ -180,13 +198,24 @@ def test_the_page_holds_every_part(tmp_path, monkeypatch):
     monkeypatch.setattr(width_study, "TIMES", [0.0, 1.0, 2.0])
     tiny = width_study.Sizes((1, 2), (8, 16), 40, 20, (2, 3), 2, 4, 1, 1, (2, 4), 2, (2,), (2, 4), 1, (4, 8), 2)
     heard, parts = [], [part for part in width_study.PARTS if part != "limit"]  # its search for features takes long
-    tables = width_study.run(TASK.variant(pool=2), tiny, tmp_path, parts=parts, announce=lambda part, cell, kept: heard.append(part))
+    tables = width_study.run(
+        TASK.variant(pool=2), tiny, tmp_path, parts=parts, announce=lambda part, cell, kept: heard.append(part)
+    )
     assert set(tables) == set(parts)
     page = width_report.write(tables, tmp_path, "meanfield widths").read_text()
-    for heading in ("Sampled from", "Trained from", "Trajectories of", "Moments and", "Coordinate check", "Tangent kernel"):
+    for heading in (
+        "Sampled from",
+        "Trained from",
+        "Trajectories of",
+        "Moments and",
+        "Coordinate check",
+        "Tangent kernel",
+    ):
         assert heading in page
     assert (tmp_path / "sampled.csv").exists()
-    again = width_study.run(TASK.variant(pool=2), tiny, tmp_path, parts=parts, announce=lambda part, cell, kept: heard.append(kept))
+    again = width_study.run(
+        TASK.variant(pool=2), tiny, tmp_path, parts=parts, announce=lambda part, cell, kept: heard.append(kept)
+    )
     assert again == tables
     assert heard[len(heard) // 2 :] == [True] * (len(heard) // 2)
 

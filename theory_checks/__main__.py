@@ -19,18 +19,30 @@ app = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptio
 @app.command()
 def main(
     only: Annotated[list[str] | None, typer.Option(help="a claim or a family of claims; may be given again")] = None,
-    full: Annotated[bool, typer.Option("--full/--quick", help="many instances and seeds (under 25 minutes on 2 cores), or under 2 minutes")] = False,
+    full: Annotated[
+        bool,
+        typer.Option(
+            "--full/--quick", help="many instances and seeds (under 25 minutes on 2 cores), or under 2 minutes"
+        ),
+    ] = False,
     seed: Annotated[int, typer.Option(min=0, help="seed of everything that is drawn")] = 0,
-    seeds: Annotated[int, typer.Option(min=1, help="run that many seeds, from --seed on; no verdict should change")] = 1,
+    seeds: Annotated[
+        int, typer.Option(min=1, help="run that many seeds, from --seed on; no verdict should change")
+    ] = 1,
     device: Annotated[str, typer.Option(help="where networks live: cpu, cuda, cuda:1, ...")] = "cpu",
     jobs: Annotated[int, typer.Option(min=1, help="claims measured at a time, one thread each")] = 2,
-    out: Annotated[Path | None, typer.Option(help="directory for index.html, results.json, a PNG per claim, and witnesses")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="keep the verdicts that --out holds already, made by the same code")] = False,
+    out: Annotated[
+        Path | None, typer.Option(help="directory for index.html, results.json, a PNG per claim, and witnesses")
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="keep the verdicts that --out holds already, made by the same code")
+    ] = False,
     catalogue: Annotated[bool, typer.Option("--list", help="name the claims and stop")] = False,
 ) -> None:
     """Measure every claim of the theory, and its negative controls, which must come out the other way.
 
-    A claim whose control passes counts as failed. The exit status is 1 where anything fails, 2 where an option is wrong.
+    A claim whose control passes counts as failed. The exit status is 1 where anything fails, 2 where an option is
+    wrong.
     """
     from theory_checks.catalogue import claims
     from theory_checks.claim import Setting
@@ -61,7 +73,9 @@ def _check_device(device: str) -> None:
     try:
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise typer.BadParameter(f"{device!r} cannot be used: {str(error).splitlines()[0]}", param_hint="--device") from error
+        raise typer.BadParameter(
+            f"{device!r} cannot be used: {str(error).splitlines()[0]}", param_hint="--device"
+        ) from error
 
 
 def _measure(tasks: list[Any], out: Path | None, jobs: int, resume: bool) -> list[dict[str, Any]]:
@@ -69,7 +83,13 @@ def _measure(tasks: list[Any], out: Path | None, jobs: int, resume: bool) -> lis
 
     if out is not None:
         (out / "verdicts").mkdir(parents=True, exist_ok=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
     records = []
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         bar = progress.add_task("measuring", total=len(tasks))

@@ -1,9 +1,12 @@
-"""Claim 6: without bounds the infimum over measures is that without penalties and is not attained; where features are bounded it has a floor.
+"""Claim 6: without bounds the infimum over measures is that without penalties and is not attained; where features are
+bounded it has a floor.
 
-A family of networks is a network whose live particles hold masses p e^m, with kernels times powers of e and the rest of the mass on dead
-particles (no kernels, no readout).  All its penalties are powers of e, and its output does not depend on e where layers above the first are
-homogeneous: the output has the factor e_L v prod_l (e_{l-1} a_l) c = 1 for masses e_l, kernels a_l (c on layer 1) and readout v.  The product of the
-L + 1 penalties e_1 c^2, e_{l-1} (a_l e_l)^2, e_L v^2 is then e_2 ... e_L whatever the rest is, so all fall together as soon as masses above the
+A family of networks is a network whose live particles hold masses p e^m, with kernels times powers of e and the rest
+of the mass on dead particles (no kernels, no readout).  All its penalties are powers of e, and its output does not
+depend on e where layers above the first are
+homogeneous: the output has the factor e_L v prod_l (e_{l-1} a_l) c = 1 for masses e_l, kernels a_l (c on layer 1) and
+readout v.  The product of the L + 1 penalties e_1 c^2, e_{l-1} (a_l e_l)^2, e_L v^2 is then e_2 ... e_L whatever the
+rest is, so all fall together as soon as masses above the
 first layer do.  L = 1 leaves the product 1.
 """
 
@@ -28,7 +31,8 @@ from theory_checks.statistics import largest, share_text, smallest
 
 WIDTHS = ((8,), (6, 8), (6, 8, 8))
 DIGITS_WIDTHS = (12, 24)
-TO_LIMIT = {"relu": 0.0, "identity": 0.0, "softplus": math.log(2), "gelu": 0.17}  # sup |h - h_limit|, h_limit positively homogeneous
+# sup |h - h_limit|, h_limit positively homogeneous
+TO_LIMIT = {"relu": 0.0, "identity": 0.0, "softplus": math.log(2), "gelu": 0.17}
 AT_ZERO = {"relu": 0.0, "softplus": math.log(2), "gelu": 0.0}  # |h(x)| <= AT_ZERO + |x|
 EXTRA = 8  # roundings outside the sums
 SHARES = np.logspace(-24, -6, 10)  # e, the mass of the live features of the last layer
@@ -40,7 +44,9 @@ Activations = tuple[str, ...]
 
 @dataclass(frozen=True)
 class Law:
-    """Powers of e: of the live masses and the kernels of every layer, of the readout, and of the penalties that result."""
+    """Powers of e: of the live masses and the kernels of every layer, of the readout, and of the
+    penalties that result.
+    """
 
     masses: tuple[float, ...]
     kernels: tuple[float, ...]
@@ -51,7 +57,10 @@ class Law:
 # Every penalty has the power `value`: m_1 + 2 c, m_{l-1} + 2 (a_l + m_l), m_L + 2 v; the output has the power 0.
 FREE = {2: Law((1 / 3, 1), (0, -1), -1 / 3, 1 / 3), 3: Law((1 / 2, 1, 1), (0, -1, -5 / 4), -1 / 4, 1 / 2)}
 # As above, and the amplitude's power m_{l-1} + a_l is 0.
-AMPLITUDE = {2: Law((5 / 3, 1), (-2 / 3, -5 / 3), -1 / 3, 1 / 3), 3: Law((11 / 5, 7 / 5, 1), (-4 / 5, -11 / 5, -7 / 5), -1 / 5, 3 / 5)}
+AMPLITUDE = {
+    2: Law((5 / 3, 1), (-2 / 3, -5 / 3), -1 / 3, 1 / 3),
+    3: Law((11 / 5, 7 / 5, 1), (-4 / 5, -11 / 5, -7 / 5), -1 / 5, 3 / 5),
+}
 # One layer: the product of both penalties stays; to hold against the power of two layers.
 SINGLE = {1: Law((1,), (-1 / 2,), -1 / 2, 1 / 3)}
 Laws = dict[int, Law]
@@ -61,7 +70,10 @@ def concentrate(network: mf.ParticleNetwork, law: Law, share: float) -> mf.Parti
     """The family's network at e = share, with one dead particle in every layer."""
     masses = [torch.cat([p * share**m, p.new_tensor([1 - share**m])]) for p, m in zip(network.masses, law.masses)]
     kernels = [torch.cat([network.kernels[0], torch.zeros_like(network.kernels[0][:1])]) * share ** law.kernels[0]]
-    kernels += [torch.nn.functional.pad(w, (0, 0, 0, 0, 0, 1, 0, 1)) * share**a for w, a in zip(network.kernels[1:], law.kernels[1:])]
+    kernels += [
+        torch.nn.functional.pad(w, (0, 0, 0, 0, 0, 1, 0, 1)) * share**a
+        for w, a in zip(network.kernels[1:], law.kernels[1:])
+    ]
     readout = torch.nn.functional.pad(network.readout, (0, 1)) * share**law.readout
     return mf.ParticleNetwork(network.architecture, masses, kernels, readout)
 
@@ -103,24 +115,32 @@ def _with_readout(network: mf.ParticleNetwork, scaled: Tensor) -> mf.ParticleNet
 
 
 def _instances(setting: Setting, depth: int, quick: int, full: int) -> list[tuple[mf.Problem, mf.ParticleNetwork]]:
-    """Random small problems with the targets of the squared loss, and one of real digits for L = 2; random particles."""
+    """Random small problems with the targets of the squared loss, and one of real digits for L =
+    2; random particles.
+    """
     found = []
     for index in range(setting.either(quick, full)):
         generator = setting.generator(6, depth, index)
         if depth == 2 and index == 0:
             problem, widths = digits_problem(setting, 2, activation="relu"), DIGITS_WIDTHS
         else:
-            problem, widths = random_problem(generator, depth, activation="relu", loss="squared", device=setting.device), WIDTHS[depth - 1]
+            problem, widths = (
+                random_problem(generator, depth, activation="relu", loss="squared", device=setting.device),
+                WIDTHS[depth - 1],
+            )
         found.append((problem, random_network(problem, widths, generator)))
     return found
 
 
 def _limit(activations: Activations, law: Law) -> Activations:
-    """The activations whose network all of the family resembles: layers whose pre-activations grow become homogeneous."""
+    """The activations whose network all of the family resembles: layers whose pre-activations grow
+    become homogeneous.
+    """
     keeps_first = law.kernels[0] == 0
     return tuple(
-        name if (layer == 0 and keeps_first) or name in ("tanh", "identity") else "relu" for layer, name in enumerate(activations)
-    )  # fmt: skip
+        name if (layer == 0 and keeps_first) or name in ("tanh", "identity") else "relu"
+        for layer, name in enumerate(activations)
+    )
 
 
 def _remainder(network: mf.ParticleNetwork, activations: Activations, law: Law, share: float) -> float:
@@ -139,7 +159,8 @@ def _remainder(network: mf.ParticleNetwork, activations: Activations, law: Law, 
 def _allowed(limit: mf.Problem, base: mf.ParticleNetwork, far: float, level: float) -> float:
     """Bound of |log(J / (P e^k))|: J is P e^k plus the loss that the fit, the remainder and rounding leave.
 
-    Running error bounds scale as the quantities do, so that the base's, doubled for the dead particles and for the powers of e, hold.
+    Running error bounds scale as the quantities do, so that the base's, doubled for the dead particles and for the
+    powers of e, hold.
     """
     misfit = (base.responses(limit.inputs).output - limit.targets).abs() + far + 2 * output_error(base, limit.inputs)
     loss = 0.5 * float(misfit.square().sum(1).mean())
@@ -147,8 +168,12 @@ def _allowed(limit: mf.Problem, base: mf.ParticleNetwork, far: float, level: flo
     return loss / level + 4 * entries * torch.finfo(misfit.dtype).eps
 
 
-def _family(problem: mf.Problem, particles: mf.ParticleNetwork, activations: Activations, law: Law, bounds: str) -> tuple[list[float], float, float]:
-    """J along the family, its fitted log-log slope, and how far from the law's power the remainders let that slope be."""
+def _family(
+    problem: mf.Problem, particles: mf.ParticleNetwork, activations: Activations, law: Law, bounds: str
+) -> tuple[list[float], float, float]:
+    """J along the family, its fitted log-log slope, and how far from the law's power the
+    remainders let that slope be.
+    """
     limit = _with(problem, _limit(activations, law))
     base = _fitted(limit, _moved(limit, particles))
     problem = _with(problem, activations, _bounded(problem, base, bounds))
@@ -165,7 +190,9 @@ def _family(problem: mf.Problem, particles: mf.ParticleNetwork, activations: Act
 
 
 def _bounded(problem: mf.Problem, base: mf.ParticleNetwork, bounds: str, scale: float = 1.0) -> mf.Penalty:
-    """The penalty with the bounds "none", "amplitude", "input" or "both", at `scale` times what the base network reaches."""
+    """The penalty with the bounds "none", "amplitude", "input" or "both", at `scale` times what the base network
+    reaches.
+    """
     amplitude, size = (scale * reached for reached in _reached(problem, base))
     return replace(
         problem.penalty,
@@ -195,7 +222,9 @@ def _within(problem: mf.Problem, network: mf.ParticleNetwork) -> mf.ParticleNetw
 
 
 def _rates(setting: Setting, laws: Laws, choices: Sequence[Activations], bounds: str = "none") -> Evidence:
-    """The slope of J over the share e against the law's power; `choices`: activations of the first and of all later layers."""
+    """The slope of J over the share e against the law's power; `choices`: activations of the first and of all later
+    layers.
+    """
     ratios, slopes, allowed, series = [], [], [], []
     for depth, law in laws.items():
         for index, (problem, particles) in enumerate(_instances(setting, depth, 6, 60)):
@@ -209,7 +238,8 @@ def _rates(setting: Setting, laws: Laws, choices: Sequence[Activations], bounds:
     powers = " and ".join(f"{law.value:.4g} (L = {depth})" for depth, law in laws.items())
     beyond = sum(ratio > 1 for ratio in ratios)
     text = (
-        f"{share_text(beyond, len(ratios), 'families leave their power')}; slopes {min(slopes):.6f} to {max(slopes):.6f}, "
+        f"{share_text(beyond, len(ratios), 'families leave their power')}; slopes {min(slopes):.6f} to "
+        f"{max(slopes):.6f}, "
         f"expected {powers} to within {min(allowed):.1g} to {max(allowed):.1g}"
     )
     return Evidence(largest(ratios), text, len(ratios), beyond, tuple(series))
@@ -220,7 +250,8 @@ def _activations(ends: Activations, depth: int) -> Activations:
 
 
 def _ceiling(problem: mf.Problem) -> float:
-    """D with |f^L| <= D for every network in the bounds: |h(x)| <= h_0 + |x|, and |g| <= |z| |patch| / C_0, |g| <= B sqrt(S) max |f|.
+    """D with |f^L| <= D for every network in the bounds: |h(x)| <= h_0 + |x|, and |g| <= |z| |patch| / C_0, |g| <= B
+    sqrt(S) max |f|.
 
     Infinite where a bound is missing.
     """
@@ -229,7 +260,11 @@ def _ceiling(problem: mf.Problem) -> float:
     reach = math.inf if penalty.input_bound is None else penalty.input_bound * patch
     for index, layer in enumerate(layers):
         if index > 0:
-            reach = math.inf if penalty.amplitude_bound is None else penalty.amplitude_bound * math.sqrt(layer.offsets) * reach
+            reach = (
+                math.inf
+                if penalty.amplitude_bound is None
+                else penalty.amplitude_bound * math.sqrt(layer.offsets) * reach
+            )
         reach = 1.0 if layer.activation == "tanh" else AT_ZERO[layer.activation] + reach
     return reach
 
@@ -242,7 +277,9 @@ def _floor(problem: mf.Problem) -> float:
 
 @dataclass(frozen=True)
 class Case:
-    """Activations of the first and of all later layers, the bounds that are on, and those whose floor J is held against."""
+    """Activations of the first and of all later layers, the bounds that are on, and those whose floor J is held
+    against.
+    """
 
     ends: Activations
     bounds: str = "none"
@@ -258,7 +295,10 @@ def _settled(setting: Setting, case: Case, depth: int, index: int) -> tuple[mf.P
     base = _fitted(problem, _moved(problem, particles))
     linear = _with(problem, ("relu",) * depth, _bounded(problem, base, "both"))
     scale = _ceiling(linear) ** (-1 / depth)
-    within, compared = (_with(problem, activations, _bounded(problem, base, bounds, scale)) for bounds in (case.bounds, case.floor or case.bounds))
+    within, compared = (
+        _with(problem, activations, _bounded(problem, base, bounds, scale))
+        for bounds in (case.bounds, case.floor or case.bounds)
+    )
     if case.floor == "tanh":
         compared = _with(problem, ("tanh",) * depth)
     return within, base, _floor(compared)
@@ -267,13 +307,19 @@ def _settled(setting: Setting, case: Case, depth: int, index: int) -> tuple[mf.P
 def _members(problem: mf.Problem, base: mf.ParticleNetwork, generator: torch.Generator) -> list[mf.ParticleNetwork]:
     """Both families, then a saturated network; in the bounds, with the best readout."""
     depth = problem.architecture.depth
-    found = [_moved(problem, concentrate(base, law, share)) for law in (FREE[depth], AMPLITUDE[depth]) for share in CONCENTRATIONS]
+    found = [
+        _moved(problem, concentrate(base, law, share))
+        for law in (FREE[depth], AMPLITUDE[depth])
+        for share in CONCENTRATIONS
+    ]
     found.append(_saturated(problem, generator))
     return [_ridge(problem, _within(problem, measures.drop_massless(member))) for member in found]
 
 
 def _saturated(problem: mf.Problem, generator: torch.Generator) -> mf.ParticleNetwork:
-    """One feature above wide layers with g = SATURATION y_n at every position: with tanh it nearly reaches the floor at light penalties."""
+    """One feature above wide layers with g = SATURATION y_n at every position: with tanh it nearly reaches the floor
+    at light penalties.
+    """
     network = random_network(problem, (WIDE,) * (problem.architecture.depth - 1) + (1,), generator)
     below, mass = network.features(problem.inputs)[-2], network.masses[-2]
     layer = problem.architecture.layers[-1]
@@ -292,7 +338,9 @@ def _descended(problem: mf.Problem, network: mf.ParticleNetwork, steps: int) -> 
 
 
 def _lowest(setting: Setting, case: Case, depth: int, index: int) -> tuple[list[float], list[float]]:
-    """J in units of the floor: the lower of both families at every e, and what descents from the best networks reach."""
+    """J in units of the floor: the lower of both families at every e, and what descents from the
+    best networks reach.
+    """
     problem, base, floor = _settled(setting, case, depth, index)
     members = _members(problem, base, setting.generator(61, depth, index))
     values = [float(problem.value(member)) / floor for member in members]
@@ -309,7 +357,14 @@ def _rounds(setting: Setting, activation: str) -> list[float]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="the infimum over all measures")
         solved = mf.solvers.alternating.solve(
-            problem, start, rounds=6, flow_steps=300, later_steps=150, program_iterations=400, tolerance=1e-9, program_tolerance=1e-3
+            problem,
+            start,
+            rounds=6,
+            flow_steps=300,
+            later_steps=150,
+            program_iterations=400,
+            tolerance=1e-9,
+            program_tolerance=1e-3,
         )
     return [row["value"] for row in solved.history]
 
@@ -321,12 +376,20 @@ def _floors(setting: Setting, cases: Sequence[Case]) -> Evidence:
             family, others = _lowest(setting, case, 2 + index % 2, index // 2)
             ratios.append(smallest(family + others))
             if index == 0:
-                series.append(Series(f"{' and '.join(case.ends)}, bounds: {case.bounds}", CONCENTRATIONS.tolist(), family))
+                series.append(
+                    Series(f"{' and '.join(case.ends)}, bounds: {case.bounds}", CONCENTRATIONS.tolist(), family)
+                )
     if setting.full and cases[0].bounds == "none":
         values = _rounds(setting, cases[0].ends[0])
-        more = f"; {cases[0].ends[0]}, digits: J after rounds of flow and program {', '.join(f'{value:.4g}' for value in values)}"
+        more = (
+            f"; {cases[0].ends[0]}, digits: J after rounds of flow and program "
+            f"{', '.join(f'{value:.4g}' for value in values)}"
+        )
     beyond = sum(ratio < 1 for ratio in ratios)
-    text = f"{share_text(beyond, len(ratios), 'problems get below the floor')}; J / floor gets down to {min(ratios):.4g} to {max(ratios):.4g}{more}"
+    text = (
+        f"{share_text(beyond, len(ratios), 'problems get below the floor')}; J / floor gets down to "
+        f"{min(ratios):.4g} to {max(ratios):.4g}{more}"
+    )
     return Evidence(smallest(ratios), text, len(ratios), beyond, tuple(series))
 
 
@@ -335,36 +398,49 @@ def _lacking(bounds: str, floor: str) -> tuple[Case, ...]:
 
 
 UNBOUNDED = (("relu",), ("gelu",), ("softplus",), ("tanh", "relu"), ("relu", "identity"))
-GROWING = (("relu",), ("gelu",), ("softplus",), ("relu", "identity"))  # the amplitude bound leaves only z to grow: not behind a tanh
+# the amplitude bound leaves only z to grow: not behind a tanh
+GROWING = (("relu",), ("gelu",), ("softplus",), ("relu", "identity"))
 SOURCE = "docs/theory.md, section 4.3; exponents derived in this file"
 RATE = {
     "statistic": "largest |fitted slope of log J over log e - derived power|, in units of what the remainders allow",
     "threshold": 1.0,
     "derivation": (
-        "J = P e^k + loss along the family; the loss is at most (misfit of the fit + remainder + rounding)^2 / 2; the remainder is 0 for relu "
-        "and identity and sums sup |h - relu| / gain over the layers for softplus and gelu; the slope is linear in log J"
+        "J = P e^k + loss along the family; the loss is at most (misfit of the fit + remainder + rounding)^2 / 2; the "
+        "remainder is 0 for relu "
+        "and identity and sums sup |h - relu| / gain over the layers for softplus and gelu; the slope is linear in "
+        "log J"
     ),
     "axes": Axes("mass e of the live features of the last layer", "J", "xy"),
 }
 
-BOUNDED = (Case(("tanh",)), Case(("relu", "tanh")), Case(("relu",), "both"), Case(("softplus",), "both"), Case(("gelu",), "both"))
+BOUNDED = (
+    Case(("tanh",)),
+    Case(("relu", "tanh")),
+    Case(("relu",), "both"),
+    Case(("softplus",), "both"),
+    Case(("gelu",), "both"),
+)
 
 CLAIMS = (
     Claim(
         name="attainment.unbounded",
         statement=(
-            "With an unbounded last activation, L >= 2 and no bounds, J falls to the least loss as mass concentrates: like e^(1/3) for L = 2 and "
+            "With an unbounded last activation, L >= 2 and no bounds, J falls to the least loss as mass concentrates: "
+            "like e^(1/3) for L = 2 and "
             "e^(1/2) for L = 3, e the live mass of every layer above the first."
         ),
         source=SOURCE,
         limits=(
-            "Explicit families, for the squared loss and data that are fitted: the infimum is that without penalties and no measure has it. "
+            "Explicit families, for the squared loss and data that are fitted: the infimum is that without penalties "
+            "and no measure has it. "
             "Not that a solver follows them, nor that no family is faster in e."
         ),
         measure=lambda setting: _rates(setting, FREE, UNBOUNDED),
         controls={
             "tanh on every layer": lambda setting: _rates(setting, FREE, (("tanh",),)),
-            "relu on the first layer, tanh on all later ones": lambda setting: _rates(setting, FREE, (("relu", "tanh"),)),
+            "relu on the first layer, tanh on all later ones": lambda setting: _rates(
+                setting, FREE, (("relu", "tanh"),)
+            ),
             "both bounds": lambda setting: _rates(setting, FREE, UNBOUNDED, "both"),
             "one layer, held against the power of two": lambda setting: _rates(setting, SINGLE, (("relu",),)),
         },
@@ -373,7 +449,8 @@ CLAIMS = (
     Claim(
         name="attainment.amplitude_bound_alone",
         statement=(
-            "The amplitude bound alone does not repair that: source mass e^(5/3), z ~ e^(-2/3), u ~ e^(-1/3), target mass e send J to the least loss "
+            "The amplitude bound alone does not repair that: source mass e^(5/3), z ~ e^(-2/3), u ~ e^(-1/3), target "
+            "mass e send J to the least loss "
             "like e^(1/3) for L = 2; masses e^(11/5), e^(7/5), e like e^(3/5) for L = 3."
         ),
         source=SOURCE,
@@ -389,18 +466,22 @@ CLAIMS = (
     Claim(
         name="attainment.bounded",
         statement=(
-            "With tanh on the last layer, or with both bounds, |f^L| <= D and no network gets below J = lambda_u / (D^2 + 2 lambda_u) "
+            "With tanh on the last layer, or with both bounds, |f^L| <= D and no network gets below J = lambda_u / "
+            "(D^2 + 2 lambda_u) "
             "(targets of size 1): the families that send J to zero, and descents from them, stay above."
         ),
         source="docs/theory.md, section 4.3; |F| <= D int |u| and Cauchy-Schwarz",
-        statistic="least J / floor over both families of concentration (e from 1 to 1e-36, best readout at each), a saturated network, and descents",
+        statistic="least J / floor over both families of concentration (e from 1 to 1e-36, best readout at each), a "
+        "saturated network, and descents",
         threshold=1.0,
         derivation=(
-            "theorem: D = 1 with tanh, else D follows from |g| <= B_1 |patch| / C_0 and |g| <= B sqrt(S) max |f|; bounds are chosen so that "
+            "theorem: D = 1 with tanh, else D follows from |g| <= B_1 |patch| / C_0 and |g| <= B sqrt(S) max |f|; "
+            "bounds are chosen so that "
             "D = 1 for relu. Controls are held against the floor of the bounds that they lack"
         ),
         limits=(
-            "That the infimum is positive; with tanh the saturated network shows that the floor is its limit at light penalties. That the infimum is "
+            "That the infimum is positive; with tanh the saturated network shows that the floor is its limit at light "
+            "penalties. That the infimum is "
             "attained is compactness, which is not measured."
         ),
         measure=lambda setting: _floors(setting, BOUNDED),

@@ -8,9 +8,20 @@ from collections.abc import Sequence
 from theory_checks.claim import Claim
 
 FAMILIES = (
-    "change_of_variables", "joint_convexity", "degeneracy", "weight_nonconvexity", "stationary_points", "zero_gap", "attainment", "dissipation",
-    "mixture", "invariances", "weak_duality", "one_layer_relation", "hybrids",
-)  # fmt: skip
+    "change_of_variables",
+    "joint_convexity",
+    "degeneracy",
+    "weight_nonconvexity",
+    "stationary_points",
+    "zero_gap",
+    "attainment",
+    "dissipation",
+    "mixture",
+    "invariances",
+    "weak_duality",
+    "one_layer_relation",
+    "hybrids",
+)
 
 
 def claims(only: Sequence[str] = ()) -> list[Claim]:
@@ -20,7 +31,9 @@ def claims(only: Sequence[str] = ()) -> list[Claim]:
         return every
     unknown = [name for name in only if not any(_matches(claim, name) for claim in every)]
     if unknown:
-        raise ValueError(f"--only {', '.join(unknown)}: no such claim; there are {', '.join(claim.name for claim in every)}")
+        raise ValueError(
+            f"--only {', '.join(unknown)}: no such claim; there are {', '.join(claim.name for claim in every)}"
+        )
     return [claim for claim in every if any(_matches(claim, name) for name in only)]
 
 

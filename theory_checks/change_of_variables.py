@@ -20,7 +20,9 @@ Change = Callable[[mf.ParticleNetwork], mf.ProgramPoint]
 
 
 def _errors(problem: mf.Problem, network: mf.ParticleNetwork, change: Change) -> dict[str, float]:
-    """Errors of value, output, features and realisation constraint, and of the way back, in units of their rounding bounds."""
+    """Errors of value, output, features and realisation constraint, and of the way back, in units of their rounding
+    bounds.
+    """
     program = mf.ConvexProgram.freeze(problem, network)
     point = change(network)
     back = program.network(point)
@@ -31,11 +33,14 @@ def _errors(problem: mf.Problem, network: mf.ParticleNetwork, change: Change) ->
         "value": abs(float(program.value(point)) - value) / (2 * spread),
         "output": _largest(program.output(point) - responses.output, 2 * allowed),
         "features": max(
-            _largest(program.residual(point, layer), _residual_error(program, point, layer)) for layer in range(1, program.depth)
-        ) if program.depth > 1 else 0.0,
+            _largest(program.residual(point, layer), _residual_error(program, point, layer))
+            for layer in range(1, program.depth)
+        )
+        if program.depth > 1
+        else 0.0,
         "value of the network back": abs(float(problem.terms(back).total()) - value) / (2 * spread),
         "output of the network back": _largest(returned.output - responses.output, 2 * allowed),
-    }  # fmt: skip
+    }
 
 
 def _largest(error: Tensor, allowed: Tensor) -> float:
@@ -43,12 +48,16 @@ def _largest(error: Tensor, allowed: Tensor) -> float:
 
 
 def _residual_error(program: mf.ConvexProgram, point: mf.ProgramPoint, layer: int) -> Tensor:
-    """Bound of the float error in sum W T f + B - p g: twice the sum of absolute values, once for g and once for the sum."""
+    """Bound of the float error in sum W T f + B - p g: twice the sum of absolute values, once for g and once for the
+    sum.
+    """
     conv = program.problem.architecture.layers[layer]
     eps = torch.finfo(point.readout.dtype).eps
     bias = point.biases[layer - 1]
     terms = point.kernels[layer - 1][0].numel() + 8
-    total = conv.convolve(program.features[layer - 1].abs(), point.kernels[layer - 1].abs(), None if bias is None else bias.abs())
+    total = conv.convolve(
+        program.features[layer - 1].abs(), point.kernels[layer - 1].abs(), None if bias is None else bias.abs()
+    )
     return 2 * terms * eps * total
 
 
@@ -66,7 +75,10 @@ def _compare(setting: Setting, change: Change) -> Evidence:
         names.append(name)
     top = max(range(len(worst)), key=worst.__getitem__)
     beyond = sum(error > 1 for error in worst)
-    text = f"{share_text(beyond, len(worst), 'networks change')}; the largest change is {worst[top]:.2g} rounding bounds, in the {names[top]}"
+    text = (
+        f"{share_text(beyond, len(worst), 'networks change')}; the largest change is {worst[top]:.2g} rounding "
+        f"bounds, in the {names[top]}"
+    )
     series = Series("largest change", [float(i) for i in range(len(worst))], sorted(worst), "points")
     return Evidence(largest(worst), text, len(worst), beyond, (series,))
 

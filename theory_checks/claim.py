@@ -47,7 +47,9 @@ class Series:
 
 @dataclass(frozen=True)
 class Axes:
-    """Labels and scales of a claim's figure; `log` names the logarithmic axes: "", "x", "y" or "xy"; `level` is drawn dotted."""
+    """Labels and scales of a claim's figure; `log` names the logarithmic axes: "", "x", "y" or "xy"; `level` is drawn
+    dotted.
+    """
 
     x: str
     y: str
@@ -150,13 +152,28 @@ class Verdict:
         """Plain values for JSON, numbers that are not finite as text."""
         claim, setting = self.claim, self.setting
         return {
-            "name": claim.name, "statement": claim.statement, "source": claim.source, "measured": claim.statistic,
-            "threshold": claim.threshold, "at_least": claim.at_least, "derivation": claim.derivation, "limits": claim.limits,
-            "seed": setting.seed, "full": setting.full, "device": setting.device, "statistic": _number(self.statistic), "holds": self.holds,
-            "control_statistic": _number(self.control_statistic), "control_rejected": self.control_rejected,
-            "passing_controls": self.passing_controls, "passed": self.passed, "seconds": self.seconds, "error": self.error,
-            "evidence": _plain(self.evidence), "controls": {name: _plain(each) for name, each in self.controls.items()},
-        }  # fmt: skip
+            "name": claim.name,
+            "statement": claim.statement,
+            "source": claim.source,
+            "measured": claim.statistic,
+            "threshold": claim.threshold,
+            "at_least": claim.at_least,
+            "derivation": claim.derivation,
+            "limits": claim.limits,
+            "seed": setting.seed,
+            "full": setting.full,
+            "device": setting.device,
+            "statistic": _number(self.statistic),
+            "holds": self.holds,
+            "control_statistic": _number(self.control_statistic),
+            "control_rejected": self.control_rejected,
+            "passing_controls": self.passing_controls,
+            "passed": self.passed,
+            "seconds": self.seconds,
+            "error": self.error,
+            "evidence": _plain(self.evidence),
+            "controls": {name: _plain(each) for name, each in self.controls.items()},
+        }
 
 
 def _number(value: float) -> float | str:
@@ -166,10 +183,17 @@ def _number(value: float) -> float | str:
 def _plain(evidence: Evidence | None) -> dict[str, Any] | None:
     if evidence is None:
         return None
-    series = [{"name": s.name, "x": list(map(_number, s.x)), "y": list(map(_number, s.y)), "style": s.style} for s in evidence.series]
+    series = [
+        {"name": s.name, "x": list(map(_number, s.x)), "y": list(map(_number, s.y)), "style": s.style}
+        for s in evidence.series
+    ]
     return {
-        "statistic": _number(evidence.statistic), "text": evidence.text, "instances": evidence.instances, "beyond": evidence.beyond, "series": series,
-    }  # fmt: skip
+        "statistic": _number(evidence.statistic),
+        "text": evidence.text,
+        "instances": evidence.instances,
+        "beyond": evidence.beyond,
+        "series": series,
+    }
 
 
 def judge(claim: Claim, setting: Setting) -> Verdict:

@@ -1,4 +1,6 @@
-"""Claim 2, beside convexity: with the source outside, the program's optimum is a network; with the target outside it is not."""
+"""Claim 2, beside convexity: with the source outside, the program's optimum is a network; with the target outside it
+is not.
+"""
 
 from __future__ import annotations
 
@@ -50,7 +52,8 @@ def _optimum(program: mf.ConvexProgram, order: Order) -> tuple[np.ndarray, np.nd
     constraints = [cp.sum(source) == 1, cp.sum(target) == 1, flat @ design.T == cp.diag(target) @ g]
     model = cp.Problem(cp.Minimize(objective), constraints)
     with np.errstate(divide="ignore"), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Solution may be inaccurate")  # outflows are told apart by orders of magnitude
+        # outflows are told apart by orders of magnitude
+        warnings.filterwarnings("ignore", message="Solution may be inaccurate")
         model.solve(solver="CLARABEL", **CLARABEL)
     assert model.solution is not None
     outflow = np.linalg.norm(np.asarray(kernels.value), axis=1).reshape(WIDTHS[::-1]).sum(0)
@@ -69,19 +72,24 @@ def _through_light_sources(setting: Setting, order: Order) -> Evidence:
         ratios.append(float((outflow / np.sqrt(value * masses / problem.penalty.source)).max()))
         shares.append(float(outflow[masses <= LIGHT / WIDTHS[0]].sum() / outflow.sum()))
         series.append(Series(f"optimum {instance}", masses.tolist(), outflow.tolist(), "points"))
-    text = f"largest outflow {max(ratios):.2g} of what a source penalty of J allows; without mass {min(shares):.1%} to {max(shares):.1%} of all flow"
+    text = (
+        f"largest outflow {max(ratios):.2g} of what a source penalty of J allows; without mass {min(shares):.1%} "
+        f"to {max(shares):.1%} of all flow"
+    )
     return Evidence(largest(ratios), text, len(ratios), sum(ratio > 1 for ratio in ratios), tuple(series[:4]))
 
 
 CLAIMS = (
     Claim(
         name="degeneracy",
-        statement="With the source outside, nothing flows out of features without mass: the optimum of the program is a network.",
+        statement="With the source outside, nothing flows out of features without mass: the optimum of the program is "
+        "a network.",
         source="docs/theory.md, sections 2 and 3",
         statistic="largest outflow sum_j |W_ij| of a source at the optimum, over sqrt(J p_i / lambda_s)",
         threshold=1.0,
         derivation=(
-            "lambda_s (sum_j |W_ij|)^2 / p_i <= J at every finite point of value J; masses are read as at least 1e-6 of the mean, "
+            "lambda_s (sum_j |W_ij|)^2 / p_i <= J at every finite point of value J; masses are read as at least 1e-6 "
+            "of the mean, "
             "a thousand times what the interior-point method leaves"
         ),
         limits="The other order is convex as well: convexity alone does not make a penalty sensible.",

@@ -1,4 +1,6 @@
-"""Claim 7: J falls along the flow by the squared metric speed, and the flow has a limit as the particles grow in number."""
+"""Claim 7: J falls along the flow by the squared metric speed, and the flow has a limit as the particles grow in
+number.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,10 @@ def _times_masses(network: mf.ParticleNetwork, move: Tangent, power: float) -> T
     """Velocities times mass^power of what they move: 1 leaves the plain gradient, 1/2 the 1/sqrt(m) scaling."""
     p = [mass**power for mass in network.masses]
     sources = (torch.ones_like(p[0][:1]), *p[:-1])
-    kernels = [w * target[:, None, None, None] * source[None, :, None, None] for w, target, source in zip(move.kernels, p, sources)]
+    kernels = [
+        w * target[:, None, None, None] * source[None, :, None, None]
+        for w, target, source in zip(move.kernels, p, sources)
+    ]
     return replace(move, kernels=kernels, readout=move.readout * p[-1])
 
 
@@ -51,7 +56,9 @@ TOO_LARGE = 1000.0
 
 
 def _squared_speed(problem: mf.Problem, network: mf.ParticleNetwork) -> float:
-    """Sum of (dJ/dx)^2 / mass over kernels and readout and the variance of dJ/dp over p: section 6, by differentiating all of J."""
+    """Sum of (dJ/dx)^2 / mass over kernels and readout and the variance of dJ/dp over p: section 6, by differentiating
+    all of J.
+    """
     leaf = network.map(lambda tensor: tensor.detach().requires_grad_())
     gradients = torch.autograd.grad(problem.terms(leaf).total(), leaf.tensors())
     depth, p = len(network.masses), network.masses
@@ -61,7 +68,9 @@ def _squared_speed(problem: mf.Problem, network: mf.ParticleNetwork) -> float:
     return float(total + (gradients[2 * depth].square() / p[-1]).sum())
 
 
-def _identity_errors(problem: mf.Problem, network: mf.ParticleNetwork, steps: list[float], rescaling: Rescaling) -> list[float]:
+def _identity_errors(
+    problem: mf.Problem, network: mf.ParticleNetwork, steps: list[float], rescaling: Rescaling
+) -> list[float]:
     """(J after a step - J + step speed^2) / (step speed^2), for every step."""
     before, speed = float(problem.value(network)), _squared_speed(problem, network)
     after = [float(problem.value(_euler(problem, network, step, rescaling))) for step in steps]
@@ -95,11 +104,15 @@ def _identity(setting: Setting, rescaling: Rescaling, factor: float = 1.0) -> Ev
     rises = int((errors[:, -1] > 1).sum())
     beyond = sum(limit > IDENTITY_THRESHOLD for limit in limits)
     text = (
-        f"error of the identity at step zero: {min(limits):.1e} to {max(limits):.1e}, {beyond} of {len(limits)} beyond the threshold; "
+        f"error of the identity at step zero: {min(limits):.1e} to {max(limits):.1e}, {beyond} of {len(limits)} "
+        f"beyond the threshold; "
         f"root mean square {typical[0]:.1e} at step {steps[0]:.3g}, {typical[-1]:.1e} at {steps[-1]:.3g}, "
         f"order {math.log2(typical[-2] / typical[-1]):.3f}; J rose in {rises} steps of {steps[-1]:.3g}"
     )
-    series = (Series("root mean square over networks", steps, typical.tolist()), Series("largest", steps, np.abs(errors).max(0).tolist(), "dashed"))
+    series = (
+        Series("root mean square over networks", steps, typical.tolist()),
+        Series("largest", steps, np.abs(errors).max(0).tolist(), "dashed"),
+    )
     return Evidence(largest(limits), text, len(limits), beyond, series)
 
 
@@ -133,9 +146,13 @@ def _in_mean_field(problem: mf.Problem, network: mf.ParticleNetwork) -> mf.Parti
 
 
 def _in_root_scaling(problem: mf.Problem, network: mf.ParticleNetwork) -> mf.ParticleNetwork:
-    """F = m^(-1/2) sum u f trained at rates of order one: as particles, readout m^(1/2) u and all else slower by 1/m."""
+    """F = m^(-1/2) sum u f trained at rates of order one: as particles, readout m^(1/2) u and all
+    else slower by 1/m.
+    """
     width = network.widths[-1]
-    network = mf.ParticleNetwork(network.architecture, network.masses, network.kernels, network.readout * math.sqrt(width))
+    network = mf.ParticleNetwork(
+        network.architecture, network.masses, network.kernels, network.readout * math.sqrt(width)
+    )
     slower = partial(_slower_features, factor=1 / width)
     for _ in range(FLOW_STEPS):
         network = _euler(problem, network, FLOW_STEP, slower)
@@ -163,7 +180,9 @@ def _runs(setting: Setting, width: int, dynamics: Dynamics) -> tuple[Tensor, Ten
 
 
 def _embedding(setting: Setting, features: Tensor, masses: Tensor, count: int = 256) -> Tensor:
-    """Random Fourier features of a Gaussian kernel of bandwidth 1 in root mean square: squared distances of these are MMD^2."""
+    """Random Fourier features of a Gaussian kernel of bandwidth 1 in root mean square: squared distances of these are
+    MMD^2.
+    """
     values = features.movedim(1, 0).flatten(1)  # one row per particle
     directions = torch.randn(values.shape[1], count, generator=setting.generator(73), dtype=torch.float64).to(values)
     phases = values @ directions / math.sqrt(values.shape[1])
@@ -196,16 +215,21 @@ CLAIMS = (
         name="dissipation.identity",
         statement="Along the flow dJ/dt is minus the squared speed in the metric.",
         source=SOURCE,
-        statistic="largest |(J(t + h) - J(t) + h speed^2) / (h speed^2)|, extrapolated to h = 0 from four Euler steps that halve",
+        statistic="largest |(J(t + h) - J(t) + h speed^2) / (h speed^2)|, extrapolated to h = 0 from four Euler steps "
+        "that halve",
         threshold=IDENTITY_THRESHOLD,
         derivation=(
-            "the error is a power series in h and a few per cent at the largest step; extrapolation over four steps leaves about its "
+            "the error is a power series in h and a few per cent at the largest step; extrapolation over four steps "
+            "leaves about its "
             "fourth power"
         ),
-        limits="A smooth activation, no kernel at zero and exact arithmetic in t; the speed differentiates J independently of the flow's code.",
+        limits="A smooth activation, no kernel at zero and exact arithmetic in t; the speed differentiates J "
+        "independently of the flow's code.",
         measure=lambda setting: _identity(setting, _mean_field),
         controls={
-            "plain gradient, not divided by masses": lambda setting: _identity(setting, partial(_times_masses, power=1.0)),
+            "plain gradient, not divided by masses": lambda setting: _identity(
+                setting, partial(_times_masses, power=1.0)
+            ),
             "velocities in 1/sqrt(m) scaling": lambda setting: _identity(setting, partial(_times_masses, power=0.5)),
             "too large a step": lambda setting: _identity(setting, _mean_field, TOO_LARGE),
         },
@@ -213,15 +237,19 @@ CLAIMS = (
     ),
     Claim(
         name="dissipation.limit",
-        statement="Flows of widths m and 2m that start from the same measure approach each other at equal times as m grows.",
+        statement="Flows of widths m and 2m that start from the same measure approach each other at equal times as m "
+        "grows.",
         source=f"{SOURCE}; docs/theory.md, section 10",
-        statistic="upper end of the 95% bootstrap interval of the log-log slope of E|F_m - F_2m|^2 over m at the end of the flow",
+        statistic="upper end of the 95% bootstrap interval of the log-log slope of E|F_m - F_2m|^2 over m at the end "
+        "of the flow",
         threshold=-0.75,
         derivation=(
-            "Monte Carlo has the rate 1/m, slope -1; halfway to the rate 1/sqrt(m). A first version took half of slope -1, for a control that "
+            "Monte Carlo has the rate 1/m, slope -1; halfway to the rate 1/sqrt(m). A first version took half of "
+            "slope -1, for a control that "
             "would not approach at all; its outputs do, with slopes of -0.3 to -0.6"
         ),
-        limits="Two tanh layers, one bounded flow time, explicit Euler at a fixed step; starts drawn i.i.d. from one measure.",
+        limits="Two tanh layers, one bounded flow time, explicit Euler at a fixed step; starts drawn i.i.d. from one "
+        "measure.",
         measure=lambda setting: _approach(setting, _in_mean_field),
         controls={
             "readout in 1/sqrt(m) scaling": lambda setting: _approach(setting, _in_root_scaling),

@@ -1,9 +1,12 @@
-"""Claim 12: networks fitted to features drawn in shares p and 1 - p from two trained networks meet no barrier; raw weights in between do.
+"""Claim 12: networks fitted to features drawn in shares p and 1 - p from two trained networks meet no barrier; raw
+weights in between do.
 
-A hybrid of width m has in every layer round(p m) channels of network A and the rest of network B, drawn without replacement.  On layer 1 the drawn
-kernels are kept (a feature IS its kernel).  Above, a third network's kernels are fitted, layer after layer, by least squares on the training
-images so that from its own features below it reproduces the drawn channels' pre-activations, and its readout so that it reproduces
-p F_A + (1 - p) F_B: the grafting rule of Gu et al. 2020, without labels or penalties.
+A hybrid of width m has in every layer round(p m) channels of network A and the rest of network B, drawn without
+replacement.  On layer 1 the drawn
+kernels are kept (a feature IS its kernel).  Above, a third network's kernels are fitted, layer after layer, by least
+squares on the training images so that from its own features below it reproduces the drawn channels' pre-activations,
+and its readout so that it reproduces p F_A + (1 - p) F_B: the grafting rule of Gu et al. 2020, without labels or
+penalties.
 """
 
 from __future__ import annotations
@@ -49,15 +52,21 @@ def _pairs(setting: Setting) -> tuple[Pair, ...]:
 
 
 def _pair(setting: Setting, index: int) -> Pair:
-    data, held = mf.data.load("digits", classes=CLASSES, samples=setting.either(80, 160), pool=2, seed=setting.derived_seed(12, index)).split(300)
+    data, held = mf.data.load(
+        "digits", classes=CLASSES, samples=setting.either(80, 160), pool=2, seed=setting.derived_seed(12, index)
+    ).split(300)
     layer = mf.Conv(3, padding=1, activation="relu")
     architecture = mf.Architecture(data.input_shape, (layer,) * DEPTH, "average", len(data.classes))
     penalty = mf.Penalty(source=1e-5, readout=1e-5, input=1e-5)
     train, test = (
-        mf.Problem(architecture, part.inputs, part.targets("softmax"), "softmax", penalty).to(device=setting.device) for part in (data, held)
+        mf.Problem(architecture, part.inputs, part.targets("softmax"), "softmax", penalty).to(device=setting.device)
+        for part in (data, held)
     )
     widths, steps = (setting.either(16, 24),) * DEPTH, setting.either(100, 300)
-    first, second = (finite.train(train, widths, setting.derived_seed(12, index, k), steps=steps).network.particles() for k in range(2))
+    first, second = (
+        finite.train(train, widths, setting.derived_seed(12, index, k), steps=steps).network.particles()
+        for k in range(2)
+    )
     with torch.no_grad():
         return Pair(train, test, (first, second), (first.responses(train.inputs), second.responses(train.inputs)))
 
@@ -67,7 +76,9 @@ Make = Callable[[Pair, float, torch.Generator], mf.ParticleNetwork]
 
 def _draws(width: int, share: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     count = round(share * width)
-    return torch.randperm(width, generator=generator)[:count], torch.randperm(width, generator=generator)[: width - count]
+    return torch.randperm(width, generator=generator)[:count], torch.randperm(width, generator=generator)[
+        : width - count
+    ]
 
 
 @torch.no_grad()
@@ -121,7 +132,10 @@ def _path(pair: Pair, make: Make, generator: torch.Generator) -> tuple[np.ndarra
     for share in SHARES:
         network = make(pair, share, generator)
         outputs = [network.responses(each.inputs).output for each in (pair.train, pair.test)]
-        losses = [float(each.loss.value(output, each.targets).mean()) for each, output in zip((pair.train, pair.test), outputs)]
+        losses = [
+            float(each.loss.value(output, each.targets).mean())
+            for each, output in zip((pair.train, pair.test), outputs)
+        ]
         rows.append((*losses, mf.losses.accuracy(pair.test.loss, outputs[1], pair.test.targets)))
     training, held, accuracy = np.array(rows).T
     return training, held, accuracy
@@ -133,7 +147,9 @@ def barrier(losses: np.ndarray) -> float:
     return float(((losses - chord) / chord)[1:-1].max())
 
 
-def _paths(setting: Setting, make: Make, count: int, place: int, twins: bool = False) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+def _paths(
+    setting: Setting, make: Make, count: int, place: int, twins: bool = False
+) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """`count` paths of every pair; twins: of each of its networks with itself."""
     found = []
     for index, pair in enumerate(_pairs(setting)):
@@ -166,10 +182,14 @@ def _compared(setting: Setting, make: Make) -> Evidence:
         upper, allowed = _upper(rises, setting.derived_seed(12, 3)), float(np.quantile(own, 0.95))
         statistics.append(upper / allowed)
         parts.append(
-            f"{name} loss rises by {np.mean(rises):.2%} of the chord (at most {upper:.2%}; self-hybrids {np.mean(own):.2%}, 95% below {allowed:.2%})"
+            f"{name} loss rises by {np.mean(rises):.2%} of the chord (at most {upper:.2%}; self-hybrids "
+            f"{np.mean(own):.2%}, 95% below {allowed:.2%})"
         )
     accuracy = np.mean([path[2] for path in paths], 0)
-    text = f"{'; '.join(parts)}; held-out accuracy {accuracy[0]:.1%} and {accuracy[-1]:.1%} at the ends, least between {accuracy[1:-1].min():.1%}"
+    text = (
+        f"{'; '.join(parts)}; held-out accuracy {accuracy[0]:.1%} and {accuracy[-1]:.1%} at the ends, least "
+        f"between {accuracy[1:-1].min():.1%}"
+    )
     mean, own = np.mean([path[0] for path in paths], 0), np.mean([path[0] for path in noise], 0)
     series = (
         Series("path", list(SHARES), mean.tolist()),
@@ -184,21 +204,27 @@ CLAIMS = (
     Claim(
         name="hybrids",
         statement=(
-            "Networks fitted to features drawn in shares p and 1 - p from two trained networks meet no barrier beyond the cost of resampling one."
+            "Networks fitted to features drawn in shares p and 1 - p from two trained networks meet no barrier beyond "
+            "the cost of resampling one."
         ),
         source="Gu et al. 2020, hybrid networks",
         statistic=(
-            "mean over draws and pairs of the largest rise of the training loss above the chord between p = 0 and 1 (in units of the chord), upper "
+            "mean over draws and pairs of the largest rise of the training loss above the chord between p = 0 and 1 "
+            "(in units of the chord), upper "
             "95% bootstrap limit, over the 95% quantile of that rise where both shares are drawn from ONE network"
         ),
         threshold=1.0,
         derivation=(
-            "a definition: drawing channels and fitting cost something even within one network; no barrier means no more than 95% of such "
-            "self-hybrids cost. It was written down after curves of two pairs (ten classes) had been seen, so it is no blind test"
+            "a definition: drawing channels and fitting cost something even within one network; no barrier means no "
+            "more than 95% of such "
+            "self-hybrids cost. It was written down after curves of two pairs (ten classes) had been seen, so it is "
+            "no blind test"
         ),
         limits=(
-            "Empirical, no theorem: small ReLU networks of two layers on 4x4 digits, equal widths, one way to fit. The readout is fitted to the "
-            "mixed outputs, whose own loss is convex in p; what can fail is that the mixed features carry them. Two draws from one network share "
+            "Empirical, no theorem: small ReLU networks of two layers on 4x4 digits, equal widths, one way to fit. "
+            "The readout is fitted to the "
+            "mixed outputs, whose own loss is convex in p; what can fail is that the mixed features carry them. Two "
+            "draws from one network share "
             "channels, so that self-hybrids have fewer distinct features, which widens what is allowed."
         ),
         measure=lambda setting: _compared(setting, hybrid),

@@ -17,14 +17,25 @@ ACTIVATIONS = ("relu", "tanh", "softplus", "gelu")
 
 
 def random_problem(
-    generator: torch.Generator, depth: int, *, side: int = 3, images: int = 3, activation: str | None = None, loss: str | None = None,
-    kernel_size: int = 3, bias: bool = False, kernel_norm: str = "l2", device: str = "cpu",
-) -> mf.Problem:  # fmt: skip
+    generator: torch.Generator,
+    depth: int,
+    *,
+    side: int = 3,
+    images: int = 3,
+    activation: str | None = None,
+    loss: str | None = None,
+    kernel_size: int = 3,
+    bias: bool = False,
+    kernel_norm: str = "l2",
+    device: str = "cpu",
+) -> mf.Problem:
     """Gaussian images and targets; activation and loss are drawn where they are not given."""
     activation = activation if activation is not None else _choice(ACTIVATIONS, generator)
     loss = loss if loss is not None else _choice(LOSSES, generator)
     channels, outputs = 2, 3 if loss == "softmax" else 1
-    layers = tuple(mf.Conv(kernel_size, padding=kernel_size // 2, activation=activation, bias=bias) for _ in range(depth))
+    layers = tuple(
+        mf.Conv(kernel_size, padding=kernel_size // 2, activation=activation, bias=bias) for _ in range(depth)
+    )
     architecture = mf.Architecture((channels, side, side), layers, "average", outputs)
     inputs = torch.randn(images, channels, side, side, generator=generator, dtype=torch.float64)
     penalty = mf.Penalty(source=0.03, readout=0.05, input=0.02, kernel_norm=kernel_norm)
@@ -48,7 +59,9 @@ def random_network(problem: mf.Problem, widths: Sequence[int], generator: torch.
     masses = [random_masses(m, generator).to(like) for m in widths]
     kernels = [normal(shape, generator, like) for shape in architecture.kernel_shapes(widths)]
     biases = [normal((m,), generator, like) if layer.bias else None for m, layer in zip(widths, architecture.layers)]
-    return mf.ParticleNetwork(architecture, masses, kernels, normal(architecture.readout_shape(widths[-1]), generator, like), biases)
+    return mf.ParticleNetwork(
+        architecture, masses, kernels, normal(architecture.readout_shape(widths[-1]), generator, like), biases
+    )
 
 
 def random_masses(count: int, generator: torch.Generator) -> Tensor:
@@ -63,9 +76,16 @@ def random_start(problem: mf.Problem, widths: Sequence[int], seed: int, kind: st
 
 
 def digits_problem(
-    setting: Setting, depth: int, *, classes: tuple[int, int] = (3, 5), samples: int = 12, pool: int = 2, activation: str = "tanh",
-    kernel_size: int = 3, penalty: mf.Penalty | None = None,
-) -> mf.Problem:  # fmt: skip
+    setting: Setting,
+    depth: int,
+    *,
+    classes: tuple[int, int] = (3, 5),
+    samples: int = 12,
+    pool: int = 2,
+    activation: str = "tanh",
+    kernel_size: int = 3,
+    penalty: mf.Penalty | None = None,
+) -> mf.Problem:
     """Real digits of two classes, averaged to smaller images; the squared loss on targets -1 and 1."""
     data = mf.data.load("digits", classes=classes, samples=samples, pool=pool)
     layer = mf.Conv(kernel_size, padding=kernel_size // 2, activation=activation)

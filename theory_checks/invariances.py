@@ -24,7 +24,9 @@ def _pick(network: mf.ParticleNetwork, generator: torch.Generator) -> tuple[int,
 
 
 def _permuted(network: mf.ParticleNetwork, generator: torch.Generator) -> mf.ParticleNetwork:
-    return measures.permute(network, [torch.randperm(m, generator=generator).to(network.device) for m in network.widths])
+    return measures.permute(
+        network, [torch.randperm(m, generator=generator).to(network.device) for m in network.widths]
+    )
 
 
 def _split(network: mf.ParticleNetwork, generator: torch.Generator) -> mf.ParticleNetwork:
@@ -83,14 +85,18 @@ def _evidence(found: dict[str, list[float]]) -> Evidence:
 
 def _rescaled(network: mf.ParticleNetwork, generator: torch.Generator) -> mf.ParticleNetwork:
     """z_j -> c_j z_j, u_j -> u_j / c_j for one layer."""
-    factors = torch.exp(2 * torch.rand(network.widths[0], generator=generator, dtype=torch.float64) - 1).to(network.readout)
+    factors = torch.exp(2 * torch.rand(network.widths[0], generator=generator, dtype=torch.float64) - 1).to(
+        network.readout
+    )
     kernels = [network.kernels[0] * factors[:, None, None, None]]
     biases = [None if b is None else b * factors for b in network.biases]
     return mf.ParticleNetwork(network.architecture, network.masses, kernels, network.readout / factors[None, :], biases)
 
 
 def _rescalings(setting: Setting, activation: str) -> Evidence:
-    """The output under rescaling, and J balanced by `measures.balance` before and after, which depends on p |z| |u| alone."""
+    """The output under rescaling, and J balanced by `measures.balance` before and after, which depends on p |z| |u|
+    alone.
+    """
     changes = []
     for instance in range(setting.either(24, 240)):
         generator = setting.generator(91, instance)
@@ -107,26 +113,34 @@ def _rescalings(setting: Setting, activation: str) -> Evidence:
 CLAIMS = (
     Claim(
         name="invariances.particles",
-        statement="Permuting particles, splitting one into clones that share its mass, and merging clones change neither F nor J.",
+        statement="Permuting particles, splitting one into clones that share its mass, and merging clones change "
+        "neither F nor J.",
         source="docs/theory.md, section 6",
         statistic="largest change of output or value over random networks, in rounding bounds",
         threshold=1.0,
         derivation="running error bounds of both networks",
         limits="Clones are equal at one moment; a flow keeps them equal, noise does not.",
         measure=lambda setting: _changes(setting, MOVES),
-        controls={"a clone with the whole mass, renormalised": lambda setting: _changes(setting, {"copying": _copied_whole})},
+        controls={
+            "a clone with the whole mass, renormalised": lambda setting: _changes(setting, {"copying": _copied_whole})
+        },
         axes=Axes("network, sorted by its change", "change / rounding bound", "y", 1.0),
     ),
     Claim(
         name="invariances.scale",
-        statement="One ReLU layer: scaling z up and u down changes neither F nor the balanced J, which sees p |z| |u| only.",
+        statement="One ReLU layer: scaling z up and u down changes neither F nor the balanced J, which sees p |z| |u| "
+        "only.",
         source="docs/theory.md, section 4.4; Bach 2017, section 2",
         statistic="largest change of the output or of the balanced value, in rounding bounds",
         threshold=1.0,
         derivation="running error bounds of both networks",
-        limits="Positive homogeneity only: tanh and softplus have no such invariance, nor have deeper layers with a source penalty.",
+        limits="Positive homogeneity only: tanh and softplus have no such invariance, nor have deeper layers with a "
+        "source penalty.",
         measure=lambda setting: _rescalings(setting, "relu"),
-        controls={"tanh": lambda setting: _rescalings(setting, "tanh"), "softplus": lambda setting: _rescalings(setting, "softplus")},
+        controls={
+            "tanh": lambda setting: _rescalings(setting, "tanh"),
+            "softplus": lambda setting: _rescalings(setting, "softplus"),
+        },
         axes=Axes("network, sorted by its change", "change / rounding bound", "y", 1.0),
     ),
 )

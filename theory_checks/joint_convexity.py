@@ -21,7 +21,8 @@ from theory_checks.statistics import largest, share_text
 
 WIDTHS = ((6,), (7, 4), (5, 4, 3))
 SOURCE = "docs/theory.md, section 3; Fang et al. 2019, section 4; Gu et al. 2020, section 4"
-Penalty = Callable[[Tensor, Tensor, Tensor], Tensor]  # (|W_ij| (targets, sources), source masses, target masses) -> term
+# (|W_ij| (targets, sources), source masses, target masses) -> term
+Penalty = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def _weight_decay(norms: Tensor, source: Tensor, target: Tensor) -> Tensor:
@@ -65,7 +66,10 @@ def _penalty_alone(penalty: Penalty, variables: ProgramVariables) -> Function:
 
     def value(vector: Tensor) -> Tensor:
         point = variables.point(vector)
-        return sum((penalty(norm(W), p, q) for W, p, q in zip(point.kernels, point.masses, point.masses[1:])), vector.new_zeros(()))
+        return sum(
+            (penalty(norm(W), p, q) for W, p, q in zip(point.kernels, point.masses, point.masses[1:])),
+            vector.new_zeros(()),
+        )
 
     return value
 
@@ -95,7 +99,9 @@ Objective = Callable[[ProgramVariables], Function]
 
 def _cases(setting: Setting, quick: int, full: int, least_depth: int) -> list[ProgramVariables]:
     depths = range(least_depth, 4)
-    return [_variables(setting, instance, depths[instance % len(depths)]) for instance in range(setting.either(quick, full))]
+    return [
+        _variables(setting, instance, depths[instance % len(depths)]) for instance in range(setting.either(quick, full))
+    ]
 
 
 def _along_segments(setting: Setting, objective: Objective, least_depth: int = 1, weights: bool = False) -> Evidence:
@@ -114,7 +120,10 @@ def _along_segments(setting: Setting, objective: Objective, least_depth: int = 1
         if worst is None or shares[-1] >= max(shares):
             worst, shown = found.worst, _line(function, found.worst)
     assert worst is not None
-    text = f"{share_text(violated, lines, 'lines rise above their chord')}; the worst by {worst.relative:+.1e} of the chord"
+    text = (
+        f"{share_text(violated, lines, 'lines rise above their chord')}; the worst by {worst.relative:+.1e} of the "
+        f"chord"
+    )
     return Evidence(largest(shares), text, lines, violated, shown, worst)
 
 
@@ -132,12 +141,19 @@ def _curvatures(setting: Setting, objective: Objective, least_depth: int = 1) ->
     ratios, relative, negative = [], [], 0
     for instance, variables in enumerate(_cases(setting, 4, 60, least_depth)):
         point = variables.sample(setting.generator(22, instance))
-        found = convexity.curvature(objective(variables), point, variables.tangent(point), seed=setting.derived_seed(22, instance))
+        found = convexity.curvature(
+            objective(variables), point, variables.tangent(point), seed=setting.derived_seed(22, instance)
+        )
         ratios.append(-found.smallest / found.rounding)
         relative.append(-found.smallest / max(abs(found.smallest), abs(found.largest)))
         negative += found.negative
-    text = f"{share_text(negative, len(ratios), 'points have negative curvature')}; most negative eigenvalue over the largest {max(relative):+.1e}"
-    series = Series("minus the smallest eigenvalue / its rounding", [float(i) for i in range(len(ratios))], sorted(ratios), "points")
+    text = (
+        f"{share_text(negative, len(ratios), 'points have negative curvature')}; most negative eigenvalue over the "
+        f"largest {max(relative):+.1e}"
+    )
+    series = Series(
+        "minus the smallest eigenvalue / its rounding", [float(i) for i in range(len(ratios))], sorted(ratios), "points"
+    )
     return Evidence(largest(ratios), text, len(ratios), negative, (series,))
 
 
@@ -148,14 +164,21 @@ def _adversary(setting: Setting, objective: Objective, least_depth: int = 1) -> 
         function = objective(variables)
         rounding = variables.rounding if objective is _program else None
         search = convexity.falsify(
-            function, variables.sample, setting.either(750, 3000), seed=setting.derived_seed(23, instance), rounding=rounding
+            function,
+            variables.sample,
+            setting.either(750, 3000),
+            seed=setting.derived_seed(23, instance),
+            rounding=rounding,
         )
         ratios.append(search.witness.violation / search.witness.rounding)
         found_at += search.falsified
         if worst is None or ratios[-1] >= max(ratios):
             worst, shown = search.witness, _line(function, search.witness)
     assert worst is not None
-    text = f"{share_text(found_at, len(ratios), 'searches found a witness')}; the midpoint's worst rise is {worst.relative:+.1e} of the chord"
+    text = (
+        f"{share_text(found_at, len(ratios), 'searches found a witness')}; the midpoint's worst rise is "
+        f"{worst.relative:+.1e} of the chord"
+    )
     return Evidence(largest(ratios), text, len(ratios), found_at, shown, worst)
 
 
@@ -169,12 +192,22 @@ def _controls(measurement: Measurement) -> dict[str, Callable[[Setting], Evidenc
     return {name: partial(control, penalty) for name, penalty in PENALTIES.items()}
 
 
-def _claim(name: str, statement: str, statistic: str, derivation: str, measurement: Measurement, axes: Axes, **more) -> Claim:
+def _claim(
+    name: str, statement: str, statistic: str, derivation: str, measurement: Measurement, axes: Axes, **more
+) -> Claim:
     return Claim(
-        name=f"joint_convexity.{name}", statement=statement, source=SOURCE, statistic=statistic, threshold=1.0, derivation=derivation,
-        limits="Populations of FROZEN features. Moving the features themselves is not covered, and the loss stays non-convex in weights.",
-        measure=lambda setting: measurement(setting, _program), controls=_controls(measurement) | more, axes=axes,
-    )  # fmt: skip
+        name=f"joint_convexity.{name}",
+        statement=statement,
+        source=SOURCE,
+        statistic=statistic,
+        threshold=1.0,
+        derivation=derivation,
+        limits="Populations of FROZEN features. Moving the features themselves is not covered, and the loss stays "
+        "non-convex in weights.",
+        measure=lambda setting: measurement(setting, _program),
+        controls=_controls(measurement) | more,
+        axes=axes,
+    )
 
 
 CLAIMS = (

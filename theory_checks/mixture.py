@@ -37,7 +37,11 @@ def _problem(setting: Setting) -> mf.Problem:
 def _pairs(setting: Setting, widths: tuple[tuple[int, int], ...]) -> list[Pair]:
     """Networks trained from different starts, of the given pairs of widths."""
     problem = _problem(setting)
-    return [(problem, _trained(setting, a, index), _trained(setting, b, 100 + index)) for a, b in widths for index in range(setting.either(1, 2))]
+    return [
+        (problem, _trained(setting, a, index), _trained(setting, b, 100 + index))
+        for a, b in widths
+        for index in range(setting.either(1, 2))
+    ]
 
 
 def _rises(setting: Setting, pairs: list[Pair], join: Join, name: str) -> Evidence:
@@ -52,15 +56,22 @@ def _rises(setting: Setting, pairs: list[Pair], join: Join, name: str) -> Eviden
             rises.append(rise / max(ends))
             ratios.append(rise / (allowed + value_error(problem, middle)))
         relative.append(max(rises))
-        series.append(Series(f"{name}, widths {first.widths} and {second.widths}", [0.0, *TIMES, 1.0], [0.0, *rises, 0.0]))
+        series.append(
+            Series(f"{name}, widths {first.widths} and {second.widths}", [0.0, *TIMES, 1.0], [0.0, *rises, 0.0])
+        )
     beyond = sum(ratio > 1 for ratio in ratios)
     low, high = min(relative), max(relative)
-    text = f"{beyond} of {len(ratios)} points above the chord; the highest of a line is {low:+.2g} to {high:+.2g} of J over {len(pairs)} pairs"
+    text = (
+        f"{beyond} of {len(ratios)} points above the chord; the highest of a line is {low:+.2g} to {high:+.2g} of "
+        f"J over {len(pairs)} pairs"
+    )
     return Evidence(largest(ratios), text, len(ratios), beyond, tuple(series[:4]))
 
 
 def matched(problem: mf.Problem, first: mf.ParticleNetwork, second: mf.ParticleNetwork) -> mf.ParticleNetwork:
-    """The second network, of the same widths, with its particles in the order that fits the first best, layer by layer."""
+    """The second network, of the same widths, with its particles in the order that fits the first
+    best, layer by layer.
+    """
     left, right = first.features(problem.inputs), second.features(problem.inputs)
     return measures.permute(second, [_assignment(a, b) for a, b in zip(left, right)])
 
@@ -76,7 +87,9 @@ def _mixture(setting: Setting) -> Evidence:
 
 
 def _raw_weights(setting: Setting) -> Evidence:
-    """The control, and beside it the weights after matching, whose barrier falls with the width and stays above the chord."""
+    """The control, and beside it the weights after matching, whose barrier falls with the width and stays above the
+    chord.
+    """
     pairs = _pairs(setting, ((8, 8), (16, 16)))
     raw = _rises(setting, pairs, measures.interpolate, "raw weights")
     widths = (8, 32) if not setting.full else (8, 32, 128)
@@ -93,12 +106,14 @@ def _raw_weights(setting: Setting) -> Evidence:
 CLAIMS = (
     Claim(
         name="mixture",
-        statement="Along the straight line of measures between two trained networks, of any widths, J stays below its chord.",
+        statement="Along the straight line of measures between two trained networks, of any widths, J stays below its "
+        "chord.",
         source="docs/theory.md, section 6; Fang et al. 2019, section 4",
         statistic="largest rise of J above the chord, in rounding bounds",
         threshold=1.0,
         derivation="running error bounds of the three values",
-        limits="The line leads through networks of the added width. It is no statement about averages of weights at one width.",
+        limits="The line leads through networks of the added width. It is no statement about averages of weights at "
+        "one width.",
         measure=_mixture,
         controls={"raw weight interpolation": _raw_weights},
         axes=Axes("t along the line", "rise above the chord / J", "", 0.0, "chord"),

@@ -23,11 +23,17 @@ def _real(classes: tuple[int, int], kernel: tuple[int, int]) -> mf.Problem:
 
 def _random(setting: Setting, kernel: tuple[int, int]) -> mf.Problem:
     generator = setting.generator(11, *kernel)
-    return _of(torch.randn(8, 1, 3, 3, generator=generator, dtype=torch.float64), torch.randn(8, generator=generator, dtype=torch.float64), kernel)
+    return _of(
+        torch.randn(8, 1, 3, 3, generator=generator, dtype=torch.float64),
+        torch.randn(8, generator=generator, dtype=torch.float64),
+        kernel,
+    )
 
 
 def _of(inputs: torch.Tensor, targets: torch.Tensor, kernel: tuple[int, int]) -> mf.Problem:
-    architecture = mf.Architecture((1, inputs.shape[2], inputs.shape[3]), (mf.Conv(kernel, activation="relu"),), "average", 1)
+    architecture = mf.Architecture(
+        (1, inputs.shape[2], inputs.shape[3]), (mf.Conv(kernel, activation="relu"),), "average", 1
+    )
     return mf.Problem(architecture, inputs, targets, "squared", mf.Penalty(source=0.0, readout=2e-3, input=4e-3))
 
 
@@ -54,7 +60,9 @@ def _by_relation(setting: Setting, name: str, factor: float) -> tuple[float, flo
     problem = _problems(setting)[name]
     scale = factor / 2  # of both strengths: the exact solver's own factor is 2
     penalty = replace(problem.penalty, input=problem.penalty.input * scale, readout=problem.penalty.readout * scale)
-    solved = mf.solvers.arrangements.solve(mf.Problem(problem.architecture, problem.inputs, problem.targets, "squared", penalty))
+    solved = mf.solvers.arrangements.solve(
+        mf.Problem(problem.architecture, problem.inputs, problem.targets, "squared", penalty)
+    )
     assert solved.lower_bound is not None
     return solved.value, solved.lower_bound
 
@@ -68,8 +76,13 @@ def _differences(setting: Setting, factor: float) -> Evidence:
     told = ", ".join(f"{name} {difference:+.1e}" for name, difference in zip(names, differences))
     text = f"particles against the relation, relative: {told}; below its lower bound by at most {max(below, 0.0):.1e}"
     places = [float(i) for i in range(len(names))]
-    series = (Series("particles", places, particles, "points"), Series("the relation", places, [value for value, _ in exact], "hollow"))
-    return Evidence(largest([abs(d) for d in differences]), text, len(names), sum(abs(d) > THRESHOLD for d in differences), series)
+    series = (
+        Series("particles", places, particles, "points"),
+        Series("the relation", places, [value for value, _ in exact], "hollow"),
+    )
+    return Evidence(
+        largest([abs(d) for d in differences]), text, len(names), sum(abs(d) > THRESHOLD for d in differences), series
+    )
 
 
 THRESHOLD = STOPPING + EXACT
@@ -77,12 +90,16 @@ THRESHOLD = STOPPING + EXACT
 CLAIMS = (
     Claim(
         name="one_layer_relation",
-        statement="For one ReLU layer, minimising over masses and scales leaves mean loss + 2 sqrt(lambda_1 lambda_u) TV.",
+        statement="For one ReLU layer, minimising over masses and scales leaves mean loss + 2 sqrt(lambda_1 lambda_u) "
+        "TV.",
         source="docs/theory.md, sections 4.4 and 8; Bach 2017, section 2; Pilanci & Ergen 2020",
-        statistic="largest relative difference of the particles' J from the exact optimum of the relation, over data sets",
+        statistic="largest relative difference of the particles' J from the exact optimum of the relation, over data "
+        "sets",
         threshold=THRESHOLD,
-        derivation="the alternation stops within 1e-5 of its lower bound over all measures, the exact solver within 1e-6",
-        limits="One layer, positive homogeneity, average readout; small kernels, where all activation patterns can be listed.",
+        derivation="the alternation stops within 1e-5 of its lower bound over all measures, the exact solver within "
+        "1e-6",
+        limits="One layer, positive homogeneity, average readout; small kernels, where all activation patterns can be "
+        "listed.",
         measure=lambda setting: _differences(setting, 2.0),
         controls={"factor 1 in place of 2": lambda setting: _differences(setting, 1.0)},
         axes=Axes("data set", "J"),

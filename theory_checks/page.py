@@ -48,7 +48,14 @@ def _row(records: Sequence[Record]) -> list[str]:
     first, words = records[0], sorted({verdict(record) for record in records})
     said = " / ".join(words) + (f" ({len(records)} seeds)" if len(records) > 1 else "")
     measured, control = (span([record[key] for record in records]) for key in ("statistic", "control_statistic"))
-    return [first["name"], measured, threshold(first), control, f"{sum(r['seconds'] for r in records) / len(records):.1f}", said]
+    return [
+        first["name"],
+        measured,
+        threshold(first),
+        control,
+        f"{sum(r['seconds'] for r in records) / len(records):.1f}",
+        said,
+    ]
 
 
 COLUMNS = ("claim", "statistic", "holds if", "closest control", "seconds", "verdict")
@@ -88,14 +95,17 @@ def html(records: Sequence[Record], images: Mapping[str, str], command: str) -> 
     passed = sum(all(record["passed"] for record in group) for group in groups.values())
     controls = sum(len(group[0]["controls"]) for group in groups.values())
     summary = (
-        f"{passed} of {len(groups)} claims hold with all of their {controls} negative controls rejected. A control is the same measurement "
+        f"{passed} of {len(groups)} claims hold with all of their {controls} negative controls rejected. A control is "
+        f"the same measurement "
         "without an assumption of the theory; a claim whose control passes counts as failed."
     )
     return Template((Path(__file__).parent / "template.html").read_text(encoding="utf-8")).substitute(
-        title="What the theory claims, measured", summary=escape(summary), table=_html_table(groups),
+        title="What the theory claims, measured",
+        summary=escape(summary),
+        table=_html_table(groups),
         sections="\n".join(_section(group, images.get(name)) for name, group in groups.items()),
         footer=f"Made by <code>{escape(command)}</code>.",
-    )  # fmt: skip
+    )
 
 
 def _html_table(groups: Mapping[str, Sequence[Record]]) -> str:
@@ -118,7 +128,8 @@ def _section(group: Sequence[Record], image: str | None) -> str:
     rows = [("measured", first["evidence"], first["statistic"])] if first["evidence"] else []
     rows += [(f"control: {name}", evidence, evidence["statistic"]) for name, evidence in first["controls"].items()]
     body = "".join(
-        f'<tr><td>{escape(name)}</td><td class="number">{number(statistic)}</td><td>{escape(evidence["text"])}</td></tr>'
+        f"<tr><td>{escape(name)}</td><td "
+        f'class="number">{number(statistic)}</td><td>{escape(evidence["text"])}</td></tr>'
         for name, evidence, statistic in rows
     )
     caption = f"{escape(first['name'])}: measured on the left, controls on the right"
@@ -127,7 +138,10 @@ def _section(group: Sequence[Record], image: str | None) -> str:
     return (
         f'<section id="{escape(first["name"])}"><h2>{escape(first["statement"])}</h2>'
         f'<p>{_badge(group)} <span class="soft">{escape(first["name"])}; {escape(first["source"])}</span></p>'
-        f"<p>Statistic: {escape(first['measured'])}. Holds if {threshold(first)}: {escape(first['derivation'])}.</p>{error}"
-        f'<div class="scroll"><table><thead><tr><th></th><th class="number">statistic</th><th>seed {first["seed"]}</th></tr></thead>'
-        f"<tbody>{body}</tbody></table></div>{picture}<p><b>What it does not show.</b> {escape(first['limits'])}</p></section>"
+        f"<p>Statistic: {escape(first['measured'])}. Holds if {threshold(first)}: "
+        f"{escape(first['derivation'])}.</p>{error}"
+        f'<div class="scroll"><table><thead><tr><th></th><th class="number">statistic</th><th>seed '
+        f"{first['seed']}</th></tr></thead>"
+        f"<tbody>{body}</tbody></table></div>{picture}<p><b>What it does not show.</b> "
+        f"{escape(first['limits'])}</p></section>"
     )

@@ -32,10 +32,14 @@ def _controls(record: Mapping[str, Any]) -> tuple[list[dict[str, Any]], str]:
     """The controls' series, named after their control where there are several, and the panel's title."""
     found = record["controls"]
     if len(found) == 1:
-        (name, only), = found.items()
+        ((name, only),) = found.items()
         return only["series"], f"control: {name}"
     label = lambda name, each, count: name if count == 1 else f"{name}: {each['name']}"  # noqa: E731
-    series = [{**each, "name": label(name, each, len(control["series"]))} for name, control in found.items() for each in control["series"]]
+    series = [
+        {**each, "name": label(name, each, len(control["series"]))}
+        for name, control in found.items()
+        for each in control["series"]
+    ]
     return _thinned(series, len(found)), "controls"
 
 
@@ -52,7 +56,9 @@ def _draw(panel: Any, series: list[dict[str, Any]], title: str, axes: Axes) -> N
         marker = marker if not style or len(each["x"]) <= 12 else ""
         hollow = {"ms": 11, "mfc": "none", "mew": 2} if each["style"] == "hollow" else {"ms": 5}
         x, y = ([float(value) for value in each[key]] for key in ("x", "y"))
-        panel.plot(x, y, linestyle=style, marker=marker, lw=1.6, **hollow, color=colour, label=each["name"][:LEGEND_LETTERS])
+        panel.plot(
+            x, y, linestyle=style, marker=marker, lw=1.6, **hollow, color=colour, label=each["name"][:LEGEND_LETTERS]
+        )
     if axes.level is not None:
         panel.axhline(axes.level, color="black", lw=1, ls=":", label=axes.level_name)
     panel.set(title=title, xlabel=axes.x, ylabel=axes.y)

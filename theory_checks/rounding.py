@@ -11,7 +11,8 @@ from torch import Tensor
 from meanfield.network import ParticleNetwork
 from meanfield.problem import Problem
 
-STEEPEST = {"relu": 1.0, "tanh": 1.0, "softplus": 1.0, "gelu": 1.13, "identity": 1.0}  # Lipschitz constants of the activations
+# Lipschitz constants of the activations
+STEEPEST = {"relu": 1.0, "tanh": 1.0, "softplus": 1.0, "gelu": 1.13, "identity": 1.0}
 EXTRA = 8  # roundings outside the sums: products of masses, activation, pooling
 
 
@@ -23,7 +24,9 @@ def output_error(network: ParticleNetwork, inputs: Tensor) -> Tensor:
     scales = (inputs.new_full((channels,), 1 / channels), *network.masses[:-1])
     signals = [inputs, *responses.features]
     error = torch.zeros_like(inputs)
-    for layer, kernel, bias, scale, signal in zip(network.architecture.layers, network.kernels, network.biases, scales, signals):
+    for layer, kernel, bias, scale, signal in zip(
+        network.architecture.layers, network.kernels, network.biases, scales, signals
+    ):
         terms = kernel.shape[1] * layer.offsets + EXTRA
         weights = (kernel * scale[None, :, None, None]).abs()
         moved = layer.convolve(error + terms * eps * signal.abs(), weights, None if bias is None else eps * bias.abs())

@@ -28,7 +28,8 @@ Task = tuple[str, Setting]
 
 
 def run(tasks: Sequence[Task], directory: Path | None = None, jobs: int = 1, resume: bool = False) -> Iterator[Record]:
-    """Records in the order in which they are finished; with `directory` each is written there, and with `resume` read back.
+    """Records in the order in which they are finished; with `directory` each is written there, and with `resume` read
+    back.
 
     A stored record counts only if it was made by the same code.
     """
@@ -39,7 +40,9 @@ def run(tasks: Sequence[Task], directory: Path | None = None, jobs: int = 1, res
             waiting.append(task)
         else:
             yield stored
-    finished: Any = Parallel(n_jobs=jobs, return_as="generator_unordered")(delayed(_measure)(task, directory) for task in waiting)
+    finished: Any = Parallel(n_jobs=jobs, return_as="generator_unordered")(
+        delayed(_measure)(task, directory) for task in waiting
+    )
     for record in finished:
         record["code"] = fingerprint(record["name"])
         if directory is not None:
@@ -82,9 +85,14 @@ def _stored(directory: Path, task: Task) -> Record | None:
 
 @cache
 def fingerprint(name: str) -> str:
-    """A digest of the sources that a claim's verdict depends on: the library, the frame of measurements and the claim's own file."""
+    """A digest of the sources that a claim's verdict depends on: the library, the frame of measurements and the
+    claim's own file.
+    """
     own = Path(__file__).parent
-    paths = [*sorted(Path(meanfield.__file__).parent.rglob("*.py")), *(own / f"{module}.py" for module in (*FRAME, name.split(".")[0]))]
+    paths = [
+        *sorted(Path(meanfield.__file__).parent.rglob("*.py")),
+        *(own / f"{module}.py" for module in (*FRAME, name.split(".")[0])),
+    ]
     digest = hashlib.sha256()
     for path in paths:
         digest.update(path.read_bytes())

@@ -38,9 +38,17 @@ def _starts(setting: Setting) -> list[tuple[int, int]]:
 
 def _grown(setting: Setting, problem: mf.Problem, start: mf.ParticleNetwork) -> float:
     solved = mf.solvers.alternating.solve(
-        problem, start, rounds=ROUNDS, tolerance=STOPPING, flow_steps=FLOW_STEPS, later_steps=FLOW_STEPS, program_tolerance=STOPPING,
-        program_iterations=PROGRAM_ITERATIONS, grow=GROWTH, seed=setting.seed,
-    )  # fmt: skip
+        problem,
+        start,
+        rounds=ROUNDS,
+        tolerance=STOPPING,
+        flow_steps=FLOW_STEPS,
+        later_steps=FLOW_STEPS,
+        program_tolerance=STOPPING,
+        program_iterations=PROGRAM_ITERATIONS,
+        grow=GROWTH,
+        seed=setting.seed,
+    )
     return solved.value
 
 
@@ -50,19 +58,26 @@ def _fixed(setting: Setting, problem: mf.Problem, start: mf.ParticleNetwork) -> 
 
 
 def _without_growth(setting: Setting, problem: mf.Problem, start: mf.ParticleNetwork) -> float:
-    return mf.solvers.alternating.solve(problem, start, rounds=2, flow_steps=setting.either(200, 1000), tolerance=STOPPING).value
+    return mf.solvers.alternating.solve(
+        problem, start, rounds=2, flow_steps=setting.either(200, 1000), tolerance=STOPPING
+    ).value
 
 
 def _against_optimum(setting: Setting, descend, starts: list[tuple[int, int]]) -> Evidence:
     problem, optimum = _one_layer(setting.device)
-    values = [descend(setting, problem, random_start(problem, (width,), setting.derived_seed(4, width, k))) for width, k in starts]
+    values = [
+        descend(setting, problem, random_start(problem, (width,), setting.derived_seed(4, width, k)))
+        for width, k in starts
+    ]
     excesses = [value / optimum - 1 for value in values]
     beyond = sum(excess > STOPPING for excess in excesses)
     text = (
         f"{min(excesses):.1e} to {max(excesses):.1e} above the exact optimum {optimum:.8f}, "
         f"{beyond} of {len(starts)} starts (widths {starts[0][0]} to {starts[-1][0]}) by more than the tolerance"
     )
-    series = Series("starts", [float(width) for width, _ in starts], [max(excess, 1e-9) for excess in excesses], "points")
+    series = Series(
+        "starts", [float(width) for width, _ in starts], [max(excess, 1e-9) for excess in excesses], "points"
+    )
     return Evidence(largest(excesses), text, len(starts), beyond, (series,))
 
 
@@ -89,7 +104,10 @@ def _ends(setting: Setting, moving: bool) -> Ends:
     """J at the end of every start, by widths: masses that move, or equal ones that stay at small widths."""
     problem, moved = _two_layers(setting), WIDTHS if setting.full else WIDTHS[::2]
     widths = moved if moving else SMALL_WIDTHS
-    return {each: [_flowed(setting, problem, each, number, moving) for number in range(setting.either(2, 8))] for each in widths}
+    return {
+        each: [_flowed(setting, problem, each, number, moving) for number in range(setting.either(2, 8))]
+        for each in widths
+    }
 
 
 def _flowed(setting: Setting, problem: mf.Problem, widths: tuple[int, int], number: int, moving: bool) -> float:
@@ -105,13 +123,17 @@ def _against_best(setting: Setting, moving: bool) -> Evidence:
     beyond = sum(excess > SHARE for excess in counted)
     told = ", ".join(f"{min(e):.1%} to {max(e):.1%} at widths {widths}" for widths, e in found.items())
     text = f"{len(counted)} starts at each width end above the best value known ({best:.5f}) by {told}"
-    series = [Series(f"widths {w}", [float(k) for k in range(len(e))], [max(v, 1e-4) for v in sorted(e)], "points") for w, e in found.items()]
+    series = [
+        Series(f"widths {w}", [float(k) for k in range(len(e))], [max(v, 1e-4) for v in sorted(e)], "points")
+        for w, e in found.items()
+    ]
     return Evidence(largest(counted), text, len(counted), beyond, tuple(series))
 
 
 @lru_cache(maxsize=8)
 def _grown_wider(setting: Setting) -> list[tuple[mf.Solution, float]]:
-    """Alternations of flow, program and search from narrow starts (quick: wide ones), each with the best bound of its searches.
+    """Alternations of flow, program and search from narrow starts (quick: wide ones), each with the best bound of its
+    searches.
 
     A bound that is not proven is not believed beyond the lowest J of these runs.
     """
@@ -119,9 +141,17 @@ def _grown_wider(setting: Setting) -> list[tuple[mf.Solution, float]]:
     for number in range(setting.either(1, 3)):
         start = random_start(problem, widths, setting.derived_seed(44, number))
         solved = mf.solvers.alternating.solve(
-            problem, start, rounds=setting.either(2, 6), tolerance=1e-3, flow_steps=GROWTH_STEPS, later_steps=GROWTH_STEPS // 4,
-            program_tolerance=5e-3, program_iterations=200, grow=NEW_FEATURES, seed=setting.seed + number,
-        )  # fmt: skip
+            problem,
+            start,
+            rounds=setting.either(2, 6),
+            tolerance=1e-3,
+            flow_steps=GROWTH_STEPS,
+            later_steps=GROWTH_STEPS // 4,
+            program_tolerance=5e-3,
+            program_iterations=200,
+            grow=NEW_FEATURES,
+            seed=setting.seed + number,
+        )
         found.append((solved, max(row["search_bound"] for row in solved.history)))
     lowest = min(solved.value for solved, _ in found)
     return [(solved, min(bound, lowest)) for solved, bound in found]
@@ -131,11 +161,17 @@ def _against_bound(setting: Setting) -> Evidence:
     runs = _grown_wider(setting)
     found = [solved.value / bound - 1 for solved, bound in runs]
     text = "; ".join(
-        f"J from {solved.history[0]['value']:.5f} to {solved.value:.5f} in {len(solved.history)} rounds, widths {solved.network.widths}, "
-        f"against a bound of {bound:.5f}" for solved, bound in runs
-    )  # fmt: skip
+        f"J from {solved.history[0]['value']:.5f} to {solved.value:.5f} in {len(solved.history)} rounds, widths "
+        f"{solved.network.widths}, "
+        f"against a bound of {bound:.5f}"
+        for solved, bound in runs
+    )
     series = tuple(
-        Series(f"start {k}", [float(row["round"]) for row in solved.history], [row["value"] / bound - 1 for row in solved.history])
+        Series(
+            f"start {k}",
+            [float(row["round"]) for row in solved.history],
+            [row["value"] / bound - 1 for row in solved.history],
+        )
         for k, (solved, bound) in enumerate(runs)
     )
     return Evidence(largest(found), text, len(found), sum(excess > SHARE for excess in found), series)
@@ -153,32 +189,41 @@ def _ends_against_bound(setting: Setting) -> Evidence:
 CLAIMS = (
     Claim(
         name="stationary_points.one_layer",
-        statement="One ReLU layer: with moving masses and growth every start, of any width, ends at the optimum over all measures.",
+        statement="One ReLU layer: with moving masses and growth every start, of any width, ends at the optimum over "
+        "all measures.",
         source=SOURCE,
         statistic="largest (J - optimum) / optimum over starts; the optimum is exact, from all activation patterns",
         threshold=STOPPING,
         derivation="the tolerance at which the alternation stops, 1e-3 of J; the exact solver's bound is within 1e-6",
         limits=(
-            "One layer, kernels of two entries, one data set. The convex program and the search for features do what the flow alone does not. "
-            "Equal masses are no obstacle by themselves here, as scales make up for masses: at width 2 some starts reach the optimum and some "
+            "One layer, kernels of two entries, one data set. The convex program and the search for features do what "
+            "the flow alone does not. "
+            "Equal masses are no obstacle by themselves here, as scales make up for masses: at width 2 some starts "
+            "reach the optimum and some "
             "are stuck half of J above it, at width 4 most reach it."
         ),
         measure=lambda setting: _against_optimum(setting, _grown, _starts(setting)),
         controls={
             "equal fixed masses, width 2": lambda setting: _against_optimum(setting, _fixed, _small_starts(setting)),
-            "moving masses without growth, width 2": lambda setting: _against_optimum(setting, _without_growth, _small_starts(setting)),
+            "moving masses without growth, width 2": lambda setting: _against_optimum(
+                setting, _without_growth, _small_starts(setting)
+            ),
         },
         axes=Axes("width of the start", "(J - optimum) / optimum", "xy"),
     ),
     Claim(
         name="stationary_points.width",
-        statement="Two tanh layers: with moving masses the ends of different starts draw together with the width, to within a tenth of the best J.",
+        statement="Two tanh layers: with moving masses the ends of different starts draw together with the width, to "
+        "within a tenth of the best J.",
         source=SOURCE,
-        statistic="largest (J - best) / best over the starts of the largest width; best is the lowest value of any run, the control's included",
+        statistic="largest (J - best) / best over the starts of the largest width; best is the lowest value of any "
+        "run, the control's included",
         threshold=SHARE,
-        derivation="a definition, made after a first look: a tenth of J, which small networks with fixed masses miss by several tenths",
+        derivation="a definition, made after a first look: a tenth of J, which small networks with fixed masses miss "
+        "by several tenths",
         limits=(
-            "Starts do not end at one value: the limit of a flow is optimal for its own features only, and a narrow start can stay 30% above the "
+            "Starts do not end at one value: the limit of a flow is optimal for its own features only, and a narrow "
+            "start can stay 30% above the "
             "others. How wide is wide enough is not known in advance."
         ),
         measure=lambda setting: _against_best(setting, True),
@@ -193,7 +238,8 @@ CLAIMS = (
         threshold=SHARE,
         derivation="a definition: a tenth, as in stationary_points.width; what is missed is the statistic",
         limits=(
-            "The bound is not proven: with two layers the search for features is itself not convex, and bounds of 256 starts have been seen "
+            "The bound is not proven: with two layers the search for features is itself not convex, and bounds of 256 "
+            "starts have been seen "
             "4% above a J that another run reached. One data set of 2x2 pixels."
         ),
         measure=_against_bound,

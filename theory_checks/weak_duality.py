@@ -26,7 +26,9 @@ def _optimal(setting: Setting, instance: int) -> tuple[mf.ConvexProgram, mf.Prog
     """A random program with a near-optimal point: the smallest values that lower bounds have to stay under."""
     generator = setting.generator(10, instance)
     depth, loss = 1 + instance % 3, LOSSES[instance // 3 % 3]
-    problem = random_problem(generator, depth, side=2, images=3, loss=loss, kernel_norm=("l2", "l1")[instance % 2], device=setting.device)
+    problem = random_problem(
+        generator, depth, side=2, images=3, loss=loss, kernel_norm=("l2", "l1")[instance % 2], device=setting.device
+    )
     program = mf.ConvexProgram.freeze(problem, random_network(problem, WIDTHS[depth - 1], generator))
     solved = mf.solvers.splitting.solve(program, SOLVER_TOLERANCE, max_iterations=MOST_ITERATIONS)
     assert solved.point is not None
@@ -47,7 +49,9 @@ def _repaired(program: mf.ConvexProgram, optimal: Multipliers, moved: Multiplier
 
 
 def _unrepaired(program: mf.ConvexProgram, optimal: Multipliers, moved: Multipliers) -> float:
-    """-mean conjugate of the moved multipliers less the mass multipliers of the optimal ones, which they no longer satisfy."""
+    """-mean conjugate of the moved multipliers less the mass multipliers of the optimal ones, which they no longer
+    satisfy.
+    """
     problem = program.problem
     count = len(problem.inputs)
     conjugate = float(problem.loss.conjugate(count * optimal.output, problem.targets).mean())
@@ -71,7 +75,10 @@ def _pairs(setting: Setting, bound: Bound) -> Evidence:
         at_optimum.append((bounds.reshape(len(NOISES), -1).amax(1) / values[0]).tolist())
         total, beyond = total + ratios.numel(), beyond + int((ratios > 1).sum())
     closest = [max(each[k] for each in at_optimum) for k in range(len(NOISES))]
-    text = f"{share_text(beyond, total, 'pairs have the bound above the value')}; the best bound reaches {max(closest):.7f} of an optimal value"
+    text = (
+        f"{share_text(beyond, total, 'pairs have the bound above the value')}; the best bound reaches "
+        f"{max(closest):.7f} of an optimal value"
+    )
     shown = [max(noise, 1e-7) for noise in NOISES if noise <= 1]
     lines = tuple(Series(f"program {k}", shown, line[: len(shown)]) for k, line in enumerate(at_optimum[:6]))
     return Evidence(max(worst), text, total, beyond, lines)
@@ -80,7 +87,8 @@ def _pairs(setting: Setting, bound: Bound) -> Evidence:
 CLAIMS = (
     Claim(
         name="weak_duality",
-        statement="Any multipliers, once repaired, give a lower bound of the program: it never lies above a feasible value.",
+        statement="Any multipliers, once repaired, give a lower bound of the program: it never lies above a feasible "
+        "value.",
         source="docs/theory.md, section 5",
         statistic="largest (lower bound - value) over random pairs, in rounding bounds of the value",
         threshold=1.0,
@@ -88,6 +96,12 @@ CLAIMS = (
         limits="A bound on this support. Features nobody has tried need the bound over all measures.",
         measure=lambda setting: _pairs(setting, _repaired),
         controls={"multipliers not repaired": lambda setting: _pairs(setting, _unrepaired)},
-        axes=Axes("noise on the optimal multipliers (its root mean square = 1)", "best lower bound / optimal value", "x", 1.0, "the optimal value"),
+        axes=Axes(
+            "noise on the optimal multipliers (its root mean square = 1)",
+            "best lower bound / optimal value",
+            "x",
+            1.0,
+            "the optimal value",
+        ),
     ),
 )

@@ -32,7 +32,9 @@ def _problem(setting: Setting, depth: int, instance: int) -> mf.Problem:
 
 
 def _start(setting: Setting, depth: int, instance: int, copy: int = 0) -> mf.ParticleNetwork:
-    return random_start(_problem(setting, depth, instance), WIDTHS[depth - 1], setting.derived_seed(41, depth, instance, copy))
+    return random_start(
+        _problem(setting, depth, instance), WIDTHS[depth - 1], setting.derived_seed(41, depth, instance, copy)
+    )
 
 
 @lru_cache(maxsize=256)
@@ -45,7 +47,9 @@ def _trained(setting: Setting, depth: int, instance: int, copy: int = 0) -> mf.P
 def _copy(setting: Setting, network: mf.ParticleNetwork, instance: int) -> mf.ParticleNetwork:
     """The same function, the particles of every layer in a random order."""
     generator = setting.generator(42, instance)
-    return measures.permute(network, [torch.randperm(m, generator=generator).to(network.device) for m in network.widths])
+    return measures.permute(
+        network, [torch.randperm(m, generator=generator).to(network.device) for m in network.widths]
+    )
 
 
 def _cases(setting: Setting) -> list[tuple[int, int]]:
@@ -53,11 +57,15 @@ def _cases(setting: Setting) -> list[tuple[int, int]]:
 
 
 def _barriers(setting: Setting, join: Join) -> Evidence:
-    """Per problem the largest rise above a chord, over lines from a trained network to copies of it and to one from another start."""
+    """Per problem the largest rise above a chord, over lines from a trained network to copies of it and to one from
+    another start.
+    """
     ratios, heights, series = [], [], []
     for depth, instance in _cases(setting):
         problem, first = _problem(setting, depth, instance), _trained(setting, depth, instance)
-        ends = [_copy(setting, first, COPIES * instance + index) for index in range(COPIES)] + [_trained(setting, depth, instance, 1)]
+        ends = [_copy(setting, first, COPIES * instance + index) for index in range(COPIES)] + [
+            _trained(setting, depth, instance, 1)
+        ]
         lines = [_line(problem, first, end, join) for end in ends]
         ratio, rises = max(lines, key=lambda line: line[0])
         ratios.append(ratio)
@@ -65,11 +73,16 @@ def _barriers(setting: Setting, join: Join) -> Evidence:
         for name, line in zip(("a copy", "another start"), lines[::COPIES]) if instance == 0 else ():
             series.append(Series(f"L = {depth}, to {name}", [0.0, *TIMES, 1.0], [0.0, *line[1], 0.0]))
     above = sum(ratio > 1 for ratio in ratios)
-    text = f"{share_text(above, len(ratios), 'problems have a line above its chord')}; the highest by {min(heights):+.2g} to {max(heights):+.2g} of J"
+    text = (
+        f"{share_text(above, len(ratios), 'problems have a line above its chord')}; the highest by "
+        f"{min(heights):+.2g} to {max(heights):+.2g} of J"
+    )
     return Evidence(smallest(ratios), text, len(ratios), len(ratios) - above, tuple(series))
 
 
-def _line(problem: mf.Problem, first: mf.ParticleNetwork, second: mf.ParticleNetwork, join: Join) -> tuple[float, list[float]]:
+def _line(
+    problem: mf.Problem, first: mf.ParticleNetwork, second: mf.ParticleNetwork, join: Join
+) -> tuple[float, list[float]]:
     """Largest rise in rounding bounds, and the rises at TIMES relative to J."""
     ends = [float(problem.terms(end).total()) for end in (first, second)]
     allowed, ratios, rises = max(value_error(problem, first), value_error(problem, second)), [], []
@@ -106,7 +119,10 @@ def _in_network(problem: mf.Problem, network: mf.ParticleNetwork) -> convexity.C
     function, vector = _in_weights(problem, network)
     norms = [problem.penalty.norms(w)[:, :, None, None].expand_as(w).flatten() for w in network.kernels[1:]]
     away = [norm > NEGLIGIBLE * norm.max() for norm in norms]
-    smooth = torch.cat([torch.ones_like(network.kernels[0]).flatten(), *away, torch.ones_like(network.readout).flatten()]) > 0
+    smooth = (
+        torch.cat([torch.ones_like(network.kernels[0]).flatten(), *away, torch.ones_like(network.readout).flatten()])
+        > 0
+    )
     return convexity.curvature(function, vector, torch.eye(len(vector)).to(vector)[:, smooth])
 
 
@@ -115,7 +131,11 @@ def _curvatures(setting: Setting, of: Callable[[mf.Problem, mf.ParticleNetwork],
     ratios: dict[str, list[float]] = {"starts": [], "midpoints between copies": []}
     relative, minima, unmoved = [], [], 0
     for depth, instance in _cases(setting):
-        problem, start, trained = _problem(setting, depth, instance), _start(setting, depth, instance), _trained(setting, depth, instance)
+        problem, start, trained = (
+            _problem(setting, depth, instance),
+            _start(setting, depth, instance),
+            _trained(setting, depth, instance),
+        )
         copy = _copy(setting, trained, instance)
         points = {"starts": start, "midpoints between copies": measures.interpolate(trained, copy, 0.5)}
         if _distance(problem, trained, copy) <= UNMOVED * float(_in_weights(problem, start)[1].norm()):
@@ -130,8 +150,10 @@ def _curvatures(setting: Setting, of: Callable[[mf.Problem, mf.ParticleNetwork],
     every = [ratio for each in ratios.values() for ratio in each]
     negative = sum(ratio > 1 for ratio in every)
     text = (
-        f"{share_text(negative, len(every), 'points have negative curvature')}, {min(relative):+.2g} to {max(relative):+.2g} of the largest; "
-        f"at the trained networks {min(minima):+.2g} to {max(minima):+.2g}; {unmoved} trained networks left out, of one particle or none: "
+        f"{share_text(negative, len(every), 'points have negative curvature')}, {min(relative):+.2g} to "
+        f"{max(relative):+.2g} of the largest; "
+        f"at the trained networks {min(minima):+.2g} to {max(minima):+.2g}; {unmoved} trained networks left out, of "
+        f"one particle or none: "
         "a permutation does not move them"
     )
     series = tuple(Series(name, [float(i) for i in range(len(r))], sorted(r), "points") for name, r in ratios.items())
@@ -146,25 +168,30 @@ def _distance(problem: mf.Problem, first: mf.ParticleNetwork, second: mf.Particl
 CLAIMS = (
     Claim(
         name="weight_nonconvexity.barriers",
-        statement="J is not convex in the weights: it rises between a trained network and a permuted copy of it, or another trained one.",
+        statement="J is not convex in the weights: it rises between a trained network and a permuted copy of it, or "
+        "another trained one.",
         source="docs/theory.md, sections 3 and 4.1",
         statistic="least, over problems, of the largest rise of J above the chord of a line, in rounding bounds",
         threshold=1.0,
         at_least=True,
         derivation="a rise beyond the running error bound of the three values is a witness against convexity",
-        limits="Non-convexity by itself does not make training fail: it says that convexity has to come from elsewhere.",
+        limits="Non-convexity by itself does not make training fail: it says that convexity has to come from "
+        "elsewhere.",
         measure=lambda setting: _barriers(setting, measures.interpolate),
         controls={"the same lines, mixture of measures": lambda setting: _barriers(setting, measures.mixture)},
         axes=Axes("t along the line", "rise above the chord / J", "", 0.0, "chord"),
     ),
     Claim(
         name="weight_nonconvexity.curvature",
-        statement="The Hessian of J in the weights has a negative eigenvalue at random starts and midway between distinct permuted copies.",
+        statement="The Hessian of J in the weights has a negative eigenvalue at random starts and midway between "
+        "distinct permuted copies.",
         source="docs/theory.md, sections 3 and 4.1",
-        statistic="least, over points, of minus the smallest eigenvalue (autograd products, float64), in units of its rounding",
+        statistic="least, over points, of minus the smallest eigenvalue (autograd products, float64), in units of its "
+        "rounding",
         threshold=1.0,
         at_least=True,
-        derivation="a Rayleigh quotient below zero by more than d^(3/2) eps times the largest eigenvalue is a direction of negative curvature",
+        derivation="a Rayleigh quotient below zero by more than d^(3/2) eps times the largest eigenvalue is a "
+        "direction of negative curvature",
         limits="At a trained minimum the smallest eigenvalue cannot be negative; it is reported beside.",
         measure=lambda setting: _curvatures(setting, _in_network),
         controls={"the same networks in (p, W, U)": lambda setting: _curvatures(setting, _in_program)},

@@ -18,7 +18,9 @@ NOISE = 0.1
 
 @lru_cache(maxsize=64)
 def _problem(setting: Setting, depth: int, instance: int) -> mf.Problem:
-    drawn = random_problem(setting.generator(5, depth, instance), depth, side=2, images=4, activation="tanh", loss="squared")
+    drawn = random_problem(
+        setting.generator(5, depth, instance), depth, side=2, images=4, activation="tanh", loss="squared"
+    )
     penalty = mf.Penalty(source=3e-3, readout=5e-3, input=2e-3)
     return mf.Problem(drawn.architecture, drawn.inputs, drawn.targets, "squared", penalty).to(device=setting.device)
 
@@ -46,7 +48,9 @@ def _perturbed(setting: Setting, depth: int, instance: int) -> mf.ParticleNetwor
 
 
 def _excess(problem: mf.Problem, network: mf.ParticleNetwork) -> float:
-    """(J - dual value of the program frozen at the network) / J; the multipliers come from CLARABEL and are repaired."""
+    """(J - dual value of the program frozen at the network) / J; the multipliers come from
+    CLARABEL and are repaired.
+    """
     solved = mf.solvers.reference.solve(mf.ConvexProgram.freeze(problem, network))
     value = float(problem.terms(network).total())
     return (value - (solved.value - solved.gap)) / value
@@ -65,8 +69,10 @@ def _excesses(setting: Setting, network_of) -> Evidence:
     own = [_flowed(setting, *case, STEPS).relative_gap for case in cases]
     beyond = sum(excess > THRESHOLD for excess in found)
     text = (
-        f"{min(found):.1e} to {max(found):.1e} of J above the dual value over {len(found)} runs (L = {cases[0][0]} to {cases[-1][0]}); "
-        f"metric speed left at the limit {min(speeds):.1e} to {max(speeds):.1e}, gap by the flow's own multipliers {min(own):.1e} to {max(own):.1e}"
+        f"{min(found):.1e} to {max(found):.1e} of J above the dual value over {len(found)} runs (L = {cases[0][0]} to "
+        f"{cases[-1][0]}); "
+        f"metric speed left at the limit {min(speeds):.1e} to {max(speeds):.1e}, gap by the flow's own multipliers "
+        f"{min(own):.1e} to {max(own):.1e}"
     )
     return Evidence(largest(found), text, len(found), beyond, _series(cases, found))
 
@@ -75,7 +81,9 @@ def _series(cases: list[tuple[int, int]], found: list[float]) -> tuple[Series, .
     by_depth: dict[int, list[float]] = {}
     for (depth, _), excess in zip(cases, found):
         by_depth.setdefault(depth, []).append(max(excess, 1e-12))
-    return tuple(Series(f"L = {depth}", [float(i) for i in range(len(e))], sorted(e), "points") for depth, e in by_depth.items())
+    return tuple(
+        Series(f"L = {depth}", [float(i) for i in range(len(e))], sorted(e), "points") for depth, e in by_depth.items()
+    )
 
 
 THRESHOLD = 1e-4
@@ -87,8 +95,10 @@ CLAIMS = (
         source="docs/theory.md, sections 4.2, 5 and 7; Fang et al. 2019, section 5",
         statistic="largest (J - dual value of the program frozen there) / J at the end of the flow",
         threshold=THRESHOLD,
-        derivation="a definition: certified to 1e-4 of J. Convexity bounds the excess by the metric speed left times the distance to the optimum",
-        limits="On the features the flow ended with. Other features may do better, and a flow stopped earlier certifies nothing.",
+        derivation="a definition: certified to 1e-4 of J. Convexity bounds the excess by the metric speed left times "
+        "the distance to the optimum",
+        limits="On the features the flow ended with. Other features may do better, and a flow stopped earlier "
+        "certifies nothing.",
         measure=lambda setting: _excesses(setting, _limit),
         controls={
             "weights of the limit perturbed by 10%": lambda setting: _excesses(setting, _perturbed),

@@ -1,4 +1,6 @@
-"""Trained classifiers in plain values: which images, which network, which recipe, which seed; trained once, kept in a store."""
+"""Trained classifiers in plain values: which images, which network, which recipe, which seed; trained once, kept in a
+store.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,8 @@ LABELS = ("true", "permuted")
 class Classifier:
     """A network, its images and its training; equal where the values are, and JSON as `to_dict`.
 
-    data, pool: as in `data.load`, all classes.  samples: images to train on; the rest is held out.  split: seed by which
+    data, pool: as in `data.load`, all classes.  samples: images to train on; the rest is held out.  split: seed by
+    which
         they are drawn, None for the first ones in file order (CIFAR's own division into training and test images).
     network, width: "vgg11" and so on (finite.vgg), or "residual".  penalty, strength: as in Recipe.
     labels: "true", or "permuted" among the training images (the permutation drawn from the seed).
@@ -55,7 +58,12 @@ class Classifier:
     device: str = "cpu"
 
     def __post_init__(self) -> None:
-        for name, options in (("network", NETWORKS), ("preset", PRESETS), ("labels", LABELS), ("dtype", ("float32", "float64"))):
+        for name, options in (
+            ("network", NETWORKS),
+            ("preset", PRESETS),
+            ("labels", LABELS),
+            ("dtype", ("float32", "float64")),
+        ):
             one_of(getattr(self, name), options, name)
         for name, minimum in (("samples", 2), ("seed", 0), ("epochs", 1), ("width", 1)):
             integer(getattr(self, name), name, minimum)
@@ -94,24 +102,42 @@ class Classifier:
             return residual(shape, images.classes, width=self.width, generator=generator, dtype=dtype)
         plain = self.preset == "authors"
         return vgg(
-            int(self.network.removeprefix("vgg")), shape, images.classes, width=self.width, dropout=AUTHORS_DROPOUT if plain else 0.0,
-            fan_in="kernel" if plain else "inside", generator=generator, dtype=dtype,
-        )  # fmt: skip
+            int(self.network.removeprefix("vgg")),
+            shape,
+            images.classes,
+            width=self.width,
+            dropout=AUTHORS_DROPOUT if plain else 0.0,
+            fan_in="kernel" if plain else "inside",
+            generator=generator,
+            dtype=dtype,
+        )
 
     def train(self, store: str | Path) -> Fitted:
-        """Train, and write the checkpoints into the directory `store`; a run that was killed goes on after its last whole epoch."""
+        """Train, and write the checkpoints into the directory `store`; a run that was killed goes on after its last
+        whole epoch.
+        """
         images, path = self.images(), self._path(store)
         path.parent.mkdir(parents=True, exist_ok=True)
         labels = images.labels
         if self.labels == "permuted":
-            labels = labels[torch.randperm(len(labels), generator=torch.Generator().manual_seed(self.seed)).to(labels.device)]
+            labels = labels[
+                torch.randperm(len(labels), generator=torch.Generator().manual_seed(self.seed)).to(labels.device)
+            ]
         state = path.with_name(f"{path.stem}.state{storage.TENSORS}")
-        found = fit(self.start(), images.inputs, labels, self.recipe, self.seed, checkpoints=self.checkpoints, state=state)
+        found = fit(
+            self.start(), images.inputs, labels, self.recipe, self.seed, checkpoints=self.checkpoints, state=state
+        )
         if found.status == "interrupted":
             raise KeyboardInterrupt
         if found.status != "completed":
-            raise ValueError(f"{self.network} does not train at strength={self.strength:g} of penalty={self.penalty!r}: {found.message}")
-        storage.save_tensors({f"{epoch}/{name}": tensor for epoch, kept in found.checkpoints.items() for name, tensor in kept.items()}, path)
+            raise ValueError(
+                f"{self.network} does not train at strength={self.strength:g} of penalty={self.penalty!r}: "
+                f"{found.message}"
+            )
+        storage.save_tensors(
+            {f"{epoch}/{name}": tensor for epoch, kept in found.checkpoints.items() for name, tensor in kept.items()},
+            path,
+        )
         return found
 
     def at(self, epoch: int, store: str | Path) -> nn.Module:
@@ -123,7 +149,9 @@ class Classifier:
             if not self._path(store).exists():
                 self.train(store)
             kept = storage.load_tensors(self._path(store))
-            network.load_state_dict({name.split("/", 1)[1]: tensor for name, tensor in kept.items() if name.startswith(f"{epoch}/")})
+            network.load_state_dict(
+                {name.split("/", 1)[1]: tensor for name, tensor in kept.items() if name.startswith(f"{epoch}/")}
+            )
         return network.to(self.device).eval()
 
     def _path(self, store: str | Path) -> Path:

@@ -1,4 +1,5 @@
-"""Distances between feature measures: optimal transport, maximum mean discrepancy, moments, kernel alignment, null bands.
+"""Distances between feature measures: optimal transport, maximum mean discrepancy, moments, kernel alignment, null
+bands.
 
 A feature is the vector x in R^D of its values over fixed probe inputs and positions; a layer is a measure sum_i p_i
 delta_{x_i} on such vectors.  Vectors are measured by their root mean square |x| / sqrt(D), so that every distance here
@@ -46,16 +47,23 @@ class FeatureMeasure:
 
     def __post_init__(self) -> None:
         if not isinstance(self.values, Tensor) or self.values.ndim != 2 or self.values.numel() == 0:
-            came = f"shape {tuple(self.values.shape)}" if isinstance(self.values, Tensor) else type(self.values).__name__
+            came = (
+                f"shape {tuple(self.values.shape)}" if isinstance(self.values, Tensor) else type(self.values).__name__
+            )
             raise ValueError(f"values must be a tensor (M, D) of M >= 1 features on D >= 1 probes, got {came}")
         shaped(self.masses, (self.size,), "masses")
         kinds = {(each.dtype, each.device) for each in (self.values, self.masses)}
         if len(kinds) != 1 or self.values.dtype not in MASS_TOLERANCE:
-            raise ValueError(f"values and masses must share one dtype, float32 or float64, and one device; got {sorted(map(str, kinds))}")
+            raise ValueError(
+                f"values and masses must share one dtype, float32 or float64, and one device; got "
+                f"{sorted(map(str, kinds))}"
+            )
         finite(self.values, "values")
         low, total = float(finite(self.masses, "masses").min()), float(self.masses.sum())
         if low < 0 or abs(total - 1) > MASS_TOLERANCE[self.masses.dtype]:
-            raise ValueError(f"masses have the least entry {low:g} and the sum {total:.10g}; they must be at least 0 and sum to 1")
+            raise ValueError(
+                f"masses have the least entry {low:g} and the sum {total:.10g}; they must be at least 0 and sum to 1"
+            )
 
     @classmethod
     def uniform(cls, values: Tensor) -> FeatureMeasure:
@@ -64,8 +72,12 @@ class FeatureMeasure:
 
     @classmethod
     @torch.no_grad()
-    def of(cls, network: ParticleNetwork | FiniteCNN, inputs: Tensor, layer: int, *, preactivations: bool = False) -> FeatureMeasure:
-        """f^l, or g^l with `preactivations`, of layer l (counted from 0) on inputs (N, C_0, H, W); D = N x positions."""
+    def of(
+        cls, network: ParticleNetwork | FiniteCNN, inputs: Tensor, layer: int, *, preactivations: bool = False
+    ) -> FeatureMeasure:
+        """f^l, or g^l with `preactivations`, of layer l (counted from 0) on inputs (N, C_0, H, W);
+        D = N x positions.
+        """
         particles = network if isinstance(network, ParticleNetwork) else network.particles()
         depth = particles.architecture.depth
         if integer(layer, "layer", minimum=0) >= depth:
@@ -85,7 +97,10 @@ class FeatureMeasure:
         return self.values.shape[1]
 
     def __repr__(self) -> str:
-        return f"FeatureMeasure(size={self.size}, dimension={self.dimension}, dtype={self.values.dtype}, device={self.values.device})"
+        return (
+            f"FeatureMeasure(size={self.size}, dimension={self.dimension}, dtype={self.values.dtype}, "
+            f"device={self.values.device})"
+        )
 
     def select(self, keep: Tensor) -> FeatureMeasure:
         """The particles with the given indices, masses divided by their sum."""
@@ -125,7 +140,9 @@ def _centred(values: Tensor) -> Tensor:
 
 def _check_pair(a: FeatureMeasure, b: FeatureMeasure) -> None:
     if a.dimension != b.dimension:
-        raise ValueError(f"a has {a.dimension} probe values per feature and b has {b.dimension}; evaluate both on the same probes")
+        raise ValueError(
+            f"a has {a.dimension} probe values per feature and b has {b.dimension}; evaluate both on the same probes"
+        )
     if a.values.device != b.values.device:
         raise ValueError(f"a is on {a.values.device} and b on {b.values.device}; move one of them")
 
@@ -149,7 +166,9 @@ def wasserstein(a: FeatureMeasure, b: FeatureMeasure, p: float = 2) -> float:
     _check_pair(a, b)
     for name, measure in (("a", a), ("b", b)):
         if measure.size > EXACT_PARTICLES:
-            raise ValueError(f"{name} has {measure.size} particles, exact transport takes {EXACT_PARTICLES}; use sliced_wasserstein")
+            raise ValueError(
+                f"{name} has {measure.size} particles, exact transport takes {EXACT_PARTICLES}; use sliced_wasserstein"
+            )
     import ot  # takes seconds to import
 
     (x, masses_x), (y, masses_y) = a.double(), b.double()
@@ -176,8 +195,11 @@ class SlicedWasserstein:
         return self.squared_error / (2 * self.value) if self.squared > 0 else 0.0
 
 
-def sliced_wasserstein(a: FeatureMeasure, b: FeatureMeasure, *, generator: torch.Generator, projections: int = 1000) -> SlicedWasserstein:
-    """SW_2^2 = mean over unit vectors theta of W_2^2 between the laws of <theta, x> and <theta, y> (Bonneel et al. 2015).
+def sliced_wasserstein(
+    a: FeatureMeasure, b: FeatureMeasure, *, generator: torch.Generator, projections: int = 1000
+) -> SlicedWasserstein:
+    """SW_2^2 = mean over unit vectors theta of W_2^2 between the laws of <theta, x> and <theta, y> (Bonneel et al.
+    2015).
 
     Unit vectors make D E <theta, v>^2 = |v|^2, so that this has the unit of `wasserstein` without a further factor:
     SW_2 <= W_2, with equality for a shift.  `squared` is unbiased over the directions, which `generator` draws.
@@ -196,7 +218,9 @@ def _directions(dimension: int, count: int, generator: torch.Generator, like: Te
 
 
 def _transport_on_lines(x: Tensor, p: Tensor, y: Tensor, q: Tensor) -> Tensor:
-    """W_2^2 on the line, int_0^1 (quantile of x - quantile of y)^2 du, for each of R rows: (R, M), (M,), (R, M'), (M',) -> (R,)."""
+    """W_2^2 on the line, int_0^1 (quantile of x - quantile of y)^2 du, for each of R rows: (R, M), (M,), (R, M'),
+    (M',) -> (R,).
+    """
     (x, order_x), (y, order_y) = x.sort(1), y.sort(1)
     levels_x, levels_y = p[order_x].cumsum(1), q[order_y].cumsum(1)
     levels = torch.cat([levels_x, levels_y], 1).sort(1).values  # both quantile functions are constant in between
@@ -222,12 +246,14 @@ class MMD:
         return tuple(math.sqrt(max(square, 0.0)) for square in self.squared)
 
 
-def mmd(a: FeatureMeasure, b: FeatureMeasure, bandwidths: Sequence[float] | None = None, *, unbiased: bool = False) -> MMD:
+def mmd(
+    a: FeatureMeasure, b: FeatureMeasure, bandwidths: Sequence[float] | None = None, *, unbiased: bool = False
+) -> MMD:
     """MMD^2 = E k(x, x') + E k(y, y') - 2 E k(x, y) with k(x, y) = exp(-|x - y|^2 / (2 s^2 D)), per bandwidth s.
 
-    By default the distance of the two measures themselves (a V-statistic), at least 0.  `unbiased`: without the pairs of
-    a particle with itself (Gretton et al. 2012, Lemma 6, for equal masses), a U-statistic whose expectation is MMD^2 of
-    the laws that the particles were drawn from independently, whatever their fixed masses; it can be negative.
+    By default the distance of the two measures themselves (a V-statistic), at least 0.  `unbiased`: without the pairs
+    of a particle with itself (Gretton et al. 2012, Lemma 6, for equal masses), a U-statistic whose expectation is
+    MMD^2 of the laws that the particles were drawn from independently, whatever their fixed masses; it can be negative.
     bandwidths None takes BANDWIDTH_MULTIPLES of `median_distance`, which depends on a and b: to compare several pairs
     give all of them the same bandwidths.  Memory: a few times (M + M')^2 numbers.
     """
@@ -277,7 +303,9 @@ def _median(squared: Tensor, masses: Tensor) -> float:
 
 
 class Moments(NamedTuple):
-    """Of one feature value: mean, variance (of the measure: no n - 1), excess kurtosis (0 for a Gaussian; nan for a constant)."""
+    """Of one feature value: mean, variance (of the measure: no n - 1), excess kurtosis (0 for a Gaussian; nan for a
+    constant).
+    """
 
     mean: float
     variance: float
@@ -329,11 +357,14 @@ class NullBand:
         return self.quantile(0.05), self.quantile(0.95)
 
 
-def split_half(measure: FeatureMeasure, distance: Distance, generator: torch.Generator, repetitions: int = 100) -> NullBand:
-    """Distances between random halves of a measure's particles (those with mass; masses of each half divided by their sum).
+def split_half(
+    measure: FeatureMeasure, distance: Distance, generator: torch.Generator, repetitions: int = 100
+) -> NullBand:
+    """Distances between random halves of a measure's particles (those with mass; masses of each half divided by their
+    sum).
 
-    What the finite number of particles alone makes of one law.  Halves have M / 2 particles, so the band lies above that
-    of two independent measures of M particles: by a factor 2 for squares of rate 1/M, such as the biased MMD^2.
+    What the finite number of particles alone makes of one law.  Halves have M / 2 particles, so the band lies above
+    that of two independent measures of M particles: by a factor 2 for squares of rate 1/M, such as the biased MMD^2.
     """
     live = torch.nonzero(measure.masses > 0).flatten()
     if len(live) < 2:

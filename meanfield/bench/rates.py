@@ -45,7 +45,8 @@ class Slope(Interval):
 
 
 def mean(values: Sequence[float], *, geometric: bool = False) -> Interval:
-    """Mean of independent values with Student's interval, for samples too few to be redrawn; infinitely wide for one value.
+    """Mean of independent values with Student's interval, for samples too few to be redrawn; infinitely wide for one
+    value.
 
     geometric: both of the logarithms, and back; values must be positive.
     """
@@ -64,7 +65,9 @@ def mean(values: Sequence[float], *, geometric: bool = False) -> Interval:
     return Interval(centre, centre - reach, centre + reach)
 
 
-def slope(x: Sequence[float], samples: Sequence[Sequence[float]], seed: int = 0, draws: int = 2000, statistic: str = "mean") -> Slope:
+def slope(
+    x: Sequence[float], samples: Sequence[Sequence[float]], seed: int = 0, draws: int = 2000, statistic: str = "mean"
+) -> Slope:
     """Least-squares slope of log statistic(samples[k]) over log x[k]; the samples of every x are redrawn (Efron 1979).
 
     statistic: "mean" or "median".  Everything must be positive.  The interval says how well the slope of these x is
@@ -74,7 +77,9 @@ def slope(x: Sequence[float], samples: Sequence[Sequence[float]], seed: int = 0,
     summary = {"mean": np.mean, "median": np.median}[statistic]
     logs = np.log(places) - np.log(places).mean()
     generator = np.random.default_rng(seed)
-    redrawn = np.stack([summary(each[generator.integers(0, len(each), (draws, len(each)))], axis=1) for each in found], 1)
+    redrawn = np.stack(
+        [summary(each[generator.integers(0, len(each), (draws, len(each)))], axis=1) for each in found], 1
+    )
     slopes = np.log(redrawn) @ logs / (logs @ logs)
     value = np.log([summary(each) for each in found]) @ logs / (logs @ logs)
     low, high = np.quantile(slopes, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
@@ -84,7 +89,9 @@ def slope(x: Sequence[float], samples: Sequence[Sequence[float]], seed: int = 0,
 def _checked(x: Sequence[float], samples: Sequence[Sequence[float]]) -> tuple[np.ndarray, list[np.ndarray]]:
     places, found = np.asarray(x, dtype=float), [np.asarray(each, dtype=float) for each in samples]
     if len(found) != len(places) or len(np.unique(places)) < 2:
-        raise ValueError(f"a slope needs samples at two different x at least; got {len(places)} x and {len(found)} samples")
+        raise ValueError(
+            f"a slope needs samples at two different x at least; got {len(places)} x and {len(found)} samples"
+        )
     if not (places > 0).all() or not all(len(each) and (each > 0).all() for each in found):
         raise ValueError("x and samples must be positive and no sample empty: their logarithms are fitted")
     return places, found

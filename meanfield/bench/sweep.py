@@ -49,8 +49,8 @@ def run(
     places: further arguments of `measure`, such as directories, on which its rows do not depend.
 
     With `directory` every finished cell is a file there, written whole or not at all; a later call with the same
-    directory takes it from there if the cell, the file of the measure and the versions of meanfield and torch are the same.
-    announce(cell, kept) is called once for every cell, kept where it was there already.
+    directory takes it from there if the cell, the file of the measure and the versions of meanfield and torch are the
+    same. announce(cell, kept) is called once for every cell, kept where it was there already.
     """
     directory = None if directory is None else Path(directory)
     if directory is not None:
@@ -64,7 +64,9 @@ def run(
     waiting = [(index, cell) for index, cell in enumerate(cells) if index not in found]
     for index, rows in _measured(measure, waiting, integer(jobs, "jobs"), backend, places or {}):
         if directory is not None:
-            write_atomically(_path(directory, measure, cells[index]), json.dumps({"cell": cells[index], "rows": rows}) + "\n")
+            write_atomically(
+                _path(directory, measure, cells[index]), json.dumps({"cell": cells[index], "rows": rows}) + "\n"
+            )
         found[index] = json.loads(json.dumps(rows))  # as it will be read back
         announce(cells[index], False)
     return [row for index in range(len(cells)) for row in found[index]]
@@ -78,14 +80,17 @@ def study(
     announce: Callable[[str, Cell, bool], None] = lambda part, cell, kept: None,
     **options: Any,
 ) -> Tables:
-    """Rows of every part of a plan, part after part, and a CSV table of each in `directory`; cells are kept in `directory`/cells.
+    """Rows of every part of a plan, part after part, and a CSV table of each in `directory`; cells are kept in
+    `directory`/cells.
 
     options: jobs, backend and places of `run`.
     """
     tables: Tables = {}
     for part, cells in plan.items():
         where = None if directory is None else Path(directory) / "cells"
-        tables[part] = run(measures[part], cells, where, announce=lambda cell, kept, part=part: announce(part, cell, kept), **options)
+        tables[part] = run(
+            measures[part], cells, where, announce=lambda cell, kept, part=part: announce(part, cell, kept), **options
+        )
         if directory is not None:
             write_table(tables[part], Path(directory) / f"{part}.csv")
     return tables
@@ -113,11 +118,15 @@ def _measured(
     """Results as they are finished."""
     if backend not in BATCHED:
         with parallel_config(backend=backend, n_jobs=jobs):
-            yield from Parallel(return_as="generator_unordered")(delayed(_one)(measure, *each, places) for each in waiting)  # type: ignore[misc]
+            yield from Parallel(return_as="generator_unordered")(
+                delayed(_one)(measure, *each, places) for each in waiting
+            )  # type: ignore[misc]
         return
     for first in range(0, len(waiting), BATCH * jobs):
         with parallel_config(backend=backend, n_jobs=jobs):
-            yield from Parallel()(delayed(_one)(measure, *each, places) for each in waiting[first : first + BATCH * jobs])  # type: ignore[misc]
+            yield from Parallel()(
+                delayed(_one)(measure, *each, places) for each in waiting[first : first + BATCH * jobs]
+            )  # type: ignore[misc]
 
 
 def _one(measure: Measure, index: int, cell: Cell, places: Mapping[str, str]) -> tuple[int, list[Row]]:
@@ -144,7 +153,9 @@ def _stored(directory: Path, measure: Measure, cell: Cell) -> list[Row] | None:
     try:
         record = json.loads(path.read_bytes())
     except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error}); it was not written by a sweep or was changed: delete it") from error
+        raise ValueError(
+            f"{path} is not JSON ({error}); it was not written by a sweep or was changed: delete it"
+        ) from error
     return record["rows"]
 
 
@@ -155,5 +166,7 @@ def write_table(rows: Iterable[Row], path: str | Path) -> Path:
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, columns, lineterminator="\n")
     writer.writeheader()
-    writer.writerows({key: repr(value) if isinstance(value, float) else value for key, value in row.items()} for row in rows)
+    writer.writerows(
+        {key: repr(value) if isinstance(value, float) else value for key, value in row.items()} for row in rows
+    )
     return write_atomically(Path(path), text.getvalue())

@@ -1,4 +1,6 @@
-"""A learning task in plain values: which images, which architecture, which objective; what a study or a command line names."""
+"""A learning task in plain values: which images, which architecture, which objective; what a study or a command line
+names.
+"""
 
 from __future__ import annotations
 
@@ -88,9 +90,13 @@ class Task:
         """The problem on these images (default: the selected ones), on the task's device in its dtype."""
         images = self.images() if images is None else images
         penalty = Penalty(
-            source=self.source_penalty, readout=self.readout_penalty, input=self.input_penalty, kernel_norm=self.kernel_norm,
-            amplitude_bound=self.amplitude_bound, input_bound=self.input_bound,
-        )  # fmt: skip
+            source=self.source_penalty,
+            readout=self.readout_penalty,
+            input=self.input_penalty,
+            kernel_norm=self.kernel_norm,
+            amplitude_bound=self.amplitude_bound,
+            input_bound=self.input_bound,
+        )
         problem = Problem(self.architecture(images), images.inputs, images.targets(self.loss), self.loss, penalty)
         return problem.to(dtype=getattr(torch, self.dtype), device=self.device)
 

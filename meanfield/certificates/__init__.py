@@ -8,4 +8,12 @@ sphere: exact and rigorous maxima behind those bounds for one ReLU layer.
 from meanfield.certificates.duality import Certificate, Multipliers, certify, dual_value, stationary_multipliers
 from meanfield.certificates.search import UnseenFeatures, search_features
 
-__all__ = ["Certificate", "Multipliers", "UnseenFeatures", "certify", "dual_value", "search_features", "stationary_multipliers"]
+__all__ = [
+    "Certificate",
+    "Multipliers",
+    "UnseenFeatures",
+    "certify",
+    "dual_value",
+    "search_features",
+    "stationary_multipliers",
+]

@@ -37,7 +37,9 @@ class Compositions:
 
     def __getitem__(self, chosen: Tensor) -> Compositions:
         return replace(
-            self, kernels=tuple(k[chosen] for k in self.kernels), biases=tuple(None if b is None else b[chosen] for b in self.biases)
+            self,
+            kernels=tuple(k[chosen] for k in self.kernels),
+            biases=tuple(None if b is None else b[chosen] for b in self.biases),
         )
 
     def preactivations(self, inputs: Tensor) -> Tensor:
@@ -71,7 +73,9 @@ class Compositions:
     def _input_norms(self) -> Tensor:
         """|(z, b)| (R, m_1)."""
         bias = self.biases[0]
-        return input_norms(self.kernels[0].flatten(0, 1), None if bias is None else bias.flatten()).view(self.kernels[0].shape[:2])
+        return input_norms(self.kernels[0].flatten(0, 1), None if bias is None else bias.flatten()).view(
+            self.kernels[0].shape[:2]
+        )
 
     def projected(self, problem: Problem) -> Compositions:
         """Scaled down to the problem's bounds."""
@@ -83,13 +87,17 @@ class Compositions:
         if penalty.amplitude_bound is not None:
             for index in range(1, len(kernels)):
                 amounts = flows(problem, kernels[index]).sum(2).clamp_min(1e-300)
-                kernels[index] = kernels[index] * (penalty.amplitude_bound / amounts).clamp_max(1)[:, :, None, None, None]
+                kernels[index] = (
+                    kernels[index] * (penalty.amplitude_bound / amounts).clamp_max(1)[:, :, None, None, None]
+                )
                 bias = biases[index]
                 biases[index] = None if bias is None else bias.clamp(-penalty.amplitude_bound, penalty.amplitude_bound)
         return replace(self, kernels=tuple(kernels), biases=tuple(biases))
 
     def network(self, problem: Problem) -> ParticleNetwork:
-        """A network with these features in its last layer, uniform masses and no readout; atoms without flow are dropped."""
+        """A network with these features in its last layer, uniform masses and no readout; atoms without flow are
+        dropped.
+        """
         pieces = [self._piece(problem, index) for index in range(len(self))]
         widths = [sum(each) for each in zip(*(piece[2] for piece in pieces))]
         masses = [problem.inputs.new_full((count,), 1 / count) for count in widths]
@@ -97,7 +105,10 @@ class Compositions:
         for layer in range(1, len(self.kernels)):
             blocks = [piece[0][layer] for piece in pieces]
             kernels.append(block_diagonal(blocks) * len(masses[layer - 1]))  # w = a / p of the source
-        biases = [None if b is None else torch.cat([piece[1][layer] for piece in pieces]) for layer, b in enumerate(self.biases)]
+        biases = [
+            None if b is None else torch.cat([piece[1][layer] for piece in pieces])
+            for layer, b in enumerate(self.biases)
+        ]
         readout = problem.inputs.new_zeros(self.architecture.readout_shape(len(self)))
         return ParticleNetwork(self.architecture, masses, kernels, readout, biases)
 
@@ -126,7 +137,14 @@ def convolve_each(conv: Conv, signal: Tensor, kernels: Tensor) -> Tensor:
     moved = torch.nn.functional.pad(moved, (left, left, up, up))
     rows, columns = conv.sizes(height, width, where="the layer")[0]
     shifts = [
-        moved[:, :, y * conv.kernel[1] + x, :, y : y + (rows - 1) * down + 1 : down, x : x + (columns - 1) * right + 1 : right]
+        moved[
+            :,
+            :,
+            y * conv.kernel[1] + x,
+            :,
+            y : y + (rows - 1) * down + 1 : down,
+            x : x + (columns - 1) * right + 1 : right,
+        ]
         for y in range(conv.kernel[0])
         for x in range(conv.kernel[1])
     ]
@@ -146,13 +164,19 @@ def joined(parts: Sequence[Compositions]) -> tuple[tuple[Tensor, ...], tuple[Ten
 
 def with_tensors(like: Compositions, tensors: Sequence[Tensor]) -> Compositions:
     rest = list(tensors[len(like.kernels) :])
-    return replace(like, kernels=tuple(tensors[: len(like.kernels)]), biases=tuple(None if b is None else rest.pop(0) for b in like.biases))
+    return replace(
+        like,
+        kernels=tuple(tensors[: len(like.kernels)]),
+        biases=tuple(None if b is None else rest.pop(0) for b in like.biases),
+    )
 
 
 def zeros_like(problem: Problem, number: int) -> Compositions:
     arch = problem.architecture
     kernels = tuple(problem.inputs.new_zeros(number, *shape) for shape in arch.kernel_shapes([1] * arch.depth))
-    return Compositions(arch, kernels, tuple(k.new_zeros(k.shape[:2]) if layer.bias else None for layer, k in zip(arch.layers, kernels)))
+    return Compositions(
+        arch, kernels, tuple(k.new_zeros(k.shape[:2]) if layer.bias else None for layer, k in zip(arch.layers, kernels))
+    )
 
 
 def block_diagonal(blocks: Sequence[Tensor]) -> Tensor:

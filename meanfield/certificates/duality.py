@@ -99,7 +99,8 @@ def dual_value(program: ConvexProgram, multipliers: Multipliers) -> float:
     """
     program = program.to(dtype=torch.float64)
     dual = _PricedFeatures.of(program, multipliers.map(lambda t: t.to(program.features[0])))
-    if dual.bounded and dual.amplitude is None and program.depth > 2:  # kappa takes a search over several layers: one around that would cost too much
+    # kappa takes a search over several layers: one around that would cost too much
+    if dual.bounded and dual.amplitude is None and program.depth > 2:
         return max(dual.value(0.0), dual.value(1.0))
     return max(dual.value(1.0), _golden_maximum(dual.value, 0.0, 2.0))
 
@@ -146,7 +147,9 @@ class _PricedFeatures:
         if self.bounded and self.amplitude is not None:
             return -conjugate - self._masses_given(scale, self.amplitude)
         if self.bounded:
-            return -conjugate - _least_total(lambda offsets: self._masses_bounded(scale, offsets), self.program.depth - 1)
+            return -conjugate - _least_total(
+                lambda offsets: self._masses_bounded(scale, offsets), self.program.depth - 1
+            )
         return -conjugate - self._masses(scale)
 
     def _masses(self, scale: float) -> float:
@@ -179,7 +182,9 @@ class _PricedFeatures:
         bound = penalty.amplitude_bound or 0.0
         for norm, pairing, offset in zip(self.norms, self.pairings, offsets):
             least = float((-gamma).max())
-            need = float((_square_over(scale * norm.amax(0), penalty.source) - gamma).max()) if penalty.source else least
+            need = (
+                float((_square_over(scale * norm.amax(0), penalty.source) - gamma).max()) if penalty.source else least
+            )
             mu = least + offset * (need - least)
             gamma, total = scale * pairing - bound * self._least_kappa(scale * norm, mu, gamma), total + mu
         return total + float((_square_over(scale * self.readout.sqrt(), penalty.readout) - gamma).max())
@@ -240,6 +245,7 @@ def _least_total(total: Callable[[list[float]], float], count: int) -> float:
     offsets, best = [1.0] * count, total([1.0] * count)
     for _ in range(1 if count == 1 else 3):
         for index in range(count):
+
             def along(x: float, index: int = index) -> float:
                 return -total([*offsets[:index], x, *offsets[index + 1 :]])
 

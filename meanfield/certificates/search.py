@@ -4,12 +4,13 @@ For any output multipliers r in the domain of the loss conjugate and any mu_l >=
 
     J >= -(1/N) sum_n loss*(N r_n) - sum_{l<L} mu_l - sup_g [ |q(h(g))|^2 / (4 lambda_u) - gamma_L(g) ],
 
-gamma_1(z) = lambda_1 |(z, b)|^2,   c_l = 2 sqrt(lambda_s (mu_l + gamma_l)),   gamma_{l+1}(g) = inf { int c_l |a| : g = int a * f },
+    gamma_1(z) = lambda_1 |(z, b)|^2,   c_l = 2 sqrt(lambda_s (mu_l + gamma_l)),
+    gamma_{l+1}(g) = inf { int c_l |a| : g = int a * f },
 
 because lambda_s s^2 + gamma + mu >= c s at every feature, layer by layer.  The sup runs over compositional features: a
-small network of its own, kernels of all layers jointly.  A search from K starts finds it from below, so its bound may be
-too high: it is called the best of K starts and proves nothing.  For one ReLU layer the sup is a maximum over the unit
-sphere, which `sphere` bounds from above: that bound is rigorous.
+small network of its own, kernels of all layers jointly.  A search from K starts finds it from below, so its bound may
+be too high: it is called the best of K starts and proves nothing.  For one ReLU layer the sup is a maximum over the
+unit sphere, which `sphere` bounds from above: that bound is rigorous.
 """
 
 from __future__ import annotations
@@ -48,9 +49,9 @@ class UnseenFeatures:
     """What a search found: a bound over all measures, how far it can be trusted, and features worth adding.
 
     bound: best of `starts` starts; -inf, with a reason, where the theory gives none.  rigorous_bound: proven, by
-    `rigorous_kind`; None where no method applies or no time was given for it.  scale, mu: multipliers r times scale, and
-    mu_1..mu_{L-1}, at which the bound is attained.  features: the best features as the last layer of a network of their
-    own (None if there is none), scores (F,) their |q|^2 / (4 lambda_u) - gamma_L at the unscaled r.
+    `rigorous_kind`; None where no method applies or no time was given for it.  scale, mu: multipliers r times scale,
+    and mu_1..mu_{L-1}, at which the bound is attained.  features: the best features as the last layer of a network of
+    their own (None if there is none), scores (F,) their |q|^2 / (4 lambda_u) - gamma_L at the unscaled r.
     """
 
     bound: float
@@ -121,15 +122,33 @@ def _no_bound(problem: Problem) -> str:
         return "without a source penalty features of the last layer cost nothing"
     missing = problem.missing_bounds()
     if missing:
-        return "with these activations, biases and penalties the supremum over features is infinite; missing: " + ", ".join(missing)
+        return (
+            "with these activations, biases and penalties the supremum over features is infinite; missing: "
+            + ", ".join(missing)
+        )
     return ""
 
 
 class _Search:
     """The pool of features found so far, and the multipliers that suit it best."""
 
-    def __init__(self, problem: Problem, output: Tensor, network: ParticleNetwork | None, generator: torch.Generator, starts: int, steps: int):
-        self.problem, self.output, self.network, self.generator, self.starts, self.steps = problem, output, network, generator, starts, steps
+    def __init__(
+        self,
+        problem: Problem,
+        output: Tensor,
+        network: ParticleNetwork | None,
+        generator: torch.Generator,
+        starts: int,
+        steps: int,
+    ):
+        self.problem, self.output, self.network, self.generator, self.starts, self.steps = (
+            problem,
+            output,
+            network,
+            generator,
+            starts,
+            steps,
+        )
         self.depth = problem.architecture.depth
         only = problem.architecture.layers[0]
         free = self.depth == 1 and problem.penalty.input_bound is None
@@ -144,7 +163,8 @@ class _Search:
     def run(self, rounds: int, count: int) -> UnseenFeatures:
         """Search and choose multipliers in turn; only multipliers at which a search was made can give the bound."""
         scale, mu, searched = min(1.0, self.scale_limit), self._first_mu(), []
-        for index in range(1 if self.homogeneous else rounds):  # what is sought in the homogeneous case depends on no multiplier
+        # what is sought in the homogeneous case depends on no multiplier
+        for index in range(1 if self.homogeneous else rounds):
             self.pool.append(self._ascend(self._starts(scale, mu), scale, mu))
             searched.append((scale, mu))
             bound = self._bound(scale, mu)
@@ -184,7 +204,11 @@ class _Search:
         """The lower bound with the sup over the pool (the feature g = 0, which costs nothing, is in it)."""
         if self.homogeneous and scale > self._homogeneous_limit():
             return -math.inf
-        worst = 0.0 if self.homogeneous else max(float(self._worst(self._responses(), scale, mu).max()), self._nothing(scale))
+        worst = (
+            0.0
+            if self.homogeneous
+            else max(float(self._worst(self._responses(), scale, mu).max()), self._nothing(scale))
+        )
         return -self._conjugate(scale) - sum(mu) - worst
 
     def _nothing(self, scale: float) -> float:
@@ -195,7 +219,10 @@ class _Search:
     def _homogeneous_limit(self) -> float:
         """Largest scale of r for which no unit kernel of the pool gains more than it costs."""
         largest = float(self._responses().max().sqrt())  # the pool holds unit kernels
-        return min(self.scale_limit, 2 * math.sqrt(self.problem.penalty.input * self.problem.penalty.readout) / max(largest, 1e-300))
+        return min(
+            self.scale_limit,
+            2 * math.sqrt(self.problem.penalty.input * self.problem.penalty.readout) / max(largest, 1e-300),
+        )
 
     def _best_multipliers(self, scale: float, mu: Sequence[float]) -> tuple[float, list[float], float]:
         if self.depth == 1:
@@ -205,7 +232,9 @@ class _Search:
         return self._best_prices(scale, list(mu))
 
     def _best_prices(self, scale: float, mu: list[float]) -> tuple[float, list[float], float]:
-        """Maximise the bound, concave in (scale, mu), in its epigraph form; any point it ends at gives a valid figure."""
+        """Maximise the bound, concave in (scale, mu), in its epigraph form; any point it ends at
+        gives a valid figure.
+        """
         responses, pool = self._responses(), self.pool
         near = self._worst(responses, scale, mu).topk(min(200, len(responses))).indices
         kept = Compositions(pool[0].architecture, *joined(pool))[near]
@@ -219,8 +248,17 @@ class _Search:
         objective = lambda x: (self._conjugate(float(x[0])) + float(x[1:].sum())) / unit  # noqa: E731
         start = np.array([scale, *mu, float(self._worst(self._responses(), scale, mu).max().clamp_min(0))])
         limits = [(0.0, self.scale_limit), *[(0.0, None)] * len(mu), (0.0, None)]
-        answer = minimize(objective, start, method="SLSQP", bounds=limits, constraints={"type": "ineq", "fun": lambda x: gaps(x) / unit})
-        candidates = [(scale, mu), (float(np.clip(answer.x[0], 0, self.scale_limit)), [max(float(m), 0.0) for m in answer.x[1:-1]])]
+        answer = minimize(
+            objective,
+            start,
+            method="SLSQP",
+            bounds=limits,
+            constraints={"type": "ineq", "fun": lambda x: gaps(x) / unit},
+        )
+        candidates = [
+            (scale, mu),
+            (float(np.clip(answer.x[0], 0, self.scale_limit)), [max(float(m), 0.0) for m in answer.x[1:-1]]),
+        ]
         values = [self._bound(*candidate) for candidate in candidates]
         best = int(np.argmax(values))
         return candidates[best][0], candidates[best][1], values[best]
@@ -240,7 +278,9 @@ class _Search:
         return Compositions(self.problem.architecture, *joined(parts))
 
     def _width(self) -> int:
-        alive = max((int((p > 0).sum()) for p in self.network.masses[:-1]), default=1) if self.network is not None else 1
+        alive = (
+            max((int((p > 0).sum()) for p in self.network.masses[:-1]), default=1) if self.network is not None else 1
+        )
         return max(HIDDEN, min(alive, MOST_HIDDEN))
 
     def _drawn(self, number: int, patches: bool) -> Compositions:
@@ -254,7 +294,10 @@ class _Search:
         radii = self._radius() * (RADII[0] + (RADII[1] - RADII[0]) * draws).exp()
         kernels[0] = kernels[0] * (radii / kernels[0].flatten(2).norm(dim=2).clamp_min(1e-12))[:, :, None, None, None]
         kernels += [normal(shape, self.generator, inputs) / shape[2] for shape in shapes[1:]]
-        biases = [normal(k.shape[:2], self.generator, inputs) * 0.1 if layer.bias else None for layer, k in zip(arch.layers, kernels)]
+        biases = [
+            normal(k.shape[:2], self.generator, inputs) * 0.1 if layer.bias else None
+            for layer, k in zip(arch.layers, kernels)
+        ]
         return Compositions(arch, tuple(kernels), tuple(biases))
 
     def _radius(self) -> float:
@@ -275,7 +318,11 @@ class _Search:
     def _ascend(self, begun: Compositions, scale: float, mu: Sequence[float]) -> Compositions:
         """Adam on all starts at once; every start keeps the best of its path."""
         self.tried += len(begun)
-        level = 0.0 if self.homogeneous or not self.pool else max(float(self._worst(self._responses(), scale, mu).max()), 0.0)
+        level = (
+            0.0
+            if self.homogeneous or not self.pool
+            else max(float(self._worst(self._responses(), scale, mu).max()), 0.0)
+        )
         leaves = [t.detach().clone().requires_grad_() for t in begun.projected(self.problem).tensors()]
         rates = [UNIT_RATE if self.homogeneous else KERNEL_RATE] + [FLOW_RATE] * (len(leaves) - 1)
         optimiser = torch.optim.Adam([{"params": [leaf], "lr": rate} for leaf, rate in zip(leaves, rates)])
@@ -287,7 +334,9 @@ class _Search:
             scores = self._merit(current, scale, mu, level)
             better = scores.detach() > top
             top = torch.where(better, scores.detach(), top)
-            best = [torch.where(better.view(-1, *[1] * (t.ndim - 1)), t.detach(), b) for t, b in zip(leaves, best or leaves)]
+            best = [
+                torch.where(better.view(-1, *[1] * (t.ndim - 1)), t.detach(), b) for t, b in zip(leaves, best or leaves)
+            ]
             optimiser.zero_grad()
             (-scores.sum()).backward()
             optimiser.step()
@@ -312,7 +361,11 @@ class _Search:
             return current.projected(self.problem)
         norms = current._input_norms().clamp_min(1e-300)
         bias = current.biases[0]
-        return replace(current, kernels=(current.kernels[0] / norms[:, :, None, None, None],), biases=(None if bias is None else bias / norms,))
+        return replace(
+            current,
+            kernels=(current.kernels[0] / norms[:, :, None, None, None],),
+            biases=(None if bias is None else bias / norms,),
+        )
 
     def _recession_limit(self, activation: str) -> float:
         """The scale of r beyond which ever longer kernels gain more than they cost: that of the activation far away."""
@@ -335,7 +388,11 @@ class _Search:
         best = everything[chosen]
         if self.homogeneous:
             bias = best.biases[0]
-            best = replace(best, kernels=(best.kernels[0] * self._radius(),), biases=(None if bias is None else bias * self._radius(),))
+            best = replace(
+                best,
+                kernels=(best.kernels[0] * self._radius(),),
+                biases=(None if bias is None else bias * self._radius(),),
+            )
         features = best.network(self.problem) if len(chosen) else None
         return UnseenFeatures(bound, self.tried, "", None, "", scale, tuple(mu), features, scores[chosen])
 
@@ -345,7 +402,9 @@ class _Search:
         order = order[scores[order] > 0]
         if not len(order):
             return order
-        rows = torch.nn.functional.normalize(everything[order].preactivations(self.problem.inputs).movedim(1, 0).flatten(1), dim=1)
+        rows = torch.nn.functional.normalize(
+            everything[order].preactivations(self.problem.inputs).movedim(1, 0).flatten(1), dim=1
+        )
         alike = (rows @ rows.T).tolist()
         kept: list[int] = []
         for index in range(len(order)):
@@ -356,15 +415,27 @@ class _Search:
 
 def _maximum(function, limit: float) -> tuple[float, float]:
     """(where, value) of the maximum of a concave function over [0, limit], the ends included."""
-    answer = minimize_scalar(lambda s: -function(float(s)), bounds=(0.0, limit), method="bounded", options={"xatol": 1e-12 * limit})
+    answer = minimize_scalar(
+        lambda s: -function(float(s)), bounds=(0.0, limit), method="bounded", options={"xatol": 1e-12 * limit}
+    )
     return max(((float(s), function(float(s))) for s in (answer.x, limit, 0.0)), key=lambda pair: pair[1])
 
 
-def _rigorous(problem: Problem, output: Tensor, network: ParticleNetwork | None, seconds: float) -> dict[str, float | str | None]:
-    """The proven bound of one ReLU layer with average readout: r scaled by 2 sqrt(lambda_1 lambda_u) over an upper bound of max |q|."""
+def _rigorous(
+    problem: Problem, output: Tensor, network: ParticleNetwork | None, seconds: float
+) -> dict[str, float | str | None]:
+    """The proven bound of one ReLU layer with average readout: r scaled by 2 sqrt(lambda_1 lambda_u) over an upper
+    bound of max |q|.
+    """
     arch, penalty = problem.architecture, problem.penalty
     conv = arch.layers[0]
-    if arch.depth > 1 or conv.activation != "relu" or conv.pooling == "max" or arch.readout != "average" or penalty.input_bound is not None:
+    if (
+        arch.depth > 1
+        or conv.activation != "relu"
+        or conv.pooling == "max"
+        or arch.readout != "average"
+        or penalty.input_bound is not None
+    ):
         return {}
     entries = arch.input_shape[0] * conv.offsets + conv.bias
     if entries > 3 and seconds <= 0:
@@ -382,7 +453,10 @@ def _rigorous(problem: Problem, output: Tensor, network: ParticleNetwork | None,
     count = len(output)
     value = lambda s: -float(problem.loss.conjugate(count * s * output, problem.targets).mean())  # noqa: E731
     best = _maximum(value, min(limit, 2.0 if problem.loss.name == "squared" else 1.0))
-    return {"rigorous_bound": best[1], "rigorous_kind": f"{found.method}, max |q| between {found.lower:.6g} and {found.upper:.6g}"}
+    return {
+        "rigorous_bound": best[1],
+        "rigorous_kind": f"{found.method}, max |q| between {found.lower:.6g} and {found.upper:.6g}",
+    }
 
 
 def _position_weights(arch: Architecture) -> Tensor:

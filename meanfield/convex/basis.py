@@ -1,8 +1,8 @@
 """The linear constraints of a layer: its design matrix, and an orthonormal basis of that matrix's row space.
 
-A has one row per image and position and one column per (source, offset), and one more where the layer has a bias.  It is
-the same for every feature of the layer, so one basis serves all of them.  A is never held as a whole: its products are
-taken in blocks, and the basis itself is the largest thing in memory.
+A has one row per image and position and one column per (source, offset), and one more where the layer has a bias.  It
+is the same for every feature of the layer, so one basis serves all of them.  A is never held as a whole: its products
+are taken in blocks, and the basis itself is the largest thing in memory.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ POWER_STEPS = 20
 
 
 class ConstraintBasis(NamedTuple):
-    """right (columns of A, rank): orthonormal basis of the row space.  preimage (rows of A, rank): A^T preimage = right.
+    """right (columns of A, rank): orthonormal basis of the row space.  preimage (rows of A, rank): A^T preimage =
+    right.
 
     Directions that rows contribute below `tolerance` times the largest singular value are left out.
     """
@@ -143,7 +144,9 @@ def _largest(gram: Tensor) -> float:
 
 
 def _independent(gram: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
-    """Lines whose distance from the span of those chosen before exceeds the threshold, largest first, and the others."""
+    """Lines whose distance from the span of those chosen before exceeds the threshold, largest
+    first, and the others.
+    """
     order, rank = torch.arange(len(gram)), 0
     stop = max(threshold**2, torch.finfo(gram.dtype).tiny)
     if len(gram) and float(gram.diagonal().max()) > stop:  # LAPACK does not hold the first pivot against the threshold

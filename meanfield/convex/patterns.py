@@ -20,7 +20,8 @@ from meanfield.validation import finite
 
 # Hyperplanes closer than this angle are one, and a piece of a hyperplane narrower than this is none.
 TOLERANCE = 1e-11
-# Largest number n of distinct hyperplanes, by the entries of a kernel: the patterns take 2 n^2 bytes for two entries, n^3 for three.
+# Largest number n of distinct hyperplanes, by the entries of a kernel: the patterns take 2 n^2 bytes for two entries,
+# n^3 for three.
 MAX_HYPERPLANES = {1: 1, 2: 10_000, 3: 500}
 
 
@@ -31,8 +32,9 @@ class Arrangement:
     normals (k, d) unit vectors.  row_normal (n,) the hyperplane of every row of A, row_side (n,) 1 or -1 where the row
     points along or against its normal, 0 for a row of zeros.  cells (c, k) bool: 1[normals z > 0] on each cell.
     A facet is a piece of one hyperplane that bounds one cell: facet_cell (f,), facet_neighbour (f,) the cell across it,
-    facet_normal (f,) its hyperplane; facet_middle (f, d) unit vector inside it; facet_ends (f, e, d) its extreme rays, e = 1 for d = 2 and e = 2 for
-    d = 3.  With a single hyperplane the facets are all of it, and middle and ends are zero.
+    facet_normal (f,) its hyperplane; facet_middle (f, d) unit vector inside it; facet_ends (f, e, d) its extreme rays,
+    e = 1 for d = 2 and e = 2 for d = 3.  With a single hyperplane the facets are all of it, and middle and ends are
+    zero.
     """
 
     normals: np.ndarray
@@ -59,15 +61,18 @@ class Arrangement:
     def binding_rows(self) -> np.ndarray:
         """One row of A for every facet of every cell, bool (c, n); of parallel rows the first."""
         binding = np.zeros((len(self.cells), len(self.row_side)), dtype=bool)
-        first = np.array([np.flatnonzero((self.row_normal == i) & (self.row_side != 0))[0] for i in range(len(self.normals))], dtype=int)
+        first = np.array(
+            [np.flatnonzero((self.row_normal == i) & (self.row_side != 0))[0] for i in range(len(self.normals))],
+            dtype=int,
+        )
         binding[self.facet_cell, first[self.facet_normal]] = True
         return binding
 
     def maxima(self, linear: np.ndarray) -> np.ndarray:
         """max of <linear_c, z> over the unit vectors z of the closure of every cell, (c, d) -> (c,).
 
-        The maximum lies at linear_c / |linear_c| if that is in the cell, else on a facet: at the projection of linear_c on
-        it if that is inside, else at an end.
+        The maximum lies at linear_c / |linear_c| if that is in the cell, else on a facet: at the projection of
+        linear_c on it if that is inside, else at an end.
         """
         own, normals = linear[self.facet_cell], self.normals[self.facet_normal]
         heights = (own * normals).sum(1)
@@ -119,7 +124,17 @@ def _trivial(normals: np.ndarray, row_normal: np.ndarray, row_side: np.ndarray) 
     k, d = normals.shape
     index = np.arange(2 * k)
     cells = (index[:, None] > 0) if k else np.zeros((1, 0), dtype=bool)
-    return Arrangement(normals, row_normal, row_side, cells, index, index[::-1], 0 * index, np.zeros((2 * k, d)), np.zeros((2 * k, 1, d)))
+    return Arrangement(
+        normals,
+        row_normal,
+        row_side,
+        cells,
+        index,
+        index[::-1],
+        0 * index,
+        np.zeros((2 * k, d)),
+        np.zeros((2 * k, 1, d)),
+    )
 
 
 def _distinct_normals(rows: np.ndarray, limit: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -132,7 +147,8 @@ def _distinct_normals(rows: np.ndarray, limit: int) -> tuple[np.ndarray, np.ndar
     while len(rest):
         if len(normals) == limit:
             raise ValueError(
-                f"patches has more than {limit} distinct directions of {rows.shape[1]} entries; the patterns of so many do not fit "
+                f"patches has more than {limit} distinct directions of {rows.shape[1]} entries; the patterns of so "
+                f"many do not fit "
                 "in memory: use fewer images or a larger stride"
             )
         normal = units[rest[0]]
@@ -161,7 +177,8 @@ def _cells(normals: np.ndarray) -> tuple[np.ndarray, ...]:
     below, above = cell.reshape(2, -1)
     own, across = np.concatenate([below, above]), np.concatenate([above, below])
     owner, middle, end = (np.concatenate(parts * 2) for parts in (owners, middles, ends))
-    # rounding can split a point where nearly parallel planes cross others: a false cell does not hold the sum of its facets' middles
+    # rounding can split a point where nearly parallel planes cross others: a false cell does not hold the sum of its
+    # facets' middles
     inner = np.zeros((len(cells), normals.shape[1]))
     np.add.at(inner, own, middle)
     true = ((inner @ normals.T > 0) == cells).all(1)

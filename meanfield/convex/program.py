@@ -18,7 +18,8 @@ from meanfield.penalties import perspective
 from meanfield.problem import Problem, Terms
 
 RESTORE_SWEEPS = 4
-RESTORE_RIDGE = {torch.float32: 1e-5, torch.float64: 1e-12}  # of the mean diagonal; the sweeps close what it leaves open
+# of the mean diagonal; the sweeps close what it leaves open
+RESTORE_RIDGE = {torch.float32: 1e-5, torch.float64: 1e-12}
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,8 +50,8 @@ class ConvexProgram:
     def with_candidates(cls, problem: Problem, network: ParticleNetwork, candidates: ParticleNetwork) -> ConvexProgram:
         """Freeze the features of `network`, and those of `candidates` beside them at zero mass.
 
-        A candidate of a later layer stands on lower candidates without mass: its features are those it has in the network
-        `candidates`, where they do have mass.  Its readout is not used.
+        A candidate of a later layer stands on lower candidates without mass: its features are those it has in the
+        network `candidates`, where they do have mass.  Its readout is not used.
         """
         own, other = cls.freeze(problem, network), cls.freeze(problem, candidates)
         return cls(
@@ -107,7 +108,9 @@ class ConvexProgram:
     def point(self, network: ParticleNetwork) -> ProgramPoint:
         """The program variables of the frozen network, or of any network with the same features."""
         if network.widths != self.widths or network.architecture != self.problem.architecture:
-            raise ValueError(f"the network has widths {network.widths}; the program froze the features of widths {self.widths}")
+            raise ValueError(
+                f"the network has widths {network.widths}; the program froze the features of widths {self.widths}"
+            )
         network = network.detach()
         point = repopulation.to_program(network)
         if self._first_layer_change(network) > 1e-3 or self.violation(point) > 1e-3:
@@ -117,7 +120,11 @@ class ConvexProgram:
     def _first_layer_change(self, network: ParticleNetwork) -> float:
         """Largest relative change of a first-layer kernel entry or bias against the frozen ones."""
         pairs = [(self.frozen.kernels[0], network.kernels[0]), (self.frozen.biases[0], network.biases[0])]
-        changes = [(float((new - old).abs().max()), float(old.abs().max())) for old, new in pairs if old is not None and new is not None]
+        changes = [
+            (float((new - old).abs().max()), float(old.abs().max()))
+            for old, new in pairs
+            if old is not None and new is not None
+        ]
         return max(change / max(size, torch.finfo(network.dtype).tiny) for change, size in changes)
 
     def network(self, point: ProgramPoint) -> ParticleNetwork:
@@ -138,7 +145,9 @@ class ConvexProgram:
         amounts = torch.linalg.vector_norm(point.readout.movedim(1, 0).flatten(1), dim=1)
         readout = perspective(amounts, point.masses[-1]).sum()
         weigh = lambda strength, term: strength * term if strength else torch.zeros_like(term)  # noqa: E731
-        return Terms(fit, weigh(penalty.source, source), weigh(penalty.readout, readout), point.masses[0] @ self.feature_costs)
+        return Terms(
+            fit, weigh(penalty.source, source), weigh(penalty.readout, readout), point.masses[0] @ self.feature_costs
+        )
 
     def value(self, point: ProgramPoint) -> Tensor:
         """The objective, a 0-dimensional tensor; constraints are judged by `violation`."""

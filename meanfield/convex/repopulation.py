@@ -50,7 +50,9 @@ class ProgramPoint:
     def at(self, vector: Tensor) -> ProgramPoint:
         """The point of the same shapes whose variables are those of `vector`."""
         own = self.tensors()
-        parts = [part.reshape(tensor.shape) for part, tensor in zip(vector.split([tensor.numel() for tensor in own]), own)]
+        parts = [
+            part.reshape(tensor.shape) for part, tensor in zip(vector.split([tensor.numel() for tensor in own]), own)
+        ]
         layers, inner = len(self.masses), len(self.kernels)
         rest = parts[layers + inner + 1 :]
         biases = tuple(None if b is None else rest.pop(0) for b in self.biases)
@@ -76,7 +78,8 @@ def to_program(network: ParticleNetwork) -> ProgramPoint:
     """The program variables of a network: the same value, the same features (exact)."""
     p = network.masses
     kernels = tuple(
-        w * target[:, None, None, None] * source[None, :, None, None] for w, target, source in zip(network.kernels[1:], p[1:], p[:-1])
+        w * target[:, None, None, None] * source[None, :, None, None]
+        for w, target, source in zip(network.kernels[1:], p[1:], p[:-1])
     )
     biases = tuple(None if b is None else b * target for b, target in zip(network.biases[1:], p[1:]))
     return ProgramPoint(p, kernels, network.readout * _per_particle(p[-1], network.readout), biases)

@@ -18,7 +18,9 @@ CIFAR_SHAPE = (3, 32, 32)
 
 @dataclass(frozen=True)
 class Layout:
-    """Binary version of a CIFAR data set: `files` in `folder`, of records with one byte for every kind of label, then the pixels."""
+    """Binary version of a CIFAR data set: `files` in `folder`, of records with one byte for every kind of label, then
+    the pixels.
+    """
 
     name: str
     folder: str
@@ -31,18 +33,30 @@ class Layout:
 CIFAR_10_FILES = (*(f"data_batch_{batch}.bin" for batch in range(1, 6)), "test_batch.bin")
 CIFAR = (
     Layout("CIFAR-10", "cifar-10-batches-bin", CIFAR_10_FILES, {"fine": 10}, "cifar-10-batches-py", ("data_batch_1",)),
-    Layout("CIFAR-100", "cifar-100-binary", ("train.bin", "test.bin"), {"coarse": 20, "fine": 100}, "cifar-100-python", ("train", "test")),
+    Layout(
+        "CIFAR-100",
+        "cifar-100-binary",
+        ("train.bin", "test.bin"),
+        {"coarse": 20, "fine": 100},
+        "cifar-100-python",
+        ("train", "test"),
+    ),
 )
 
 
 def find_cifar(path: Path) -> tuple[Layout, Path] | None:
-    """The binary version that lies in a directory, or else in its customary folder there, and the place; None without CIFAR."""
+    """The binary version that lies in a directory, or else in its customary folder there, and the place; None without
+    CIFAR.
+    """
     for places in ([(layout, path) for layout in CIFAR], [(layout, path / layout.folder) for layout in CIFAR]):
         found = [(layout, place) for layout, place in places if any((place / file).is_file() for file in layout.files)]
-        found = [each for each in found if _complete(*each) or not any(map(image_files, class_folders(path)))]  # a stray file
+        # a stray file
+        found = [each for each in found if _complete(*each) or not any(map(image_files, class_folders(path)))]
         if len(found) > 1:
             where = " and ".join(f"{layout.name} in {place}" for layout, place in found)
-            raise ValueError(f"{path} holds two data sets, {where}; keep them in separate directories and give one of these")
+            raise ValueError(
+                f"{path} holds two data sets, {where}; keep them in separate directories and give one of these"
+            )
         if found:
             return found[0]
     return _refuse_pickled(path)
@@ -57,7 +71,8 @@ def _refuse_pickled(path: Path) -> None:
         for place in (path, path / layout.pickled_folder):
             if all((place / file).is_file() for file in layout.pickled_files):
                 raise ValueError(
-                    f"{place} holds the Python version of {layout.name}, pickled objects, which could run code and are refused; "
+                    f"{place} holds the Python version of {layout.name}, pickled objects, which could run code and "
+                    f"are refused; "
                     f"fetch the binary version, with the files {', '.join(layout.files)}"
                 )
 
@@ -68,7 +83,9 @@ def read_cifar(layout: Layout, place: Path, labels: str) -> tuple[str, Tensor, T
     column = kinds.index(one_of("fine" if labels == "auto" else labels, kinds, f"{layout.name}: labels"))
     missing = [file for file in layout.files if not (place / file).is_file()]
     if missing:
-        raise FileNotFoundError(f"{place / missing[0]} is missing; {layout.name} is read from all of {', '.join(layout.files)}")
+        raise FileNotFoundError(
+            f"{place / missing[0]} is missing; {layout.name} is read from all of {', '.join(layout.files)}"
+        )
     records = np.concatenate([_records(layout, place / file) for file in layout.files])
     pixels = records[:, len(kinds) :].reshape(-1, *CIFAR_SHAPE)
     return layout.name, torch.from_numpy(pixels), torch.from_numpy(records[:, column].astype(np.int64))
@@ -79,7 +96,10 @@ def _records(layout: Layout, file: Path) -> np.ndarray:
     size, length = file.stat().st_size, len(layout.labels) + math.prod(CIFAR_SHAPE)
     if size == 0 or size % length:
         kind = "truncated or of another kind" if size else "empty"
-        raise ValueError(f"{file} is {kind}: it has {size} bytes; expected a multiple of {length}, the length of a record of {layout.name}")
+        raise ValueError(
+            f"{file} is {kind}: it has {size} bytes; expected a multiple of {length}, the length of a record of "
+            f"{layout.name}"
+        )
     records = np.fromfile(file, dtype=np.uint8).reshape(-1, length)
     for column, (kind, classes) in enumerate(layout.labels.items()):
         row = int((records[:, column] >= classes).argmax())

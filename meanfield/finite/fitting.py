@@ -24,7 +24,8 @@ CROP_DIVISOR = 8  # a crop moves by up to side // 8 pixels: the usual 4 at 32x32
 STATUS_TEXTS = {
     "completed": "all epochs were taken",
     "interrupted": "stopped by the user; the network of the last whole epoch is kept",
-    "diverged": "the next epoch left the finite numbers, its network is dropped; lower learning_rate or strength, or raise warm_up",
+    "diverged": "the next epoch left the finite numbers, its network is dropped; lower learning_rate or strength, or "
+    "raise warm_up",
 }
 
 
@@ -56,7 +57,9 @@ class Fitted:
     def at(self, epoch: int) -> nn.Module:
         """The network at a checkpoint, a copy of its own, in eval mode."""
         if epoch not in self.checkpoints:
-            raise ValueError(f"epoch={epoch!r} was not kept: choose one of {sorted(self.checkpoints)} or name it in checkpoints=")
+            raise ValueError(
+                f"epoch={epoch!r} was not kept: choose one of {sorted(self.checkpoints)} or name it in checkpoints="
+            )
         network = copy.deepcopy(self.network)
         network.load_state_dict(self.checkpoints[epoch])
         return network.eval()
@@ -75,8 +78,8 @@ def fit(
 ) -> Fitted:
     """Train a copy of a classifier on images (N, ...) and labels (N,), integers from 0; its output is (N, classes).
 
-    The copy takes dtype and device of the inputs; parameters that need no gradient stay as they are.  Batches, dropout and
-    augmentation depend on `seed` alone, and the global random numbers are left as they were.
+    The copy takes dtype and device of the inputs; parameters that need no gradient stay as they are.  Batches, dropout
+    and augmentation depend on `seed` alone, and the global random numbers are left as they were.
     checkpoints: increasing epochs after which the state is kept, 0 for the start.
     state: file (.safetensors) to which the whole state of the run is written after every epoch.  A call with the same
         arguments continues from it and ends, on the same machine, with the same bits as a run without a pause (seconds
@@ -84,7 +87,8 @@ def fit(
         arguments or data.
     callback: called with every record of the history, after the state is written.
 
-    Divergence (a loss, parameter or buffer that is not finite) and an interrupt from the keyboard end the run with a status.
+    Divergence (a loss, parameter or buffer that is not finite) and an interrupt from the keyboard end the run with a
+    status.
     """
     if not isinstance(recipe, Recipe):
         raise TypeError(f"recipe must be a Recipe, not {type(recipe).__name__}")
@@ -102,7 +106,9 @@ def fit(
 
 @torch.no_grad()
 def evaluate(network: nn.Module, inputs: Tensor, labels: Tensor, batch_size: int = 500) -> Score:
-    """Accuracy and mean cross-entropy in eval mode on images (N, ...) and labels (N,); the network's modes are put back."""
+    """Accuracy and mean cross-entropy in eval mode on images (N, ...) and labels (N,); the network's modes are put
+    back.
+    """
     size = validation.integer(batch_size, "batch_size")
     _check_data(network, inputs, labels)
     _check_kind(network, inputs)
@@ -133,9 +139,14 @@ def _check_data(network: nn.Module, inputs: Tensor, labels: Tensor) -> None:
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, not {type(tensor).__name__}")
     if not inputs.is_floating_point() or inputs.ndim < 2 or len(inputs) == 0:
-        raise ValueError(f"inputs has dtype {inputs.dtype} and shape {tuple(inputs.shape)}; expected floating-point images (N, ...), N >= 1")
+        raise ValueError(
+            f"inputs has dtype {inputs.dtype} and shape {tuple(inputs.shape)}; expected floating-point images (N, "
+            f"...), N >= 1"
+        )
     if labels.dtype != torch.int64:
-        raise ValueError(f"labels has dtype {labels.dtype}; expected torch.int64, the index of the class of every image")
+        raise ValueError(
+            f"labels has dtype {labels.dtype}; expected torch.int64, the index of the class of every image"
+        )
     validation.shaped(labels, (len(inputs),), "labels")
     if labels.device != inputs.device:
         raise ValueError(f"labels are on {labels.device}, inputs on {inputs.device}; move one with .to(...)")
@@ -144,7 +155,10 @@ def _check_data(network: nn.Module, inputs: Tensor, labels: Tensor) -> None:
 def _check_kind(network: nn.Module, inputs: Tensor) -> None:
     first = next(network.parameters(), inputs)
     if first.dtype != inputs.dtype or first.device != inputs.device:
-        raise ValueError(f"inputs are {inputs.dtype} on {inputs.device}, the network is {first.dtype} on {first.device}; convert one with .to(...)")
+        raise ValueError(
+            f"inputs are {inputs.dtype} on {inputs.device}, the network is {first.dtype} on {first.device}; convert "
+            f"one with .to(...)"
+        )
 
 
 def _check_classes(network: nn.Module, inputs: Tensor, labels: Tensor) -> None:
@@ -155,13 +169,20 @@ def _check_classes(network: nn.Module, inputs: Tensor, labels: Tensor) -> None:
         raise ValueError(f"network gives an output of shape {shape} for one image; expected (1, classes)")
     low, high = int(labels.min()), int(labels.max())
     if low < 0 or high >= shape[1]:
-        raise ValueError(f"labels reach from {low} to {high}; the network has {shape[1]} outputs, so they must lie in 0..{shape[1] - 1}")
+        raise ValueError(
+            f"labels reach from {low} to {high}; the network has {shape[1]} outputs, so they must lie in "
+            f"0..{shape[1] - 1}"
+        )
 
 
 class _Run:
-    """A network in training with all that its course depends on, its last whole epoch, the history and the checkpoints."""
+    """A network in training with all that its course depends on, its last whole epoch, the history
+    and the checkpoints.
+    """
 
-    def __init__(self, network: nn.Module, inputs: Tensor, labels: Tensor, recipe: Recipe, seed: int, epochs: tuple[int, ...]) -> None:
+    def __init__(
+        self, network: nn.Module, inputs: Tensor, labels: Tensor, recipe: Recipe, seed: int, epochs: tuple[int, ...]
+    ) -> None:
         self.network = copy.deepcopy(network).to(inputs)
         _check_classes(self.network, inputs, labels)
         self.inputs, self.labels, self.recipe, self.wanted = inputs, labels, recipe, epochs
@@ -181,7 +202,8 @@ class _Run:
     def _described(self, seed: int) -> dict[str, Any]:
         """Everything that decides the run."""
         frozen = [name for name, parameter in self.network.named_parameters() if not parameter.requires_grad]
-        layers = hashlib.sha256(repr(self.network).encode()).hexdigest()  # the start does not show a dropout or a stride
+        # the start does not show a dropout or a stride
+        layers = hashlib.sha256(repr(self.network).encode()).hexdigest()
         named = {"network": layers, "start": digest(self.last.values()), "frozen": frozen}
         data = {"data": digest((self.inputs, self.labels)), "device": self.inputs.device.type}
         return {**named, **data, **asdict(self.recipe), "seed": seed, "checkpoints": self.wanted}
@@ -200,14 +222,20 @@ class _Run:
         with torch.no_grad():
             penalty = float(regulariser(self.network, self.recipe.penalty))
         rate = self.optimiser.param_groups[0]["lr"]
-        record = {"epoch": self.epochs + 1, "loss": figures["loss"], "regulariser": penalty, "accuracy": figures["accuracy"]}
+        record = {
+            "epoch": self.epochs + 1,
+            "loss": figures["loss"],
+            "regulariser": penalty,
+            "accuracy": figures["accuracy"],
+        }
         self.history.append({**record, "learning_rate": rate, "seconds": self.seconds})
         self._keep()
         return self.history[-1]
 
     def _keep(self) -> None:
         if self.epochs in self.wanted:
-            self.checkpoints[self.epochs] = _clones(self.network)  # of its own: a safetensors file refuses shared memory
+            # of its own: a safetensors file refuses shared memory
+            self.checkpoints[self.epochs] = _clones(self.network)
 
     def result(self, status: str) -> Fitted:
         """The last whole epoch, which an interrupt or a divergence may have left behind."""
@@ -221,7 +249,11 @@ class _Run:
         networks = {"network": self.last} | {f"checkpoint{epoch}": kept for epoch, kept in self.checkpoints.items()}
         tensors = {f"{prefix}/{name}": tensor for prefix, kept in networks.items() for name, tensor in kept.items()}
         moments = self.optimiser.state_dict()["state"]
-        tensors |= {f"momentum/{i}": entry["momentum_buffer"] for i, entry in moments.items() if entry.get("momentum_buffer") is not None}
+        tensors |= {
+            f"momentum/{i}": entry["momentum_buffer"]
+            for i, entry in moments.items()
+            if entry.get("momentum_buffer") is not None
+        }
         return tensors | {"generator": self.generator.get_state()}, {"history": self.history, "seconds": self.seconds}
 
     def restore(self, state: tuple[dict[str, Tensor], dict[str, Any]] | None) -> None:
@@ -232,7 +264,10 @@ class _Run:
         self.network.load_state_dict(_under("network", tensors))
         self.last, self.history = _clones(self.network), figures["history"]
         done = [epoch for epoch in self.wanted if epoch <= self.epochs]
-        self.checkpoints = {epoch: {n: t.to(self.inputs.device) for n, t in _under(f"checkpoint{epoch}", tensors).items()} for epoch in done}
+        self.checkpoints = {
+            epoch: {n: t.to(self.inputs.device) for n, t in _under(f"checkpoint{epoch}", tensors).items()}
+            for epoch in done
+        }
         moments = {int(i): {"momentum_buffer": tensor} for i, tensor in _under("momentum", tensors).items()}
         self.optimiser.load_state_dict(self.optimiser.state_dict() | {"state": moments})
         self.generator.set_state(tensors["generator"])
@@ -244,7 +279,9 @@ def _clones(network: nn.Module) -> dict[str, Tensor]:
 
 
 def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name.removeprefix(f"{prefix}/"): tensor for name, tensor in tensors.items() if name.startswith(f"{prefix}/")}
+    return {
+        name.removeprefix(f"{prefix}/"): tensor for name, tensor in tensors.items() if name.startswith(f"{prefix}/")
+    }
 
 
 def _train(run: _Run, file: StateFile | None, callback: Callable[[dict[str, Any]], None] | None) -> str:

@@ -44,10 +44,10 @@ def infinite(architecture: Architecture, inputs: Tensor) -> Tensor:
     Saul (2009), arc-cosine kernels of order 1 and 0:
         E h(g) h(g')   = |z| |z'| (sin a + (pi - a) cos a) / (pi C_0 S)      =: A(z, z')
         E h'(g) h'(g') = (pi - a) / (2 pi)                                   =: D(z, z')
-    Readout u_j: s(m)^2 sum_j <f_j, f'_j> has the mean of <f, f'>.  Kernel w_j and bias b_j: s(m)^2 sum_j of E u^2, D and
-    dg/dw dg'/dw + dg/db dg'/db = <z, z'> / C_0 + 1 (the 1 with bias only).  The readout has E u^2 = 1 ("average") or
-    E u_q^2 = R ("flatten"), R its positions.  With average pooling over windows of A positions both average over
-    the positions in windows; distinct entries of a flattened u are independent:
+    Readout u_j: s(m)^2 sum_j <f_j, f'_j> has the mean of <f, f'>.  Kernel w_j and bias b_j: s(m)^2 sum_j of E u^2, D
+    and dg/dw dg'/dw + dg/db dg'/db = <z, z'> / C_0 + 1 (the 1 with bias only).  The readout has E u^2 = 1 ("average")
+    or E u_q^2 = R ("flatten"), R its positions.  With average pooling over windows of A positions both average over the
+    positions in windows; distinct entries of a flattened u are independent:
         Theta = sum over (p, p') of [A + E u^2 D (<z, z'> / C_0 + 1)] / (R A)^2,
     over all pairs of positions ("average"; Arora et al. 2019, CNTK with global average pooling) or over pairs in the
     same window ("flatten").
@@ -59,24 +59,36 @@ def infinite(architecture: Architecture, inputs: Tensor) -> Tensor:
     _check_covered(architecture)
     groups = _pooled_patches(architecture, architecture.check_inputs(inputs).double())  # (G, N, W, C_0 S)
     count, positions = len(inputs), groups.shape[0] * groups.shape[2]
-    upper = sum((_pair_sums(architecture, patches) for patches in groups), groups.new_zeros(count, count)) / positions**2
+    upper = (
+        sum((_pair_sums(architecture, patches) for patches in groups), groups.new_zeros(count, count)) / positions**2
+    )
     return (upper.triu() + upper.triu(1).T).to(inputs.dtype)
 
 
 def _check_single_output(architecture: Architecture) -> None:
     if architecture.outputs != 1:
-        raise ValueError(f"architecture has outputs={architecture.outputs}; the tangent kernel is that of one output, take outputs=1")
+        raise ValueError(
+            f"architecture has outputs={architecture.outputs}; the tangent kernel is that of one output, take outputs=1"
+        )
 
 
 def _check_covered(architecture: Architecture) -> None:
     _check_single_output(architecture)
     if architecture.depth != 1:
-        raise ValueError(f"architecture has {architecture.depth} layers; the limit is in closed form for one layer, see kernel.empirical")
+        raise ValueError(
+            f"architecture has {architecture.depth} layers; the limit is in closed form for one layer, see "
+            f"kernel.empirical"
+        )
     layer = architecture.layers[0]
     if layer.activation != "relu":
-        raise ValueError(f"layers[0] has activation={layer.activation!r}; the limit is in closed form for 'relu', see kernel.empirical")
+        raise ValueError(
+            f"layers[0] has activation={layer.activation!r}; the limit is in closed form for 'relu', see "
+            f"kernel.empirical"
+        )
     if layer.pooling == "max":
-        raise ValueError("layers[0] has pooling='max'; the limit is in closed form for 'none' and 'average', see kernel.empirical")
+        raise ValueError(
+            "layers[0] has pooling='max'; the limit is in closed form for 'none' and 'average', see kernel.empirical"
+        )
 
 
 def _entries_per_image(network: FiniteCNN) -> int:
@@ -119,23 +131,30 @@ def _forward(network: FiniteCNN, inputs: Tensor) -> tuple[list[Tensor], list[Ten
 def _pooled_patches(architecture: Architecture, inputs: Tensor) -> Tensor:
     """Patches in groups (G, N, W, C_0 S) whose pairs of positions the readout couples.
 
-    "average": one group of all positions in windows.  "flatten": one group per window, a single position without pooling.
+    "average": one group of all positions in windows.  "flatten": one group per window, a single position without
+    pooling.
     """
     layer, shape = architecture.layers[0], architecture.geometry[0]
     (rows, columns), (height, width) = layer.pool_size if layer.pooling == "average" else (1, 1), shape.pooled  # type: ignore[misc]
-    patches = layer.patches(inputs).unflatten(1, shape.output)[:, : height * rows, : width * columns]  # incomplete windows drop out
-    windows = patches.unflatten(2, (width, columns)).unflatten(1, (height, rows))  # (N, height, rows, width, columns, C_0 S)
+    # incomplete windows drop out
+    patches = layer.patches(inputs).unflatten(1, shape.output)[:, : height * rows, : width * columns]
+    # (N, height, rows, width, columns, C_0 S)
+    windows = patches.unflatten(2, (width, columns)).unflatten(1, (height, rows))
     groups = windows.permute(1, 3, 0, 2, 4, 5).flatten(3, 4).flatten(0, 1)  # (R, N, A, C_0 S)
     return groups if architecture.readout == "flatten" else groups.transpose(0, 1).flatten(1, 2)[None]
 
 
 def _pair_sums(architecture: Architecture, patches: Tensor) -> Tensor:
-    """sum over w, w' of A + E u^2 D (<z, z'> / C_0 + 1) for patches (N, W, C_0 S) -> (N, N), blocks above the diagonal."""
+    """sum over w, w' of A + E u^2 D (<z, z'> / C_0 + 1) for patches (N, W, C_0 S) -> (N, N),
+    blocks above the diagonal.
+    """
     result = patches.new_zeros(len(patches), len(patches))
     blocks = list(_blocks(*patches.shape[:2]))
     for (left, left_places), (right, right_places) in product(blocks, blocks):
         if left.start <= right.start:
-            pairs = _pair_kernel(architecture, patches[left, left_places].flatten(0, 1), patches[right, right_places].flatten(0, 1))
+            pairs = _pair_kernel(
+                architecture, patches[left, left_places].flatten(0, 1), patches[right, right_places].flatten(0, 1)
+            )
             images = (len(result[left]), len(result[right]))
             result[left, right] += pairs.view(images[0], -1, images[1], pairs.shape[1] // images[1]).sum((1, 3))
     return result

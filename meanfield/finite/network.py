@@ -20,7 +20,13 @@ SCALINGS: dict[str, Callable[[int], float]] = {
     "standard": lambda channels: 1.0,
     "mup": lambda channels: 1.0,
 }
-MODULES: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "tanh": nn.Tanh, "softplus": nn.Softplus, "gelu": nn.GELU, "identity": nn.Identity}
+MODULES: dict[str, type[nn.Module]] = {
+    "relu": nn.ReLU,
+    "tanh": nn.Tanh,
+    "softplus": nn.Softplus,
+    "gelu": nn.GELU,
+    "identity": nn.Identity,
+}
 VARIANCE_GAINS = {"relu": 2.0, "gelu": 2.0}  # He et al. 2015, eq. (10); 1 elsewhere
 
 
@@ -51,11 +57,18 @@ class FiniteCNN(nn.Module):
         self.kernels = nn.ParameterList(nn.Parameter(kernel.detach().clone()) for kernel in kernels)
         self.readout = nn.Parameter(readout.detach().clone())
         present = {str(layer): bias for layer, bias in enumerate(checked.biases) if bias is not None}
-        self.bias_parameters = nn.ParameterDict({layer: nn.Parameter(bias.detach().clone()) for layer, bias in present.items()})
+        self.bias_parameters = nn.ParameterDict(
+            {layer: nn.Parameter(bias.detach().clone()) for layer, bias in present.items()}
+        )
 
     @classmethod
     def random(
-        cls, architecture: Architecture, widths: Sequence[int], inputs: Tensor, generator: torch.Generator, scaling: str = "mean_field"
+        cls,
+        architecture: Architecture,
+        widths: Sequence[int],
+        inputs: Tensor,
+        generator: torch.Generator,
+        scaling: str = "mean_field",
     ) -> FiniteCNN:
         """A random start, dtype and device as `inputs` (N, C_0, H, W).
 
@@ -72,17 +85,22 @@ class FiniteCNN(nn.Module):
         return cls._he(architecture, widths, inputs, generator, scaling)
 
     @classmethod
-    def _he(cls, architecture: Architecture, widths: Sequence[int], like: Tensor, generator: torch.Generator, scaling: str) -> FiniteCNN:
+    def _he(
+        cls, architecture: Architecture, widths: Sequence[int], like: Tensor, generator: torch.Generator, scaling: str
+    ) -> FiniteCNN:
         """He et al. 2015, eq. (10): s(m) w has the variance gain / fan-in."""
         kernels = []
         for layer, shape in zip(architecture.layers, architecture.kernel_shapes(widths)):
-            deviation = math.sqrt(VARIANCE_GAINS.get(layer.activation, 1.0) / (shape[1] * layer.offsets)) / SCALINGS[scaling](shape[1])
+            deviation = math.sqrt(VARIANCE_GAINS.get(layer.activation, 1.0) / (shape[1] * layer.offsets)) / SCALINGS[
+                scaling
+            ](shape[1])
             kernels.append(normal(shape, generator, like) * deviation)
         readout = normal(architecture.readout_shape(widths[-1]), generator, like)
         flattened = architecture.readout_positions if architecture.readout == "flatten" else 1
         readout = readout * math.sqrt(flattened / widths[-1]) / SCALINGS[scaling](widths[-1])
         if scaling == "mup":
-            readout = readout / math.sqrt(widths[-1])  # variance 1/m_L^2: Yang & Hu 2021, maximal update parameterisation
+            # variance 1/m_L^2: Yang & Hu 2021, maximal update parameterisation
+            readout = readout / math.sqrt(widths[-1])
         biases = [like.new_zeros(m) if layer.bias else None for layer, m in zip(architecture.layers, widths)]
         return cls(architecture, kernels, readout, biases, scaling)
 
@@ -94,7 +112,8 @@ class FiniteCNN(nn.Module):
             spread = float((masses * len(masses) - 1).abs().max())
             if spread > MASS_TOLERANCE[network.dtype]:
                 raise ValueError(
-                    f"masses[{layer}] are not uniform (up to {spread:.2g} relative); a finite network has equal channels: draw one with finite.sample"
+                    f"masses[{layer}] are not uniform (up to {spread:.2g} relative); a finite network has equal "
+                    f"channels: draw one with finite.sample"
                 )
         finite = cls(network.architecture, network.kernels, network.readout, network.biases, scaling)
         with torch.no_grad():
@@ -112,7 +131,9 @@ class FiniteCNN(nn.Module):
 
     @property
     def mean_field_factors(self) -> list[float]:
-        """s(m_l) m_l, l = 0..L: kernels and readout times these are the parameters of the same function in the mean-field scaling."""
+        """s(m_l) m_l, l = 0..L: kernels and readout times these are the parameters of the same function in the
+        mean-field scaling.
+        """
         return [SCALINGS[self.scaling](m) * m for m in (self.architecture.input_shape[0], *self.widths)]
 
     @property
@@ -159,7 +180,9 @@ def sequential(network: ParticleNetwork | FiniteCNN) -> nn.Sequential:
     particles = network if isinstance(network, ParticleNetwork) else network.particles()
     masses = [None, *particles.masses]
     children: dict[str, nn.Module] = {}
-    for index, (layer, kernel, bias) in enumerate(zip(particles.architecture.layers, particles.kernels, particles.biases)):
+    for index, (layer, kernel, bias) in enumerate(
+        zip(particles.architecture.layers, particles.kernels, particles.biases)
+    ):
         read = masses[index]
         weight = kernel / kernel.shape[1] if read is None else kernel * read[None, :, None, None]
         children |= _modules(layer, index + 1, weight, bias)
@@ -167,15 +190,25 @@ def sequential(network: ParticleNetwork | FiniteCNN) -> nn.Sequential:
     positions = particles.architecture.readout_positions
     children |= {"average": nn.AdaptiveAvgPool2d(1)} if average else {}
     weighted = particles.readout * particles.masses[-1].reshape(-1, *[1] * (particles.readout.ndim - 2))
-    children |= {"flatten": nn.Flatten(), "readout": _linear((weighted if average else weighted / positions).flatten(1))}
+    children |= {
+        "flatten": nn.Flatten(),
+        "readout": _linear((weighted if average else weighted / positions).flatten(1)),
+    }
     return nn.Sequential(OrderedDict(children))
 
 
 def _modules(layer: Conv, number: int, weight: Tensor, bias: Tensor | None) -> dict[str, nn.Module]:
     conv = nn.utils.skip_init(
-        nn.Conv2d, weight.shape[1], weight.shape[0], layer.kernel, layer.stride, layer.padding, bias=bias is not None, dtype=weight.dtype,
+        nn.Conv2d,
+        weight.shape[1],
+        weight.shape[0],
+        layer.kernel,
+        layer.stride,
+        layer.padding,
+        bias=bias is not None,
+        dtype=weight.dtype,
         device=weight.device,
-    )  # fmt: skip
+    )
     conv.load_state_dict({"weight": weight} | ({} if bias is None else {"bias": bias}))
     pools = {"average": nn.AvgPool2d, "max": nn.MaxPool2d}
     pool = {f"pool{number}": pools[layer.pooling](layer.pool_size)} if layer.pooling in pools else {}
@@ -183,6 +216,8 @@ def _modules(layer: Conv, number: int, weight: Tensor, bias: Tensor | None) -> d
 
 
 def _linear(weight: Tensor) -> nn.Module:
-    found = nn.utils.skip_init(nn.Linear, weight.shape[1], weight.shape[0], bias=False, dtype=weight.dtype, device=weight.device)
+    found = nn.utils.skip_init(
+        nn.Linear, weight.shape[1], weight.shape[0], bias=False, dtype=weight.dtype, device=weight.device
+    )
     found.load_state_dict({"weight": weight})
     return found

@@ -50,9 +50,11 @@ def regulariser(network: nn.Module, kind: str) -> Tensor:
 
 @dataclass(frozen=True)
 class Recipe:
-    """How `fit` trains a classifier; plain values: Recipe(**json.loads(json.dumps(dataclasses.asdict(recipe)))) == recipe.
+    """How `fit` trains a classifier; plain values: Recipe(**json.loads(json.dumps(dataclasses.asdict(recipe)))) ==
+    recipe.
 
-    The defaults are for small grey images: VGG-11 of width 8 reaches 95% on held-out 8x8 digits, with l12 of strength 0.5 to 2 too.
+    The defaults are for small grey images: VGG-11 of width 8 reaches 95% on held-out 8x8 digits, with l12 of strength
+    0.5 to 2 too.
 
     epochs: passes over the images.  batch_size: images per step; the last batch of an epoch may be smaller.
     learning_rate: of SGD; momentum is Nesterov's, 0 for none.  See `rate_at` for milestones, decay and warm_up.
@@ -75,7 +77,11 @@ class Recipe:
     def __post_init__(self) -> None:
         for name, minimum in (("epochs", 1), ("batch_size", 1), ("warm_up", 0)):
             object.__setattr__(self, name, validation.integer(getattr(self, name), name, minimum))
-        for name, check in (("learning_rate", validation.positive), ("decay", validation.positive), ("strength", validation.nonnegative)):
+        for name, check in (
+            ("learning_rate", validation.positive),
+            ("decay", validation.positive),
+            ("strength", validation.nonnegative),
+        ):
             object.__setattr__(self, name, check(getattr(self, name), name))
         object.__setattr__(self, "milestones", increasing_epochs(self.milestones, "milestones", 1))
         if validation.nonnegative(self.momentum, "momentum") >= 1:
@@ -88,7 +94,8 @@ class Recipe:
 
     @classmethod
     def authors(cls, penalty: str = "none", strength: float = 0.0) -> Recipe:
-        """The recipe of the grafting experiment of Gu et al. 2020 on CIFAR, as their code has it; dropout, AUTHORS_DROPOUT, is the network's.
+        """The recipe of the grafting experiment of Gu et al. 2020 on CIFAR, as their code has it; dropout,
+        AUTHORS_DROPOUT, is the network's.
 
         The learning rate is 0.01, but 0.002 and 0.001 from the last two of L12_STRENGTHS or L2_STRENGTHS on.
         """
@@ -97,10 +104,19 @@ class Recipe:
         for first, lower in zip(ladder[-2:], AUTHORS_STRONG_RATES):
             rate = lower if strength >= first else rate
         schedule: dict[str, Any] = {"epochs": 200, "milestones": (60, 120, 180), "decay": 0.2, "warm_up": 1}
-        return cls(**schedule, batch_size=64, learning_rate=rate, momentum=0.9, penalty=penalty, strength=strength, augment=True)
+        return cls(
+            **schedule,
+            batch_size=64,
+            learning_rate=rate,
+            momentum=0.9,
+            penalty=penalty,
+            strength=strength,
+            augment=True,
+        )
 
     def rate_at(self, step: int, steps_per_epoch: int) -> float:
-        """Learning rate of step 0, 1, ...: learning_rate times decay for every milestone (an epoch count from the start) that has passed.
+        """Learning rate of step 0, 1, ...: learning_rate times decay for every milestone (an epoch count from the
+        start) that has passed.
 
         During the first warm_up epochs it rises linearly, from the first step's 1 / (warm_up steps_per_epoch) of it to
         the whole.  Milestones from `epochs` on have no effect.

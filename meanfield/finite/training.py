@@ -1,4 +1,6 @@
-"""Training of finite networks on the objective J of a Problem: SGD or Adam, batches, schedules, bounds by projection, noise, resuming."""
+"""Training of finite networks on the objective J of a Problem: SGD or Adam, batches, schedules, bounds by projection,
+noise, resuming.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,8 @@ SCHEDULES: dict[str, Callable[[float], float]] = {
     "cosine": lambda progress: 0.5 * (1 + math.cos(math.pi * progress)),
     "constant": lambda progress: 1.0,
 }
-BASE_WIDTH = 64  # the width at which every layer of the maximal update parameterisation has the learning rate that was given
+# the width at which every layer of the maximal update parameterisation has the learning rate that was given
+BASE_WIDTH = 64
 TIME_TOLERANCE = 1e-9  # relative; the rounding of a sum of up to a million learning rates is below it
 RECORDS = 100  # of a run, by default
 BLOW_UP = 1e6  # a run whose J exceeds this many times its start (and 1) is taken as lost
@@ -90,19 +93,24 @@ def train(
 ) -> Training:
     """Train a finite CNN of the given widths on problem's J, its penalties taken at uniform masses.
 
-    scaling: "mean_field", "ntk", "standard" or "mup", see FiniteCNN.  In the mean-field scaling gradients are divided by
+    scaling: "mean_field", "ntk", "standard" or "mup", see FiniteCNN.  In the mean-field scaling gradients are divided
+    by
         the masses 1/m of their particles (the metric of the particle flow), so that a step does not vanish with the
         width; in "mup" every layer has its own learning rate, see `layer_rates`.
     learning_rate: default 0.05, 0.03, 0.01, 0.01 for Adam in the four scalings and 0.5, 0.5, 0.05, 0.2 for SGD.
     batch_size: images per step, None for all; shuffled anew every epoch, or in file order with shuffle=False.
     schedule: "cosine" (to zero over `steps`) or "constant".
-    noise: temperature tau of noisy SGD in the mean-field scaling: after a step every kernel, bias and readout entry gets
-        an independent normal of variance 2 tau learning_rate (Mei, Montanari & Nguyen 2018, noisy SGD with 1/beta = tau).
+    noise: temperature tau of noisy SGD in the mean-field scaling: after a step every kernel, bias and readout entry
+    gets
+        an independent normal of variance 2 tau learning_rate (Mei, Montanari & Nguyen 2018, noisy SGD with 1/beta =
+        tau).
     start: "random" (`FiniteCNN.random` from `seed`), or a network of these widths with uniform masses.
-    checkpoints: increasing flow times at which a copy of the network is kept, at the first step that reaches them.  Flow
+    checkpoints: increasing flow times at which a copy of the network is kept, at the first step that reaches them.
+    Flow
         time is the sum of the learning rates of the steps taken, 0 at the start: for SGD in the mean-field scaling the
         time of the particle gradient flow, whatever the schedule; otherwise a clock only.
-    state: file (.safetensors) to which the whole state of the run is written every `state_every` steps.  A call with the
+    state: file (.safetensors) to which the whole state of the run is written every `state_every` steps.  A call with
+    the
         same arguments continues from it and ends, on the same machine, with the same bits as a run without a pause
         (seconds excepted).  It is removed when the run ends by itself, and refused (ValueError) where it is damaged or
         of other arguments or data.
@@ -118,7 +126,13 @@ def train(
     batches = _Batches(len(problem.inputs), batch_size, shuffle, generator)
     run = _Run(problem, _start(problem, widths, generator, scaling, start), settings, batches, callback)
     every = validation.integer(state_every, "state_every")
-    choices = {"seed": int(seed), "widths": run.network.widths, "batch_size": batches.size, "shuffle": shuffle, "start": _named(start)}
+    choices = {
+        "seed": int(seed),
+        "widths": run.network.widths,
+        "batch_size": batches.size,
+        "shuffle": shuffle,
+        "start": _named(start),
+    }
     file = None if state is None else StateFile(state, {**_data(problem), **settings.described, **choices})
     run.restore(None if file is None else file.load())
     return run.result(ended(file, lambda: _descend(run, file, every)))
@@ -126,7 +140,11 @@ def train(
 
 def log_spaced_times(first: float, last: float, count: int) -> tuple[float, ...]:
     """`count` >= 2 times from `first` to `last`, both included, each the same multiple of the one before."""
-    first, last, count = validation.positive(first, "first"), validation.positive(last, "last"), validation.integer(count, "count", minimum=2)
+    first, last, count = (
+        validation.positive(first, "first"),
+        validation.positive(last, "last"),
+        validation.integer(count, "count", minimum=2),
+    )
     if last <= first:
         raise ValueError(f"last={last:g} must be greater than first={first:g}")
     return (*(first * (last / first) ** (k / (count - 1)) for k in range(count - 1)), last)
@@ -148,7 +166,11 @@ class _Settings:
     ) -> None:
         self.optimiser = OPTIMISERS[validation.one_of(optimiser, OPTIMISERS, "optimiser")]
         validation.one_of(scaling, SCALINGS, "scaling")
-        self.peak = LEARNING_RATES[optimiser, scaling] if learning_rate is None else validation.positive(learning_rate, "learning_rate")
+        self.peak = (
+            LEARNING_RATES[optimiser, scaling]
+            if learning_rate is None
+            else validation.positive(learning_rate, "learning_rate")
+        )
         self.steps = validation.integer(steps, "steps")
         self.shape = SCHEDULES[validation.one_of(schedule, SCHEDULES, "schedule")]
         self.noise = validation.nonnegative(noise, "noise")
@@ -159,8 +181,16 @@ class _Settings:
             )
         times = _increasing(checkpoints)
         self.checkpoints = _checkpoint_steps(times, self)
-        self.described = {"optimiser": optimiser, "scaling": scaling, "learning_rate": self.peak, "steps": self.steps, "schedule": schedule}
-        self.record_every = max(1, self.steps // RECORDS) if record_every is None else validation.integer(record_every, "record_every")
+        self.described = {
+            "optimiser": optimiser,
+            "scaling": scaling,
+            "learning_rate": self.peak,
+            "steps": self.steps,
+            "schedule": schedule,
+        }
+        self.record_every = (
+            max(1, self.steps // RECORDS) if record_every is None else validation.integer(record_every, "record_every")
+        )
         self.described |= {"noise": self.noise, "checkpoints": times, "record_every": self.record_every}
 
     def rate(self, step: int) -> float:
@@ -185,7 +215,8 @@ def _checkpoint_steps(times: Sequence[float], settings: _Settings) -> list[tuple
     found = [bisect.bisect_left(reached, moment * (1 - TIME_TOLERANCE)) for moment in times]
     if found[-1] > settings.steps:
         raise ValueError(
-            f"checkpoints={tuple(times)} go beyond the total flow time {reached[-1]:.6g} of the {settings.steps} steps: "
+            f"checkpoints={tuple(times)} go beyond the total flow time {reached[-1]:.6g} of the {settings.steps} "
+            f"steps: "
             f"choose times up to it, more steps or a larger learning_rate than {settings.peak:g}"
         )
     return [(step, reached[step]) for step in found]
@@ -202,7 +233,13 @@ class _Run:
         batches: _Batches,
         callback: Callable[[dict[str, Any]], None] | None = None,
     ) -> None:
-        self.problem, self.network, self.settings, self.batches, self.callback = problem, network, settings, batches, callback
+        self.problem, self.network, self.settings, self.batches, self.callback = (
+            problem,
+            network,
+            settings,
+            batches,
+            callback,
+        )
         self.optimiser = _optimiser(network, settings)
         self.history: list[dict[str, Any]] = []
         self.checkpoints: list[tuple[float, FiniteCNN]] = []
@@ -218,7 +255,9 @@ class _Run:
             self.best_value, self.best = value, copy.deepcopy(self.network)
         figures = {name: float(term) for name, term in terms._asdict().items()}
         rate = self.settings.rate(self.steps)
-        self.history.append({"step": self.steps, "value": value, **figures, "learning_rate": rate, "seconds": self.seconds})
+        self.history.append(
+            {"step": self.steps, "value": value, **figures, "learning_rate": rate, "seconds": self.seconds}
+        )
         if self.callback is not None:
             self.callback(self.history[-1])
         return value
@@ -236,16 +275,31 @@ class _Run:
     def result(self, status: str) -> Training:
         value = float(self.problem.value(self.best.particles()))
         message = f"J = {value:.6g} after {self.steps} steps: {STATUS_TEXTS[status]}"
-        return Training(self.best, value, self.history, self.steps, self.seconds, status, message, tuple(self.checkpoints))
+        return Training(
+            self.best, value, self.history, self.steps, self.seconds, status, message, tuple(self.checkpoints)
+        )
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Tensors and figures from which `restore` continues; gradients are not kept, they are taken anew at every step."""
-        networks = {"network": self.network, "best": self.best} | {f"checkpoint{i}": kept for i, (_, kept) in enumerate(self.checkpoints)}
-        tensors = {f"{prefix}.{name}": tensor for prefix, network in networks.items() for name, tensor in network.state_dict().items()}
+        """Tensors and figures from which `restore` continues; gradients are not kept, they are taken anew at every
+        step.
+        """
+        networks = {"network": self.network, "best": self.best} | {
+            f"checkpoint{i}": kept for i, (_, kept) in enumerate(self.checkpoints)
+        }
+        tensors = {
+            f"{prefix}.{name}": tensor
+            for prefix, network in networks.items()
+            for name, tensor in network.state_dict().items()
+        }
         moments = self.optimiser.state_dict()["state"]
         tensors |= {f"optimiser.{i}.{name}": tensor for i, entry in moments.items() for name, tensor in entry.items()}
         tensors |= {"batches.order": self.batches.order, "batches.generator": self.batches.generator.get_state()}
-        figures = {"steps": self.steps, "position": self.batches.position, "best_value": self.best_value, "history": self.history}
+        figures = {
+            "steps": self.steps,
+            "position": self.batches.position,
+            "best_value": self.best_value,
+            "history": self.history,
+        }
         return tensors, figures | {"checkpoints": [moment for moment, _ in self.checkpoints], "seconds": self.seconds}
 
     def restore(self, state: tuple[dict[str, Tensor], dict[str, Any]] | None) -> None:
@@ -270,7 +324,9 @@ class _Run:
 
 
 def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name.removeprefix(f"{prefix}."): tensor for name, tensor in tensors.items() if name.startswith(f"{prefix}.")}
+    return {
+        name.removeprefix(f"{prefix}."): tensor for name, tensor in tensors.items() if name.startswith(f"{prefix}.")
+    }
 
 
 def _data(problem: Problem) -> dict[str, str]:
@@ -338,7 +394,9 @@ def _optimiser(network: FiniteCNN, settings: _Settings) -> torch.optim.Optimizer
     factors = layer_rates(network, settings.described["optimiser"])
     for name, parameter in network.named_parameters():
         groups.setdefault(factors[name], []).append(parameter)
-    return settings.optimiser([{"params": found, "factor": factor} for factor, found in groups.items()], lr=settings.peak)  # type: ignore[call-arg]
+    return settings.optimiser(
+        [{"params": found, "factor": factor} for factor, found in groups.items()], lr=settings.peak
+    )  # type: ignore[call-arg]
 
 
 def _step(run: _Run) -> None:
@@ -360,7 +418,9 @@ def _step(run: _Run) -> None:
 
 @torch.no_grad()
 def _disturb(network: FiniteCNN, deviation: float, generator: torch.Generator) -> None:
-    """Independent normals of the given deviation on every parameter (one Euler-Maruyama step of the Langevin diffusion)."""
+    """Independent normals of the given deviation on every parameter (one Euler-Maruyama step of the Langevin
+    diffusion).
+    """
     for parameter in network.parameters():
         parameter.add_(normal(parameter.shape, generator, parameter), alpha=deviation)
 
@@ -393,7 +453,13 @@ def _project(network: FiniteCNN, problem: Problem) -> None:
             parameter.copy_(bias)
 
 
-def _start(problem: Problem, widths: Sequence[int], generator: torch.Generator, scaling: str, start: str | ParticleNetwork | FiniteCNN) -> FiniteCNN:
+def _start(
+    problem: Problem,
+    widths: Sequence[int],
+    generator: torch.Generator,
+    scaling: str,
+    start: str | ParticleNetwork | FiniteCNN,
+) -> FiniteCNN:
     widths = validation.widths(widths, problem.architecture.depth)
     if isinstance(start, str):
         validation.one_of(start, ("random",), "start")
@@ -410,7 +476,9 @@ def _start(problem: Problem, widths: Sequence[int], generator: torch.Generator, 
 
 
 class _Batches:
-    """Endless batches of indices, epoch after epoch, the last of an epoch shorter where need be; None means all images."""
+    """Endless batches of indices, epoch after epoch, the last of an epoch shorter where need be;
+    None means all images.
+    """
 
     def __init__(self, count: int, batch_size: int | None, shuffle: bool, generator: torch.Generator) -> None:
         if not isinstance(shuffle, bool):

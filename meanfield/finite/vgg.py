@@ -1,4 +1,6 @@
-"""Ordinary image classifiers as torch modules: VGG without batch norm and small residual networks, started from a given generator."""
+"""Ordinary image classifiers as torch modules: VGG without batch norm and small residual networks, started from a
+given generator.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,8 @@ from torch.nn.utils import skip_init
 from meanfield import validation
 from meanfield.starts import normal
 
-# convolutions per stage: Simonyan & Zisserman 2015, table 1, columns A, B and D; 8, one convolution a stage, is not in it
+# convolutions per stage: Simonyan & Zisserman 2015, table 1, columns A, B and D; 8, one convolution a stage, is not in
+# it
 VGG_STAGES = {8: (1, 1, 1, 1, 1), 11: (1, 1, 2, 2, 2), 13: (2, 2, 2, 2, 2), 16: (2, 2, 3, 3, 3)}
 VGG_MULTIPLES = (1, 2, 4, 8, 8)  # of the width of the first convolution, per stage: 64, 128, 256, 512, 512 in the table
 HE_GAIN = 2.0  # He et al. 2015, eq. (10): before a ReLU, variance 2 / fan-in
@@ -33,7 +36,8 @@ def vgg(
     generator: torch.Generator,
     dtype: torch.dtype = torch.float32,
 ) -> nn.Sequential:
-    """VGG-11, -13 or -16 (Simonyan & Zisserman 2015, table 1, columns A, B, D) without batch norm, (N, C, H, W) -> (N, classes).
+    """VGG-11, -13 or -16 (Simonyan & Zisserman 2015, table 1, columns A, B, D) without batch norm, (N, C, H, W) -> (N,
+    classes).
 
     depth: 11, 13 or 16, or 8 for one convolution a stage.  It names the convolutions alone: the three fully connected
         layers that the numbers count are `hidden` and the last one, by default the last one only.
@@ -41,13 +45,14 @@ def vgg(
     width: channels of the first convolution; the stages have 1, 2, 4, 8, 8 times as many.
     hidden: widths of the fully connected layers before the last one.
     dropout: probability with which an input of a fully connected layer is dropped in training.
-    fan_in: of a convolution in the start, "kernel" for the 9 c_in entries of a kernel, or "inside" for those that meet the
-        map and not its padding, c_in (3 - 2/H)(3 - 2/W) on average over the positions of an HxW map.  On large maps they
-        agree.  On 1x1 maps, where 8 of 9 entries meet zeros, "kernel" shrinks the signal threefold in every layer: VGG-11
-        has four such layers on 8x8 images, and hardly trains.
+    fan_in: of a convolution in the start, "kernel" for the 9 c_in entries of a kernel, or "inside" for those that meet
+    the
+        map and not its padding, c_in (3 - 2/H)(3 - 2/W) on average over the positions of an HxW map.  On large maps
+        they agree.  On 1x1 maps, where 8 of 9 entries meet zeros, "kernel" shrinks the signal threefold in every layer:
+        VGG-11 has four such layers on 8x8 images, and hardly trains.
 
-    The layers with weights, convolutions first, are numbered from 1, and relu{k} follows the k-th of them: conv1, relu1,
-    conv2, ..., pool{s} at the end of stage s, flatten, then for the j-th fully connected layer dropout{j} (where
+    The layers with weights, convolutions first, are numbered from 1, and relu{k} follows the k-th of them: conv1,
+    relu1, conv2, ..., pool{s} at the end of stage s, flatten, then for the j-th fully connected layer dropout{j} (where
     dropout > 0) and linear{j}.  The start is Gaussian from `generator`: variance 2 / fan-in (He et al. 2015, eq. (10)),
     1 / fan-in for the last layer, biases zero.  The global random numbers are not touched.
     """
@@ -70,7 +75,12 @@ def vgg(
 
 
 def _convolutions(
-    stages: Sequence[int], shape: tuple[int, int, int], width: int, inside: bool, generator: torch.Generator, dtype: torch.dtype
+    stages: Sequence[int],
+    shape: tuple[int, int, int],
+    width: int,
+    inside: bool,
+    generator: torch.Generator,
+    dtype: torch.dtype,
 ) -> tuple[OrderedDict[str, nn.Module], int]:
     """All stages, and the number of features they end in."""
     (channels, *sides), layers = shape, OrderedDict[str, nn.Module]()
@@ -80,7 +90,9 @@ def _convolutions(
         offsets = math.prod((3 * side - 2) / side for side in sides) if inside else 9
         for _ in range(count):
             index += 1
-            layers[f"conv{index}"] = _convolution(channels, multiple * width, 3, generator, dtype, gain=HE_GAIN * 9 / offsets)
+            layers[f"conv{index}"] = _convolution(
+                channels, multiple * width, 3, generator, dtype, gain=HE_GAIN * 9 / offsets
+            )
             layers[f"relu{index}"] = nn.ReLU()
             channels = multiple * width
         if min(sides) >= 2:
@@ -90,26 +102,37 @@ def _convolutions(
 
 
 class ResidualBlock(nn.Module):
-    """relu(F(x) + shortcut(x)), F two 3x3 convolutions with a ReLU between: the basic block of He et al. 2016, figure 2.
+    """relu(F(x) + shortcut(x)), F two 3x3 convolutions with a ReLU between: the basic block of He et al. 2016, figure
+    2.
 
     (N, sources, H, W) -> (N, targets, H', W'), H' = ceil(H / stride).  The shortcut is the identity, or where shapes
     change a 1x1 convolution (their option B).  With batch norm every convolution is followed by one and has no bias.
-    Without it convolutions have biases and conv2 starts at zero, so that a block starts as its shortcut: of the rules of
-    Fixup (Zhang, Dauphin & Ma 2019, section 3.2) this one only.
+    Without it convolutions have biases and conv2 starts at zero, so that a block starts as its shortcut: of the rules
+    of Fixup (Zhang, Dauphin & Ma 2019, section 3.2) this one only.
     """
 
     def __init__(
-        self, sources: int, targets: int, stride: int, batch_norm: bool, generator: torch.Generator, dtype: torch.dtype = torch.float32
+        self,
+        sources: int,
+        targets: int,
+        stride: int,
+        batch_norm: bool,
+        generator: torch.Generator,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__()
         self.conv1 = _convolution(sources, targets, 3, generator, dtype, stride=stride, bias=not batch_norm)
         self.norm1 = _norm(targets, batch_norm, dtype)
-        self.conv2 = _convolution(targets, targets, 3, generator, dtype, gain=HE_GAIN if batch_norm else 0.0, bias=not batch_norm)
+        self.conv2 = _convolution(
+            targets, targets, 3, generator, dtype, gain=HE_GAIN if batch_norm else 0.0, bias=not batch_norm
+        )
         self.norm2 = _norm(targets, batch_norm, dtype)
         self.shortcut: nn.Module = nn.Identity()
         if sources != targets or stride != 1:
             # no ReLU follows the shortcut alone: variance 1 / fan-in keeps the size of the signal
-            projection = _convolution(sources, targets, 1, generator, dtype, gain=1.0, stride=stride, bias=not batch_norm)
+            projection = _convolution(
+                sources, targets, 1, generator, dtype, gain=1.0, stride=stride, bias=not batch_norm
+            )
             self.shortcut = nn.Sequential(projection, _norm(targets, batch_norm, dtype)) if batch_norm else projection
 
     def forward(self, signal: Tensor) -> Tensor:
@@ -143,7 +166,9 @@ def residual(
     if not counts:
         raise ValueError(f"blocks={blocks!r} must hold one integer per stage, at least one")
     channels = validation.integer(width, "width")
-    layers = OrderedDict[str, nn.Module](conv1=_convolution(shape[0], channels, 3, generator, dtype, bias=not batch_norm))
+    layers = OrderedDict[str, nn.Module](
+        conv1=_convolution(shape[0], channels, 3, generator, dtype, bias=not batch_norm)
+    )
     if batch_norm:
         layers["norm1"] = _norm(channels, True, dtype)
     layers["relu1"] = nn.ReLU()
@@ -152,7 +177,11 @@ def residual(
         first = ResidualBlock(channels, targets, stride, batch_norm, generator, dtype)
         rest = (ResidualBlock(targets, targets, 1, batch_norm, generator, dtype) for _ in range(count - 1))
         layers[f"stage{stage + 1}"], channels = nn.Sequential(first, *rest), targets
-    layers |= {"pool": nn.AdaptiveAvgPool2d(1), "flatten": nn.Flatten(), "linear1": _linear(channels, classes, 1.0, generator, dtype)}
+    layers |= {
+        "pool": nn.AdaptiveAvgPool2d(1),
+        "flatten": nn.Flatten(),
+        "linear1": _linear(channels, classes, 1.0, generator, dtype),
+    }
     return nn.Sequential(layers)
 
 

@@ -1,4 +1,6 @@
-"""Neural network grafting (Gu et al. 2020): exact connecting layers, transport between features, for any torch.nn.Module."""
+"""Neural network grafting (Gu et al. 2020): exact connecting layers, transport between features, for any
+torch.nn.Module.
+"""
 
 from meanfield.grafting.errors import layer_errors
 from meanfield.grafting.graft import METHODS, Graft, Grafted, Junction, graft

@@ -9,17 +9,29 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate, pad
 
-CHANNELS_FIRST = (nn.Conv1d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose3d, nn.BatchNorm1d, nn.BatchNorm3d, nn.MaxPool1d, nn.MaxPool3d)
+CHANNELS_FIRST = (
+    nn.Conv1d,
+    nn.Conv3d,
+    nn.ConvTranspose1d,
+    nn.ConvTranspose3d,
+    nn.BatchNorm1d,
+    nn.BatchNorm3d,
+    nn.MaxPool1d,
+    nn.MaxPool3d,
+)
 
 
 class Connection(nn.Module):
-    """A layer, the size (height, width) to which maps are resampled first (None to leave them), and whether they are flattened.
+    """A layer, the size (height, width) to which maps are resampled first (None to leave them), and whether they are
+    flattened.
 
     Larger maps are averaged down to the size, smaller ones are repeated (each output pixel is the mean of the input
     pixels that it overlaps), so that a layer at another depth of the lower network can be connected.
     """
 
-    def __init__(self, layer: nn.Conv2d | nn.Linear, size: tuple[int, int] | None = None, *, flat: bool = False) -> None:
+    def __init__(
+        self, layer: nn.Conv2d | nn.Linear, size: tuple[int, int] | None = None, *, flat: bool = False
+    ) -> None:
         super().__init__()
         self.layer, self.size, self.flat = layer, size, flat
 
@@ -74,7 +86,10 @@ class Connection(nn.Module):
 def _padded(layer: nn.Conv2d, signal: Tensor) -> Tensor:
     """As the layer pads it, with the zeros of padding="same" where torch has them: the odd one on the right."""
     if isinstance(layer.padding, str):
-        total = [dilation * (size - 1) if layer.padding == "same" else 0 for dilation, size in zip(layer.dilation, layer.kernel_size)]
+        total = [
+            dilation * (size - 1) if layer.padding == "same" else 0
+            for dilation, size in zip(layer.dilation, layer.kernel_size)
+        ]
         (top, bottom), (left, right) = ((each // 2, each - each // 2) for each in total)
     else:
         (top, bottom), (left, right) = ((each, each) for each in layer.padding)
@@ -101,7 +116,8 @@ def own(module: nn.Module, signal: Tensor) -> nn.Conv2d | nn.Linear:
         return copy.deepcopy(module)
     if isinstance(module, CHANNELS_FIRST) or signal.ndim not in (2, 3, 4):
         raise ValueError(
-            f"layer is a {type(module).__name__} on {tuple(signal.shape)}: only maps (N, C, H, W) and vectors (N, D), (N, T, D) can be connected"
+            f"layer is a {type(module).__name__} on {tuple(signal.shape)}: only maps (N, C, H, W) and vectors (N, D), "
+            f"(N, T, D) can be connected"
         )
     channels = signal.shape[1] if signal.ndim == 4 else signal.shape[-1]
     identity = torch.eye(channels).to(signal)
@@ -118,18 +134,37 @@ def widened(layer: nn.Conv2d | nn.Linear, channels: int) -> nn.Conv2d | nn.Linea
         found: nn.Conv2d | nn.Linear = _linear(channels, layer.out_features, layer.weight, layer.bias is not None)
     else:
         found = _conv(
-            channels, layer.out_channels, layer.weight, layer.bias is not None, kernel_size=layer.kernel_size, stride=layer.stride,
-            padding=layer.padding, dilation=layer.dilation, padding_mode=layer.padding_mode,
-        )  # fmt: skip
+            channels,
+            layer.out_channels,
+            layer.weight,
+            layer.bias is not None,
+            kernel_size=layer.kernel_size,
+            stride=layer.stride,
+            padding=layer.padding,
+            dilation=layer.dilation,
+            padding_mode=layer.padding_mode,
+        )
     for parameter in found.parameters():
         nn.init.zeros_(parameter)
     return found
 
 
-def _conv(channels: int, outputs: int, like: Tensor, bias: bool = True, *, kernel_size: tuple[int, ...] = (1, 1), **geometry: object) -> nn.Conv2d:
-    made = nn.utils.skip_init(nn.Conv2d, channels, outputs, kernel_size, bias=bias, dtype=like.dtype, device=like.device, **geometry)
+def _conv(
+    channels: int,
+    outputs: int,
+    like: Tensor,
+    bias: bool = True,
+    *,
+    kernel_size: tuple[int, ...] = (1, 1),
+    **geometry: object,
+) -> nn.Conv2d:
+    made = nn.utils.skip_init(
+        nn.Conv2d, channels, outputs, kernel_size, bias=bias, dtype=like.dtype, device=like.device, **geometry
+    )
     return cast(nn.Conv2d, made)
 
 
 def _linear(channels: int, outputs: int, like: Tensor, bias: bool = True) -> nn.Linear:
-    return cast(nn.Linear, nn.utils.skip_init(nn.Linear, channels, outputs, bias=bias, dtype=like.dtype, device=like.device))
+    return cast(
+        nn.Linear, nn.utils.skip_init(nn.Linear, channels, outputs, bias=bias, dtype=like.dtype, device=like.device)
+    )

@@ -38,7 +38,8 @@ class Below(nn.Module):
 
 
 class Above(nn.Module):
-    """signal, inputs -> output of a network in which `layer` is overruled: its output is the signal, or its input if `entering`.
+    """signal, inputs -> output of a network in which `layer` is overruled: its output is the signal, or its input if
+    `entering`.
 
     Direct children of an nn.Sequential are cut off and the inputs not used.  In any other module the layers below are
     run on the inputs and what they find is thrown away.
@@ -81,7 +82,11 @@ def _reached(module: nn.Module) -> Iterator[list[Tensor]]:
 
 @contextmanager
 def _overruled(module: nn.Module, signal: Tensor, entering: bool) -> Iterator[None]:
-    handle = module.register_forward_pre_hook(lambda *_: (signal,)) if entering else module.register_forward_hook(lambda *_: signal)
+    handle = (
+        module.register_forward_pre_hook(lambda *_: (signal,))
+        if entering
+        else module.register_forward_hook(lambda *_: signal)
+    )
     try:
         yield
     finally:
@@ -118,9 +123,9 @@ def find(network: nn.Module, layer: str, argument: str) -> nn.Module:
 def check(network: nn.Module, layer: str, inputs: Tensor, argument: str, *, entering: bool) -> None:
     """ValueError unless `layer` is called once, with one tensor, and the output depends on the inputs through it alone.
 
-    The dependence is read off the graph of one pass in which the layer's output is a constant, which is exact whatever the
-    values, and where no graph is recorded (torch.no_grad, detach) from what a change of the inputs does to the output.
-    Only for the upper network; `called_once` is for the lower one.
+    The dependence is read off the graph of one pass in which the layer's output is a constant, which is exact whatever
+    the values, and where no graph is recorded (torch.no_grad, detach) from what a change of the inputs does to the
+    output. Only for the upper network; `called_once` is for the lower one.
     """
     called_once(network, layer, inputs, argument)
     module, below = network.get_submodule(layer), Below(network, layer)
@@ -141,8 +146,10 @@ def check(network: nn.Module, layer: str, inputs: Tensor, argument: str, *, ente
         linked = linked or not torch.equal(first, output(1 - 2 * leaf.detach()))
     if linked:
         raise ValueError(
-            f"{argument}={layer!r} is no cut of the network: its output depends on its inputs on a way around this layer, as along the shortcut of a "
-            "residual block; name the block as a whole (a 1x1 convolution in front of it is fitted) or a layer outside of it"
+            f"{argument}={layer!r} is no cut of the network: its output depends on its inputs on a way around this "
+            f"layer, as along the shortcut of a "
+            "residual block; name the block as a whole (a 1x1 convolution in front of it is fitted) or a layer "
+            "outside of it"
         )
 
 
@@ -159,10 +166,13 @@ def called_once(network: nn.Module, layer: str, inputs: Tensor, argument: str) -
     finally:
         handle.remove()
     if len(calls) != 1:
-        raise ValueError(f"{argument}={layer!r} is called {len(calls)} times in one pass; a cut needs a layer that is called once")
+        raise ValueError(
+            f"{argument}={layer!r} is called {len(calls)} times in one pass; a cut needs a layer that is called once"
+        )
     if calls[0] != (1, 0):
         raise ValueError(
-            f"{argument}={layer!r} does not take one tensor by position and nothing else; name a module that does, such as a block around it"
+            f"{argument}={layer!r} does not take one tensor by position and nothing else; name a module that does, "
+            f"such as a block around it"
         )
 
 
@@ -177,7 +187,11 @@ def recorded(network: nn.Module, kinds: tuple[type[nn.Module], ...]) -> Iterator
 
         return hook
 
-    handles = [module.register_forward_hook(keep(name)) for name, module in network.named_modules() if isinstance(module, kinds)]
+    handles = [
+        module.register_forward_hook(keep(name))
+        for name, module in network.named_modules()
+        if isinstance(module, kinds)
+    ]
     try:
         yield found
     finally:

@@ -15,7 +15,9 @@ KINDS = (nn.Conv2d, nn.Linear)
 
 
 class Discrepancy:
-    """Running sums of |g' - g|^2 and |g - mean g|^2, means by channel (axis 1 of maps, the last one otherwise), in float64."""
+    """Running sums of |g' - g|^2 and |g - mean g|^2, means by channel (axis 1 of maps, the last one otherwise), in
+    float64.
+    """
 
     def __init__(self) -> None:
         self._count, self._missed, self._size = 0, 0.0, 0.0
@@ -46,11 +48,12 @@ class Discrepancy:
 
 @torch.no_grad()
 def layer_errors(graft: Graft, upper: nn.Module, inputs: Inputs) -> dict[str, float]:
-    """|g' - g|^2 / |g - mean g|^2 over inputs for the connection (under the name `graft.layer`) and every Conv2d and Linear after it.
+    """|g' - g|^2 / |g - mean g|^2 over inputs for the connection (under the name `graft.layer`) and every Conv2d and
+    Linear after it.
 
-    g are pre-activations of `upper`, the network that was grafted on, g' those of the graft; inputs as for `graft`, held
-    out or not.  The order is that of the computation; means are taken by channel, sums over all of them.  A module that is
-    called more than once counts with its last call, and not at all if one of its calls is below the connection.
+    g are pre-activations of `upper`, the network that was grafted on, g' those of the graft; inputs as for `graft`,
+    held out or not.  The order is that of the computation; means are taken by channel, sums over all of them.  A module
+    that is called more than once counts with its last call, and not at all if one of its calls is below the connection.
     """
     upper, grafted = frozen(upper, "upper"), graft.network
     find(upper, graft.layer, "graft.layer")

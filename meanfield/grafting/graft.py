@@ -34,8 +34,8 @@ Inputs = Tensor | Iterable[Any]
 class Graft:
     """A grafted network and how well its connecting layer does.
 
-    network: in evaluation mode, parameters of its own.  error: |g' - g|^2 / |g - mean g|^2 over the inputs of the fit, g
-    the pre-activation of the upper network, g' that of the connection, means by channel; nan where g is constant.
+    network: in evaluation mode, parameters of its own.  error: |g' - g|^2 / |g - mean g|^2 over the inputs of the fit,
+    g the pre-activation of the upper network, g' that of the connection, means by channel; nan where g is constant.
     rank: of the design that was fitted, out of `unknowns` per channel (least squares without ridge; None otherwise).
     """
 
@@ -63,16 +63,19 @@ def graft(
     seed: int = 0,
     progress: Callable[[int], None] = lambda images: None,
 ) -> Graft:
-    """What enters `lower_layer` of network `lower`, through a fitted connection, as what leaves `layer` of network `upper`.
+    """What enters `lower_layer` of network `lower`, through a fitted connection, as what leaves `layer` of network
+    `upper`.
 
-    layer: name of a module of `upper` ("4" or "conv2" in an nn.Sequential, "stage2.0" elsewhere), called once and with one
-        tensor in a pass, through which all that reaches the output must pass.  A Conv2d (without groups) or Linear is the
-        connecting layer and gets a new kernel and, if it has one, bias; anything else, such as a residual block, stays as
-        it is and gets a 1x1 convolution (a matrix for (N, D) or (N, T, D)) in front of it, fitted to its input.  Maps are
-        (N, C, H, W).  Widths of the two networks may differ.
+    layer: name of a module of `upper` ("4" or "conv2" in an nn.Sequential, "stage2.0" elsewhere), called once and with
+    one
+        tensor in a pass, through which all that reaches the output must pass.  A Conv2d (without groups) or Linear is
+        the connecting layer and gets a new kernel and, if it has one, bias; anything else, such as a residual block,
+        stays as it is and gets a 1x1 convolution (a matrix for (N, D) or (N, T, D)) in front of it, fitted to its
+        input.  Maps are (N, C, H, W).  Widths of the two networks may differ.
     lower_layer: name of the module of `lower` whose input is taken, default `layer`.  Maps of another size are averaged
         down or repeated up to the size that `layer` takes.
-    inputs: tensor (N, ...), or an iterable of batches (tensors, or tuples that begin with one) such as a DataLoader, read
+    inputs: tensor (N, ...), or an iterable of batches (tensors, or tuples that begin with one) such as a DataLoader,
+    read
         once unless method="adam".
     method: "least_squares", exact and of least norm where the features do not determine it; "transport", the kernel of
         `upper` pulled through an optimal transport plan between the features (channels) of the two networks; "match",
@@ -86,7 +89,9 @@ def graft(
     Raises ValueError where the networks do not fit together or `layer` is no cut.
     """
     distances = validation.one_of(method, METHODS, "method") in ("transport", "match")
-    junction = Junction.observe(lower, upper, layer, inputs, lower_layer=lower_layer, distances=distances, progress=progress)
+    junction = Junction.observe(
+        lower, upper, layer, inputs, lower_layer=lower_layer, distances=distances, progress=progress
+    )
     return junction.graft(method, ridge, steps=steps, seed=seed)
 
 
@@ -111,7 +116,16 @@ class Junction:
     lower ones first.
     """
 
-    def __init__(self, lower: nn.Module, upper: nn.Module, layer: str, lower_layer: str, example: Tensor, *, distances: bool = True) -> None:
+    def __init__(
+        self,
+        lower: nn.Module,
+        upper: nn.Module,
+        layer: str,
+        lower_layer: str,
+        example: Tensor,
+        *,
+        distances: bool = True,
+    ) -> None:
         """Without inputs so far; `example` is a batch of them from which shapes are taken.
 
         distances: keep the inner products that "transport" and "match" need.
@@ -152,7 +166,10 @@ class Junction:
         found.inputs = inputs
         for batch in itertools.chain([first], batches):
             if (batch.dtype, batch.device, batch.shape[1:]) != (first.dtype, first.device, first.shape[1:]):
-                raise ValueError(f"inputs begin with {_described(first)} and go on with {_described(batch)}; give one tensor or batches of a kind")
+                raise ValueError(
+                    f"inputs begin with {_described(first)} and go on with {_described(batch)}; give one tensor or "
+                    f"batches of a kind"
+                )
             found.add(batch)
             progress(len(batch))
         return found
@@ -176,7 +193,9 @@ class Junction:
         return self._unfitted.cloud(self.below(inputs)), self.own.cloud(self._target(inputs))
 
     @torch.no_grad()
-    def graft(self, method: str = "least_squares", ridge: float = 0.0, *, steps: int = ADAM_STEPS, seed: int = 0) -> Graft:
+    def graft(
+        self, method: str = "least_squares", ridge: float = 0.0, *, steps: int = ADAM_STEPS, seed: int = 0
+    ) -> Graft:
         """See the function `graft`; seconds count from the making of the junction."""
         validation.one_of(method, METHODS, "method")
         if validation.nonnegative(ridge, "ridge") and method != "least_squares":
@@ -200,7 +219,9 @@ class Junction:
         if self.moments.samples == 0:
             raise ValueError("inputs have not been added to this junction; use Junction.observe or add")
         if not math.isfinite(self.moments.residual(torch.ones_like(self._unfitted.weights), None)):
-            raise ValueError("inputs lead to values that are not finite; look for nan and infinities in them and in the networks")
+            raise ValueError(
+                "inputs lead to values that are not finite; look for nan and infinities in them and in the networks"
+            )
 
     def _least_squares(self, ridge: float) -> tuple[Connection, int]:
         precision = torch.finfo(self.own.layer.weight.dtype).eps
@@ -227,7 +248,10 @@ class Junction:
 
         costs = self.costs
         if costs.shape[0] != costs.shape[1]:
-            raise ValueError(f"method='match' needs equal widths; {costs.shape[0]} features below and {costs.shape[1]} above: use 'transport'")
+            raise ValueError(
+                f"method='match' needs equal widths; {costs.shape[0]} features below and {costs.shape[1]} above: use "
+                f"'transport'"
+            )
         rows, columns = linear_sum_assignment(costs.cpu().numpy())
         plan = torch.zeros_like(costs)
         plan[torch.as_tensor(rows), torch.as_tensor(columns)] = 1 / len(costs)
@@ -278,7 +302,10 @@ def frozen(network: nn.Module, argument: str) -> nn.Module:
     try:
         copied = copy.deepcopy(network)
     except RuntimeError as error:
-        raise ValueError(f"{argument} cannot be copied ({error}); remove what its modules keep from a pass, such as the old weight_norm") from error
+        raise ValueError(
+            f"{argument} cannot be copied ({error}); remove what its modules keep from a pass, such as the old "
+            f"weight_norm"
+        ) from error
     return copied.eval().requires_grad_(False)
 
 
@@ -295,7 +322,13 @@ def batches_of(inputs: Inputs, size: int = IMAGES) -> Iterator[Tensor]:
 def _first(batches: Iterator[Tensor]) -> Tensor:
     first = next(batches, None)
     if not isinstance(first, Tensor) or len(first) == 0:
-        came = "nothing" if first is None else f"an empty tensor {tuple(first.shape)}" if isinstance(first, Tensor) else type(first).__name__
+        came = (
+            "nothing"
+            if first is None
+            else f"an empty tensor {tuple(first.shape)}"
+            if isinstance(first, Tensor)
+            else type(first).__name__
+        )
         raise ValueError(f"inputs must be a tensor (N, ...) or batches of them; got {came}")
     if not first.is_floating_point():
         raise ValueError(f"inputs are {first.dtype}; they must be floating-point, in the dtype of the networks")
@@ -314,11 +347,19 @@ def _endless(inputs: Inputs, generator: torch.Generator) -> Iterator[Tensor]:
             empty = False
             yield batch
         if empty:
-            raise ValueError("inputs can be read only once; method='adam' needs a tensor or a loader that starts anew, such as a DataLoader")
+            raise ValueError(
+                "inputs can be read only once; method='adam' needs a tensor or a loader that starts anew, such as a "
+                "DataLoader"
+            )
 
 
 def _check(lower: nn.Module, upper: nn.Module, layer: str, lower_layer: str, inputs: Tensor, entering: bool) -> None:
-    kinds = {(each.dtype, each.device) for network in (lower, upper) for each in network.parameters() if each.is_floating_point()}
+    kinds = {
+        (each.dtype, each.device)
+        for network in (lower, upper)
+        for each in network.parameters()
+        if each.is_floating_point()
+    }
     kinds.add((inputs.dtype, inputs.device))
     if len(kinds) > 1:
         raise ValueError(f"lower, upper and inputs must share one dtype and one device; got {sorted(map(str, kinds))}")
@@ -336,7 +377,8 @@ def _connection(owned: Connection, here: Tensor, there: Tensor, layer: str, lowe
     if isinstance(owned.layer, nn.Linear) and here.shape[:-1] == there.shape[:-1]:
         return Connection(widened(owned.layer, here.shape[-1]))
     raise ValueError(
-        f"lower_layer={lower_layer!r} receives {tuple(here.shape[1:])} per input and layer={layer!r} of upper {tuple(there.shape[1:])}: "
+        f"lower_layer={lower_layer!r} receives {tuple(here.shape[1:])} per input and layer={layer!r} of upper "
+        f"{tuple(there.shape[1:])}: "
         "maps connect to maps, and vectors or flattened maps to vectors"
     )
 

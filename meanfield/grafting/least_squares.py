@@ -57,8 +57,8 @@ class Moments(Protocol):
         """The minimiser of least |W|, o free or (offset=False) zero.
 
         precision: relative rounding error of the samples' dtype.  Singular values of the design (less its mean if o is
-        free) up to precision |A|_F (in `Triangle` sqrt(d) times that) are what rounding can make: they count as zero.  Features that are zero
-        throughout get weights of exactly zero.  rank is that of the design with the ridge.
+        free) up to precision |A|_F (in `Triangle` sqrt(d) times that) are what rounding can make: they count as zero.
+        Features that are zero throughout get weights of exactly zero.  rank is that of the design with the ridge.
         """
         ...
 
@@ -156,7 +156,8 @@ class Products:
         columns = _columns(design, targets, self.unknowns, self.targets)
         self.samples += columns.shape[1]
         step = -(-len(columns) // STRIPES)
-        for first in range(0, len(columns), step):  # the matrix is symmetric: what lies below the stripes' diagonal is left out
+        # the matrix is symmetric: what lies below the stripes' diagonal is left out
+        for first in range(0, len(columns), step):
             stripe = slice(first, first + step)
             self._upper[stripe, first:].addmm_(columns[stripe], columns[first:].T)
 
@@ -186,7 +187,9 @@ class Products:
         cutoff = precision**2 * float(sums[:, :inner].diagonal().sum())
         if offset:
             sums = sums - torch.outer(self._upper[0, 1 : 1 + inner], self._upper[0, 1:]) / self.samples
-        weights, rank = _by_squares(sums[:, :inner] + ridge * self.samples * torch.eye(inner).to(sums), sums[:, inner:], cutoff)
+        weights, rank = _by_squares(
+            sums[:, :inner] + ridge * self.samples * torch.eye(inner).to(sums), sums[:, inner:], cutoff
+        )
         means = self._upper[0, 1:] / self.samples
         return Fit(weights, means[inner:] - means[:inner] @ weights if offset else None, rank)
 
@@ -221,7 +224,9 @@ def _above(triangle: Tensor, cutoff: float) -> bool:
 
 
 def _by_squares(square: Tensor, mixed: Tensor, cutoff: float) -> tuple[Tensor, int]:
-    """The same from A A' (d, d), A B' (d, K) and the square of the cutoff: Cholesky if possible, otherwise eigenvalues."""
+    """The same from A A' (d, d), A B' (d, K) and the square of the cutoff: Cholesky if possible,
+    otherwise eigenvalues.
+    """
     live = square.diagonal() > 0
     found, count = torch.zeros_like(mixed), int(live.sum())
     square, mixed = square[live][:, live], mixed[live]

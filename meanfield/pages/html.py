@@ -34,8 +34,12 @@ def _strict(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def publish(directory: str | Path, name: str, drawn: Mapping[str, Any], found: Any, page: Callable[[dict[str, bytes]], str]) -> Path:
-    """Write figures (name -> Figure) as PNG, `found` as summary.json and the page that is made of the pictures; returns the page's path."""
+def publish(
+    directory: str | Path, name: str, drawn: Mapping[str, Any], found: Any, page: Callable[[dict[str, bytes]], str]
+) -> Path:
+    """Write figures (name -> Figure) as PNG, `found` as summary.json and the page that is made of the pictures;
+    returns the page's path.
+    """
     directory = Path(directory)
     figures = {each: plotting.png(picture) for each, picture in drawn.items()}
     for each, content in figures.items():
@@ -58,16 +62,24 @@ def assemble(title: str, claim: str, sections: Iterable[str], footer: str) -> st
 
 def figure(images: dict[str, str], name: str, caption: str, *, wide: bool = False) -> str:
     kind = ' class="wide"' if wide else ""
-    return f'<figure{kind}><img src="{images[name]}" alt="{escape(caption)}"><figcaption>{escape(caption)}</figcaption></figure>'
+    return (
+        f'<figure{kind}><img src="{images[name]}" '
+        f'alt="{escape(caption)}"><figcaption>{escape(caption)}</figcaption></figure>'
+    )
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]], *, text: bool = False) -> str:
     """Cells are HTML already."""
     cell = '<td class="text">' if text else "<td>"
     body = "".join("<tr>" + "".join(f"{cell}{entry}</td>" for entry in row) + "</tr>" for row in rows)
-    return f'<div class="scroll"><table><thead><tr>{"".join(f"<th>{name}</th>" for name in head)}</tr></thead><tbody>{body}</tbody></table></div>'
+    return (
+        f"<div "
+        f'class="scroll"><table><thead><tr>{"".join(f"<th>{name}</th>" for name in head)}</tr></thead><tbody>{body}</tbody></table></div>'
+    )
 
 
 def plain_table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     """A table of plain values, None as an empty cell."""
-    return table([escape(each) for each in head], [["" if cell is None else escape(str(cell)) for cell in row] for row in rows])
+    return table(
+        [escape(each) for each in head], [["" if cell is None else escape(str(cell)) for cell in row] for row in rows]
+    )

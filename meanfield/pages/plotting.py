@@ -14,7 +14,15 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator, ScalarFormatter
+from matplotlib.ticker import (
+    FixedLocator,
+    FuncFormatter,
+    LogLocator,
+    MaxNLocator,
+    NullFormatter,
+    NullLocator,
+    ScalarFormatter,
+)
 
 # Okabe & Ito 2008: told apart with any colour vision; markers and dashes differ as well
 BLUE, RED, GREEN, ORANGE, PURPLE, GREY = "#0072B2", "#D55E00", "#009E73", "#E69F00", "#CC79A7", "#666666"
@@ -33,8 +41,19 @@ def values(rows: Sequence[Row]) -> Figure:
     figure, axes = _single()
     x = [row["round"] + 1 for row in rows]
     axes.plot(x, [row["flow_value"] for row in rows], "o-", color=BLUE, ms=8, lw=2, label="J at the end of the flow")
-    axes.plot(x, [row["value"] for row in rows], "s--", color=RED, ms=11, mfc="none", mew=2, label="J after the convex program")
-    axes.plot(x, [row["dual_value"] for row in rows], "v:", color=GREEN, ms=7, lw=2, label="dual bound (on this support)")
+    axes.plot(
+        x,
+        [row["value"] for row in rows],
+        "s--",
+        color=RED,
+        ms=11,
+        mfc="none",
+        mew=2,
+        label="J after the convex program",
+    )
+    axes.plot(
+        x, [row["dual_value"] for row in rows], "v:", color=GREEN, ms=7, lw=2, label="dual bound (on this support)"
+    )
     axes.ticklabel_format(axis="y", useOffset=False)
     return _finish(figure, axes, "round of the alternation", "objective J (mean loss + penalties)", rounds=True)
 
@@ -43,9 +62,19 @@ def gaps(rows: Sequence[Row], tolerance: float) -> Figure:
     """Gap per round on a logarithmic axis; tolerance is relative to J."""
     figure, axes = _single()
     x = [row["round"] + 1 for row in rows]
-    axes.semilogy(x, _positive([row["flow_gap"] for row in rows]), "o-", color=BLUE, label="end of the flow minus dual bound")
-    axes.semilogy(x, _positive([row["gap"] for row in rows]), "s--", color=RED, label="convex program: value minus dual bound")
-    axes.semilogy(x, [tolerance * abs(row["flow_value"]) for row in rows], ":", color=GREY, label=f"stopping rule, {tolerance:g} J")
+    axes.semilogy(
+        x, _positive([row["flow_gap"] for row in rows]), "o-", color=BLUE, label="end of the flow minus dual bound"
+    )
+    axes.semilogy(
+        x, _positive([row["gap"] for row in rows]), "s--", color=RED, label="convex program: value minus dual bound"
+    )
+    axes.semilogy(
+        x,
+        [tolerance * abs(row["flow_value"]) for row in rows],
+        ":",
+        color=GREY,
+        label=f"stopping rule, {tolerance:g} J",
+    )
     return _finish(figure, axes, "round of the alternation", "duality gap, in units of J", rounds=True)
 
 
@@ -56,7 +85,14 @@ def populations(before: Sequence[Sequence[float]], after: Sequence[Sequence[floa
         ordered = sorted(new, reverse=True)
         axes.bar(range(1, len(ordered) + 1), ordered, color=RED, label=f"after: {len(ordered)} particles")
         old = sorted(old, reverse=True)
-        axes.step([0.5, *np.arange(1, len(old) + 1) + 0.5], [old[0], *old], where="pre", color=BLUE, lw=2.5, label=f"before: {len(old)} particles")
+        axes.step(
+            [0.5, *np.arange(1, len(old) + 1) + 0.5],
+            [old[0], *old],
+            where="pre",
+            color=BLUE,
+            lw=2.5,
+            label=f"before: {len(old)} particles",
+        )
         axes.set_title(f"layer {index + 1}", fontsize=FONT)
         _dress(axes, "particle, heaviest first", "population p (share of mass)" if index == 0 else "")
         axes.legend(fontsize=SMALL)
@@ -111,7 +147,15 @@ def predictions(groups: Mapping[str, Sequence[tuple[int, float]]], classes: Sequ
         marker, color, size, alpha = looks[shift % 2]
         spread = np.random.default_rng(0).uniform(-0.12, 0.12, len(pairs))
         x = np.array([index for index, _ in pairs]) + spread + 0.3 * shift - 0.15 * (len(groups) - 1)
-        axes.scatter(x, [output for _, output in pairs], marker=marker, color=color, s=size, alpha=alpha, label=f"{name} ({len(pairs)} images)")
+        axes.scatter(
+            x,
+            [output for _, output in pairs],
+            marker=marker,
+            color=color,
+            s=size,
+            alpha=alpha,
+            label=f"{name} ({len(pairs)} images)",
+        )
     axes.axhline(0, color=GREY, lw=1)
     figure = _finish(figure, axes, "true class", label)
     axes.set_xticks(range(len(classes)), [str(c) for c in classes])
@@ -119,10 +163,15 @@ def predictions(groups: Mapping[str, Sequence[tuple[int, float]]], classes: Sequ
     return figure
 
 
-def finite_networks(sampled: Mapping[int, Sequence[float]], trained: Mapping[int, Sequence[float]], limit: float) -> Figure:
+def finite_networks(
+    sampled: Mapping[int, Sequence[float]], trained: Mapping[int, Sequence[float]], limit: float
+) -> Figure:
     """J_m of finite networks against their width m per layer; all draws as points, medians joined."""
     figure, axes = _single()
-    looks = ((sampled, "o", BLUE, "-", "sampled from the limit"), (trained, "D", RED, "--", "trained from random starts"))
+    looks = (
+        (sampled, "o", BLUE, "-", "sampled from the limit"),
+        (trained, "D", RED, "--", "trained from random starts"),
+    )
     for found, marker, color, line, label in looks:
         for m, drawn in found.items():
             axes.scatter([m] * len(drawn), drawn, marker=marker, color=color, s=18, alpha=0.35, linewidths=0)
@@ -157,7 +206,9 @@ def segment(line: Mapping[str, Sequence[float]], violations: Mapping[str, float]
 
 @dataclass(frozen=True)
 class Curve:
-    """Samples by width, as points, and their `statistic` ("mean", "median") joined; `label` may name the fitted slope."""
+    """Samples by width, as points, and their `statistic` ("mean", "median") joined; `label` may
+    name the fitted slope.
+    """
 
     label: str
     samples: Mapping[int, Sequence[float]]
@@ -165,7 +216,9 @@ class Curve:
 
 
 def rates(panels: Mapping[str, Sequence[Curve]], y: str, guide: float | None = None) -> Figure:
-    """Samples over the width on logarithmic axes, a panel per title; `guide` is the slope of a dotted line of theory."""
+    """Samples over the width on logarithmic axes, a panel per title; `guide` is the slope of a
+    dotted line of theory.
+    """
     figure, grid = _panels(len(panels), 5.6)
     looks = list(zip((BLUE, RED, GREEN, ORANGE, PURPLE, GREY), "os^Dv*", ("-", "--", "-.", ":", "-", "--")))
     for index, (axes, (title, curves)) in enumerate(zip(grid, panels.items())):
@@ -174,7 +227,14 @@ def rates(panels: Mapping[str, Sequence[Curve]], y: str, guide: float | None = N
         if guide is not None and curves and len(curves[0].samples) > 1:
             first, last = min(curves[0].samples), max(curves[0].samples)
             top = _summary(curves[0])[first]
-            axes.plot([first, last], [top, top * (last / first) ** guide], ":", color="black", lw=1.5, label=f"slope {guide:g} (theory)")
+            axes.plot(
+                [first, last],
+                [top, top * (last / first) ** guide],
+                ":",
+                color="black",
+                lw=1.5,
+                label=f"slope {guide:g} (theory)",
+            )
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
         axes.set_title(title, fontsize=FONT)
@@ -195,7 +255,15 @@ def _samples(axes: Axes, curve: Curve, color: str, marker: str, line: str) -> No
     for m, drawn in curve.samples.items():
         axes.scatter([m] * len(drawn), _positive(drawn), marker=marker, color=color, s=16, alpha=0.3, linewidths=0)
     joined = _summary(curve)
-    axes.plot(list(joined), _positive(list(joined.values())), marker=marker, color=color, ls=line, lw=2, label=f"{curve.label}, {curve.statistic}")
+    axes.plot(
+        list(joined),
+        _positive(list(joined.values())),
+        marker=marker,
+        color=color,
+        ls=line,
+        lw=2,
+        label=f"{curve.label}, {curve.statistic}",
+    )
 
 
 @dataclass(frozen=True)
@@ -209,7 +277,9 @@ class Band:
     high: Sequence[float]
 
 
-def bands(panels: Mapping[str, Sequence[Band]], x: str, y: str = "", *, log: Collection[str] = (), shared: bool = False) -> Figure:
+def bands(
+    panels: Mapping[str, Sequence[Band]], x: str, y: str = "", *, log: Collection[str] = (), shared: bool = False
+) -> Figure:
     """Curves with bands over places in their order of first appearance, a panel per title; one legend under all.
 
     log: titles of panels with a logarithmic axis.  shared: one range of y for all panels.
@@ -230,13 +300,20 @@ def bands(panels: Mapping[str, Sequence[Band]], x: str, y: str = "", *, log: Col
         if title in log:
             _plain_logarithms(axes)
     handles = {text: line for axes in grid for line, text in zip(*axes.get_legend_handles_labels())}
-    figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=4, fontsize=SMALL, frameon=False)
+    figure.legend(
+        list(handles.values()), list(handles), loc="outside lower center", ncols=4, fontsize=SMALL, frameon=False
+    )
     return figure
 
 
 def _looks(labels: Iterable[str]) -> dict[str, tuple[str, str, str]]:
     """Colour, marker and dashes of every label."""
-    return dict(zip(dict.fromkeys(labels), zip((BLUE, RED, GREEN, ORANGE, PURPLE, GREY), "os^Dv*", ("-", "--", "-.", ":", "-", "--"))))
+    return dict(
+        zip(
+            dict.fromkeys(labels),
+            zip((BLUE, RED, GREEN, ORANGE, PURPLE, GREY), "os^Dv*", ("-", "--", "-.", ":", "-", "--")),
+        )
+    )
 
 
 def _band(axes: Axes, band: Band, x: Sequence[int], look: tuple[str, str, str]) -> None:
@@ -249,8 +326,13 @@ def _band(axes: Axes, band: Band, x: Sequence[int], look: tuple[str, str, str]) 
 
 def _range(curves: Sequence[Band], *, log: bool) -> tuple[float, float]:
     """Of the values, and of the bands as far as they do not drown them; a little more than that."""
-    ends, values = ([each for band in curves for each in (*band.low, *band.high)], [each for band in curves for each in band.value])
-    numbers = [np.asarray([each for each in found if np.isfinite(each) and (each > 0 or not log)]) for found in (values, ends)]
+    ends, values = (
+        [each for band in curves for each in (*band.low, *band.high)],
+        [each for band in curves for each in band.value],
+    )
+    numbers = [
+        np.asarray([each for each in found if np.isfinite(each) and (each > 0 or not log)]) for found in (values, ends)
+    ]
     known, reached = (np.log10(found) if log else found for found in numbers)
     if not len(known):
         return (0.1, 1.0) if log else (0.0, 1.0)
@@ -274,7 +356,8 @@ def heat_maps(
     numbers: bool = False,
     columns: int = 3,
 ) -> Figure:
-    """Matrices on one colour scale; entry [i, j] at row i (tick rows[i], default ticks[i]) and column j, NaN left blank.
+    """Matrices on one colour scale; entry [i, j] at row i (tick rows[i], default ticks[i]) and column j, NaN left
+    blank.
 
     log: logarithmic colours, over three decades at most and not below `lowest`; smaller entries have the lowest colour.
     numbers: entries are written into their cells.  columns: panels side by side.
@@ -292,7 +375,9 @@ def heat_maps(
         if numbers:
             _write_entries(axes, matrix, scale)
     lines = math.ceil(len(maps) / columns)
-    bar = figure.colorbar(colours, ax=grid, shrink=0.8, aspect=20 * lines, extend="min" if cut else "neither", extendfrac=0.03)
+    bar = figure.colorbar(
+        colours, ax=grid, shrink=0.8, aspect=20 * lines, extend="min" if cut else "neither", extendfrac=0.03
+    )
     bar.set_label(label, fontsize=SMALL)
     bar.ax.tick_params(labelsize=SMALL)
     if isinstance(scale, LogNorm):
@@ -321,7 +406,11 @@ def _write_entries(axes: Axes, matrix: np.ndarray, scale: Normalize) -> None:
 
 def _name(place: Callable[..., Any], names: Sequence[str], most: int) -> None:
     """Ticks 0, 1, ... with their names, turned where there is no room for more than `most` letters side by side."""
-    turned = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"} if max(map(len, names), default=0) * len(names) > most else {}
+    turned = (
+        {"rotation": 45, "ha": "right", "rotation_mode": "anchor"}
+        if max(map(len, names), default=0) * len(names) > most
+        else {}
+    )
     place(range(len(names)), names, fontsize=SMALL, **turned)
 
 

@@ -1,4 +1,6 @@
-"""Anderson acceleration of a fixed-point iteration, on the device: nothing here waits for a number to reach the host."""
+"""Anderson acceleration of a fixed-point iteration, on the device: nothing here waits for a number
+to reach the host.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +11,13 @@ MEMORY, PERIOD, SHRINK, REACH, RIDGE = 20, 5, 1.0, 10.0, 1e-10
 
 
 class Anderson:
-    """Safeguarded Anderson acceleration, type II: every PERIOD steps, the best affine combination of the last MEMORY ones.
+    """Safeguarded Anderson acceleration, type II: every PERIOD steps, the best affine combination of the last MEMORY
+    ones.
 
     Walker & Ni 2011, eq. (2.2).  A jump counts only if the step taken from it is at most SHRINK times as long as the
     last one before it, else the iteration goes on from where it jumped (the safeguard of Zhang, O'Donoghue & Boyd 2020,
-    with the steps of the map itself, which never grow, as its measure).  While the state drifts in steps of equal length,
-    all combinations are as good as each other: hence a jump goes at most REACH times as far as the steps
+    with the steps of the map itself, which never grow, as its measure).  While the state drifts in steps of equal
+    length, all combinations are as good as each other: hence a jump goes at most REACH times as far as the steps
     in memory went together.
     """
 
@@ -27,11 +30,15 @@ class Anderson:
         self.images = self.changes = torch.empty(0)
 
     def advance(self, state: Tensor, change: Tensor, metric: Tensor) -> Tensor:
-        """The next state after `state`, (n,), where the map moves it by `change`; lengths are those of metric * change."""
+        """The next state after `state`, (n,), where the map moves it by `change`; lengths are
+        those of metric * change.
+        """
         length = torch.linalg.vector_norm(metric * change)
         if self.before is not None:  # this step was taken from a jump
             kept = length <= SHRINK * self.before[2]
-            state, change, length = (torch.where(kept, new, old) for new, old in zip((state, change, length), self.before))
+            state, change, length = (
+                torch.where(kept, new, old) for new, old in zip((state, change, length), self.before)
+            )
         image = state + change
         self._remember(image, metric * change)
         jump = self.steps % PERIOD == 0 and self.steps >= 3
@@ -52,7 +59,9 @@ class Anderson:
         gram = differences @ differences.T
         eps, tiny = torch.finfo(gram.dtype).eps, torch.finfo(gram.dtype).tiny
         ridge = max(RIDGE, 10 * eps) * gram.diagonal().mean() + tiny
-        shares = torch.linalg.solve_ex(gram + ridge * torch.eye(count, dtype=gram.dtype, device=gram.device), -(differences @ last))[0]
+        shares = torch.linalg.solve_ex(
+            gram + ridge * torch.eye(count, dtype=gram.dtype, device=gram.device), -(differences @ last)
+        )[0]
         jump = shares @ self.images[:count] - shares.sum() * image
         jump = torch.where(jump.isfinite(), jump, 0.0)  # of a singular system
         travelled = torch.linalg.vector_norm(self.changes[:count], dim=1).sum()

@@ -1,7 +1,7 @@
 """The outer loop, repopulation: flow, freeze, solve the convex program, return, grow.  Fang et al. 2019, algorithm 1.
 
-A round's `flow_gap`, the value after its flow minus the dual value of the program frozen there, measures the alternation;
-the gap right after a convex solve is small by construction and measures only the solver.
+A round's `flow_gap`, the value after its flow minus the dual value of the program frozen there, measures the
+alternation; the gap right after a convex solve is small by construction and measures only the solver.
 """
 
 from __future__ import annotations
@@ -61,15 +61,27 @@ def solve(
 
     History rows, one per round: round, seconds, rate, flow_value, flow_drop (what the flow took off J), flow_speed (its
     metric speed at the end), flow_gap, value, dual_value, gap, violation, widths, accepted, flow_steps,
-    program_iterations; with grow also search_bound (best of search_starts starts), proven_bound, added (how many features
-    entered this program), kept (which particles of the network after it they are, where they have mass).  callback
-    receives every row of the inner histories, marked with "round" and "phase" ("flow", "program"), and each round's own row (phase "round").
+    program_iterations; with grow also search_bound (best of search_starts starts), proven_bound, added (how many
+    features entered this program), kept (which particles of the network after it they are, where they have mass).
+    callback receives every row of the inner histories, marked with "round" and "phase" ("flow", "program"), and each
+    round's own row (phase "round").
     """
     rounds = validation.integer(rounds, "rounds")
     validation.positive(tolerance, "tolerance")
     later = later_steps if later_steps is not None else max(1, flow_steps // 2)
     grow = validation.integer(grow, "grow", 0)
-    run = _Run(problem, network, tolerance, program_tolerance or tolerance / 5, program_iterations, clones, grow, seed, callback, max_seconds)
+    run = _Run(
+        problem,
+        network,
+        tolerance,
+        program_tolerance or tolerance / 5,
+        program_iterations,
+        clones,
+        grow,
+        seed,
+        callback,
+        max_seconds,
+    )
     flow.warn_unattained(problem)
     status, rate = "max_rounds", RATE
     for index in range(rounds):
@@ -115,7 +127,13 @@ class _Run:
         """One flow and one convex program; returns the status that ended it early, or "done"."""
         before = float(self.problem.value(self.network))
         flowed = self._quietly(
-            flow.solve, self.problem, self.network, steps=steps, step_size=rate, max_seconds=self._left(), callback=self._relay(index, "flow")
+            flow.solve,
+            self.problem,
+            self.network,
+            steps=steps,
+            step_size=rate,
+            max_seconds=self._left(),
+            callback=self._relay(index, "flow"),
         )
         if self.best is None or flowed.value < self.best.value:
             self.network, self.best = flowed.network, flowed
@@ -123,12 +141,24 @@ class _Run:
             return flowed.status
         program = self._program(index)
         solved = splitting.solve(
-            program, self.program_tolerance, max_iterations=self.program_iterations, max_seconds=self._left(), callback=self._relay(index, "program")
+            program,
+            self.program_tolerance,
+            max_iterations=self.program_iterations,
+            max_seconds=self._left(),
+            callback=self._relay(index, "program"),
         )
-        self._close(index, program, flowed, solved, {"rate": rate, "flow_drop": before - flowed.value, **self._growth(program, solved)})
+        self._close(
+            index,
+            program,
+            flowed,
+            solved,
+            {"rate": rate, "flow_drop": before - flowed.value, **self._growth(program, solved)},
+        )
         return solved.status if solved.status in STATUSES_ENDING_A_RUN else "done"
 
-    def _close(self, index: int, program: ConvexProgram, flowed: Solution, solved: Solution, figures: dict[str, float]) -> None:
+    def _close(
+        self, index: int, program: ConvexProgram, flowed: Solution, solved: Solution, figures: dict[str, float]
+    ) -> None:
         """Accept the program's network if J, evaluated afresh, does not rise; write the round's row."""
         assert self.best is not None
         assert solved.multipliers is not None
@@ -138,22 +168,36 @@ class _Run:
         else:  # the flow's network stays, with the better multipliers of the program frozen there
             point = program.point(program.frozen)
             certificate = certificates.certify(program, point, solved.multipliers)
-            self.best = replace(self.best, certificate=certificate, gap=certificate.gap, point=point, multipliers=solved.multipliers)
+            self.best = replace(
+                self.best, certificate=certificate, gap=certificate.gap, point=point, multipliers=solved.multipliers
+            )
         dual = solved.value - solved.gap
         steps, iterations = flowed.history[-1]["step"], solved.history[-1]["iteration"] if solved.history else 0
         row = {
-            "round": index, "phase": "round", "seconds": time.perf_counter() - self.began, **figures,
-            "flow_value": flowed.value, "flow_speed": flowed.history[-1]["speed"],
-            "flow_gap": flowed.value - dual, "value": self.best.value, "dual_value": dual, "gap": solved.gap,
-            "violation": solved.certificate.violation if solved.certificate else math.nan, "widths": list(self.network.widths),
-            "accepted": accepted, "flow_steps": steps, "program_iterations": iterations,
-        }  # fmt: skip
+            "round": index,
+            "phase": "round",
+            "seconds": time.perf_counter() - self.began,
+            **figures,
+            "flow_value": flowed.value,
+            "flow_speed": flowed.history[-1]["speed"],
+            "flow_gap": flowed.value - dual,
+            "value": self.best.value,
+            "dual_value": dual,
+            "gap": solved.gap,
+            "violation": solved.certificate.violation if solved.certificate else math.nan,
+            "widths": list(self.network.widths),
+            "accepted": accepted,
+            "flow_steps": steps,
+            "program_iterations": iterations,
+        }
         self.history.append(row)
         if self.callback is not None:
             self.callback(row)
 
     def _balanced(self, network: ParticleNetwork) -> ParticleNetwork:
-        """In one homogeneous layer the frozen norms of kernels are no part of the problem: the next round starts from the best."""
+        """In one homogeneous layer the frozen norms of kernels are no part of the problem: the next round starts from
+        the best.
+        """
         penalty, only = self.problem.penalty, self.problem.architecture.layers[0]
         free = penalty.input > 0 and penalty.readout > 0 and penalty.input_bound is None
         if network.architecture.depth > 1 or not only.homogeneous or not free:
@@ -180,11 +224,20 @@ class _Run:
         kept = torch.nonzero(alive >= program.widths[-1] - added).flatten().tolist()
         for starts in (STARTS, CONFIRMING_STARTS):  # what a small search leaves open, a large one has to confirm
             self.found = certificates.search_features(
-                self.problem, solved.multipliers.output, solved.network, starts=starts, count=self.grow, seed=self.seed + len(self.history)
+                self.problem,
+                solved.multipliers.output,
+                solved.network,
+                starts=starts,
+                count=self.grow,
+                seed=self.seed + len(self.history),
             )
             if solved.value - self.found.bound > self.tolerance * abs(solved.value):
                 break
-        figures = {"search_bound": self.found.bound, "search_starts": self.found.starts, "proven_bound": self.found.rigorous_bound}
+        figures = {
+            "search_bound": self.found.bound,
+            "search_starts": self.found.starts,
+            "proven_bound": self.found.rigorous_bound,
+        }
         return {**figures, "added": added, "kept": kept}
 
     def _left(self) -> float:
@@ -214,7 +267,15 @@ class _Run:
             added, kept = sum(row["added"] for row in self.history), sum(len(row["kept"]) for row in self.history)
             detail += f"; {added} features were added, {kept} of them kept mass"
         return Solution(
-            value=best.value, gap=best.gap, status=status, message=message(status, detail), network=best.network, point=best.point,
-            lower_bound=max(bounds, default=None), history=self.history, certificate=best.certificate, multipliers=best.multipliers,
+            value=best.value,
+            gap=best.gap,
+            status=status,
+            message=message(status, detail),
+            network=best.network,
+            point=best.point,
+            lower_bound=max(bounds, default=None),
+            history=self.history,
+            certificate=best.certificate,
+            multipliers=best.multipliers,
             seconds=time.perf_counter() - self.began,
-        )  # fmt: skip
+        )

@@ -1,4 +1,5 @@
-"""The exact optimum of one ReLU layer over ALL measures, as a cone program over activation patterns; small kernels only.
+"""The exact optimum of one ReLU layer over ALL measures, as a cone program over activation patterns; small kernels
+only.
 
 For L = 1, ReLU, one averaged output and both penalties, minimising over masses and scales leaves
 
@@ -35,18 +36,21 @@ from meanfield.problem import Problem
 from meanfield.solvers.solution import Solution, message
 
 SETTINGS: dict[str, Any] = {"tol_gap_abs": 1e-9, "tol_gap_rel": 1e-9, "tol_feas": 1e-9}
-SECOND_ATTEMPT: dict[str, Any] = {"static_regularization_constant": 1e-7, "max_step_fraction": 0.9, "warm_start": False}  # its steps can fail
+# its steps can fail
+SECOND_ATTEMPT: dict[str, Any] = {"static_regularization_constant": 1e-7, "max_step_fraction": 0.9, "warm_start": False}
 ALL_CELLS = 400  # up to here all cells enter at once
 MAX_PROGRAMS = 60  # generation took at most 6 where the solver met its tolerances
 TARGET_GAP = 1e-9  # generation ends at this gap to the bound, relative to the value
 OPTIMAL_GAP = 1e-6  # beyond this relative gap to the bound the answer is called inaccurate
-DROPPED_SHARES = (0.0, 1e-9, 1e-8, 1e-7, 1e-6, 1e-5)  # of the total variation; what the interior-point method leaves on idle cells
+# of the total variation; what the interior-point method leaves on idle cells
+DROPPED_SHARES = (0.0, 1e-9, 1e-8, 1e-7, 1e-6, 1e-5)
 MERGED_ANGLE = 1e-4  # between atoms of one sign that may be one
 BLOCK = 10_000_000  # entries of cells turned into numbers at a time, to bound memory
 
 
 def solve(problem: Problem) -> Solution:
-    """The optimum over all measures: its network, and `lower_bound`, valid over all measures, which `value` should meet.
+    """The optimum over all measures: its network, and `lower_bound`, valid over all measures, which `value` should
+    meet.
 
     The problem has one ReLU layer without or with average pooling, an averaged readout of one output, positive input
     and readout penalties, no input bound, the squared or the logistic loss, and kernels of at most three entries (all
@@ -64,11 +68,26 @@ def solve(problem: Problem) -> Solution:
     multipliers = Multipliers(torch.as_tensor(found.multipliers)[:, None], ())
     certificate = certificates.certify(program, point, multipliers, certificates.stationary_multipliers(program, point))
     value = float(exact.value(network.to(dtype=torch.float64, device="cpu")))
-    status = "optimal" if value - found.bound <= OPTIMAL_GAP * abs(value) else "inaccurate" if len(found.atoms.signs) else "failed"
+    status = (
+        "optimal"
+        if value - found.bound <= OPTIMAL_GAP * abs(value)
+        else "inaccurate"
+        if len(found.atoms.signs)
+        else "failed"
+    )
     return Solution(
-        value=value, gap=certificate.gap, status=status, message=message(status, found.said), network=network, point=point,
-        lower_bound=found.bound, history=found.history, certificate=certificate, multipliers=multipliers, seconds=time.perf_counter() - began,
-    )  # fmt: skip
+        value=value,
+        gap=certificate.gap,
+        status=status,
+        message=message(status, found.said),
+        network=network,
+        point=point,
+        lower_bound=found.bound,
+        history=found.history,
+        certificate=certificate,
+        multipliers=multipliers,
+        seconds=time.perf_counter() - began,
+    )
 
 
 def _require_exact_case(problem: Problem) -> None:
@@ -80,14 +99,31 @@ def _require_exact_case(problem: Problem) -> None:
         (arch.depth > 1, f"layers has {arch.depth} entries; the exact optimum is known for one layer"),
         (conv.activation != "relu", f"activation={conv.activation!r}; the exact optimum is known for 'relu'"),
         (conv.pooling == "max", "pooling='max' makes the features nonlinear in the patterns; use 'none' or 'average'"),
-        (arch.readout != "average", f"readout={arch.readout!r} has one number per position, its penalty is no total variation; use 'average'"),
-        (arch.outputs > 1, f"outputs={arch.outputs}: the penalty is then a nuclear norm per cell, which is not solved here; use one output"),
-        (penalty.input == 0, "input=0: a free kernel scale makes the readout penalty void; use a positive input penalty"),
-        (penalty.readout == 0, "readout=0: a free readout makes the input penalty void; use a positive readout penalty"),
-        (penalty.input_bound is not None, f"input_bound={penalty.input_bound}: the penalty is then no multiple of a total variation; use None"),
+        (
+            arch.readout != "average",
+            f"readout={arch.readout!r} has one number per position, its penalty is no total variation; use 'average'",
+        ),
+        (
+            arch.outputs > 1,
+            f"outputs={arch.outputs}: the penalty is then a nuclear norm per cell, which is not solved here; use one "
+            f"output",
+        ),
+        (
+            penalty.input == 0,
+            "input=0: a free kernel scale makes the readout penalty void; use a positive input penalty",
+        ),
+        (
+            penalty.readout == 0,
+            "readout=0: a free readout makes the input penalty void; use a positive readout penalty",
+        ),
+        (
+            penalty.input_bound is not None,
+            f"input_bound={penalty.input_bound}: the penalty is then no multiple of a total variation; use None",
+        ),
         (
             entries > largest,
-            f"kernel_size={conv.kernel_size} has {entries} entries with channels and bias; patterns are listed for at most {largest}: "
+            f"kernel_size={conv.kernel_size} has {entries} entries with channels and bias; patterns are listed for at "
+            f"most {largest}: "
             "for larger kernels `certificates.search_features` bounds the optimum by a search",
         ),
     )
@@ -98,7 +134,9 @@ def _require_exact_case(problem: Problem) -> None:
 
 @dataclass(frozen=True, eq=False)
 class _Layer:
-    """F(z) = weights relu(normals z) + against relu(-normals z), images by hyperplanes (sparse): the patches, merged by direction."""
+    """F(z) = weights relu(normals z) + against relu(-normals z), images by hyperplanes (sparse): the patches, merged
+    by direction.
+    """
 
     problem: Problem
     arrangement: Arrangement
@@ -115,7 +153,9 @@ class _Layer:
         image = np.repeat(np.arange(count), positions)
         sides = [np.flatnonzero(found.row_side == side) for side in (1, -1)]
         shape = (count, len(found.normals))
-        along, against = (sparse.csr_array((sizes[rows], (image[rows], found.row_normal[rows])), shape=shape) for rows in sides)
+        along, against = (
+            sparse.csr_array((sizes[rows], (image[rows], found.row_normal[rows])), shape=shape) for rows in sides
+        )
         penalty = problem.penalty
         return cls(problem, found, along, against, 2 * (penalty.input * penalty.readout) ** 0.5)
 
@@ -131,7 +171,10 @@ class _Layer:
         arrangement = self.arrangement
         rows = (r @ (self.along + self.against))[:, None] * arrangement.normals
         step = BLOCK // max(len(rows), 1) + 1
-        blocks = [arrangement.cells[start : start + step].astype(float) @ rows for start in range(0, len(arrangement.cells), step)]
+        blocks = [
+            arrangement.cells[start : start + step].astype(float) @ rows
+            for start in range(0, len(arrangement.cells), step)
+        ]
         return np.concatenate(blocks) - (r @ self.against) @ arrangement.normals
 
     def peaks(self, r: np.ndarray) -> np.ndarray:
@@ -160,7 +203,8 @@ class _Layer:
 
 
 def _patches(problem: Problem) -> Tensor:
-    """Rows a with F_n = sum over particles of p u mean_q relu(<a_nq, z>), (N, P, d): 1 / C_0 on the kernel's part, 1 for a bias.
+    """Rows a with F_n = sum over particles of p u mean_q relu(<a_nq, z>), (N, P, d): 1 / C_0 on the kernel's part, 1
+    for a bias.
 
     Positions in windows that pooling drops are left out; the mean over the kept windows is that over their positions.
     """
@@ -177,7 +221,9 @@ def _patches(problem: Problem) -> Tensor:
 
 
 def _concave_maximum(function: Callable[[float], float], limit: float) -> tuple[float, float]:
-    """Largest value of a concave function on [0, limit], -inf allowed towards the right, and where: a grid, refined around its best."""
+    """Largest value of a concave function on [0, limit], -inf allowed towards the right, and where: a grid, refined
+    around its best.
+    """
     low, high, best = 0.0, limit, (-np.inf, 0.0)
     for _ in range(12):
         grid = np.linspace(low, high, 13)
@@ -207,7 +253,9 @@ class _Atoms:
         rest, vectors, signs = np.argsort(-sizes), [], []
         while len(rest):
             first = rest[0]
-            near = (self.signs[rest] == self.signs[first]) & (np.linalg.norm(units[rest] - units[first], axis=1) <= MERGED_ANGLE)
+            near = (self.signs[rest] == self.signs[first]) & (
+                np.linalg.norm(units[rest] - units[first], axis=1) <= MERGED_ANGLE
+            )
             vectors.append(self.vectors[rest[near]].sum(0))
             signs.append(self.signs[first])
             rest = rest[~near]
@@ -216,7 +264,9 @@ class _Atoms:
 
 @dataclass(frozen=True, eq=False)
 class _Optimum:
-    """Atoms of the optimum, the best bound with its multipliers r (N,), one dict per program solved, what the solver said."""
+    """Atoms of the optimum, the best bound with its multipliers r (N,), one dict per program solved, what the solver
+    said.
+    """
 
     atoms: _Atoms
     bound: float
@@ -333,7 +383,9 @@ def _facet_matrix(arrangement: Arrangement, cells: np.ndarray) -> sparse.csr_arr
 
 
 def _best_network(problem: Problem, atoms: _Atoms) -> ParticleNetwork:
-    """The network of least value among those of the atoms, merged or not, with the lightest left out; of equals the smallest."""
+    """The network of least value among those of the atoms, merged or not, with the lightest left out; of equals the
+    smallest.
+    """
     choices = [some.heavier(share) for some in (atoms, atoms.merged()) for share in (*DROPPED_SHARES, 1.0)]
     networks = [_network(problem, some) for some in sorted(choices, key=lambda some: -len(some.signs))]
     values = [float(problem.value(network)) for network in networks]
@@ -342,9 +394,11 @@ def _best_network(problem: Problem, atoms: _Atoms) -> ParticleNetwork:
 
 
 def _network(problem: Problem, atoms: _Atoms) -> ParticleNetwork:
-    """Masses |v_j| / T, kernels of size zeta along v_j, readouts sign_j T / zeta, for T = sum |v| and zeta^4 = T^2 lambda_u / lambda_1.
+    """Masses |v_j| / T, kernels of size zeta along v_j, readouts sign_j T / zeta, for T = sum |v| and zeta^4 = T^2
+    lambda_u / lambda_1.
 
-    Its output is that of the atoms, and its penalty lambda_1 zeta^2 + lambda_u (T / zeta)^2 = 2 sqrt(lambda_1 lambda_u) T.
+    Its output is that of the atoms, and its penalty lambda_1 zeta^2 + lambda_u (T / zeta)^2 = 2 sqrt(lambda_1
+    lambda_u) T.
     """
     arch = problem.architecture
     sizes = np.linalg.norm(atoms.vectors, axis=1)

@@ -38,7 +38,8 @@ PROBE = {torch.float32: 1e-3, torch.float64: 1e-6}
 class Tangent:
     """One entry per tensor of a network: a velocity, a displacement or the gradient moments.
 
-    masses are relative rates, (dp_i/dt) / p_i, None where masses are kept; everything else has the shape of what it moves.
+    masses are relative rates, (dp_i/dt) / p_i, None where masses are kept; everything else has the shape of what it
+    moves.
     """
 
     masses: list[Tensor | None]
@@ -59,7 +60,8 @@ class Tangent:
 
 
 def velocity(problem: Problem, network: ParticleNetwork, masses: bool = True) -> tuple[Terms, Tangent]:
-    """The terms of J and the flow's velocity, without the source penalty's pull on the kernels (its proximal map adds it).
+    """The terms of J and the flow's velocity, without the source penalty's pull on the kernels (its proximal map adds
+    it).
 
     With masses=False the masses have no rates.
     """
@@ -78,17 +80,25 @@ def velocity(problem: Problem, network: ParticleNetwork, masses: bool = True) ->
 def _tangent(network: ParticleNetwork, gradients: list[Tensor], masses: bool) -> Tangent:
     """Minus the gradients divided by the masses of what they move; mass gradients centred (Fisher-Rao)."""
     depth, p = network.architecture.depth, network.masses
-    slopes, kernels, readout, rest = gradients[:depth], gradients[depth : 2 * depth], gradients[2 * depth], gradients[2 * depth + 1 :]
+    slopes, kernels, readout, rest = (
+        gradients[:depth],
+        gradients[depth : 2 * depth],
+        gradients[2 * depth],
+        gradients[2 * depth + 1 :],
+    )
     rates: list[Tensor | None] = [q @ slope - slope if masses else None for slope, q in zip(slopes, p)]
     kernels = [
-        -kernel / (target[:, None, None, None] if source is None else target[:, None, None, None] * source[None, :, None, None])
+        -kernel
+        / (target[:, None, None, None] if source is None else target[:, None, None, None] * source[None, :, None, None])
         for kernel, target, source in zip(kernels, p, (None, *p[:-1]))
     ]
     biases = [None if bias is None else -rest.pop(0) / target for bias, target in zip(network.biases, p)]
     return Tangent(rates, kernels, -readout / p[-1].reshape(1, -1, *[1] * (readout.ndim - 2)), biases)
 
 
-def advance(problem: Problem, network: ParticleNetwork, move: Tangent, slopes: Sequence[Tensor | float]) -> ParticleNetwork:
+def advance(
+    problem: Problem, network: ParticleNetwork, move: Tangent, slopes: Sequence[Tensor | float]
+) -> ParticleNetwork:
     """Move a network: masses p exp(rate) renormalised, then the proximal map of the source penalty, then the bounds.
 
     slopes[l-1] is the step length of the kernels of layer l >= 1, a number or (M_l, M_{l-1}), that turns the penalty's
@@ -104,7 +114,9 @@ def advance(problem: Problem, network: ParticleNetwork, move: Tangent, slopes: S
 
 
 def _source_prox(problem: Problem, kernels: Tensor, target: Tensor, steps: Tensor | float) -> Tensor:
-    """argmin over w of sum_j p_j |w_ij - .|^2 / (2 steps_ij) + lambda_s s_i^2, s_i = sum_j p_j |w_ij|, for every source i."""
+    """argmin over w of sum_j p_j |w_ij - .|^2 / (2 steps_ij) + lambda_s s_i^2, s_i = sum_j p_j |w_ij|, for every
+    source i.
+    """
     penalty = problem.penalty
     if penalty.source == 0:
         return kernels
@@ -256,11 +268,17 @@ def solve(
     problem.require_feasible(network)
     for layer, p in enumerate(network.masses):
         if bool((p <= 0).any()):
-            raise ValueError(f"masses[{layer}] has particles without mass, which cannot flow; drop them (measures.drop_massless)")
+            raise ValueError(
+                f"masses[{layer}] has particles without mass, which cannot flow; drop them (measures.drop_massless)"
+            )
     warn_unattained(problem)
     rate = validation.positive(step_size, "step_size") if step_size is not None else 0.1
     adaptive = adaptive and batch_size is None
-    method = GradientDescent(problem, rate, adaptive) if descent == "gradient" else PreconditionedDescent(problem, rate, steps)
+    method = (
+        GradientDescent(problem, rate, adaptive)
+        if descent == "gradient"
+        else PreconditionedDescent(problem, rate, steps)
+    )
     trail = _Trail(problem, callback)
     every = record_every or max(1, steps // 100)
     batches = _batches(problem, batch_size, seed)
@@ -273,7 +291,8 @@ def warn_unattained(problem: Problem) -> None:
     missing = problem.missing_bounds()
     if missing:
         warnings.warn(
-            f"the infimum over all measures may not be attained: set {' and '.join(missing)} (unbounded activations, free biases "
+            f"the infimum over all measures may not be attained: set {' and '.join(missing)} (unbounded activations, "
+            f"free biases "
             "or zero penalties let the value fall without end while mass concentrates)",
             UserWarning,
             stacklevel=3,
@@ -327,7 +346,9 @@ def _follow(
             new_terms, new_flow = velocity(batch, moved, masses)
             if method.judge(network, moved, float(new_terms.total() - terms.total())):
                 network, terms, flow = moved, new_terms, new_flow
-            elif (isinstance(method, GradientDescent) and method.step < torch.finfo(network.dtype).eps) or not isinstance(method, GradientDescent):
+            elif (
+                isinstance(method, GradientDescent) and method.step < torch.finfo(network.dtype).eps
+            ) or not isinstance(method, GradientDescent):
                 return "stalled"
     except KeyboardInterrupt:
         return "interrupted"
@@ -368,7 +389,14 @@ class _Trail:
         certificate = certificates.certify(program, point, multipliers)
         speed = self.history[-1]["speed"]
         return Solution(
-            value=certificate.value, gap=certificate.gap, status=status, message=message(status, f"metric speed {speed:.2g}"),
-            network=self.network, point=point, history=self.history, certificate=certificate, multipliers=multipliers,
+            value=certificate.value,
+            gap=certificate.gap,
+            status=status,
+            message=message(status, f"metric speed {speed:.2g}"),
+            network=self.network,
+            point=point,
+            history=self.history,
+            certificate=certificate,
+            multipliers=multipliers,
             seconds=self.seconds(),
-        )  # fmt: skip
+        )

@@ -13,7 +13,9 @@ from meanfield.solvers import alternating
 from meanfield.solvers.solution import Solution
 
 
-def solve(problem: Problem, widths: Sequence[int] = (64, 32), seed: int = 0, *, start: str = "low_rank", **options: Any) -> Solution:
+def solve(
+    problem: Problem, widths: Sequence[int] = (64, 32), seed: int = 0, *, start: str = "low_rank", **options: Any
+) -> Solution:
     """Train a continuous CNN with widths[l] particles in layer l; see `solvers.alternating.solve` for the options.
 
     The random start (kind `start`, drawn from `seed`) is moved inside the problem's bounds.  "low_rank" starts ended

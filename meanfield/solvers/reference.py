@@ -67,19 +67,32 @@ def _certified(program: ConvexProgram, model: _Model, detail: str, optimal: bool
     status = "optimal" if optimal else "inaccurate"
     point = point.map(lambda tensor: tensor.to(program.features[0]))
     return Solution(
-        value=certificate.value, gap=certificate.gap, status=status, message=message(status, detail),
-        network=program.network(point), point=point, certificate=certificate, multipliers=best,
-        history=[{"solver_value": model.solver_value()}], seconds=time.perf_counter() - began,
-    )  # fmt: skip
+        value=certificate.value,
+        gap=certificate.gap,
+        status=status,
+        message=message(status, detail),
+        network=program.network(point),
+        point=point,
+        certificate=certificate,
+        multipliers=best,
+        history=[{"solver_value": model.solver_value()}],
+        seconds=time.perf_counter() - began,
+    )
 
 
 def _failed(program: ConvexProgram, detail: str, began: float) -> Solution:
     point = program.point(program.frozen)
     certificate = certificates.certify(program, point)
     return Solution(
-        value=certificate.value, gap=certificate.gap, status="failed", message=message("failed", detail), network=program.frozen,
-        point=point, certificate=certificate, seconds=time.perf_counter() - began,
-    )  # fmt: skip
+        value=certificate.value,
+        gap=certificate.gap,
+        status="failed",
+        message=message("failed", detail),
+        network=program.frozen,
+        point=point,
+        certificate=certificate,
+        seconds=time.perf_counter() - began,
+    )
 
 
 def _cleaned(program: ConvexProgram, point: ProgramPoint) -> list[ProgramPoint]:
@@ -95,7 +108,10 @@ class _Model:
         self.program = program
         arch, penalty = program.problem.architecture, program.problem.penalty
         self.masses = [cp.Variable(m, nonneg=True) for m in program.widths]
-        self.kernels = [cp.Variable((layer.offsets * m, n)) for layer, m, n in zip(arch.layers[1:], program.widths, program.widths[1:])]
+        self.kernels = [
+            cp.Variable((layer.offsets * m, n))
+            for layer, m, n in zip(arch.layers[1:], program.widths, program.widths[1:])
+        ]
         self.readout = cp.Variable((program.readout_features.flatten(1).shape[1], arch.outputs))
         self.biases = [cp.Variable(n) if layer.bias else None for layer, n in zip(arch.layers[1:], program.widths[1:])]
         self.constraints: list[Any] = [cp.sum(p) == 1 for p in self.masses]
@@ -135,7 +151,11 @@ class _Model:
         offsets = program.problem.architecture.layers[layer].offsets
         design = _numpy(program.design(layer).rows())[:, : W.shape[0]]
         g = _numpy(program.preactivations[layer].movedim(1, 3).flatten(0, 2))  # (N P, M_l)
-        moved = design @ W if bias is None else design @ W + np.ones((len(design), 1)) @ cp.reshape(bias, (1, -1), order="C")
+        moved = (
+            design @ W
+            if bias is None
+            else design @ W + np.ones((len(design), 1)) @ cp.reshape(bias, (1, -1), order="C")
+        )
         self.realisation.append(moved == g @ cp.diag(self.masses[layer]))
         self.constraints.append(self.realisation[-1])
         norms = [self._norms(W[i * offsets : (i + 1) * offsets, :], penalty) for i in range(program.widths[layer - 1])]
@@ -163,11 +183,15 @@ class _Model:
         return float("nan") if solution is None else float(solution.opt_val)
 
     def multipliers(self, sign: float) -> Multipliers:
-        """r = d loss / d F at cvxpy's output, beta from its equality duals times `sign`, kappa from the bound's duals."""
+        """r = d loss / d F at cvxpy's output, beta from its equality duals times `sign`, kappa
+        from the bound's duals.
+        """
         problem, count = self.program.problem, len(self.program.problem.inputs)
         output = torch.as_tensor(self._output().value)
         r = problem.loss.gradient(output, problem.targets) / count
-        betas = [sign * torch.as_tensor(c.dual_value).T.reshape(c.shape[1], count, -1).contiguous() for c in self.realisation]
+        betas = [
+            sign * torch.as_tensor(c.dual_value).T.reshape(c.shape[1], count, -1).contiguous() for c in self.realisation
+        ]
         kappas = tuple(torch.as_tensor(np.array(c.dual_value, dtype=float)) for c in self.amplitude)
         return Multipliers(r, tuple(betas), kappas or None)
 

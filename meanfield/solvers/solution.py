@@ -13,8 +13,10 @@ STATUS_TEXTS = {
     "optimal": "the duality gap on this support is below the tolerance",
     "converged": "the metric speed fell below the tolerance",
     "alternation_converged": "after a flow the value is within the tolerance of the convex program's optimum",
-    "search_converged": "no search found a feature that would lower the value by more than the tolerance; that is no proof",
-    "max_iterations": "stopped at the iteration limit before the tolerance was met; raise the limit or loosen the tolerance",
+    "search_converged": "no search found a feature that would lower the value by more than the tolerance; that is no "
+    "proof",
+    "max_iterations": "stopped at the iteration limit before the tolerance was met; raise the limit or loosen the "
+    "tolerance",
     "max_rounds": "stopped at the round limit before the tolerance was met; raise rounds or the steps of a flow",
     "max_seconds": "stopped at the time limit before the tolerance was met; raise max_seconds",
     "stalled": "no step lowers the value any more, before the tolerance was met; try another descent or float64",

@@ -1,4 +1,5 @@
-"""Douglas-Rachford splitting of the convex program: a projection on its linear constraints, a proximal step on the rest.
+"""Douglas-Rachford splitting of the convex program: a projection on its linear constraints, a proximal step on the
+rest.
 
 A state s holds every block of variables once (and once more for each cone of the bounds).  With z its projection on
 
@@ -6,13 +7,13 @@ A state s holds every block of variables once (and once more for each cone of th
     every j),   sum p = 1,   F = sum_j <U_j, f_j>,
 
 and x the proximal step from 2 z - s, the state moves by a multiple of x - z (ADMM in another guise; Boyd et al. 2011,
-Eckstein & Bertsekas 1992).  Both halves are closed form up to one scalar root per row: per iteration two matrix products
-a layer and a few passes over the kernels, and on a GPU nothing in an iteration waits for the host.
+Eckstein & Bertsekas 1992).  Both halves are closed form up to one scalar root per row: per iteration two matrix
+products a layer and a few passes over the kernels, and on a GPU nothing in an iteration waits for the host.
 
 Every block has a weight of its own in the metric: it starts at the curvature of its term (1 for the loss, lambda_s,
-lambda_u) per particle, and is set a few times to |multiplier| / |variable|, the curvature that a quadratic with these two
-would have.  Without this the splitting needs ten times the iterations on the reference cases.  Anderson acceleration
-lowers the gap of programs frozen after a flow by a factor of 2 to 100 at equal iterations.
+lambda_u) per particle, and is set a few times to |multiplier| / |variable|, the curvature that a quadratic with these
+two would have.  Without this the splitting needs ten times the iterations on the reference cases.  Anderson
+acceleration lowers the gap of programs frozen after a flow by a factor of 2 to 100 at equal iterations.
 """
 
 from __future__ import annotations
@@ -59,7 +60,8 @@ def solve(
 
     The gap is computed by `certificates` in float64 from restored points and the splitting's own multipliers every
     `check_every` iterations (default: so that checks take about a tenth of the run), rarer as the run grows longer.  A
-    run that ends early, by a limit or by Ctrl-C, returns its best point with its gap.  callback receives each row of the
+    run that ends early, by a limit or by Ctrl-C, returns its best point with its gap.  callback receives each row of
+    the
     history: iteration, seconds, cpu_seconds, value, dual_value, gap, primal_residual, dual_residual, rho.
     """
     validation.positive(tolerance, "tolerance")
@@ -89,13 +91,17 @@ class _Run:
         self.point = self.program.point(self.program.frozen)
         self.multipliers = certificates.stationary_multipliers(self.exact, self.point.map(Tensor.double))
         self.certificate = certificates.certify(self.exact, self.point, self.multipliers)
-        self.splitting = _Splitting(self.program, self.rho, self.point, self.multipliers.map(lambda t: t.to(self.point.readout)))
+        self.splitting = _Splitting(
+            self.program, self.rho, self.point, self.multipliers.map(lambda t: t.to(self.point.readout))
+        )
 
     def seconds(self) -> float:
         return time.perf_counter() - self.began
 
     def check_interval(self) -> int:
-        """Iterations of which a check costs CHECK_SHARE: its Gram matrix of the basis beside their two products a layer."""
+        """Iterations of which a check costs CHECK_SHARE: its Gram matrix of the basis beside their two products a
+        layer.
+        """
         bases, widths = self.splitting.bases, self.program.widths
         gram = sum(basis.rank * basis.right.numel() for basis in bases.values())
         products = sum(2 * widths[layer] * basis.right.numel() for layer, basis in bases.items())
@@ -136,10 +142,16 @@ class _Run:
         self.certificate = Certificate(value, dual, value - dual, violation)
         primal, drift = self.splitting.residuals()
         row = {
-            "iteration": iteration, "seconds": self.seconds(), "cpu_seconds": time.process_time() - self.cpu_began,
-            "value": value, "dual_value": dual, "gap": value - dual,
-            "primal_residual": primal, "dual_residual": drift, "rho": self.splitting.rho,
-        }  # fmt: skip
+            "iteration": iteration,
+            "seconds": self.seconds(),
+            "cpu_seconds": time.process_time() - self.cpu_began,
+            "value": value,
+            "dual_value": dual,
+            "gap": value - dual,
+            "primal_residual": primal,
+            "dual_residual": drift,
+            "rho": self.splitting.rho,
+        }
         self.history.append(row)
         if self.callback is not None:
             self.callback(row)
@@ -152,10 +164,17 @@ class _Run:
             ranks = ", ".join(str(basis.rank) for basis in self.splitting.bases.values())
             detail += f", constraints of rank {ranks} at tolerance {tolerance:.0e}"
         return Solution(
-            value=self.certificate.value, gap=self.certificate.gap, status=status, message=message(status, detail),
-            network=self.program.network(self.point), point=self.point, history=self.history, certificate=self.certificate,
-            multipliers=self.multipliers, seconds=self.seconds(),
-        )  # fmt: skip
+            value=self.certificate.value,
+            gap=self.certificate.gap,
+            status=status,
+            message=message(status, detail),
+            network=self.program.network(self.point),
+            point=self.point,
+            history=self.history,
+            certificate=self.certificate,
+            multipliers=self.multipliers,
+            seconds=self.seconds(),
+        )
 
 
 class _Splitting:
@@ -185,7 +204,9 @@ class _Splitting:
 
     def _measure(self) -> None:
         """metric (n,): the square root of every entry's weight."""
-        self.metric = torch.cat([self.bare.new_full((shape.numel(),), math.sqrt(self.weights[key])) for key, shape in self.shapes.items()])
+        self.metric = torch.cat(
+            [self.bare.new_full((shape.numel(),), math.sqrt(self.weights[key])) for key, shape in self.shapes.items()]
+        )
 
     @property
     def bare(self) -> Tensor:
@@ -197,7 +218,9 @@ class _Splitting:
         return {key: piece.view(shape) for (key, shape), piece in zip(self.shapes.items(), pieces)}
 
     def _images(self) -> dict[int, Tensor]:
-        """c_j of the frozen features, (M_l, rank): A^T-coordinates of g_j, so that V^T W_j = p_j c_j keeps them as they are."""
+        """c_j of the frozen features, (M_l, rank): A^T-coordinates of g_j, so that V^T W_j = p_j c_j keeps them as
+        they are.
+        """
         images = {}
         for layer, basis in self.bases.items():
             g = self.program.preactivations[layer].movedim(1, 0).flatten(1)  # (M_l, N P)
@@ -281,7 +304,9 @@ class _Splitting:
         for layer, beta in zip(self.layers, guess.realisation):
             g = program.preactivations[layer]
             shaped = beta.movedim(0, 1).reshape(g.shape)
-            prices["W", layer] = program.problem.architecture.layers[layer].correlate(program.features[layer - 1], shaped)
+            prices["W", layer] = program.problem.architecture.layers[layer].correlate(
+                program.features[layer - 1], shaped
+            )
             pairing = (shaped * g).sum((0, 2, 3))
             prices["p", layer] = point.masses[layer] @ pairing - pairing
         return {key: -price / self.weight(key) for key, price in prices.items()}
@@ -308,11 +333,23 @@ class _Splitting:
         for layer in self.layers:
             kernel, source = ("W", layer), ("p", layer - 1)
             new[kernel], new[source], self.roots[kernel] = row_prox(
-                center[kernel], new[source], penalty, penalty.source, self.weight(kernel), self.weight(source), self.roots.get(kernel)
+                center[kernel],
+                new[source],
+                penalty,
+                penalty.source,
+                self.weight(kernel),
+                self.weight(source),
+                self.roots.get(kernel),
             )
         last = ("p", depth - 1)
         new["U", 0], new[last], self.roots["U", 0] = row_prox(
-            center["U", 0], new[last], FROBENIUS, penalty.readout, self.weight(("U", 0)), self.weight(last), self.roots.get(("U", 0))
+            center["U", 0],
+            new[last],
+            FROBENIUS,
+            penalty.readout,
+            self.weight(("U", 0)),
+            self.weight(last),
+            self.roots.get(("U", 0)),
         )
         if penalty.amplitude_bound is not None:
             self._project_cones(new, center, penalty)
@@ -322,11 +359,18 @@ class _Splitting:
         bound = penalty.amplitude_bound or math.inf
         for layer in self.layers:
             kernel, mass = ("Wc", layer), ("pc", layer)
-            new[kernel], new[mass] = cone_projection(center[kernel], center[mass], penalty, bound, self.weight(kernel), self.weight(mass))
+            new[kernel], new[mass] = cone_projection(
+                center[kernel], center[mass], penalty, bound, self.weight(kernel), self.weight(mass)
+            )
             kernel, mass = ("bd", layer), ("pd", layer)
             if kernel in center:
                 biases, new[mass] = cone_projection(
-                    center[kernel][:, None, None, None], center[mass], FROBENIUS, bound, self.weight(kernel), self.weight(mass)
+                    center[kernel][:, None, None, None],
+                    center[mass],
+                    FROBENIUS,
+                    bound,
+                    self.weight(kernel),
+                    self.weight(mass),
                 )
                 new[kernel] = biases[:, 0, 0, 0]
 
@@ -418,7 +462,9 @@ class _Splitting:
         )
 
     def multipliers(self) -> Multipliers:
-        """The splitting's own, from u = s - z: r = -rho u_F; b_j = -rho u_W lies in the row space of A, beta_j = A^{T+} b_j."""
+        """The splitting's own, from u = s - z: r = -rho u_F; b_j = -rho u_W lies in the row space of A, beta_j =
+        A^{T+} b_j.
+        """
         u = self.blocks(self.at - self.z)
         realisation = []
         for layer in self.layers:

@@ -35,7 +35,8 @@ from meanfield.validation import integer
 Function = Callable[[Tensor], Tensor]
 Sampler = Callable[[torch.Generator], Tensor]
 
-DENSE_DIMENSION = 1000  # up to here all eigenvalues are computed, which is quicker too; beyond, Lanczos finds the two ends
+# up to here all eigenvalues are computed, which is quicker too; beyond, Lanczos finds the two ends
+DENSE_DIMENSION = 1000
 LANCZOS_TOLERANCE = 1e-6  # of the residual, relative to the largest eigenvalue
 VERTICES, ASCENT_STEPS, ASCENT_RATE = 8, 40, 0.2  # of one restart of the search
 LIGHT_MASSES = 0.25  # concentration of sampled masses: below 1, so that light particles are common
@@ -84,7 +85,9 @@ class Witness:
 
 
 def rounding_of_sums(function: Function, point: Tensor) -> float:
-    """(d + 8) eps |f|: bounds the error of f where it is a sum of at most d non-negative terms (Higham 2002, section 4.2)."""
+    """(d + 8) eps |f|: bounds the error of f where it is a sum of at most d non-negative terms (Higham 2002, section
+    4.2).
+    """
     return (len(point) + 8) * torch.finfo(point.dtype).eps * abs(float(function(point)))
 
 
@@ -120,7 +123,9 @@ class Segments:
 
 
 @torch.no_grad()
-def segments(function: Function, points: Tensor, *, times: int = 7, rounding: Callable[[Tensor], float] | None = None) -> Segments:
+def segments(
+    function: Function, points: Tensor, *, times: int = 7, rounding: Callable[[Tensor], float] | None = None
+) -> Segments:
     """`function` at `times` inner points of the straight lines between all pairs of `points` (count, d).
 
     rounding(point) bounds the float error of function(point); default `rounding_of_sums`.
@@ -138,7 +143,9 @@ def segments(function: Function, points: Tensor, *, times: int = 7, rounding: Ca
         line = [(1 - t) * points[a] + t * points[b] for t in inner]
         excess.append(torch.stack([function(point) for point in line]) - mix(ends, a, b))
         scale.append(mix(ends.abs(), a, b))
-        allowed.append(mix(errors, a, b) + torch.tensor([bound(point) for point in line], dtype=points.dtype, device=points.device))
+        allowed.append(
+            mix(errors, a, b) + torch.tensor([bound(point) for point in line], dtype=points.dtype, device=points.device)
+        )
     return Segments(points, pairs, inner, torch.stack(excess), torch.stack(scale), torch.stack(allowed))
 
 
@@ -146,9 +153,9 @@ def segments(function: Function, points: Tensor, *, times: int = 7, rounding: Ca
 class Curvature:
     """Ends of the spectrum of Z^T H Z, for the Hessian H at a point and a basis Z (d, k) of a tangent space.
 
-    residual |Z^T H Z v - smallest v|: an eigenvalue lies within it of `smallest`, and smallest = v^T Z^T H Z v is never below
-    the least one; `direction` is Z v, (d,).  rounding: the error of an eigenvalue from sums of d products, d^{3/2} eps
-    max |eigenvalue|.
+    residual |Z^T H Z v - smallest v|: an eigenvalue lies within it of `smallest`, and smallest = v^T Z^T H Z v is
+    never below the least one; `direction` is Z v, (d,).  rounding: the error of an eigenvalue from sums of d products,
+    d^{3/2} eps max |eigenvalue|.
     """
 
     smallest: float
@@ -160,20 +167,26 @@ class Curvature:
 
     @property
     def negative(self) -> bool:
-        """Whether there is a direction of negative curvature: its Rayleigh quotient is below zero by more than rounding."""
+        """Whether there is a direction of negative curvature: its Rayleigh quotient is below zero by more than
+        rounding.
+        """
         return self.smallest < -self.rounding
 
 
 def curvature(function: Function, point: Tensor, tangent: Tensor | None = None, *, seed: int = 0) -> Curvature:
-    """Smallest and largest eigenvalue of Z^T H Z, H the Hessian at `point` (d,) and Z = `tangent` (d, k), by default all of R^d.
+    """Smallest and largest eigenvalue of Z^T H Z, H the Hessian at `point` (d,) and Z = `tangent` (d, k), by default
+    all of R^d.
 
-    Signs are those of H on the span of Z whatever the basis; with orthonormal columns eigenvalues are curvatures per unit
-    length.  Lanczos on autograd's Hessian products (all of them up to k = DENSE_DIMENSION), in the dtype of `point`.  The
-    function must be twice differentiable along the span of Z: entries that no column moves may sit on a kink.
+    Signs are those of H on the span of Z whatever the basis; with orthonormal columns eigenvalues are curvatures per
+    unit length.  Lanczos on autograd's Hessian products (all of them up to k = DENSE_DIMENSION), in the dtype of
+    `point`. The function must be twice differentiable along the span of Z: entries that no column moves may sit on a
+    kink.
     """
     basis = tangent if tangent is not None else torch.eye(len(point), dtype=point.dtype, device=point.device)
     if basis.shape[0] != len(point):
-        raise ValueError(f"tangent has shape {tuple(basis.shape)}; expected ({len(point)}, k), one column per direction")
+        raise ValueError(
+            f"tangent has shape {tuple(basis.shape)}; expected ({len(point)}, k), one column per direction"
+        )
     moved = (basis != 0).any(1)
     leaf = point.detach().clone().requires_grad_()
     with torch.enable_grad():
@@ -212,15 +225,20 @@ def _spectrum_ends(product: Callable[[Tensor], Tensor], basis: Tensor, seed: int
     size = abs(float(ends("LM", 0.0, 1e-3)[0][0]))
     if size == 0:
         return [0.0, 0.0], basis.new_ones(count, 1) / count**0.5
-    # ARPACK converges relative to the eigenvalue it looks for, and that one may be zero: the shift makes it at least `size`
+    # ARPACK converges relative to the eigenvalue it looks for, and that one may be zero: the shift makes it at least
+    # `size`
     low, vectors = ends("SA", 2 * size, LANCZOS_TOLERANCE)
     high, _ = ends("LA", 2 * size, 1e-3)
-    return [float(low[0]) - 2 * size, float(high[0]) - 2 * size], torch.as_tensor(vectors, dtype=basis.dtype, device=basis.device)
+    return [float(low[0]) - 2 * size, float(high[0]) - 2 * size], torch.as_tensor(
+        vectors, dtype=basis.dtype, device=basis.device
+    )
 
 
 @dataclass(frozen=True, eq=False)
 class Falsification:
-    """What an adversarial search found: the worst witness, the largest relative violation of every restart, what it cost."""
+    """What an adversarial search found: the worst witness, the largest relative violation of every restart, what it
+    cost.
+    """
 
     witness: Witness
     reached: list[float] = field(repr=False)
@@ -241,9 +259,10 @@ def falsify(
 ) -> Falsification:
     """Search for the pair of feasible points whose midpoint lies highest above the chord, relative to the values.
 
-    feasible_sampler(generator) draws one point (d,) of a CONVEX feasible set.  A restart draws a few and moves two points
-    through their convex hull by gradient ascent, so that nothing needs to be known of the constraints.  budget: evaluations
-    of the function, three to a step.  The best witness of all restarts is returned whether it proves anything or not.
+    feasible_sampler(generator) draws one point (d,) of a CONVEX feasible set.  A restart draws a few and moves two
+    points through their convex hull by gradient ascent, so that nothing needs to be known of the constraints.  budget:
+    evaluations of the function, three to a step.  The best witness of all restarts is returned whether it proves
+    anything or not.
     """
     bound = rounding if rounding is not None else lambda point: rounding_of_sums(function, point)
     generator = torch.Generator().manual_seed(seed)
@@ -285,7 +304,9 @@ def _witness(function: Function, start: Tensor, end: Tensor, bound: Callable[[Te
     middle = (start + end) / 2
     at_start, at_end = float(function(start)), float(function(end))
     violation = float(function(middle)) - (at_start + at_end) / 2
-    return Witness(start, end, 0.5, violation, (abs(at_start) + abs(at_end)) / 2, bound(middle) + (bound(start) + bound(end)) / 2)
+    return Witness(
+        start, end, 0.5, violation, (abs(at_start) + abs(at_end)) / 2, bound(middle) + (bound(start) + bound(end)) / 2
+    )
 
 
 def _null_space(rows: Tensor, active: Tensor) -> Tensor:
@@ -331,8 +352,8 @@ class ProgramVariables:
     def sample(self, generator: torch.Generator) -> Tensor:
         """A feasible vector: random masses and readout, kernels near those of the frozen network at the new masses.
 
-        W_ij = (w_ij + noise) p_i p_j with noise of random size, moved to the realisation constraints by `restore`, which
-        moves what flows from light sources least.
+        W_ij = (w_ij + noise) p_i p_j with noise of random size, moved to the realisation constraints by `restore`,
+        which moves what flows from light sources least.
         """
         frozen, template = self.program.frozen, self.template
         draw = lambda shape: torch.randn(shape, generator=generator, dtype=torch.float64).to(frozen.readout)  # noqa: E731
@@ -357,8 +378,8 @@ class ProgramVariables:
         """A basis (d, k) of the directions that keep the mass and the realisation constraints; no bound may be on.
 
         Columns change every variable by a share of its own size at `vector`: light particles make the plain Hessian
-        ill-conditioned (1 / p^3), and this keeps eigenvalues of the order of the value.  Kernels that vanish are kinks of
-        the penalty and stay zero.
+        ill-conditioned (1 / p^3), and this keeps eigenvalues of the order of the value.  Kernels that vanish are kinks
+        of the penalty and stay zero.
         """
         point, norms = self.point(vector), self.program.problem.penalty.norms
         sizes = [*point.masses, *(norms(W)[:, :, None, None].expand_as(W) for W in point.kernels)]
@@ -376,4 +397,6 @@ class ProgramVariables:
     def _constraints(self, vector: Tensor) -> Tensor:
         point = self.point(vector)
         sums = torch.stack([p.sum() for p in point.masses])
-        return torch.cat([sums, *(self.program.residual(point, layer).flatten() for layer in range(1, self.program.depth))])
+        return torch.cat(
+            [sums, *(self.program.residual(point, layer).flatten() for layer in range(1, self.program.depth))]
+        )

@@ -44,7 +44,9 @@ class SphereMaximum:
     seconds: float
 
 
-def maximise(A: Tensor, W: Tensor, *, max_seconds: float = 10.0, tolerance: float = 1e-9, start: Tensor | None = None) -> SphereMaximum:
+def maximise(
+    A: Tensor, W: Tensor, *, max_seconds: float = 10.0, tolerance: float = 1e-9, start: Tensor | None = None
+) -> SphereMaximum:
     """Bounds of max_{|z| = 1} |W^T relu(A z)| for patches A (n, d) and weights W (n, C), in float64.
 
     One output and up to three dimensions (of the row space of A) are solved exactly, beyond MAX_PLANES and for nearly
@@ -67,7 +69,11 @@ def maximise(A: Tensor, W: Tensor, *, max_seconds: float = 10.0, tolerance: floa
         found = maximise_arrangement(response)
     else:
         found = maximise_branching(response, starts @ response.basis, deadline, tolerance)
-    argmax = response.basis @ found.argmax if dimension else torch.eye(1, A.shape[1], dtype=torch.float64, device=A.device)[0]
+    argmax = (
+        response.basis @ found.argmax
+        if dimension
+        else torch.eye(1, A.shape[1], dtype=torch.float64, device=A.device)[0]
+    )
     upper = max(found.upper, found.lower) + response.rounding
     return SphereMaximum(found.lower, upper, argmax, found.method, found.cells, time.perf_counter() - began)
 

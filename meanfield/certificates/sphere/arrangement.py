@@ -34,10 +34,14 @@ def maximise_line(response: Response) -> Found:
 
 
 def maximise_arrangement(response: Response) -> Found:
-    """Exact for one output in two dimensions (the cells are arcs) and three (arcs on every plane, then the cells beside them)."""
+    """Exact for one output in two dimensions (the cells are arcs) and three (arcs on every plane, then the cells
+    beside them).
+    """
     rows, dimension = response.rows, response.rows.shape[1]
     if not len(rows):
-        return Found(float(response.linear.norm()), float(response.linear.norm()), unit(response.linear.T)[0], "arrangement", 1)
+        return Found(
+            float(response.linear.norm()), float(response.linear.norm()), unit(response.linear.T)[0], "arrangement", 1
+        )
     planes = torch.eye(2, dtype=rows.dtype, device=rows.device)[None] if dimension == 2 else _plane_bases(rows)
     own = torch.full((1,), -1, device=rows.device) if dimension == 2 else torch.arange(len(rows), device=rows.device)
     lower, upper, argmax, cells = 0.0, 0.0, unit(response.linear.T)[0], 0
@@ -60,7 +64,8 @@ def _plane_bases(rows: Tensor) -> Tensor:
 
 
 def _piece_maxima(response: Response, planes: Tensor, own: Tensor) -> tuple[Tensor, Tensor]:
-    """Maxima of |q| over the arcs of circles, and where a cell beside an arc contains its gradient: values (k,), points (k, r).
+    """Maxima of |q| over the arcs of circles, and where a cell beside an arc contains its gradient: values (k,),
+    points (k, r).
 
     planes (b, 2, r); own (b,): the row whose plane it is, -1 for none.
     """

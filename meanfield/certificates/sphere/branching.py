@@ -59,7 +59,14 @@ class _Cells:
         middles = torch.cat([eye, -eye] * (copies // 2))
         facets = torch.arange(dimension, device=eye.device).repeat(copies)
         signs = torch.where(torch.arange(len(facets), device=eye.device) < 2 * dimension, 1.0, -1.0).to(eye)
-        return cls(middles, (1 - eye).repeat(copies, 1), facets, signs, torch.full_like(signs, torch.inf), (facets + 1) % dimension)
+        return cls(
+            middles,
+            (1 - eye).repeat(copies, 1),
+            facets,
+            signs,
+            torch.full_like(signs, torch.inf),
+            (facets + 1) % dimension,
+        )
 
     def halved(self) -> _Cells:
         """Both halves of every cell along its split axis."""
@@ -104,7 +111,9 @@ class _Relaxed:
         left = torch.cat([left, rows[rest > 0], torch.zeros_like(rows[rest < 0])])
         right = torch.cat([right, torch.zeros_like(rows[rest > 0]), rows[rest < 0]])
         flows = torch.cat([flows, rest[rest > 0], -rest[rest < 0]])
-        return cls(Response(rows[:0], response.weights[:0], linear, response.basis, response.rounding), left, right, flows)
+        return cls(
+            Response(rows[:0], response.weights[:0], linear, response.basis, response.rounding), left, right, flows
+        )
 
 
 def _match(rows: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -137,7 +146,9 @@ def _match(rows: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def maximise_branching(response: Response, starts: Tensor, deadline: float, tolerance: float) -> Found:
-    """Best-first search in batches: the open cells of the largest bounds are halved, those that cannot matter dropped."""
+    """Best-first search in batches: the open cells of the largest bounds are halved, those that
+    cannot matter dropped.
+    """
     cells, relaxed = _Cells.roots(response), _Relaxed.of(response)
     lower, argmax = ascend(response, start_directions(response, starts))
     batch = max(64, min(MAX_BATCH, BATCH_ENTRIES // max(1, len(response.rows))))
@@ -163,9 +174,13 @@ def maximise_branching(response: Response, starts: Tensor, deadline: float, tole
 
 
 def _bound(relaxed: _Relaxed, cells: _Cells) -> tuple[_Cells, Tensor]:
-    """Cells (in another order) with bounds and split axes, and the directions (b, r) at which their relaxations are largest."""
+    """Cells (in another order) with bounds and split axes, and the directions (b, r) at which their relaxations are
+    largest.
+    """
     outputs = relaxed.single.linear.shape[1]
-    size = chunk(len(relaxed.single.rows) * 2 * outputs if outputs > 1 else len(relaxed.single.rows) + 2 * len(relaxed.flows))
+    size = chunk(
+        len(relaxed.single.rows) * 2 * outputs if outputs > 1 else len(relaxed.single.rows) + 2 * len(relaxed.flows)
+    )
     order = cells.signs.argsort(descending=True)
     count = int((cells.signs > 0).sum())  # cells of one sign share a chunk
     parts = [part for half in (order[:count], order[count:]) if len(half) for part in half.split(size)]
@@ -212,21 +227,26 @@ def _bound_outputs(relaxed: _Relaxed, cells: _Cells, outputs: Tensor) -> tuple[T
     above = _pair_bound(relaxed, cells) if outputs.shape[1] == 1 else _single_bound(relaxed.single, cells, outputs)
     axis = cells.facets[:, None]
     linear = above.linear + outputs @ relaxed.single.linear.T
-    linear = linear.scatter_add(1, axis, cells.middles.gather(1, axis) * above.offset[:, None])  # on the facet that coordinate is +-1
+    # on the facet that coordinate is +-1
+    linear = linear.scatter_add(1, axis, cells.middles.gather(1, axis) * above.offset[:, None])
     uppers, tops = _cone_maxima(linear, cells)
     widest = cells.halves * torch.finfo(linear.dtype).tiny  # without mixed rows any axis will do
     return uppers + above.slack, above.widths * cells.halves.square() + widest, tops
 
 
 def _chord(heights: Tensor, reach: Tensor) -> tuple[Tensor, Tensor]:
-    """Slope and offset of the chord above relu on [heights - reach, heights + reach]; relu itself where the sign is fixed."""
+    """Slope and offset of the chord above relu on [heights - reach, heights + reach]; relu itself where the sign is
+    fixed.
+    """
     slopes = (heights / reach.clamp_min(torch.finfo(reach.dtype).tiny)).add_(1).mul_(0.5).clamp_(0, 1)
     return slopes, (reach - heights).clamp_min_(0).mul_(slopes)
 
 
 @dataclass(frozen=True, eq=False)
 class _Above:
-    """<linear, z> + offset + slack |z| lies above a function on each box: (b, r), (b,), (b,); widths (b, r) of its mixed rows by axis."""
+    """<linear, z> + offset + slack |z| lies above a function on each box: (b, r), (b,), (b,); widths (b, r) of its
+    mixed rows by axis.
+    """
 
     linear: Tensor
     offset: Tensor
@@ -246,10 +266,11 @@ def _single_bound(single: Response, cells: _Cells, outputs: Tensor) -> _Above:
 
 
 def _pair_bound(relaxed: _Relaxed, cells: _Cells) -> _Above:
-    """Above sum flows (relu(left z) - relu(right z)) times the sign that the cells share, term by term the lower at the middle of
+    """Above sum flows (relu(left z) - relu(right z)) times the sign that the cells share, term by term the lower at
+    the middle of
 
-    relu(x)'s chord less a supporting plane of relu(y), and (x - y) / 2 + |x - y| / 2.  Over unit vectors the second kind
-    adds up to less than sum flows |(left - right) z| <= (K lambda_max(M))^(1/2) by Cauchy and Schwarz, with
+    relu(x)'s chord less a supporting plane of relu(y), and (x - y) / 2 + |x - y| / 2.  Over unit vectors the second
+    kind adds up to less than sum flows |(left - right) z| <= (K lambda_max(M))^(1/2) by Cauchy and Schwarz, with
     K = sum flows |left - right| and M = sum flows (left - right)(left - right)^T / |left - right|.
     """
     flows, (lengths, squares) = relaxed.flows, relaxed.apart
@@ -281,7 +302,10 @@ def _cone_maxima(linear: Tensor, cells: _Cells) -> tuple[Tensor, Tensor]:
     side = cells.middles.gather(1, axis)
     height = (linear.gather(1, axis) * side).flatten()
     others = linear.scatter(1, axis, 0.0)
-    low, high = (cells.middles - cells.halves).scatter(1, axis, 0.0), (cells.middles + cells.halves).scatter(1, axis, 0.0)
+    low, high = (
+        (cells.middles - cells.halves).scatter(1, axis, 0.0),
+        (cells.middles + cells.halves).scatter(1, axis, 0.0),
+    )
     s = _slice_root(height, others, low, high)
     rest = others - others.clamp(s[:, None] * low, s[:, None] * high)
     polar = torch.minimum(height - s, -torch.maximum(rest * low, rest * high).sum(1))
@@ -291,7 +315,9 @@ def _cone_maxima(linear: Tensor, cells: _Cells) -> tuple[Tensor, Tensor]:
 
 
 def _slice_root(height: Tensor, others: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    """The s >= 0 that minimises (s - height)^2 + |others - clip(others, s low, s high)|^2, (b,); Newton inside a bracket."""
+    """The s >= 0 that minimises (s - height)^2 + |others - clip(others, s low, s high)|^2, (b,); Newton inside a
+    bracket.
+    """
     left, right = torch.zeros_like(height), torch.sqrt(height.square() + others.square().sum(1))
     s = height.clamp_min(0)
     for _ in range(12):

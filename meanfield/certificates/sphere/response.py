@@ -1,4 +1,6 @@
-"""The response of a kernel in the smallest equal problem: no two rows parallel, in coordinates of their row space; its lower bounds."""
+"""The response of a kernel in the smallest equal problem: no two rows parallel, in coordinates of their row space; its
+lower bounds.
+"""
 
 from __future__ import annotations
 
@@ -93,7 +95,9 @@ def _merge_parallel(rows: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tens
     lines = rows * sides
     _, group = torch.unique((lines / SAME_DIRECTION).round(), dim=0, return_inverse=True)
     count = int(group.max()) + 1
-    first = torch.full((count,), len(rows), device=rows.device).scatter_reduce(0, group, torch.arange(len(rows), device=rows.device), "amin")
+    first = torch.full((count,), len(rows), device=rows.device).scatter_reduce(
+        0, group, torch.arange(len(rows), device=rows.device), "amin"
+    )
     merged = weights.new_zeros(count, weights.shape[1]).index_add(0, group, weights)
     linear = -(lines[(sides < 0).flatten()].T @ weights[(sides < 0).flatten()])
     moved = float(((lines - lines[first][group]).norm(dim=1) * weights.norm(dim=1)).sum())

@@ -1,6 +1,7 @@
 """Do networks from different starts learn the same features?  Grafts between trained classifiers, and what controls do.
 
-Each measurement is a function of a cell (see `meanfield.bench.sweep`) and of the store of trained networks.  After Gu et al.
+Each measurement is a function of a cell (see `meanfield.bench.sweep`) and of the store of trained networks.  After Gu
+et al.
 2020, section 5; definitions of all arms in docs/grafting.md.
 """
 
@@ -33,52 +34,87 @@ def train(cell: Cell, store: str) -> list[Row]:
     classifier = Classifier.from_dict(cell)
     found, images = classifier.train(store), classifier.images()
     score = evaluate(found.network, images.held_out, images.held_out_labels)
-    named = {"seed": classifier.seed, "width": classifier.width, "penalty": classifier.penalty, "strength": classifier.strength}
+    named = {
+        "seed": classifier.seed,
+        "width": classifier.width,
+        "penalty": classifier.penalty,
+        "strength": classifier.strength,
+    }
     kept = [{name: record[name] for name in ("epoch", "loss", "regulariser", "accuracy")} for record in found.history]
     return [{**named, "labels": classifier.labels, **record} for record in kept[:-1]] + [
-        {**named, "labels": classifier.labels, **kept[-1], "held_out_accuracy": score.accuracy, "held_out_loss": score.loss}
+        {
+            **named,
+            "labels": classifier.labels,
+            **kept[-1],
+            "held_out_accuracy": score.accuracy,
+            "held_out_loss": score.loss,
+        }
     ]
 
 
 def pair(cell: Cell, store: str) -> list[Row]:
     """Grafts of one donor (`lower`) on one host (`upper`): the rows of `profile`.
 
-    cell: lower, upper (fields of a Classifier), lower_epoch, upper_epoch, methods, connections ("same": every layer but the
-    first with itself; "across": every convolution but the first with every later one; or a list of layers), rotated (the
-    features of the donor turned by a random rotation), names (columns to be copied).
+    cell: lower, upper (fields of a Classifier), lower_epoch, upper_epoch, methods, connections ("same": every layer
+    but the first with itself; "across": every convolution but the first with every later one; or a list of layers),
+    rotated (the features of the donor turned by a random rotation), names (columns to be copied).
     """
     lower, upper, images = _ends(cell, store)
     seed = cell["lower"]["seed"]
-    named = {**cell["names"], "lower_seed": seed, "upper_seed": cell["upper"]["seed"], "lower_epoch": cell["lower_epoch"]}
+    named = {
+        **cell["names"],
+        "lower_seed": seed,
+        "upper_seed": cell["upper"]["seed"],
+        "lower_epoch": cell["lower_epoch"],
+    }
     named["upper_epoch"] = cell["upper_epoch"]
     connections = _connections(upper, cell["connections"])
-    donors = [(rotated(lower, each[0], seed), [each]) for each in connections] if cell["rotated"] else [(lower, connections)]
+    donors = (
+        [(rotated(lower, each[0], seed), [each]) for each in connections] if cell["rotated"] else [(lower, connections)]
+    )
     rows = [row for donor, places in donors for row in profile(donor, upper, images, places, cell["methods"])]
     return [{**named, **row} for row in rows]
 
 
 def profile(
-    lower: nn.Module, upper: nn.Module, images: Images, connections: Sequence[tuple[str, str]], methods: Sequence[str] = ("least_squares",)
+    lower: nn.Module,
+    upper: nn.Module,
+    images: Images,
+    connections: Sequence[tuple[str, str]],
+    methods: Sequence[str] = ("least_squares",),
 ) -> list[Row]:
     """Grafts of any two modules at each (lower_layer, layer), a row per connection and method.
 
-    fit_error over the training images; error at the connection, output_error at the last linear layer and error_LAYER at
-    each one between, over held-out images; accuracy and loss there of the graft and of both parents; mmd, sliced_wasserstein
-    (in units of the root mean square of the host's), cka and moments of the features that enter the connection.
+    fit_error over the training images; error at the connection, output_error at the last linear layer and error_LAYER
+    at each one between, over held-out images; accuracy and loss there of the graft and of both parents; mmd,
+    sliced_wasserstein (in units of the root mean square of the host's), cka and moments of the features that enter the
+    connection.
     """
-    parents = {f"{end}_{figure}": value for end, each in (("upper", upper), ("lower", lower)) for figure, value in _score(each, images).items()}
+    parents = {
+        f"{end}_{figure}": value
+        for end, each in (("upper", upper), ("lower", lower))
+        for figure, value in _score(each, images).items()
+    }
     names, rows = [name for name, module in upper.named_modules() if isinstance(module, (nn.Conv2d, nn.Linear))], []
     for lower_layer, layer in connections:
         junction = Junction.observe(lower, upper, layer, images.inputs, lower_layer=lower_layer)
-        place = {"lower_layer": lower_layer, "layer": layer, "position": names.index(layer) + 1 if layer in names else None}
+        place = {
+            "lower_layer": lower_layer,
+            "layer": layer,
+            "position": names.index(layer) + 1 if layer in names else None,
+        }
         compared = _compared(junction, images.held_out[:PROBES])
         for method in methods:
-            rows.append({**place, "method": method, **_figures(junction.graft(method), upper, images), **parents, **compared})
+            rows.append(
+                {**place, "method": method, **_figures(junction.graft(method), upper, images), **parents, **compared}
+            )
     return rows
 
 
 def procedures(cell: Cell, store: str) -> list[Row]:
-    """Least squares against the authors' procedure on one pair, a row per layer: errors, accuracies and CPU seconds of both."""
+    """Least squares against the authors' procedure on one pair, a row per layer: errors, accuracies and CPU seconds of
+    both.
+    """
     lower, upper, images = _ends(cell, store)
     rows = []
     for _, layer in _connections(upper, cell["connections"]):
@@ -86,22 +122,32 @@ def procedures(cell: Cell, store: str) -> list[Row]:
             began = time.process_time()
             found = Junction.observe(lower, upper, layer, images.inputs).graft(method, seed=cell["lower"]["seed"])
             spent = time.process_time() - began
-            rows.append({**cell["names"], "layer": layer, "method": method, **_figures(found, upper, images), "cpu_seconds": spent})
+            rows.append(
+                {
+                    **cell["names"],
+                    "layer": layer,
+                    "method": method,
+                    **_figures(found, upper, images),
+                    "cpu_seconds": spent,
+                }
+            )
     return rows
 
 
 def classes(cell: Cell, store: str) -> list[Row]:
     """What the label alone says of the host: |g - E[g | class]|^2 / |g - mean g|^2 at each layer, held out.
 
-    E[g | class], by class, channel and position, is the mean over training images: the best prediction of g by anything that
-    knows the label and nothing else (nan where a class is held out only).  A graft with a smaller error knows more of the
-    host's features than the class.
+    E[g | class], by class, channel and position, is the mean over training images: the best prediction of g by
+    anything that knows the label and nothing else (nan where a class is held out only).  A graft with a smaller error
+    knows more of the host's features than the class.
     """
     _, upper, images = _ends(cell, store)
     rows = []
     for _, layer in _connections(upper, cell["connections"]):
         error = _class_error(nn.Sequential(Below(upper, layer), upper.get_submodule(layer)), images)
-        rows.append({**cell["names"], "layer": layer, "position": layers_of(upper).index(layer) + 1, "class_error": error})
+        rows.append(
+            {**cell["names"], "layer": layer, "position": layers_of(upper).index(layer) + 1, "class_error": error}
+        )
     return rows
 
 
@@ -161,7 +207,13 @@ def _figures(found: Graft, upper: nn.Module, images: Images) -> Row:
     errors = layer_errors(found, upper, images.held_out)
     later = {f"error_{name}": error for name, error in errors.items()}
     score = _score(found.network, images)
-    return {**score, "fit_error": found.error, "error": errors[found.layer], "output_error": list(errors.values())[-1], **later}
+    return {
+        **score,
+        "fit_error": found.error,
+        "error": errors[found.layer],
+        "output_error": list(errors.values())[-1],
+        **later,
+    }
 
 
 @torch.no_grad()
@@ -172,9 +224,15 @@ def _compared(junction: Junction, probes: Tensor) -> Row:
     """
     ours, theirs = (FeatureMeasure.uniform(cloud.double()) for cloud in junction.features(probes))
     ends = {"lower": moments(ours), "upper": moments(theirs)}
-    found = {f"features_{end}_{figure}": value for end, each in ends.items() for figure, value in each._asdict().items()}
+    found = {
+        f"features_{end}_{figure}": value for end, each in ends.items() for figure, value in each._asdict().items()
+    }
     scale = float(theirs.values.square().mean().sqrt())
     sliced = sliced_wasserstein(ours, theirs, generator=torch.Generator().manual_seed(0), projections=PROJECTIONS).value
     discrepancy = mmd(ours, theirs, [median_distance(theirs, theirs)]).values[0]
-    found |= {"mmd": discrepancy, "sliced_wasserstein": sliced / scale if scale > 0 else math.nan, "cka": linear_cka(ours, theirs)}
+    found |= {
+        "mmd": discrepancy,
+        "sliced_wasserstein": sliced / scale if scale > 0 else math.nan,
+        "cka": linear_cka(ours, theirs),
+    }
     return found

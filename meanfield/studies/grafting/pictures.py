@@ -16,18 +16,27 @@ from meanfield.studies.grafting import summary
 from meanfield.studies.grafting.summary import geometric, layers_upwards
 
 NAMES = {
-    "trained": "trained", "untrained": "untrained", "permuted_labels": "trained on permuted labels", "rotated": "trained, rotated",
+    "trained": "trained",
+    "untrained": "untrained",
+    "permuted_labels": "trained on permuted labels",
+    "rotated": "trained, rotated",
     "self": "the host itself",
-}  # fmt: skip
+}
 DONORS = {
-    "trained": "trained donors", "untrained": "untrained donors", "permuted_labels": "donors trained on permuted labels",
-    "rotated": "rotated donors", "self": "hosts grafted onto themselves",
-}  # fmt: skip
+    "trained": "trained donors",
+    "untrained": "untrained donors",
+    "permuted_labels": "donors trained on permuted labels",
+    "rotated": "rotated donors",
+    "self": "hosts grafted onto themselves",
+}
 METHODS = {"least_squares": "least squares", "transport": "transport", "adam": "the authors' Adam"}
 DISTANCES = {
-    "mmd": "MMD", "sliced_wasserstein": "sliced Wasserstein", "cka": "linear CKA, a similarity", "mean_difference": "difference of means",
+    "mmd": "MMD",
+    "sliced_wasserstein": "sliced Wasserstein",
+    "cka": "linear CKA, a similarity",
+    "mean_difference": "difference of means",
     "log_variance_ratio": "ratio of variances",
-}  # fmt: skip
+}
 CONTROLS = ("untrained", "permuted_labels")
 TRAJECTORY = {
     "error": ("least_squares", "error", "relative error at the layer, least squares"),
@@ -39,13 +48,21 @@ TRAJECTORY = {
 def pictures(tables: Mapping[str, Rows]) -> dict[str, Any]:
     """Name -> Figure, for the tables there are."""
     makers: dict[str, tuple[str, Callable[[Rows], Any]]] = {
-        "profiles": ("starts", _profiles), "methods": ("starts", _methods), "later": ("starts", _later), "l2": ("l2", _profiles),
-        **{f"trajectory_{kind}": ("trajectory", lambda rows, kind=kind: _trajectory_picture(rows, kind)) for kind in TRAJECTORY},
-        "ridge": ("trajectory", _ridge_picture), "epochs": ("epochs", _epochs_picture), "across": ("across", _across_picture),
+        "profiles": ("starts", _profiles),
+        "methods": ("starts", _methods),
+        "later": ("starts", _later),
+        "l2": ("l2", _profiles),
+        **{
+            f"trajectory_{kind}": ("trajectory", lambda rows, kind=kind: _trajectory_picture(rows, kind))
+            for kind in TRAJECTORY
+        },
+        "ridge": ("trajectory", _ridge_picture),
+        "epochs": ("epochs", _epochs_picture),
+        "across": ("across", _across_picture),
         "strengths": ("strengths", lambda rows: _settings_picture(rows, "strength")),
         "widths": ("widths", lambda rows: _settings_picture(rows, "width")),
         "classes": ("classes", lambda rows: _classes_picture(rows, tables.get("starts", ()))),
-    }  # fmt: skip
+    }
     drawn = {name: make(tables[part]) for name, (part, make) in makers.items() if tables.get(part)}
     return {name: each for name, each in drawn.items() if each is not None}
 
@@ -60,16 +77,24 @@ def _profiles(rows: Rows) -> Any:
 def _methods(rows: Rows) -> Any:
     found = summary.starts(rows)
     kinds = [method for method in METHODS if select(found, method=method)]
-    panels = {METHODS[method]: _bands(select(found, method=method), "error", ("trained", *CONTROLS, "rotated")) for method in kinds}
+    panels = {
+        METHODS[method]: _bands(select(found, method=method), "error", ("trained", *CONTROLS, "rotated"))
+        for method in kinds
+    }
     return plotting.bands(panels, "connecting layer", "relative error at the connection", log=list(panels), shared=True)
 
 
 def _bands(found: Rows, name: str, arms: Iterable[str]) -> list[Band]:
     shown = {arm: sorted(select(found, arm=arm), key=lambda row: row["position"]) for arm in arms}
     return [
-        Band(NAMES[arm], [row["layer"] for row in each], *([getattr(row[name], end) for row in each] for end in ("value", "low", "high")))
-        for arm, each in shown.items() if each
-    ]  # fmt: skip
+        Band(
+            NAMES[arm],
+            [row["layer"] for row in each],
+            *([getattr(row[name], end) for row in each] for end in ("value", "low", "high")),
+        )
+        for arm, each in shown.items()
+        if each
+    ]
 
 
 def _classes_picture(rows: Rows, starts: Rows) -> Any:
@@ -77,7 +102,12 @@ def _classes_picture(rows: Rows, starts: Rows) -> Any:
     ends = ([getattr(row["error"], end) for row in known] for end in ("value", "low", "high"))
     label = Band("the label alone", [row["layer"] for row in known], *ends)
     grafts = _bands(summary.starts(select(starts, method="least_squares")), "error", ("trained", "untrained"))
-    return plotting.bands({"least squares": [*grafts, label]}, "connecting layer", "relative error at the connection", log=["least squares"])
+    return plotting.bands(
+        {"least squares": [*grafts, label]},
+        "connecting layer",
+        "relative error at the connection",
+        log=["least squares"],
+    )
 
 
 def _later(rows: Rows) -> Any:
@@ -85,8 +115,10 @@ def _later(rows: Rows) -> Any:
     for arm in ("trained", *CONTROLS):
         cells = [
             {"layer": row["layer"], "at": at, "error": row[f"error_{at}"]}
-            for row in select(rows, arm=arm, method="least_squares") for at in layers if math.isfinite(row.get(f"error_{at}", math.nan))
-        ]  # fmt: skip
+            for row in select(rows, arm=arm, method="least_squares")
+            for at in layers
+            if math.isfinite(row.get(f"error_{at}", math.nan))
+        ]
         if cells:
             maps[NAMES[arm]] = _matrix(cells, "layer", "at", layers, layers, "error")
     return plotting.heat_maps(maps, layers, "layer of the measurement", "connecting layer", "relative error", log=True)
@@ -105,7 +137,9 @@ def _trajectory_picture(rows: Rows, kind: str) -> Any:
 
 
 def _ridge_picture(rows: Rows) -> Any:
-    """The contrast, drawn: what the epochs of donor and host each for themselves leave of the distance; None for too few epochs."""
+    """The contrast, drawn: what the epochs of donor and host each for themselves leave of the distance; None for too
+    few epochs.
+    """
     rows = [row for row in rows if row["lower_epoch"] and row["upper_epoch"]]
     deepest, epochs, maps = layers_upwards(rows, "layer")[-1], sorted({row["lower_epoch"] for row in rows}), {}
     for arm, (method, name, _) in product(("trained", "permuted_labels"), TRAJECTORY.values()):
@@ -114,7 +148,11 @@ def _ridge_picture(rows: Rows) -> Any:
             left = logs - logs.mean(0, keepdims=True) - logs.mean(1, keepdims=True) + logs.mean()
             maps[f"{kind({'figure': name, 'method': method})},\n{NAMES[arm]}"] = np.exp(left)
     names, label = list(map(str, epochs)), f"factor beyond both epochs' own, {deepest}"
-    return plotting.heat_maps(maps, names, "epoch of the host", "epoch of the donor", label, log=True) if len(epochs) > 1 else None
+    return (
+        plotting.heat_maps(maps, names, "epoch of the host", "epoch of the donor", label, log=True)
+        if len(epochs) > 1
+        else None
+    )
 
 
 def _epochs_picture(rows: Rows) -> Any:
@@ -124,29 +162,42 @@ def _epochs_picture(rows: Rows) -> Any:
             title = f"donor {NAMES[arm]},\n{'donor' if moving == 'lower' else 'host'} at the epoch"
             maps[title] = _matrix(there, "layer", "epoch", layers, epochs, "output_error")
     names = [str(epoch) for epoch in epochs]
-    return plotting.heat_maps(maps, names, "epoch", "connecting layer", "relative error at the output", rows=layers, log=True, columns=2)
+    return plotting.heat_maps(
+        maps, names, "epoch", "connecting layer", "relative error at the output", rows=layers, log=True, columns=2
+    )
 
 
 def _across_picture(rows: Rows) -> Any:
     below, above = layers_upwards(rows, "lower_layer"), layers_upwards(rows, "layer")
-    maps = {NAMES[arm]: _matrix(each, "lower_layer", "layer", below, above, "output_error") for (arm,), each in groups(rows, "arm").items()}
-    return plotting.heat_maps(maps, above, "layer of the host", "layer of the donor", "relative error at the output", rows=below, log=True)
+    maps = {
+        NAMES[arm]: _matrix(each, "lower_layer", "layer", below, above, "output_error")
+        for (arm,), each in groups(rows, "arm").items()
+    }
+    return plotting.heat_maps(
+        maps, above, "layer of the host", "layer of the donor", "relative error at the output", rows=below, log=True
+    )
 
 
 def _settings_picture(rows: Rows, name: str) -> Any:
-    """A panel per method and arm; a start does not know its strength, so that there untrained donors are one more line."""
+    """A panel per method and arm; a start does not know its strength, so that there untrained
+    donors are one more line.
+    """
     found = summary.matrix(rows, f"lower_{name}", f"upper_{name}")
     own = name == "width"
     places = sorted({row[f"upper_{name}"] for row in found})
     lines = places if own else [*(["untrained"] if select(found, arm="untrained") else []), *places]
     maps = {}
     for (method, arm), each in groups(found, "method", *(["arm"] if own else ["method"])).items():
-        placed = [{**row, "below": row[f"lower_{name}"] if own or row["arm"] == "trained" else "untrained"} for row in each]
+        placed = [
+            {**row, "below": row[f"lower_{name}"] if own or row["arm"] == "trained" else "untrained"} for row in each
+        ]
         title = f"{METHODS[method]}, {arm}" if own else METHODS[method]
         maps[title] = _matrix(placed, "below", f"upper_{name}", lines, places, "output_error")
     ticks, texts = ([f"{each:g}" if not isinstance(each, str) else each for each in ends] for ends in (places, lines))
     ends = (f"{name} of the host", f"{name} of the donor")
-    return plotting.heat_maps(maps, ticks, *ends, "mean relative error at the output", rows=texts, log=True, numbers=True, columns=2)
+    return plotting.heat_maps(
+        maps, ticks, *ends, "mean relative error at the output", rows=texts, log=True, numbers=True, columns=2
+    )
 
 
 def _matrix(rows: Rows, down: str, across: str, lines: Sequence[Any], columns: Sequence[Any], name: str) -> np.ndarray:

@@ -21,9 +21,14 @@ CONTRASTS = ("error", "mmd")
 def summary(tables: Mapping[str, Rows]) -> dict[str, Any]:
     """The figures that the study is for, from whichever tables there are."""
     makers: dict[str, Callable[[Rows], Any]] = {
-        "starts": starts, "l2": starts, "strengths": lambda rows: matrix(rows, "lower_strength", "upper_strength"),
-        "widths": lambda rows: matrix(rows, "lower_width", "upper_width"), "classes": class_errors, "trajectory": contrasts, "procedures": procedures,
-    }  # fmt: skip
+        "starts": starts,
+        "l2": starts,
+        "strengths": lambda rows: matrix(rows, "lower_strength", "upper_strength"),
+        "widths": lambda rows: matrix(rows, "lower_width", "upper_width"),
+        "classes": class_errors,
+        "trajectory": contrasts,
+        "procedures": procedures,
+    }
     found = {part: make(tables[part]) for part, make in makers.items() if part in tables}
     return {**found, "correlations": correlations(tables["starts"])} if "starts" in tables else found
 
@@ -40,9 +45,17 @@ def starts(rows: Rows) -> list[Row]:
         accuracy = mean([relative_accuracy(row) for row in each])
         error, output = (_mean_error([row[name] for row in each]) for name in ("error", "output_error"))
         found.append(
-            {"arm": arm, "method": method, "layer": layer, "position": position, "pairs": len(each), "relative_accuracy": accuracy, "error": error,
-             "output_error": output}
-        )  # fmt: skip
+            {
+                "arm": arm,
+                "method": method,
+                "layer": layer,
+                "position": position,
+                "pairs": len(each),
+                "relative_accuracy": accuracy,
+                "error": error,
+                "output_error": output,
+            }
+        )
     for row in found:
         trained = next(iter(select(found, arm="trained", method=row["method"], layer=row["layer"])), None)
         row["accuracy_separated"] = trained is not None and trained["relative_accuracy"].above(row["relative_accuracy"])
@@ -68,8 +81,13 @@ def matrix(rows: Rows, lower: str, upper: str) -> list[Row]:
     """Means over pairs and layers from the middle up, per arm, method and the two settings."""
     last = max(row["position"] for row in rows)
     found = []
-    for (arm, method, below, above), each in groups([row for row in rows if row["position"] > last / 2], "arm", "method", lower, upper).items():
-        figures = {"relative_accuracy": fmean(map(relative_accuracy, each)), "output_error": fmean(row["output_error"] for row in each)}
+    for (arm, method, below, above), each in groups(
+        [row for row in rows if row["position"] > last / 2], "arm", "method", lower, upper
+    ).items():
+        figures = {
+            "relative_accuracy": fmean(map(relative_accuracy, each)),
+            "output_error": fmean(row["output_error"] for row in each),
+        }
         found.append({"arm": arm, "method": method, lower: below, upper: above, **figures})
     return found
 
@@ -86,7 +104,16 @@ def contrasts(rows: Rows) -> list[Row]:
         for method, figure in kinds:
             values = [_contrast(select(same, method=method), figure) for same in groups(each, "pair").values()]
             if arm != "self" and values and all(map(math.isfinite, values)):
-                found.append({"arm": arm, "layer": layer, "method": method, "figure": figure, "pairs": len(values), "contrast": mean(values)})
+                found.append(
+                    {
+                        "arm": arm,
+                        "layer": layer,
+                        "method": method,
+                        "figure": figure,
+                        "pairs": len(values),
+                        "contrast": mean(values),
+                    }
+                )
     return found
 
 
@@ -98,12 +125,15 @@ def _contrast(rows: Rows, figure: str) -> float:
 
 
 def correlations(rows: Rows) -> list[Row]:
-    """Spearman's rank correlation of distances with graft errors across pairs and arms, layer by layer; mean over layers.
+    """Spearman's rank correlation of distances with graft errors across pairs and arms, layer by layer; mean over
+    layers.
 
     Rotated donors are a case of their own (a rotation changes every distance but CKA and no least squares) and donors
     equal to the host trivial: both are left out.
     """
-    kept = [{**row, **_moment_distances(row)} for row in rows if row["arm"] in ("trained", "untrained", "permuted_labels")]
+    kept = [
+        {**row, **_moment_distances(row)} for row in rows if row["arm"] in ("trained", "untrained", "permuted_labels")
+    ]
     found = []
     for method, figure in product(dict.fromkeys(row["method"] for row in kept), FIGURES):
         by_layer = [_rank_correlation(each, figure) for each in groups(select(kept, method=method), "layer").values()]
@@ -138,12 +168,16 @@ def procedures(rows: Rows) -> list[Row]:
         seconds = [fmean(row["cpu_seconds"] for row in kind) for kind in (squares, adam)]
         found.append(
             {
-                "layer": layer, "accuracy_points": 100 * fmean(a["accuracy"] - s["accuracy"] for s, a in zip(squares, adam)),
-                "fit_error": fmean(s["fit_error"] for s in squares), "adam_fit_error": fmean(a["fit_error"] for a in adam),
-                "excess": fmean(a["fit_error"] / s["fit_error"] - 1 for s, a in zip(squares, adam)), "cpu_seconds": seconds[0],
-                "adam_cpu_seconds": seconds[1], "ratio": seconds[1] / seconds[0],
+                "layer": layer,
+                "accuracy_points": 100 * fmean(a["accuracy"] - s["accuracy"] for s, a in zip(squares, adam)),
+                "fit_error": fmean(s["fit_error"] for s in squares),
+                "adam_fit_error": fmean(a["fit_error"] for a in adam),
+                "excess": fmean(a["fit_error"] / s["fit_error"] - 1 for s, a in zip(squares, adam)),
+                "cpu_seconds": seconds[0],
+                "adam_cpu_seconds": seconds[1],
+                "ratio": seconds[1] / seconds[0],
             }
-        )  # fmt: skip
+        )
     return found
 
 
@@ -153,5 +187,6 @@ def layers_upwards(rows: Rows, column: str) -> list[str]:
 
 
 def geometric(values: Iterable[float]) -> float:
-    logs = [math.log(max(value, ROUNDING)) for value in values if math.isfinite(value)]  # constant hosts have no relative error
+    # constant hosts have no relative error
+    logs = [math.log(max(value, ROUNDING)) for value in values if math.isfinite(value)]
     return math.exp(fmean(logs)) if logs else math.nan

@@ -66,7 +66,12 @@ def gather(run: Run, announce: Callable[[str], None] = lambda text: None) -> dic
         ("finite", "finite networks", _finite),
         ("segment", "the line between two solutions", _segment),
     ]
-    results: dict[str, Any] = {"settings": run.settings, "seed": run.seed, "versions": versions(), "warnings": run.warnings}
+    results: dict[str, Any] = {
+        "settings": run.settings,
+        "seed": run.seed,
+        "versions": versions(),
+        "warnings": run.warnings,
+    }
     for name, text, measure in sections:
         announce(text)
         with _quiet():
@@ -97,11 +102,19 @@ def solution_figures(problem: Problem, solution: Solution) -> dict[str, Any]:
     certificate = solution.certificate
     terms = problem.terms(solution.network)._asdict()
     return {
-        "value": solution.value, "gap": solution.gap, "relative_gap": solution.relative_gap, "dual_value": solution.value - solution.gap,
-        "lower_bound": solution.lower_bound, "violation": certificate.violation if certificate else None, "status": solution.status,
-        "message": solution.message, "seconds": solution.seconds, "rounds": len(solution.history),
-        "widths": list(solution.network.widths), "terms": {name: float(term) for name, term in terms.items()},
-    }  # fmt: skip
+        "value": solution.value,
+        "gap": solution.gap,
+        "relative_gap": solution.relative_gap,
+        "dual_value": solution.value - solution.gap,
+        "lower_bound": solution.lower_bound,
+        "violation": certificate.violation if certificate else None,
+        "status": solution.status,
+        "message": solution.message,
+        "seconds": solution.seconds,
+        "rounds": len(solution.history),
+        "widths": list(solution.network.widths),
+        "terms": {name: float(term) for name, term in terms.items()},
+    }
 
 
 def _solution(run: Run) -> dict[str, Any]:
@@ -118,9 +131,15 @@ def _reference(run: Run) -> dict[str, Any]:
     program = ConvexProgram.freeze(run.problem, network).to(dtype=torch.float64, device="cpu")
     ours = float(program.problem.value(program.frozen))
     found: dict[str, Any] = {"widths": list(network.widths), "constraints": _constraints(program), "our_value": ours}
-    size = max((m * n * rows for m, n, rows in zip(network.widths, network.widths[1:], _rows(program))), default=network.widths[0])
+    size = max(
+        (m * n * rows for m, n, rows in zip(network.widths, network.widths[1:], _rows(program))),
+        default=network.widths[0],
+    )
     if size > REFERENCE_LIMIT:
-        return found | {"skipped": f"{size:,} entries (particles x particles x constraint rows); cvxpy is given at most {REFERENCE_LIMIT:,}"}
+        return found | {
+            "skipped": f"{size:,} entries (particles x particles x constraint rows); cvxpy is given at most "
+            f"{REFERENCE_LIMIT:,}"
+        }
     began = time.perf_counter()
     try:
         solved = solvers.reference.solve(program)
@@ -130,9 +149,13 @@ def _reference(run: Run) -> dict[str, Any]:
         return found | {"skipped": solved.message}
     violation = solved.certificate.violation if solved.certificate else math.nan
     return found | {
-        "cvxpy_value": solved.value, "difference": found["our_value"] - solved.value, "cvxpy_gap": solved.gap,
-        "cvxpy_violation": violation, "message": solved.message, "seconds": time.perf_counter() - began,
-    }  # fmt: skip
+        "cvxpy_value": solved.value,
+        "difference": found["our_value"] - solved.value,
+        "cvxpy_gap": solved.gap,
+        "cvxpy_violation": violation,
+        "message": solved.message,
+        "seconds": time.perf_counter() - began,
+    }
 
 
 def _rows(program: ConvexProgram) -> list[int]:
@@ -171,9 +194,12 @@ def _judged(run: Run, data: Dataset, keep_images: bool = False) -> dict[str, Any
     predicted = (output[:, 0] <= 0).long() if output.shape[1] == 1 else output.argmax(1)
     right = predicted == indices
     found = {
-        "count": len(inputs), "accuracy": float(right.double().mean()), "class_index": indices.tolist(), "predicted": predicted.tolist(),
+        "count": len(inputs),
+        "accuracy": float(right.double().mean()),
+        "class_index": indices.tolist(),
+        "predicted": predicted.tolist(),
         "shown": _margin(output, indices).tolist(),
-    }  # fmt: skip
+    }
     if keep_images:
         found["images"] = inputs[:IMAGES_SHOWN].mean(1).tolist()
     return found
@@ -192,7 +218,10 @@ def _sampled(run: Run) -> dict[int, list[float]]:
     network, depth = run.solution.network, run.problem.architecture.depth
     found: dict[int, list[float]] = {}
     for m in SAMPLED_WIDTHS:
-        draws = [finite.sample(network, [m] * depth, torch.Generator().manual_seed(run.seed + 1000 * m + i)) for i in range(DRAWS)]
+        draws = [
+            finite.sample(network, [m] * depth, torch.Generator().manual_seed(run.seed + 1000 * m + i))
+            for i in range(DRAWS)
+        ]
         found[m] = [float(run.problem.terms(draw.particles()).total()) for draw in draws]
     return found
 
@@ -207,14 +236,20 @@ def _finite(run: Run) -> dict[str, Any]:
                 skipped += 1
                 continue
             widths = [m] * run.problem.architecture.depth
-            training = finite.train(run.problem, widths, run.seed + seed, steps=run.trained_steps, learning_rate=TRAINED_RATE)
+            training = finite.train(
+                run.problem, widths, run.seed + seed, steps=run.trained_steps, learning_rate=TRAINED_RATE
+            )
             if training.status == "interrupted":  # the report is the user's to stop
                 raise KeyboardInterrupt
             trained.setdefault(m, []).append(training.value)
     return {
-        "limit": run.solution.value, "draws": DRAWS, "trained_steps": run.trained_steps, "trained_skipped": skipped,
-        "sampled": {str(m): found for m, found in sampled.items()}, "trained": {str(m): found for m, found in trained.items()},
-    }  # fmt: skip
+        "limit": run.solution.value,
+        "draws": DRAWS,
+        "trained_steps": run.trained_steps,
+        "trained_skipped": skipped,
+        "sampled": {str(m): found for m, found in sampled.items()},
+        "trained": {str(m): found for m, found in trained.items()},
+    }
 
 
 @torch.no_grad()
@@ -224,7 +259,12 @@ def _segment(run: Run) -> dict[str, Any]:
     times = [i / (POINTS - 1) for i in range(POINTS)]
     ends = float(run.problem.terms(first).total()), float(run.problem.terms(second).total())
     inner = {"program": measures.mixture, "weights": measures.interpolate}
-    found: dict[str, Any] = {"t": times, "seeds": [run.seed + 1, run.seed + 2], "widths": list(first.widths), "steps": run.segment_steps}
+    found: dict[str, Any] = {
+        "t": times,
+        "seeds": [run.seed + 1, run.seed + 2],
+        "widths": list(first.widths),
+        "steps": run.segment_steps,
+    }
     for name, join in inner.items():
         values = [float(run.problem.terms(join(first, second, t)).total()) for t in times[1:-1]]
         found[name] = [ends[0], *values, ends[1]]

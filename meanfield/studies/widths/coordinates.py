@@ -16,7 +16,8 @@ from meanfield.finite.training import LEARNING_RATES
 
 
 def check(cell: Cell) -> list[Row]:
-    """A network of `width` from start `seed` trained for `steps` steps in `scaling` by `optimiser`, at its default rate.
+    """A network of `width` from start `seed` trained for `steps` steps in `scaling` by `optimiser`, at its default
+    rate.
 
     size: mean |x| over images, positions and channels; change: that of x - x at the start.  layer 1..L are the
     pre-activations, "output" is F.
@@ -25,15 +26,24 @@ def check(cell: Cell) -> list[Row]:
     problem = task.problem()
     rate = LEARNING_RATES[cell["optimiser"], cell["scaling"]]
     ended = finite.train(
-        problem, (cell["width"],) * task.depth, cell["seed"], scaling=cell["scaling"], optimiser=cell["optimiser"], schedule="constant",
-        steps=cell["steps"], checkpoints=[rate * step for step in range(cell["steps"] + 1)], record_every=cell["steps"],
-    )  # fmt: skip
+        problem,
+        (cell["width"],) * task.depth,
+        cell["seed"],
+        scaling=cell["scaling"],
+        optimiser=cell["optimiser"],
+        schedule="constant",
+        steps=cell["steps"],
+        checkpoints=[rate * step for step in range(cell["steps"] + 1)],
+        record_every=cell["steps"],
+    )
     named = {name: cell[name] for name in ("scaling", "optimiser", "width", "seed")}
     start = _coordinates(ended.checkpoints[0][1], problem.inputs)
     rows = []
     for step, (_, network) in enumerate(ended.checkpoints):
         for layer, now in _coordinates(network, problem.inputs).items():
-            rows.append({**named, "step": step, "layer": layer, "size": _mean(now), "change": _mean(now - start[layer])})
+            rows.append(
+                {**named, "step": step, "layer": layer, "size": _mean(now), "change": _mean(now - start[layer])}
+            )
     return rows
 
 

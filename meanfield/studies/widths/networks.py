@@ -1,8 +1,8 @@
 """How finite networks approach the continuous one: sampled from a solved measure, and trained from their own starts.
 
-Each measurement is a function of a cell (see `meanfield.bench.sweep`): the fields of a Task and those that its docstring
-names.  Theory: channels drawn i.i.d. from the masses give E|F_m - F|^2 = O(1/m), plain Monte Carlo through all layers
-(docs/theory.md, section 10).
+Each measurement is a function of a cell (see `meanfield.bench.sweep`): the fields of a Task and those that its
+docstring names.  Theory: channels drawn i.i.d. from the masses give E|F_m - F|^2 = O(1/m), plain Monte Carlo through
+all layers (docs/theory.md, section 10).
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ HELD_OUT = 16  # images for accuracies
 
 
 def sampled(cell: Cell) -> list[Row]:
-    """Networks of `width` particles per layer drawn from a solved measure: errors over `draws` draws at each of `widths`.
+    """Networks of `width` particles per layer drawn from a solved measure: errors over `draws` draws at each of
+    `widths`.
 
     sampling: "masses" draws by mass; "uniform", the control, draws all particles alike and so ignores the masses.  A
     row holds means over BATCH draws: squared_error (of F over the training images), excess (J - J of the measure,
@@ -74,7 +75,9 @@ def _named(task: Task) -> Row:
     return {"data": task.data, "depth": task.depth, "activation": task.activation}
 
 
-def draw_masses(network: ParticleNetwork, width: int, count: int, sampling: str, generator: np.random.Generator) -> list[Tensor]:
+def draw_masses(
+    network: ParticleNetwork, width: int, count: int, sampling: str, generator: np.random.Generator
+) -> list[Tensor]:
     """Masses (count, M_l) of `count` sampled networks: how often each particle was drawn, over `width`.
 
     A network of `width` channels drawn with replacement is the measure's own particles at these masses, clones merged:
@@ -110,7 +113,9 @@ def _against(problem: Problem, held_out: Dataset, network: ParticleNetwork, exac
     features, output = sampled_responses(network, inputs, masses)
 
     def objective(output: Tensor, *masses: Tensor) -> Tensor:
-        drawn = ParticleNetwork.unchecked(network.architecture, masses, network.kernels, network.readout, network.biases)
+        drawn = ParticleNetwork.unchecked(
+            network.architecture, masses, network.kernels, network.readout, network.biases
+        )
         return problem.terms(drawn, output).total()
 
     found = {
@@ -138,13 +143,28 @@ def limit(cell: Cell) -> list[Row]:
     """
     task = Task.from_dict(cell)
     solved = main_job.solve(
-        task.problem(), (cell["width"],) * task.depth, cell["seed"], rounds=cell["rounds"], flow_steps=cell["steps"], grow=8, tolerance=1e-3,
-        program_tolerance=1e-3, program_iterations=500,
-    )  # fmt: skip
+        task.problem(),
+        (cell["width"],) * task.depth,
+        cell["seed"],
+        rounds=cell["rounds"],
+        flow_steps=cell["steps"],
+        grow=8,
+        tolerance=1e-3,
+        program_tolerance=1e-3,
+        program_iterations=500,
+    )
     bounds = [row["search_bound"] for row in solved.history if math.isfinite(row["search_bound"])]
     proven = [row["proven_bound"] for row in solved.history if row["proven_bound"] is not None]
     found = {"value": solved.value, "bound": max(bounds, default=None), "proven_bound": max(proven, default=None)}
-    return [{**_named(task), "seed": cell["seed"], "widths": "x".join(map(str, solved.network.widths)), **found, "gap": solved.gap}]
+    return [
+        {
+            **_named(task),
+            "seed": cell["seed"],
+            "widths": "x".join(map(str, solved.network.widths)),
+            **found,
+            "gap": solved.gap,
+        }
+    ]
 
 
 def trained(cell: Cell) -> list[Row]:
@@ -167,13 +187,16 @@ def trained(cell: Cell) -> list[Row]:
 
 
 def kernel(cell: Cell) -> list[Row]:
-    """Relative Frobenius error of the empirical tangent kernel of a one-layer network of `width` against the infinite one.
+    """Relative Frobenius error of the empirical tangent kernel of a one-layer network of `width` against the infinite
+    one.
 
     ReLU, the "ntk" scaling, the He start `seed`; the task's architecture otherwise.
     """
     task = Task.from_dict(cell).variant(depth=1, activation="relu")
     problem = task.problem()
-    network = finite.FiniteCNN.random(problem.architecture, (cell["width"],), problem.inputs, torch.Generator().manual_seed(cell["seed"]), "ntk")
+    network = finite.FiniteCNN.random(
+        problem.architecture, (cell["width"],), problem.inputs, torch.Generator().manual_seed(cell["seed"]), "ntk"
+    )
     infinite = finite.kernel.infinite(problem.architecture, problem.inputs)
     error = torch.linalg.norm(finite.kernel.empirical(network, problem.inputs) - infinite) / torch.linalg.norm(infinite)
     return [{"data": task.data, "width": cell["width"], "seed": cell["seed"], "relative_error": float(error)}]

@@ -18,18 +18,27 @@ from meanfield.studies.widths.trajectories import QUANTILES
 DISTANCES = {"mmd": "MMD", "sliced_wasserstein": "sliced Wasserstein"}
 SAMPLING = {"masses": "by mass", "uniform": "masses ignored (control)"}
 ARMS = {
-    "mean_field": "mean-field scaling", "ntk": "control: 1/sqrt(m) scaling", "permuted_labels": "control: second network on permuted labels",
-    "shuffled_batches": "minibatches, reshuffled", "fixed_batches": "minibatches in fixed order", "noise": "with noise",
-}  # fmt: skip
+    "mean_field": "mean-field scaling",
+    "ntk": "control: 1/sqrt(m) scaling",
+    "permuted_labels": "control: second network on permuted labels",
+    "shuffled_batches": "minibatches, reshuffled",
+    "fixed_batches": "minibatches in fixed order",
+    "noise": "with noise",
+}
 
 
 def pictures(tables: Mapping[str, Rows]) -> dict[str, Any]:
     """Name -> Figure, for the tables there are."""
     makers = {
-        "sampled": ("sampled", _sampled_picture), "trained": ("trained", _trained_picture), "trajectories": ("trajectories", _trajectory_picture),
-        "times": ("trajectories", _times_picture), "seeds": ("gallery", _seeds_picture), "distributions": ("statistics", _distribution_picture),
-        "coordinates": ("coordinates", _coordinate_picture), "kernel": ("kernel", _kernel_picture),
-    }  # fmt: skip
+        "sampled": ("sampled", _sampled_picture),
+        "trained": ("trained", _trained_picture),
+        "trajectories": ("trajectories", _trajectory_picture),
+        "times": ("trajectories", _times_picture),
+        "seeds": ("gallery", _seeds_picture),
+        "distributions": ("statistics", _distribution_picture),
+        "coordinates": ("coordinates", _coordinate_picture),
+        "kernel": ("kernel", _kernel_picture),
+    }
     context = dict(tables)
     return {name: make(context[part], context) for name, (part, make) in makers.items() if context.get(part)}
 
@@ -38,7 +47,11 @@ def _sampled_picture(rows: Rows, _: Mapping[str, Rows]) -> Any:
     panels = {}
     for (depth,), each in groups(rows, "depth").items():
         panels[f"L = {depth}"] = [
-            Curve(labelled(f"{activation}, {SAMPLING[sampling]}", summary.rate(drawn, "squared_error")), samples(drawn, "squared_error"), "mean")
+            Curve(
+                labelled(f"{activation}, {SAMPLING[sampling]}", summary.rate(drawn, "squared_error")),
+                samples(drawn, "squared_error"),
+                "mean",
+            )
             for (activation, sampling), drawn in groups(each, "activation", "sampling").items()
         ]
     return plotting.rates(panels, "E |F_m - F|^2", guide=-1)
@@ -58,7 +71,11 @@ def _trajectory_picture(rows: Rows, _: Mapping[str, Rows]) -> Any:
     panels = {}
     for (arm,), each in groups(select(rows, layer=deepest), "arm").items():
         moved = _time_of_change(each)
-        kinds = {"seeds": ("two seeds", last), "doubled": ("widths m and 2m", last), "times": (f"times {moved / 2:g} and {moved:g}", moved)}
+        kinds = {
+            "seeds": ("two seeds", last),
+            "doubled": ("widths m and 2m", last),
+            "times": (f"times {moved / 2:g} and {moved:g}", moved),
+        }
         curves = []
         for kind, (label, time) in kinds.items():
             there = select(each, kind=kind, time=time)
@@ -77,14 +94,25 @@ def _time_of_change(rows: Rows) -> float:
 def _times_picture(rows: Rows, _: Mapping[str, Rows]) -> Any:
     crossed = select(rows, kind="cross", arm="mean_field")
     times = sorted({row["time"] for row in crossed})
-    maps = {f"width {width}": _matrix(each, "time", "other_time", times) for (width,), each in groups(crossed, "width").items()}
+    maps = {
+        f"width {width}": _matrix(each, "time", "other_time", times)
+        for (width,), each in groups(crossed, "width").items()
+    }
     chosen = dict(list(maps.items())[:: max(1, (len(maps) - 1) // 2)])
-    return plotting.heat_maps(chosen, [f"{t:g}" for t in times], "flow time of the second network", "flow time of the first", "MMD, last layer")
+    return plotting.heat_maps(
+        chosen,
+        [f"{t:g}" for t in times],
+        "flow time of the second network",
+        "flow time of the first",
+        "MMD, last layer",
+    )
 
 
 def _seeds_picture(rows: Rows, _: Mapping[str, Rows]) -> Any:
     seeds = sorted({row["seed"] for row in rows})
-    maps = {f"width {width}": _matrix(each, "seed", "other_seed", seeds) for (width,), each in groups(rows, "width").items()}
+    maps = {
+        f"width {width}": _matrix(each, "seed", "other_seed", seeds) for (width,), each in groups(rows, "width").items()
+    }
     return plotting.heat_maps(maps, [str(seed) for seed in seeds], "seed", "seed", "MMD, last layer, last time")
 
 
@@ -100,7 +128,8 @@ def _distribution_picture(rows: Rows, _: Mapping[str, Rows]) -> Any:
     panels = {}
     for (what, layer), each in groups(select(rows, time=last), "of", "layer").items():
         panels[f"{what} of layer {layer}"] = {
-            f"width {width}": [[row[f"q{q:02d}"] for q in QUANTILES] for row in same] for (width,), same in groups(each, "width").items()
+            f"width {width}": [[row[f"q{q:02d}"] for q in QUANTILES] for row in same]
+            for (width,), same in groups(each, "width").items()
         }
     ordered = dict(sorted(panels.items(), key=lambda item: (item[0].startswith("features"), item[0])))
     return plotting.distributions(ordered, [q / 100 for q in QUANTILES])
@@ -111,7 +140,11 @@ def _coordinate_picture(rows: Rows, _: Mapping[str, Rows]) -> Any:
     panels = {}
     for (scaling, optimiser), each in groups(select(rows, step=last), "scaling", "optimiser").items():
         panels[f"{scaling}, {optimiser}"] = [
-            Curve(labelled(layer if layer == "output" else f"layer {layer}", summary.rate(same, "change")), samples(same, "change"), "mean")
+            Curve(
+                labelled(layer if layer == "output" else f"layer {layer}", summary.rate(same, "change")),
+                samples(same, "change"),
+                "mean",
+            )
             for (layer,), same in groups(each, "layer").items()
         ]
     return plotting.rates(panels, f"mean change, {last} steps")
@@ -120,7 +153,9 @@ def _coordinate_picture(rows: Rows, _: Mapping[str, Rows]) -> Any:
 def _kernel_picture(rows: Rows, _: Mapping[str, Rows]) -> Any:
     fitted = summary.rate(rows, "relative_error", "median")
     return plotting.rates(
-        {"one ReLU layer": [Curve(labelled("empirical kernel", fitted), samples(rows, "relative_error"))]}, "relative Frobenius error", -0.5
+        {"one ReLU layer": [Curve(labelled("empirical kernel", fitted), samples(rows, "relative_error"))]},
+        "relative Frobenius error",
+        -0.5,
     )
 
 

@@ -21,12 +21,15 @@ from meanfield.studies.widths.trajectories import TIMES
 
 RATE = 0.5
 WIDE = 256
-COORDINATE_STEPS = 16  # mean-field layers below the last one start to learn once the last one has: not in the first few steps
+# mean-field layers below the last one start to learn once the last one has: not in the first few steps
+COORDINATE_STEPS = 16
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much of everything: "quick" shows that it runs, "default" takes under ten minutes on two cores, "full" hours."""
+    """How much of everything: "quick" shows that it runs, "default" takes under ten minutes on two
+    cores, "full" hours.
+    """
 
     depths: tuple[int, ...]
     sampled_widths: tuple[int, ...]
@@ -49,41 +52,95 @@ class Sizes:
 SIZES = {
     "quick": Sizes((1, 2), (64, 256), 60, 20, (8, 16), 2, 60, 1, 1, (8, 16), 2, (8,), (16, 64), 1, (16, 64), 3),
     "default": Sizes(
-        (1, 2, 3), (64, 128, 256, 512, 1024), 1000, 100, (8, 16, 32, 64, 128), 6, 800, 2, 3, (16, 32, 64, 128, 256, 768), 5, (32, 128),
-        (32, 128, 512), 3, (16, 64, 256, 1024), 12,
+        (1, 2, 3),
+        (64, 128, 256, 512, 1024),
+        1000,
+        100,
+        (8, 16, 32, 64, 128),
+        6,
+        800,
+        2,
+        3,
+        (16, 32, 64, 128, 256, 768),
+        5,
+        (32, 128),
+        (32, 128, 512),
+        3,
+        (16, 64, 256, 1024),
+        12,
     ),
     "full": Sizes(
-        (1, 2, 3), (64, 128, 256, 512, 1024), 4000, 400, (8, 16, 32, 64, 128, 256), 20, 3000, 4, 6, (16, 32, 64, 128, 256, 512, 1024, 1536), 12,
-        (32, 128, 512), (32, 128, 512, 2048), 8, (16, 64, 256, 1024, 4096), 40,
+        (1, 2, 3),
+        (64, 128, 256, 512, 1024),
+        4000,
+        400,
+        (8, 16, 32, 64, 128, 256),
+        20,
+        3000,
+        4,
+        6,
+        (16, 32, 64, 128, 256, 512, 1024, 1536),
+        12,
+        (32, 128, 512),
+        (32, 128, 512, 2048),
+        8,
+        (16, 64, 256, 1024, 4096),
+        40,
     ),
-}  # fmt: skip
+}
 PARTS = ("sampled", "limit", "trained", "trajectories", "statistics", "gallery", "coordinates", "kernel")
 MEASURES: dict[str, sweep.Measure] = {
-    "sampled": widths.sampled, "limit": widths.limit, "trained": widths.trained, "trajectories": trajectories.pair,
-    "statistics": trajectories.statistics, "gallery": trajectories.gallery, "coordinates": coordinates.check, "kernel": widths.kernel,
-}  # fmt: skip
+    "sampled": widths.sampled,
+    "limit": widths.limit,
+    "trained": widths.trained,
+    "trajectories": trajectories.pair,
+    "statistics": trajectories.statistics,
+    "gallery": trajectories.gallery,
+    "coordinates": coordinates.check,
+    "kernel": widths.kernel,
+}
 
 
 def plan(task: Task, sizes: Sizes, seed: int = 0) -> dict[str, list[Cell]]:
     """The cells of every part.  `task` says which images in which type; each part takes the size that it can afford."""
     small = task.variant(depth=2, source_penalty=3e-3, readout_penalty=5e-3, input_penalty=2e-3, **_smaller(task))
-    deep = task.variant(depth=3, dtype="float32", **_smaller(task))  # a third of the time; distances are taken in float64
-    bare = deep.variant(source_penalty=0.0, readout_penalty=0.0, input_penalty=0.0)  # whose gradients would mask the loss's
+    # a third of the time; distances are taken in float64
+    deep = task.variant(depth=3, dtype="float32", **_smaller(task))
+    # whose gradients would mask the loss's
+    bare = deep.variant(source_penalty=0.0, readout_penalty=0.0, input_penalty=0.0)
     return {
         "sampled": _sampled(task, sizes, seed),
-        "limit": _cells(small, seed=_seeds(seed, sizes.limit_seeds), width=[16], rounds=[sizes.limit_rounds], steps=[sizes.trained_steps]),
+        "limit": _cells(
+            small,
+            seed=_seeds(seed, sizes.limit_seeds),
+            width=[16],
+            rounds=[sizes.limit_rounds],
+            steps=[sizes.trained_steps],
+        ),
         "trained": _cells(
-            small, masses=["fixed", "free"], width=sizes.trained_widths, seed=_seeds(seed, sizes.trained_seeds), steps=[sizes.trained_steps]
+            small,
+            masses=["fixed", "free"],
+            width=sizes.trained_widths,
+            seed=_seeds(seed, sizes.trained_seeds),
+            steps=[sizes.trained_steps],
         ),
         "trajectories": list(_pairs(deep, sizes)),
-        "statistics": _trained_along(deep, arm=["mean_field"], width=sizes.trajectory_widths[:-1:2], seed=range(min(4, sizes.pairs))),
+        "statistics": _trained_along(
+            deep, arm=["mean_field"], width=sizes.trajectory_widths[:-1:2], seed=range(min(4, sizes.pairs))
+        ),
         "gallery": _trained_along(deep, arm=["mean_field"], width=sizes.trajectory_widths[1:-1:2], seeds=[sizes.pairs]),
         "coordinates": _cells(
-            bare, scaling=["mean_field", "mup", "ntk", "standard"], optimiser=["sgd", "adam"], width=sizes.coordinate_widths,
-            seed=_seeds(seed, sizes.coordinate_seeds), steps=[COORDINATE_STEPS],
+            bare,
+            scaling=["mean_field", "mup", "ntk", "standard"],
+            optimiser=["sgd", "adam"],
+            width=sizes.coordinate_widths,
+            seed=_seeds(seed, sizes.coordinate_seeds),
+            steps=[COORDINATE_STEPS],
         ),
-        "kernel": _cells(task.variant(pool=1, samples=20), width=sizes.kernel_widths, seed=_seeds(seed, sizes.kernel_seeds)),
-    }  # fmt: skip
+        "kernel": _cells(
+            task.variant(pool=1, samples=20), width=sizes.kernel_widths, seed=_seeds(seed, sizes.kernel_seeds)
+        ),
+    }
 
 
 def _smaller(task: Task) -> dict[str, int]:
@@ -138,5 +195,9 @@ def run(
     Cells name a digest of the images: a file of the same name with other images is another study.
     """
     digest = task.digest()
-    chosen = {part: [{**cell, "images": digest} for cell in cells] for part, cells in plan(task, sizes, seed).items() if part in parts}
+    chosen = {
+        part: [{**cell, "images": digest} for cell in cells]
+        for part, cells in plan(task, sizes, seed).items()
+        if part in parts
+    }
     return sweep.study(chosen, MEASURES, directory, jobs=jobs, backend=backend, announce=announce)

@@ -28,24 +28,34 @@ def rate(rows: Rows, figure: str, statistic: str = "mean") -> Slope | None:
 def summary(tables: Mapping[str, Rows]) -> dict[str, Any]:
     """The figures that the study is for, from whichever tables there are."""
     makers = {
-        "sampled": sampled_rates, "trained": lambda rows: trained_shares(rows, tables.get("limit", ())), "trajectories": trajectory_rates,
-        "coordinates": coordinate_slopes, "kernel": lambda rows: {"slope": rate(rows, "relative_error", "median")},
-    }  # fmt: skip
+        "sampled": sampled_rates,
+        "trained": lambda rows: trained_shares(rows, tables.get("limit", ())),
+        "trajectories": trajectory_rates,
+        "coordinates": coordinate_slopes,
+        "kernel": lambda rows: {"slope": rate(rows, "relative_error", "median")},
+    }
     return {part: make(tables[part]) for part, make in makers.items() if part in tables}
 
 
 def sampled_rates(rows: Rows) -> list[Row]:
-    """Slopes of the squared error, of the excess and of the last layer's feature error, per depth, activation and sampling."""
+    """Slopes of the squared error, of the excess and of the last layer's feature error, per depth, activation and
+    sampling.
+    """
     found = []
     for (depth, activation, sampling), each in groups(rows, "depth", "activation", "sampling").items():
         errors = samples(each, "squared_error")
         feature = rate(each, f"feature_error_{depth}") if depth > 1 else None
         found.append(
             {
-                "depth": depth, "activation": activation, "sampling": sampling, "slope": rate(each, "squared_error"), "feature_slope": feature,
-                "first": fmean(errors[min(errors)]), "last": fmean(errors[max(errors)]),
+                "depth": depth,
+                "activation": activation,
+                "sampling": sampling,
+                "slope": rate(each, "squared_error"),
+                "feature_slope": feature,
+                "first": fmean(errors[min(errors)]),
+                "last": fmean(errors[max(errors)]),
             }
-        )  # fmt: skip
+        )
     return found
 
 
@@ -63,14 +73,28 @@ def trained_shares(rows: Rows, limits: Rows) -> dict[str, Any]:
         excess = sorted(row["value"] / best - 1 for row in each)
         shares = {f"within_{name}": fmean([float(e <= level) for e in excess]) for name, level in CONVERGED.items()}
         by_width.append(
-            {"masses": masses, "width": width, "seeds": len(each), "median": median(excess), "least": excess[0], "most": excess[-1], **shares}
+            {
+                "masses": masses,
+                "width": width,
+                "seeds": len(each),
+                "median": median(excess),
+                "least": excess[0],
+                "most": excess[-1],
+                **shares,
+            }
         )
-    return {"best": best, "bound": max(kept, default=None), "refuted_bounds": len(bounds) - len(kept), "widths": by_width}
+    return {
+        "best": best,
+        "bound": max(kept, default=None),
+        "refuted_bounds": len(bounds) - len(kept),
+        "widths": by_width,
+    }
 
 
 def trajectory_rates(rows: Rows) -> dict[str, Any]:
     """Slopes over the width of the distance of two seeds and of widths m and 2m at the last time, last layer, per arm;
-    and the ratio of the seeds' distance to that of times t and 2t, at the t where the latter is largest, largest width."""
+    and the ratio of the seeds' distance to that of times t and 2t, at the t where the latter is largest, largest
+    width."""
     deepest = max(row["layer"] for row in rows)
     last = max(row["time"] for row in rows)
     rates, ratios = [], []
@@ -80,7 +104,10 @@ def trajectory_rates(rows: Rows) -> dict[str, Any]:
             if there:
                 rates.append({"arm": arm, "kind": kind, "distance": figure, "slope": rate(there, figure)})
         for (width,), same in groups(each, "width").items():
-            ratios += [{"arm": arm, "width": width, "distance": figure, **_ratio(same, figure)} for figure in ("mmd", "sliced_wasserstein")]
+            ratios += [
+                {"arm": arm, "width": width, "distance": figure, **_ratio(same, figure)}
+                for figure in ("mmd", "sliced_wasserstein")
+            ]
     return {"rates": rates, "ratios": ratios, "time": last, "layer": deepest}
 
 
@@ -92,7 +119,10 @@ def _ratio(rows: Rows, figure: str) -> Row:
 
 def most_changed(rows: Rows, figure: str) -> float:
     """The time at which networks have moved most since half that time (the first checkpoint has no half)."""
-    moved = {time: median([row[figure] for row in each]) for (time,), each in groups(select(rows, kind="times"), "time").items()}
+    moved = {
+        time: median([row[figure] for row in each])
+        for (time,), each in groups(select(rows, kind="times"), "time").items()
+    }
     return max((time for time in moved if time >= 2 * TIMES[1]), key=lambda time: moved[time])
 
 
@@ -100,7 +130,14 @@ def coordinate_slopes(rows: Rows) -> list[Row]:
     """Log-log slope over the width of the change of every coordinate after the last step; 0 is flat."""
     last = max(row["step"] for row in rows)
     return [
-        {"scaling": scaling, "optimiser": optimiser, "layer": layer, "slope": rate(each, "change"), "sizes": {
-            width: fmean(values) for width, values in samples(each, "change").items()}}
-        for (scaling, optimiser, layer), each in groups(select(rows, step=last), "scaling", "optimiser", "layer").items()
-    ]  # fmt: skip
+        {
+            "scaling": scaling,
+            "optimiser": optimiser,
+            "layer": layer,
+            "slope": rate(each, "change"),
+            "sizes": {width: fmean(values) for width, values in samples(each, "change").items()},
+        }
+        for (scaling, optimiser, layer), each in groups(
+            select(rows, step=last), "scaling", "optimiser", "layer"
+        ).items()
+    ]

@@ -56,7 +56,9 @@ def pair(cell: Cell) -> list[Row]:
     if cell["doubled"]:
         compared["doubled"] = (first, trail(problem, 2 * cell["width"], 3 * cell["number"] + 2, probes, **options))
     named = {"arm": cell["arm"], "width": cell["width"], "number": cell["number"]}
-    rows = [{**named, "kind": kind, **row} for kind, trails in compared.items() for row in _distances(*trails, bandwidths)]
+    rows = [
+        {**named, "kind": kind, **row} for kind, trails in compared.items() for row in _distances(*trails, bandwidths)
+    ]
     if cell["number"] == 0:
         rows += [{**named, "kind": "cross", **row} for row in _crossed(first, second, bandwidths)]
     return rows
@@ -76,8 +78,17 @@ def statistics(cell: Cell) -> list[Row]:
             for what in ("preactivations", "features"):
                 measure = FeatureMeasure.of(network, probes, layer, preactivations=what == "preactivations")
                 levels = torch.tensor(QUANTILES).to(measure.values) / 100
-                quantiles = {f"q{q:02d}": float(v) for q, v in zip(QUANTILES, measure.values.flatten().quantile(levels))}
-                named = {"arm": cell["arm"], "width": cell["width"], "seed": cell["seed"], "time": time, "layer": layer + 1, "of": what}
+                quantiles = {
+                    f"q{q:02d}": float(v) for q, v in zip(QUANTILES, measure.values.flatten().quantile(levels))
+                }
+                named = {
+                    "arm": cell["arm"],
+                    "width": cell["width"],
+                    "seed": cell["seed"],
+                    "time": time,
+                    "layer": layer + 1,
+                    "of": what,
+                }
                 rows.append({**named, **moments(measure)._asdict(), **quantiles})
     return rows
 
@@ -88,23 +99,40 @@ def gallery(cell: Cell) -> list[Row]:
     options = _options(cell)
     ends = [trail(problem, cell["width"], seed, probes, **options)[-1][1][-1] for seed in range(cell["seeds"])]
     return [
-        {"arm": cell["arm"], "width": cell["width"], "seed": i, "other_seed": j, "mmd": mmd(a, b, [bandwidths[-1]]).values[0]}
-        for i, a in enumerate(ends) for j, b in enumerate(ends)
-    ]  # fmt: skip
+        {
+            "arm": cell["arm"],
+            "width": cell["width"],
+            "seed": i,
+            "other_seed": j,
+            "mmd": mmd(a, b, [bandwidths[-1]]).values[0],
+        }
+        for i, a in enumerate(ends)
+        for j, b in enumerate(ends)
+    ]
 
 
 def _options(cell: Cell) -> dict[str, Any]:
     return {"rate": cell["rate"], "times": cell["times"], **ARMS[cell["arm"]]}
 
 
-def networks(problem: Problem, width: int, seed: int, *, rate: float, times: list[float], **options: Any) -> Checkpoints:
+def networks(
+    problem: Problem, width: int, seed: int, *, rate: float, times: list[float], **options: Any
+) -> Checkpoints:
     """(flow time, network) at every checkpoint of gradient descent at a constant rate."""
     steps = round(times[-1] / rate)
     widths = (width,) * problem.architecture.depth
     ended = finite.train(
-        problem, widths, seed, optimiser="sgd", schedule="constant", learning_rate=rate, steps=steps, checkpoints=times, record_every=steps,
+        problem,
+        widths,
+        seed,
+        optimiser="sgd",
+        schedule="constant",
+        learning_rate=rate,
+        steps=steps,
+        checkpoints=times,
+        record_every=steps,
         **options,
-    )  # fmt: skip
+    )
     if ended.status != "completed":
         raise RuntimeError(f"width {width}, seed {seed}: {ended.message}")
     return ended.checkpoints
@@ -113,12 +141,17 @@ def networks(problem: Problem, width: int, seed: int, *, rate: float, times: lis
 def trail(problem: Problem, width: int, seed: int, probes: Tensor, **options: Any) -> Trail:
     """Feature measures of all layers at every checkpoint."""
     depth = problem.architecture.depth
-    return [(time, [FeatureMeasure.of(each, probes, layer) for layer in range(depth)]) for time, each in networks(problem, width, seed, **options)]
+    return [
+        (time, [FeatureMeasure.of(each, probes, layer) for layer in range(depth)])
+        for time, each in networks(problem, width, seed, **options)
+    ]
 
 
 @lru_cache(maxsize=4)
 def _setting(task: Task) -> tuple[Problem, Tensor, list[float]]:
-    """Problem, probes, and a bandwidth per layer: the median distance between particles of a wide start, the same for all comparisons."""
+    """Problem, probes, and a bandwidth per layer: the median distance between particles of a wide start, the same for
+    all comparisons.
+    """
     images = task.images()
     probes = images.split(min(PROBES, len(images.rest or ())))[1] if images.rest is not None else images
     problem = task.problem(images)
@@ -130,7 +163,9 @@ def _setting(task: Task) -> tuple[Problem, Tensor, list[float]]:
 
 
 def _permuted(task: Task, problem: Problem, number: int) -> Problem:
-    order = torch.randperm(len(problem.targets), generator=torch.Generator().manual_seed(number)).to(problem.targets.device)
+    order = torch.randperm(len(problem.targets), generator=torch.Generator().manual_seed(number)).to(
+        problem.targets.device
+    )
     return Problem(problem.architecture, problem.inputs, problem.targets[order], task.loss, problem.penalty)
 
 
@@ -140,12 +175,25 @@ def _distances(first: Trail, second: Trail, bandwidths: list[float]) -> list[Row
     for (time, ours), (_, theirs) in zip(first, second):
         for layer, (a, b, bandwidth) in enumerate(zip(ours, theirs, bandwidths)):
             sliced = sliced_wasserstein(a, b, generator=torch.Generator().manual_seed(0), projections=PROJECTIONS)
-            rows.append({"time": time, "layer": layer + 1, "mmd": mmd(a, b, [bandwidth]).values[0], "sliced_wasserstein": sliced.value})
+            rows.append(
+                {
+                    "time": time,
+                    "layer": layer + 1,
+                    "mmd": mmd(a, b, [bandwidth]).values[0],
+                    "sliced_wasserstein": sliced.value,
+                }
+            )
     return rows
 
 
 def _crossed(first: Trail, second: Trail, bandwidths: list[float]) -> list[Row]:
     return [
-        {"time": time, "other_time": other, "layer": len(bandwidths), "mmd": mmd(ours[-1], theirs[-1], [bandwidths[-1]]).values[0]}
-        for time, ours in first for other, theirs in second
-    ]  # fmt: skip
+        {
+            "time": time,
+            "other_time": other,
+            "layer": len(bandwidths),
+            "mmd": mmd(ours[-1], theirs[-1], [bandwidths[-1]]).values[0],
+        }
+        for time, ours in first
+        for other, theirs in second
+    ]
