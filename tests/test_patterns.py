@@ -134,7 +134,8 @@ def test_maxima_over_cells_are_projections(seed, d, n):
     rows = normal((n, d), seed)
     arrangement = patterns.arrangement(rows)
     linear = normal((len(arrangement.cells), d), seed + 1).numpy()
-    maxima = arrangement.maxima(linear)
+    maxima, minima = arrangement.maxima(linear)
+    assert np.array_equal(minima, arrangement.maxima(-linear)[0])
     for vector, cell, found in zip(linear, arrangement.cells, maxima):
         signed = np.where(cell, 1.0, -1.0)[:, None] * arrangement.normals
         projected = nnls(-signed.T, vector)[1] if len(signed) else np.linalg.norm(vector)

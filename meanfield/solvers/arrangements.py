@@ -45,7 +45,6 @@ OPTIMAL_GAP = 1e-6  # beyond this relative gap to the bound the answer is called
 # of the total variation; what the interior-point method leaves on idle cells
 DROPPED_SHARES = (0.0, 1e-9, 1e-8, 1e-7, 1e-6, 1e-5)
 MERGED_ANGLE = 1e-4  # between atoms of one sign that may be one
-BLOCK = 10_000_000  # entries of cells turned into numbers at a time, to bound memory
 
 
 def solve(problem: Problem) -> Solution:
@@ -168,19 +167,12 @@ class _Layer:
 
     def responses(self, r: np.ndarray) -> np.ndarray:
         """The vectors c with q(z) = sum_n r_n F_n(z) = <c_k, z> on cell k: (cells, d)."""
-        arrangement = self.arrangement
-        rows = (r @ (self.along + self.against))[:, None] * arrangement.normals
-        step = BLOCK // max(len(rows), 1) + 1
-        blocks = [
-            arrangement.cells[start : start + step].astype(float) @ rows
-            for start in range(0, len(arrangement.cells), step)
-        ]
-        return np.concatenate(blocks) - (r @ self.against) @ arrangement.normals
+        rows = (r @ (self.along + self.against))[:, None] * self.arrangement.normals
+        return self.arrangement.active_sums(rows) - (r @ self.against) @ self.arrangement.normals
 
     def peaks(self, r: np.ndarray) -> np.ndarray:
         """max of q and of -q over the unit vectors of every cell, (2, cells)."""
-        linear = self.responses(r)
-        return np.stack([self.arrangement.maxima(linear), self.arrangement.maxima(-linear)])
+        return self.arrangement.maxima(self.responses(r))
 
     def gradient(self, output: np.ndarray) -> np.ndarray:
         """r = d (mean loss) / d F, (N,)."""
