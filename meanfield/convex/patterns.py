@@ -21,7 +21,6 @@ from meanfield.validation import finite
 
 # Hyperplanes closer than this angle are one, and a piece of a hyperplane narrower than this is none.
 TOLERANCE = 1e-11
-NEARLY_ALONG = 1 - 1e-9  # cosine beyond which an angle to a hyperplane is looked at: at TOLERANCE it is 1 in rounding
 # Largest number n of distinct hyperplanes, by the entries of a kernel: the patterns take 2 n^2 bytes for two entries,
 # n^3 for three.
 MAX_HYPERPLANES = {1: 1, 2: 10_000, 3: 500}
@@ -182,7 +181,7 @@ def _distinct_normals(rows: np.ndarray, limit: int) -> tuple[np.ndarray, np.ndar
             )
         normal = units[rest[0]]
         along = units[rest] @ normal
-        same = np.abs(along) > NEARLY_ALONG
+        same = np.abs(along) >= 1 - TOLERANCE**2 - 1e-12  # or the angle is larger, whatever the rounding
         close = units[rest[same]] - along[same, None] * normal
         same[same] = np.linalg.norm(close, axis=1) <= TOLERANCE
         owner[rest[same]], side[rest[same]] = len(normals), np.sign(along[same])
@@ -193,28 +192,33 @@ def _distinct_normals(rows: np.ndarray, limit: int) -> tuple[np.ndarray, np.ndar
 
 def _cells(normals: np.ndarray) -> tuple[Any, ...]:
     """The fields of an `Arrangement` of two or more hyperplanes, from cells on."""
-    off, on, owners, pieces, narrow = [], [], [], [], []
-    for index in range(len(normals)):
-        *piece, lost = _pieces(normals, index)
-        sides = piece[0] @ normals.T > 0
-        for packed, own_side in ((off, False), (on, True)):
-            sides[:, index] = own_side
-            packed.append(np.packbits(sides, axis=1))
-        owners.append(np.full(len(sides), index))
-        pieces.append(piece)
-        narrow.append(lost)
-    distinct, cell = _distinct_rows(np.concatenate(off + on))
+    *pieces, narrow = zip(*(_pieces(normals, index) for index in range(len(normals))))
+    owner = np.repeat(np.arange(len(normals)), [len(middles) for middles in pieces[0]])
+    middle, end, angle = map(np.concatenate, pieces)
+    distinct, cell = _distinct_rows(_beside(normals, owner, middle))
     cells = np.unpackbits(distinct, axis=1, count=len(normals)).view(bool)
     below, above = cell.reshape(2, -1)
     own, across = np.concatenate([below, above]), np.concatenate([above, below])
-    owner = np.concatenate(owners * 2)
-    middle, end, angle = (np.concatenate(parts * 2) for parts in zip(*pieces))
+    owner, middle, end, angle = (np.concatenate([part, part]) for part in (owner, middle, end, angle))
     true = _hold_their_facets(normals, cells, own, middle)
     number = np.cumsum(true) - 1
     kept = true[own]
     across = np.where(true[across], across, own)[kept]
     dropped = np.array(narrow) + np.bincount(owner[~kept], angle[~kept], len(normals))
     return cells[true], number[own[kept]], number[across], owner[kept], middle[kept], end[kept], float(dropped.max())
+
+
+def _beside(normals: np.ndarray, owner: np.ndarray, middle: np.ndarray) -> np.ndarray:
+    """The patterns below, then above the hyperplanes at the middles (m, d) of their pieces, (2 m, bytes)."""
+    below, above = [], []
+    step = BLOCK // len(normals) + 1
+    for start in range(0, len(owner), step):
+        own = owner[start : start + step]
+        sides = middle[start : start + step] @ normals.T > 0
+        for packed, own_side in ((below, False), (above, True)):
+            sides[np.arange(len(own)), own] = own_side
+            packed.append(np.packbits(sides, axis=1))
+    return np.concatenate(below + above)
 
 
 def _distinct_rows(packed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

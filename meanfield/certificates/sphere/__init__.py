@@ -49,9 +49,10 @@ def maximise(
 ) -> SphereMaximum:
     """Bounds of max_{|z| = 1} |W^T relu(A z)| for patches A (n, d) and weights W (n, C), in float64.
 
-    One output and up to three dimensions (of the row space of A) are solved exactly, beyond MAX_PLANES and for nearly
-    equal planes by branch and bound like anything else: until upper <= (1 + tolerance) lower up to rounding or
-    `max_seconds` have passed (looked at between batches; the set-up is not interrupted).  The bounds hold at any time.
+    One output and up to three dimensions (of the row space of A) are solved exactly.  Beyond MAX_PLANES, and where
+    nearly equal planes leave more open than `tolerance`, it is branch and bound as for anything else: until upper <=
+    (1 + tolerance) lower up to rounding or `max_seconds` have passed (looked at between batches; the set-up is not
+    interrupted).  The bounds hold at any time.
     start (k, d) or (d,): directions to try first.  The answer is in the units of W times those of A.
     Raises TypeError for what is no tensor, ValueError for shapes that do not fit and entries that are not finite.
     """

@@ -1,17 +1,17 @@
 """Exact maxima of one output in up to three dimensions: the arrangement of the planes on which a row vanishes.
 
-`patterns` lists the cells in floating point.  Let M be the largest maximum of q or -q over a listed cell.  Then M, with
-the terms below, bounds |q| everywhere, however close planes are:
+`patterns` lists the cells in floating point.  M, the largest maximum of q and -q over a listed cell, bounds |q| with
+the terms below, however close the planes are:
 
-On a plane.  A facet carries the pattern evaluated at its middle.  Where a row has another sign somewhere between the
-facet's computed ends, it is at most ROW_ROUNDING there: the angle at which its plane crosses was computed with an error
-of that over the sine of the angle between both planes.  So q <= M up to rounding on every listed facet, and on the
-pieces that were dropped q rises above that by at most its Lipschitz constant times their angle.
-In a listed cell q is at most its maximum over the cell, or on the cell's boundary it is larger than in the cell.
-In a cell that is not listed every facet lies in dropped pieces or where another row is below ROW_ROUNDING: each is
-shorter than pi ROW_ROUNDING / sin(least angle) + dropped, and a chord through any z at most delta, half of the sum.
-With its ends on planes z = mu_1 x_1 + mu_2 x_2, mu_1 + mu_2 <= 1 / cos(delta / 2), where q is linear: q exceeds what
-it is on planes by no more than that factor, 1 + delta^2 / 8.
+On a plane.  A facet carries the pattern evaluated at its middle.  Between its computed ends a row of another sign is at
+most ROW_ROUNDING: the angle at which its plane crosses is known up to that over the sine of the planes' angle.  So
+q <= M + rounding on every listed facet, and on dropped pieces q exceeds that by no more than its Lipschitz constant
+times their angle.
+In a listed cell.  The maximum over it lies at its gradient, where M counts it, or on a plane.
+In a cell that is not listed.  Every facet lies in dropped pieces or where other rows are below ROW_ROUNDING, hence is
+shorter than pi ROW_ROUNDING / sin(least angle of two planes) + dropped; n of them allow no chord longer than delta,
+half their sum.  A point of a chord is mu_1 x_1 + mu_2 x_2 for its ends x on planes, with mu_1 + mu_2 at most
+1 / cos(delta / 2), and q is linear along it: q is larger than on planes by that factor, 1 + delta^2 / 8, at most.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from meanfield.convex import patterns
 from meanfield.convex.patterns import Arrangement
 
 # Largest number of distinct planes that are listed, by dimension: time and memory grow as its square and its cube, to
-# 0.2 and 0.3 s on one core.  Beyond, branch and bound takes less time for a relative gap of 1e-9.
+# about 0.2 s on one core.  Beyond, branch and bound gets to a relative gap of 1e-9 sooner.
 MAX_PLANES = {2: 3000, 3: 250}
-# What a unit row at a unit vector of a plane, as `patterns` computes it, can be wrong by: under 50 units of rounding,
-# 12 from the angle of a crossing, 38 from the middle and the row's value there.
+# Largest value of a unit row at a unit vector where `patterns` may have its sign wrong, under 50 units of rounding: 12
+# from the angle at which its plane crosses another, 38 from the middle of the facet and from the row's value there.
 ROW_ROUNDING = 64 * torch.finfo(torch.float64).eps
 
 
@@ -55,17 +55,17 @@ def maximise_arrangement(response: Response) -> Found:
     points = unit(torch.as_tensor(directions).to(response.rows))
     reached = response(points)[:, 0].abs()
     top = int(reached.argmax())
-    moved = np.abs(weights[:, 0]) @ np.linalg.norm(rows - cells.row_side[:, None] * cells.normals[cells.row_normal], axis=1)
+    apart = rows - cells.row_side[:, None] * cells.normals[cells.row_normal]  # of rows whose planes count as one
+    moved = np.abs(weights[:, 0]) @ np.linalg.norm(apart, axis=1)
     lipschitz = np.linalg.norm(linear) + np.abs(weights).sum()
     upper = (maxima.max() + moved + lipschitz * cells.dropped) / math.cos(0.5 * _unlisted(cells))
     return Found(float(reached[top]), float(upper), points[top], "arrangement", len(cells.cells))
 
 
 def _unlisted(cells: Arrangement) -> float:
-    """delta: no chord of a cell that is not listed is longer, at most pi; 0 in two dimensions, where none is missing."""
+    """delta, at most pi: no chord of a cell that is not listed is longer; 0 in two dimensions, where all are listed."""
     count, dimension = cells.normals.shape
     if dimension == 2:
         return 0.0
-    cosine = np.abs(cells.normals @ cells.normals.T - np.eye(count)).max()
-    sine = math.sqrt(max(1 - cosine**2 - ROW_ROUNDING, 0.0))  # too small rather than too large
-    return min(0.5 * count * (math.pi * ROW_ROUNDING / max(sine, ROW_ROUNDING) + cells.dropped), math.pi)
+    sines = np.linalg.norm(np.cross(cells.normals[:, None], cells.normals), axis=2) + np.eye(count)
+    return min(0.5 * count * (math.pi * ROW_ROUNDING / float(sines.min()) + cells.dropped), math.pi)
