@@ -22,8 +22,8 @@ from meanfield.finite import (
     Recipe,
     evaluate,
     fit,
+    fitting,
     l12,
-    recipes,
     regulariser,
     residual,
     vgg,
@@ -294,7 +294,7 @@ class TestAugmentation:
         """
         height, width, count = 16, 24, 3000
         image = torch.arange(1.0, 1 + 2 * height * width).reshape(1, 2, height, width)
-        found = recipes.augmented(image.expand(count, -1, -1, -1), seeded())
+        found = fitting.augmented(image.expand(count, -1, -1, -1), seeded())
         padded = functional.pad(image, (3, 3, 2, 2))
         views = {
             (top, left): padded[0, :, top : top + height, left : left + width] for top in range(5) for left in range(7)
@@ -308,7 +308,7 @@ class TestAugmentation:
 
     def test_images_of_less_than_eight_pixels_are_only_mirrored(self):
         image = normal(1, 1, 7, 7)
-        found = recipes.augmented(image.expand(40, -1, -1, -1), seeded())
+        found = fitting.augmented(image.expand(40, -1, -1, -1), seeded())
         assert {bool(torch.equal(one, image[0])) for one in found} == {True, False}
         assert all(torch.equal(one, image[0]) or torch.equal(one, image[0].flip(2)) for one in found)
 
