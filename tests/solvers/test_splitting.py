@@ -6,8 +6,8 @@ import pytest
 import reference as slow
 import torch
 from hypothesis import given
+from stored_optima import TRUTH, stored_case
 from strategies import architectures, cases, costly, generator, normal, random_inputs, random_network, random_targets
-from test_reference_solver import TRUTH, stored_case
 
 import meanfield as mf
 from meanfield import certificates
