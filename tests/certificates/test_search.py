@@ -9,7 +9,7 @@ import reference as slow
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import architectures, cases, normal, random_inputs, random_network, random_targets, seeds
+from strategies import architectures, cases, normal, random_inputs, random_network, random_targets, seeded, seeds
 
 import meanfield as mf
 from benchmarks import optima
@@ -216,7 +216,7 @@ def test_optimal_multipliers_give_the_exact_optimum(exact, with_network):
 @pytest.mark.parametrize("steps", [1, 5, 40])
 def test_multipliers_of_poor_networks_stay_below_the_exact_optimum(exact, steps):
     problem, _ = exact
-    start = starts.start(problem.architecture, (4,), problem.inputs, torch.Generator().manual_seed(steps))
+    start = starts.start(problem.architecture, (4,), problem.inputs, seeded(steps))
     network = flow.solve(problem, start, steps=steps).network
     found = search_features(problem, gradient(problem, network), network, seed=steps)
     assert 0 < found.rigorous_bound <= EXACT + 1e-9

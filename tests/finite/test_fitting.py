@@ -10,6 +10,7 @@ import math
 
 import pytest
 import torch
+from strategies import seeded
 from torch import nn
 from torch.nn import functional
 
@@ -28,10 +29,6 @@ from meanfield.finite import (
     residual,
     vgg,
 )
-
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
 
 
 def normal(*shape, seed=0, dtype=torch.float64):

@@ -7,7 +7,7 @@ import reference as slow
 import torch
 from hypothesis import given
 from stored_optima import TRUTH, stored_case
-from strategies import architectures, cases, costly, normal, random_inputs, random_network, random_targets
+from strategies import architectures, cases, costly, normal, random_inputs, random_network, random_targets, seeded
 
 import meanfield as mf
 from meanfield import certificates
@@ -84,7 +84,7 @@ def test_candidates_of_zero_mass_never_raise_the_optimum():
     problem = mf.Problem(
         arch, random_inputs(arch, 3, 0), [0.0, 1.0, 2.0], penalty=mf.Penalty(source=0.01, readout=0.02, input=0.01)
     )
-    grown = mf.measures.extend(network, [3, 3], 0.5, torch.Generator().manual_seed(0))
+    grown = mf.measures.extend(network, [3, 3], 0.5, seeded(0))
     few, many = (slow.solve(mf.ConvexProgram.freeze(problem, net)).value for net in (network, grown))
     assert many <= few + 1e-8
     assert many < few * (1 - 1e-3)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import costly, generator, normal, seeds
+from strategies import costly, normal, seeded, seeds
 
 from meanfield.certificates.sphere import arrangement, branching, maximise
 
@@ -22,7 +22,7 @@ def unit(vectors):
 def best_seen(A, W, count=20_000, seed=0):
     """Dense sampling, then random steps that shrink around the best ones."""
     directions = unit(normal((count, A.shape[1]), seed))
-    random = generator(seed + 1)
+    random = seeded(seed + 1)
     for step in range(60):
         kept = directions[lengths(A, W, directions).topk(20).indices]
         noise = torch.randn(30, *kept.shape, generator=random, dtype=torch.float64)
