@@ -14,6 +14,7 @@ import meanfield as mf
 from benchmarks import optima
 from meanfield import measures, starts
 from meanfield.certificates import compositions, search_features
+from meanfield.problem import project_bounds
 from meanfield.solvers import arrangements, flow, splitting
 
 EXACT = optima.EXACT_ONE_LAYER
@@ -341,7 +342,7 @@ def test_found_features_meet_the_bounds(norm, bias):
     assert problem.excess(found.features) <= 1e-9
     reached = {name: value / bound for name, value, bound in problem.bounds(found.features)}
     assert max(reached.values()) > 0.99  # the bounds matter here
-    network = flow.project_bounds(problem, random_network(problem.architecture, (3, 2), 1))
+    network = project_bounds(problem, random_network(problem.architecture, (3, 2), 1))
     found = search_features(problem, gradient(problem, network), network, **QUICK)
     assert -math.inf < found.bound <= problem.value(network).item()
 
