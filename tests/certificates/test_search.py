@@ -203,6 +203,7 @@ def test_optimal_multipliers_give_the_exact_optimum(exact, with_network):
     assert "arrangement" in found.rigorous_kind
 
 
+@pytest.mark.slow
 def test_the_bound_of_two_layers_is_tight_at_an_optimum():
     """Wrong factors would leave room: at the end of the alternation the network's own features give its value."""
     arch = mf.Architecture((1, 3, 3), (mf.Conv(2, activation="tanh"),) * 2)
