@@ -89,7 +89,7 @@ def test_tensors_that_were_exchanged_are_refused(state):
         save_file({**tensors, **changed}, state.path, metadata)
         with pytest.raises(ValueError, match="its checksum does not fit"):
             state.load()
-    renamed = {"other" if name == "weight" else name: tensor for name, tensor in tensors.items()}
+    renamed = {"weights" if name == "weight" else name: tensor for name, tensor in tensors.items()}  # in the same order
     save_file(renamed, state.path, metadata)
     with pytest.raises(ValueError, match="its checksum does not fit"):
         state.load()

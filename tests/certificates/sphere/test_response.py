@@ -45,16 +45,16 @@ def test_no_two_rows_are_parallel_and_all_are_unit(count, dimension, seed):
 
 
 def test_what_was_merged_enters_the_rounding():
-    """Two rows that differ by less than a direction is told apart: the bound covers what this moves the response by."""
-    a = torch.tensor([[1.0, 0.0], [0.0, 1.0]], dtype=torch.float64)
-    near = a[:1] + torch.tensor([[0.0, 0.3 * response.SAME_DIRECTION]], dtype=torch.float64)
+    """Two rows of nearly one direction become one, which moves the response by more than the arithmetic does."""
+    apart = 0.9 * response.SAME_DIRECTION
+    A = torch.tensor([[1.0, -apart / 2], [0.0, 1.0], [1.0, apart / 2]], dtype=torch.float64)
     W = torch.tensor([[1e6], [1.0], [-1e6]], dtype=torch.float64)
-    A = torch.cat([a, near])
     found = reduced(A, W)
     assert len(found.rows) == 2
-    z = torch.tensor([[0.6, -0.8]], dtype=torch.float64)
-    assert float((found(z @ found.basis) - whole(A, W, z)).abs()) <= found.rounding
-    assert found.rounding > 0.3e6 * response.SAME_DIRECTION
+    z = torch.tensor([[1e-3, -1.0], [-1e-3, 1.0]], dtype=torch.float64)  # on either side; one of them is off
+    missed = float((found(z @ found.basis) - whole(A, W, z)).abs().max())
+    assert missed == pytest.approx(1e6 * apart, rel=1e-3)
+    assert missed <= found.rounding
 
 
 @given(st.integers(3, 8), st.integers(2, 4), st.integers(1, 3), seeds)
