@@ -32,8 +32,10 @@ SLOW = {
     ),
     "test_a_fresh_process_answers_and_a_failure_says_why",
     "test_command_writes_its_figures",
+    "test_ctrl_c_keeps_the_best_network",
     "test_growth_command",
     "test_solve_command",
+    "test_the_example_runs_as_written",
 }
 
 

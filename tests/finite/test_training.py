@@ -655,6 +655,7 @@ class TestEndings:
         assert "lower the learning rate" in run.message
 
 
+@pytest.mark.slow
 class TestKnownOptima:
     def test_one_layer_reaches_the_exact_infinite_width_optimum_from_above(self):
         """Nothing may lie below the optimum over all measures; 64 channels end close to it; 2 channels can be caught
