@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as nn
 from torch import Tensor
 
-from meanfield.validation import integer, one_of, pair
+from meanfield.validation import Misuse, integer, one_of, pair
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": nn.relu,
@@ -52,7 +52,7 @@ class Conv:
         one_of(self.activation, ACTIVATIONS, "activation")
         one_of(self.pooling, POOLINGS, "pooling")
         if not isinstance(self.bias, bool):
-            raise ValueError(f"bias={self.bias!r} must be True or False")
+            raise Misuse("bias", self.bias, "must be True or False")
 
     @property
     def kernel(self) -> tuple[int, int]:
@@ -137,11 +137,11 @@ class Architecture:
     def __post_init__(self) -> None:
         shape = tuple(self.input_shape) if isinstance(self.input_shape, Sequence) else (self.input_shape,)
         if len(shape) != 3:
-            raise ValueError(f"input_shape={self.input_shape!r} must be (channels, height, width)")
+            raise Misuse("input_shape", self.input_shape, "must be (channels, height, width)")
         object.__setattr__(self, "input_shape", tuple(integer(size, "input_shape") for size in shape))
         layers = tuple(self.layers) if isinstance(self.layers, Sequence) else (self.layers,)
         if not layers or not all(isinstance(layer, Conv) for layer in layers):
-            raise ValueError(f"layers={self.layers!r} must be a non-empty sequence of Conv")
+            raise Misuse("layers", self.layers, "must be a non-empty sequence of Conv")
         object.__setattr__(self, "layers", layers)
         one_of(self.readout, READOUTS, "readout")
         integer(self.outputs, "outputs")

@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from meanfield.validation import finite, one_of
+from meanfield.validation import Misuse, finite, one_of
 
 NEWTON_STEPS = 60
 DEVICE_STEPS = 20  # on a GPU their number is fixed: to look whether all have settled would wait for it
@@ -147,7 +147,7 @@ class SoftmaxLoss:
     def check_targets(self, targets: Tensor, count: int, outputs: int, like: Tensor) -> Tensor:
         _check_count(targets, count)
         if outputs < 2:
-            raise ValueError(f"outputs={outputs}: the softmax loss needs one output per class, at least 2")
+            raise Misuse("outputs", outputs, "is too few: the softmax loss needs one output per class, at least 2")
         if targets.ndim != 1 or bool((targets != targets.floor()).any() if targets.is_floating_point() else False):
             raise ValueError(
                 f"targets of shape {tuple(targets.shape)}: the softmax loss expects ({count},) integer classes"

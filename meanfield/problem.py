@@ -11,7 +11,7 @@ from meanfield import losses
 from meanfield.architecture import Architecture
 from meanfield.network import ParticleNetwork
 from meanfield.penalties import Penalty, input_norms, shrinkage_root
-from meanfield.validation import finite
+from meanfield.validation import Misuse, finite
 
 BOUND_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-7}
 
@@ -127,9 +127,11 @@ class Problem:
         self._check_network(network)
         for name, reached, bound in self.bounds(network):
             if reached > bound * (1 + BOUND_TOLERANCE[network.dtype]):
-                raise ValueError(
-                    f"{name}={bound:g} makes the network infeasible: it reaches {reached:.6g}; raise the bound or "
-                    f"scale the network down"
+                raise Misuse(
+                    name,
+                    bound,
+                    f"makes the network infeasible: it reaches {reached:.6g}; raise the bound or scale the network "
+                    f"down",
                 )
 
     def _check_network(self, network: ParticleNetwork) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from meanfield import __version__, data, storage
 from meanfield.finite import AUTHORS_DROPOUT, Fitted, Recipe, fit, recipes, residual, vgg
-from meanfield.validation import integer, one_of
+from meanfield.validation import Misuse, integer, one_of
 
 NETWORKS = ("vgg8", "vgg11", "vgg13", "vgg16", "residual")
 PRESETS = ("default", "authors")
@@ -69,7 +69,7 @@ class Classifier:
             integer(getattr(self, name), name, minimum)
         kept = tuple(integer(epoch, "checkpoints", 0) for epoch in self.checkpoints)
         if list(kept) != sorted(set(kept)) or not kept or kept[-1] > self.epochs:
-            raise ValueError(f"checkpoints={kept} must be increasing epochs up to epochs={self.epochs}")
+            raise Misuse("checkpoints", kept, f"must be increasing epochs up to epochs={self.epochs}")
         object.__setattr__(self, "checkpoints", kept)
         object.__setattr__(self, "strength", self.recipe.strength)  # 1 and 1.0 are one network
 
@@ -143,7 +143,7 @@ class Classifier:
     def at(self, epoch: int, store: str | Path) -> nn.Module:
         """The network at one of its checkpoints, in evaluation mode, from the store or trained now."""
         if epoch not in self.checkpoints:
-            raise ValueError(f"epoch={epoch} is not one of checkpoints={self.checkpoints}")
+            raise Misuse("epoch", epoch, f"is not one of checkpoints={self.checkpoints}")
         network = self.start()
         if epoch:
             if not self._path(store).exists():

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from meanfield.data.cifar import CIFAR, find_cifar, read_cifar
 from meanfield.data.folders import IMAGE_SUFFIXES, class_folders, decode, folder_labels, image_files
-from meanfield.validation import one_of
+from meanfield.validation import Misuse, one_of
 
 NAMES = ("digits", "mnist")
 IMAGE_KEYS = ("inputs", "x", "images")
@@ -41,8 +41,8 @@ def read(name_or_path: str | Path, labels: str) -> tuple[str, Tensor, Tensor]:
     elif cifar := find_cifar(Path(name_or_path)):
         return read_cifar(*cifar, labels)
     if labels != "auto":
-        raise ValueError(
-            f"labels={labels!r} names a key of a file; {str(name_or_path)!r} has its own labels, leave it at 'auto'"
+        raise Misuse(
+            "labels", labels, f"names a key of a file; {str(name_or_path)!r} has its own labels, leave it at 'auto'"
         )
     if is_path:
         return _read_directory(Path(name_or_path))

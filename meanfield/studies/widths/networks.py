@@ -131,8 +131,7 @@ def _against(problem: Problem, held_out: Dataset, network: ParticleNetwork, exac
 
 def accuracy(output: Tensor, images: Dataset, repeats: int = 1) -> float:
     """Share of images classified rightly; output (repeats N, K)."""
-    guess = (output[:, 0] < 0).long() if output.shape[1] == 1 else output.argmax(1)
-    return float((guess.cpu() == images.indices.repeat(repeats)).double().mean())
+    return float((images.decided(output).cpu() == images.indices.repeat(repeats)).double().mean())
 
 
 def limit(cell: Cell) -> list[Row]:
