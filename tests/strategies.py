@@ -22,16 +22,16 @@ def costly(examples):
     return settings(max_examples=examples, phases=(Phase.explicit, Phase.generate))
 
 
-def generator(seed):
+def seeded(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
 def normal(shape, seed, dtype=torch.float64):
-    return torch.randn(tuple(shape), generator=generator(seed), dtype=torch.float64).to(dtype)
+    return torch.randn(tuple(shape), generator=seeded(seed), dtype=torch.float64).to(dtype)
 
 
 def random_masses(count, seed, dtype=torch.float64):
-    raw = torch.rand(count, generator=generator(seed), dtype=torch.float64) + 0.1
+    raw = torch.rand(count, generator=seeded(seed), dtype=torch.float64) + 0.1
     return (raw / raw.sum()).to(dtype)
 
 

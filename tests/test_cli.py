@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 
 from meanfield import data
 from meanfield.cli import _divided, app
+from meanfield.data import cifar
 from meanfield.storage import load_network
 
 TINY = ["solve", "--widths", "6,4", "--samples", "6", "--rounds", "1", "--flow-steps", "20"]
@@ -208,7 +209,7 @@ def test_the_authors_size_brings_their_network_and_recipe(asked, tmp_path):
 
 def test_cifar_keeps_its_own_test_images(asked, tmp_path):
     records = np.tile(np.uint8(np.arange(10))[:, None], (1, 3073))
-    for name in data.CIFAR_10_FILES:
+    for name in cifar.CIFAR_10_FILES:
         (tmp_path / name).write_bytes(records.tobytes())
     base, _ = asked("--out", str(tmp_path / "out"), "--data", str(tmp_path), "--width", "2", "--samples", "50")
     assert (base.samples, base.split) == (50, None)

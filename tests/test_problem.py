@@ -7,7 +7,7 @@ import reference as slow
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import SMOOTH, architectures, cases, generator, random_inputs, random_network, random_targets
+from strategies import SMOOTH, architectures, cases, random_inputs, random_network, random_targets, seeded
 
 import meanfield as mf
 
@@ -37,7 +37,7 @@ def test_gradient_of_every_term_matches_finite_differences(case, term):
     gradients = torch.autograd.grad(value, tensors)
     step = 1e-5
     for index, (tensor, gradient) in enumerate(zip(tensors, gradients)):
-        direction = torch.randn(tensor.shape, generator=generator(case.seed + index), dtype=tensor.dtype)
+        direction = torch.randn(tensor.shape, generator=seeded(case.seed + index), dtype=tensor.dtype)
         ends = []
         for sign in (1, -1):
             moved = [t + sign * step * direction if k == index else t for k, t in enumerate(case.network.tensors())]
@@ -133,7 +133,7 @@ def test_one_layer_relu_value_survives_scaled_masses(case, a):
 
 @given(cases())
 def test_relabelling_the_images_changes_nothing(case):
-    order = torch.randperm(len(case.problem.inputs), generator=generator(case.seed))
+    order = torch.randperm(len(case.problem.inputs), generator=seeded(case.seed))
     shuffled = case.problem.batch(order)
     torch.testing.assert_close(shuffled.value(case.network), case.problem.value(case.network), rtol=1e-12, atol=1e-13)
 

@@ -13,7 +13,7 @@ from strategies import architectures, cases, normal, random_inputs, random_netwo
 
 import meanfield as mf
 from meanfield import measures
-from meanfield.certificates import search, search_features
+from meanfield.certificates import compositions, search_features
 from meanfield.solvers import arrangements, splitting
 
 EXACT = 0.32012158137  # one layer, ReLU: cone program over all activation patterns
@@ -72,7 +72,7 @@ def test_every_network_lies_above_the_bound_of_its_own_features(case, prices):
     conjugate = problem.loss.conjugate(len(output) * output, problem.targets).mean().item()
     bound = -conjugate - sum(mu) - max(g - c for g, c in zip(gains, gamma))
     assert problem.value(network).item() >= bound - 1e-9 * (1 + abs(bound))
-    own = search._own(problem, network, max(network.widths))
+    own = compositions.own_features(problem, network, max(network.widths))
     torch.testing.assert_close(
         own.responses(problem, output) / (4 * problem.penalty.readout), torch.tensor(gains, dtype=torch.float64)
     )
@@ -93,7 +93,7 @@ def test_the_bound_is_tight_at_an_optimum():
 def test_side_by_side_convolutions_are_those_of_each_feature(conv):
     signal, kernels = normal((3, 4, 5, 6, 7), 0), normal((4, 2, 5, *conv.kernel), 1)
     expected = torch.stack([conv.convolve(signal[:, r], kernels[r]) for r in range(4)], 1)
-    torch.testing.assert_close(search._convolve_each(conv, signal, kernels), expected)
+    torch.testing.assert_close(compositions.convolve_each(conv, signal, kernels), expected)
 
 
 @pytest.fixture(scope="module")

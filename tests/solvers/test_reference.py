@@ -1,44 +1,17 @@
-import json
 import math
 import re
-from pathlib import Path
 
 import cvxpy as cp
-import numpy as np
 import pytest
 import reference as slow
 import torch
 from hypothesis import given
-from strategies import architectures, cases, costly, normal, random_inputs, random_network, random_targets
+from stored_optima import TRUTH, stored_case
+from strategies import architectures, cases, costly, normal, random_inputs, random_network, random_targets, seeded
 
 import meanfield as mf
 from meanfield import certificates
 from meanfield.solvers.solution import STATUS_TEXTS, Solution, message
-
-DATA = Path(__file__).parent / "data"
-TRUTH = {"relu_squared": (0.4602987431011591, 1e-6), "tanh_softmax_l1": (1.08029868, 5e-6)}
-
-
-def stored_case(name):
-    """The network, its problem and the stored settings."""
-    arrays, settings_ = np.load(DATA / f"{name}.npz"), json.loads((DATA / f"{name}.json").read_text())
-    tensors = {key: torch.as_tensor(arrays[key]) for key in arrays.files}
-    depth = sum(key.startswith("kernel") for key in tensors)
-    kernels = [tensors[f"kernel{layer}"] for layer in range(depth)]
-    layers = tuple(
-        mf.Conv(tuple(w.shape[2:]), settings_["padding"], stride, settings_["activation"])
-        for w, stride in zip(kernels, settings_["strides"])
-    )
-    arch = mf.Architecture(tuple(arrays["inputs"].shape[1:]), layers, settings_["readout"], settings_["K"])
-    penalty = mf.Penalty(
-        source=settings_["lam_source"],
-        readout=settings_["lam_readout"],
-        input=settings_["lam_input"],
-        kernel_norm=settings_["kernel_norm"],
-        amplitude_bound=settings_["bound"],
-    )
-    network = mf.ParticleNetwork(arch, [tensors[f"mass{layer}"] for layer in range(depth)], kernels, tensors["readout"])
-    return mf.Problem(arch, tensors["inputs"], tensors["targets"], settings_["loss"], penalty), network, settings_
 
 
 @pytest.fixture(scope="module", params=sorted(TRUTH))
@@ -111,7 +84,7 @@ def test_candidates_of_zero_mass_never_raise_the_optimum():
     problem = mf.Problem(
         arch, random_inputs(arch, 3, 0), [0.0, 1.0, 2.0], penalty=mf.Penalty(source=0.01, readout=0.02, input=0.01)
     )
-    grown = mf.measures.extend(network, [3, 3], 0.5, torch.Generator().manual_seed(0))
+    grown = mf.measures.extend(network, [3, 3], 0.5, seeded(0))
     few, many = (slow.solve(mf.ConvexProgram.freeze(problem, net)).value for net in (network, grown))
     assert many <= few + 1e-8
     assert many < few * (1 - 1e-3)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given
-from strategies import architectures, random_inputs, random_network, seeds
+from strategies import architectures, random_inputs, random_network, seeded, seeds
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -20,13 +20,13 @@ from meanfield.grafting.least_squares import Products, Triangle
 
 
 def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+    return torch.randn(shape, generator=seeded(seed), dtype=dtype)
 
 
 def filled(network: nn.Module, seed: int, dtype: torch.dtype = torch.float64) -> nn.Module:
     """Every parameter drawn anew, of a size that keeps features of order one."""
     network = network.to(dtype)
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded(seed)
     with torch.no_grad():
         for parameter in network.parameters():
             scale = parameter[0].numel() ** -0.5 if parameter.ndim > 1 else 0.3

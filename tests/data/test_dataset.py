@@ -14,6 +14,7 @@ from sklearn.datasets import load_digits
 
 import meanfield as mf
 from meanfield import data
+from meanfield.data import folders, readers
 
 
 def write(path, **arrays):
@@ -131,8 +132,8 @@ class TestMnist:
 
     def test_uneven_classes_are_interleaved_to_the_end(self):
         labels = torch.tensor([7, 7, 7, 1, 4, 4])
-        assert labels[data._interleaved(labels)].tolist() == [1, 4, 7, 4, 7, 7]
-        assert data._interleaved(labels).tolist() == [3, 4, 0, 5, 1, 2]
+        assert labels[readers.interleaved(labels)].tolist() == [1, 4, 7, 4, 7, 7]
+        assert readers.interleaved(labels).tolist() == [3, 4, 0, 5, 1, 2]
 
     def test_absent_package_says_how_to_install(self, monkeypatch):
         without_module(monkeypatch, "mlxtend")
@@ -332,12 +333,12 @@ class TestBadDirectories:
     @pytest.mark.parametrize("suffix", ["png", "jpg", "bmp", "ppm", "tif", "webp"])
     def test_a_truncated_image_is_a_named_error_unless_no_pixel_is_lost(self, folder, rng, suffix):
         path = save(folder / "dog" / f"whole.{suffix}", rng.integers(0, 256, (3, 4, 3)))
-        whole, pixels = path.read_bytes(), data._decode([path])
+        whole, pixels = path.read_bytes(), folders.decode([path])
         errors: list[str] = []
         for length in range(0, len(whole), 5):
             path.write_bytes(whole[:length])
             try:
-                np.testing.assert_array_equal(data._decode([path]), pixels)
+                np.testing.assert_array_equal(folders.decode([path]), pixels)
             except ValueError as error:
                 errors.append(str(error))
         assert len(errors) > len(whole) / 5 * 0.4

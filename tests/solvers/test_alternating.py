@@ -4,7 +4,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from strategies import generator
+from strategies import seeded
 
 import meanfield as mf
 from meanfield import starts
@@ -40,7 +40,7 @@ def tiny(dtype=torch.float64, widths=(8, 4), seed=0):
     arch = mf.Architecture(digits.input_shape, (layer, layer))
     penalty = mf.Penalty(source=3e-3, readout=3e-2, input=3e-3)
     problem = mf.Problem(arch, digits.inputs.to(dtype), digits.targets("squared").to(dtype), penalty=penalty)
-    return problem, starts.start(arch, widths, problem.inputs, generator(seed), "low_rank")
+    return problem, starts.start(arch, widths, problem.inputs, seeded(seed), "low_rank")
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +109,7 @@ def test_clones_enter_as_candidates_and_never_raise_the_value():
     assert grown.history[0]["flow_value"] == plain.history[0]["flow_value"]
     assert grown.value <= plain.value + plain.gap + grown.gap
     assert grown.value <= grown.history[0]["flow_value"]
-    assert [m - n for m, n in zip(mf.measures.extend(network, (3, 2), 0.3, generator(0)).widths, network.widths)] == [
+    assert [m - n for m, n in zip(mf.measures.extend(network, (3, 2), 0.3, seeded(0)).widths, network.widths)] == [
         3,
         2,
     ]

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from strategies import seeded
 from torch import nn
 from torch.nn import functional
 
@@ -13,10 +14,6 @@ from meanfield.finite import residual, vgg
 from meanfield.finite.vgg import ResidualBlock
 
 STAGES = {8: [1] * 5, 11: [1, 1, 2, 2, 2], 13: [2] * 5, 16: [2, 2, 3, 3, 3]}
-
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
 
 
 def images(*shape, seed=5, dtype=torch.float32):

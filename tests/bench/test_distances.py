@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.optimize import linear_sum_assignment
-from strategies import generator, normal, random_inputs, random_masses, random_network, seeds
+from strategies import normal, random_inputs, random_masses, random_network, seeded, seeds
 
 import meanfield as mf
 from meanfield import starts
@@ -55,7 +55,7 @@ def cloned(measure, share=0.3):
 
 
 def sliced(a, b, seed=0, projections=50):
-    return sliced_wasserstein(a, b, generator=generator(seed), projections=projections).value
+    return sliced_wasserstein(a, b, generator=seeded(seed), projections=projections).value
 
 
 DISTANCES = {
@@ -86,7 +86,7 @@ def test_a_finite_network_is_taken_in_its_own_scaling():
     """He-scaled features do not depend on the scaling's name, and the mean-field kernels carry no graph along."""
     arch = mf.Architecture((1, 3, 3), (mf.Conv(2), mf.Conv(2)))
     inputs = random_inputs(arch, 3, seed=1)
-    finite = FiniteCNN.random(arch, (4, 6), inputs, generator(0), "standard")
+    finite = FiniteCNN.random(arch, (4, 6), inputs, seeded(0), "standard")
     hidden = torch.relu(torch.nn.functional.conv2d(inputs, finite.kernels[0]))
     expected = torch.relu(torch.nn.functional.conv2d(hidden, finite.kernels[1])).squeeze((2, 3)).T
     measure = FeatureMeasure.of(finite, inputs, 1)
@@ -215,7 +215,7 @@ def test_distances_do_not_grow_with_the_number_of_probes():
     twice = [FeatureMeasure(measure.values.repeat(1, 2), measure.masses) for measure in (a, b)]
     np.testing.assert_allclose(wasserstein(*twice), wasserstein(a, b), rtol=1e-12)
     np.testing.assert_allclose(mmd(*twice).squared, mmd(a, b).squared, rtol=1e-9)
-    wide = [sliced_wasserstein(*pair, generator=generator(0), projections=4000) for pair in (twice, (a, b))]
+    wide = [sliced_wasserstein(*pair, generator=seeded(0), projections=4000) for pair in (twice, (a, b))]
     assert abs(wide[0].squared - wide[1].squared) <= SIGMAS * math.hypot(wide[0].squared_error, wide[1].squared_error)
 
 
@@ -225,7 +225,7 @@ def test_distances_do_not_grow_with_the_number_of_probes():
 @given(seeds, sizes, sizes)
 def test_on_the_line_sliced_is_exact_transport(seed, m, n):
     a, b = cloud(m, 1, seed), cloud(n, 1, seed + 2)
-    result = sliced_wasserstein(a, b, generator=generator(seed), projections=3)
+    result = sliced_wasserstein(a, b, generator=seeded(seed), projections=3)
     np.testing.assert_allclose(result.value, wasserstein(a, b), rtol=1e-7)
     assert result.error <= 1e-9
 
@@ -233,11 +233,11 @@ def test_on_the_line_sliced_is_exact_transport(seed, m, n):
 @given(seeds, sizes, sizes, st.integers(2, 5))
 def test_sliced_is_the_mean_over_its_directions_of_transport_on_lines(seed, m, n, dimension):
     a, b = cloud(m, dimension, seed), cloud(n, dimension, seed + 2)
-    thetas = distances._directions(dimension, 4, generator(seed), a.values)
+    thetas = distances._directions(dimension, 4, seeded(seed), a.values)
     np.testing.assert_allclose(thetas.norm(dim=1), 1, rtol=1e-12)
     lines = [[FeatureMeasure((each.values @ theta)[:, None], each.masses) for each in (a, b)] for theta in thetas]
     squares = np.array([wasserstein(*line) ** 2 for line in lines])
-    result = sliced_wasserstein(a, b, generator=generator(seed), projections=4)
+    result = sliced_wasserstein(a, b, generator=seeded(seed), projections=4)
     np.testing.assert_allclose(
         [result.squared, result.squared_error], [squares.mean(), squares.std(ddof=1) / 2], rtol=1e-7
     )
@@ -247,7 +247,7 @@ def test_sliced_keeps_the_convention_of_pot():
     import ot
 
     a, b = cloud(7, 3, 0), cloud(9, 3, 2)
-    thetas = distances._directions(3, 40, generator(5), a.values)
+    thetas = distances._directions(3, 40, seeded(5), a.values)
     theirs = ot.sliced_wasserstein_distance(
         *(each.numpy() for each in (a.values, b.values, a.masses, b.masses)), projections=thetas.T.numpy()
     )
@@ -260,7 +260,7 @@ def test_sliced_distance_to_a_shift_has_the_moments_of_the_beta_law(dimension):
     R.
     """
     here, shift, count = cloud(5, dimension, 0), normal((dimension,), 9), 5000
-    result = sliced_wasserstein(here, shifted(here, shift), generator=generator(1), projections=count)
+    result = sliced_wasserstein(here, shifted(here, shift), generator=seeded(1), projections=count)
     size = float(shift.square().mean())
     error = size * math.sqrt(2 * (dimension - 1) / (dimension + 2) / count)
     assert abs(result.squared - size) <= SIGMAS * error
@@ -276,7 +276,7 @@ def test_the_standard_error_of_sliced_transport_covers():
     """Against an exact value: from a point at 0 the mean over directions is E |y|^2 / D."""
     point, b = FeatureMeasure.uniform(torch.zeros(1, 4, dtype=torch.float64)), cloud(6, 4, 3)
     exact = float(b.masses @ b.values.square().mean(1))
-    results = [sliced_wasserstein(point, b, generator=generator(seed), projections=200) for seed in range(400)]
+    results = [sliced_wasserstein(point, b, generator=seeded(seed), projections=200) for seed in range(400)]
     covered = np.mean([abs(each.squared - exact) <= 1.96 * each.squared_error for each in results])
     assert abs(covered - 0.95) <= SIGMAS * math.sqrt(0.95 * 0.05 / 400)
 
@@ -284,14 +284,14 @@ def test_the_standard_error_of_sliced_transport_covers():
 @given(seeds, sizes, sizes, st.integers(2, 5))
 def test_sliced_is_below_exact_transport(seed, m, n, dimension):
     a, b = cloud(m, dimension, seed), cloud(n, dimension, seed + 2)
-    result = sliced_wasserstein(a, b, generator=generator(seed), projections=2000)
+    result = sliced_wasserstein(a, b, generator=seeded(seed), projections=2000)
     assert result.squared <= wasserstein(a, b) ** 2 + SIGMAS * result.squared_error
 
 
 def test_sliced_is_a_function_of_its_seed_and_zero_on_equal_measures():
     a, b = cloud(5, 3, 0), cloud(4, 3, 2)
     assert sliced(a, b, 3) == sliced(a, b, 3) != sliced(a, b, 4)
-    assert sliced_wasserstein(a, a, generator=generator(0)).error == sliced(a, a) == 0
+    assert sliced_wasserstein(a, a, generator=seeded(0)).error == sliced(a, a) == 0
 
 
 # maximum mean discrepancy
@@ -392,7 +392,7 @@ def test_measures_on_one_point_have_mmd_zero():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @given(seed=seeds)
 def test_moments_weigh_as_repetitions_do(dtype, seed):
-    counts = torch.randint(1, 5, (6,), generator=generator(seed))
+    counts = torch.randint(1, 5, (6,), generator=seeded(seed))
     values = (normal((6, 7), seed).exp() + 3).to(dtype)
     result = moments(FeatureMeasure(values, counts.to(dtype) / counts.sum()))
     sample = np.repeat(values.double().numpy(), counts.numpy(), axis=0).ravel()
@@ -480,7 +480,7 @@ def test_cka_never_forms_a_matrix_over_probes():
 def test_split_halves_are_the_renormalised_halves_of_the_particles_with_mass():
     values = torch.tensor([[0.0], [1.0], [5.0], [99.0]], dtype=torch.float64)
     measure = FeatureMeasure(values, torch.tensor([0.5, 0.3, 0.2, 0.0], dtype=torch.float64))
-    band = split_half(measure, wasserstein, generator(0), repetitions=60)
+    band = split_half(measure, wasserstein, seeded(0), repetitions=60)
     # one of {0, 1, 5} against the other two: 0 | (1: 0.6, 5: 0.4), 1 | (0: 5/7, 5: 2/7), 5 | (0: 5/8, 1: 3/8)
     expected = np.sqrt([0.6 * 1 + 0.4 * 25, 5 / 7 * 1 + 2 / 7 * 16, 5 / 8 * 25 + 3 / 8 * 16])
     found = np.array(band.distances)
@@ -489,16 +489,14 @@ def test_split_halves_are_the_renormalised_halves_of_the_particles_with_mass():
     np.testing.assert_allclose(found, expected[closest], rtol=1e-9)
     counts = np.bincount(closest, minlength=3)
     assert abs(counts - 20).max() <= SIGMAS * math.sqrt(60 * 2 / 9)
-    assert (
-        split_half(measure, wasserstein, generator(0), 60) == band != split_half(measure, wasserstein, generator(1), 60)
-    )
+    assert split_half(measure, wasserstein, seeded(0), 60) == band != split_half(measure, wasserstein, seeded(1), 60)
 
 
 @pytest.mark.parametrize("name", ["W2", "sliced", "mmd"])
 def test_the_split_half_band_separates_one_law_from_another(name):
     """Halves of one sample look like two samples of its size; another law lies beyond."""
     whole, other = gaussian(120, 3, 0), shifted(gaussian(60, 3, 1), 1.0)
-    band = split_half(whole, DISTANCES[name], generator(0), repetitions=40)
+    band = split_half(whole, DISTANCES[name], seeded(0), repetitions=40)
     same = [DISTANCES[name](gaussian(60, 3, 10 + seed), gaussian(60, 3, 50 + seed)) for seed in range(12)]
     assert min(band.distances) <= np.median(same) <= max(band.distances)
     assert band.interval[1] < 0.5 * DISTANCES[name](gaussian(60, 3, 2), other)
@@ -506,7 +504,7 @@ def test_the_split_half_band_separates_one_law_from_another(name):
 
 def test_unbiased_mmd_of_halves_is_about_zero():
     band = split_half(
-        gaussian(60, 3, 4), lambda a, b: mmd(a, b, [1.0], unbiased=True).squared[0], generator(0), repetitions=80
+        gaussian(60, 3, 4), lambda a, b: mmd(a, b, [1.0], unbiased=True).squared[0], seeded(0), repetitions=80
     )
     assert band.interval[0] < 0 < band.interval[1]
 
@@ -522,7 +520,7 @@ def test_null_band_takes_every_pair_once():
 def test_untrained_networks_fall_into_the_band_of_others():
     arch = mf.Architecture((1, 4, 4), (mf.Conv(3),))
     inputs = random_inputs(arch, 5, seed=3)
-    drawn = [starts.start(arch, (40,), inputs, generator(seed)) for seed in range(12)]
+    drawn = [starts.start(arch, (40,), inputs, seeded(seed)) for seed in range(12)]
     measures = [FeatureMeasure.of(start, inputs, 0) for start in drawn]
     band = null_band(measures[:8], wasserstein)
     fresh = [wasserstein(*measures[8 + 2 * k : 10 + 2 * k]) for k in range(2)]
@@ -542,7 +540,7 @@ def test_every_distance_runs_on_every_device_and_dtype(dtype, device):
     for name, distance in DISTANCES.items():
         np.testing.assert_allclose(distance(*moved), distance(a, b), rtol=tolerance, err_msg=name)
     np.testing.assert_allclose(moments(moved[0]), moments(a), rtol=10 * tolerance)
-    halves = [split_half(each, wasserstein, generator(0), 3).distances for each in (a, moved[0])]
+    halves = [split_half(each, wasserstein, seeded(0), 3).distances for each in (a, moved[0])]
     np.testing.assert_allclose(halves[1], halves[0], rtol=tolerance)
     torch.testing.assert_close(
         moved[0].standardised().values.double().cpu(), a.standardised().values, rtol=tolerance, atol=tolerance
@@ -565,12 +563,12 @@ BAD_CALLS = {
         GOOD, FeatureMeasure.uniform(torch.ones(2001, 3))
     ),
     r"projections=1 must be an integer of at least 2": lambda: sliced_wasserstein(
-        GOOD, GOOD, generator=generator(0), projections=1
+        GOOD, GOOD, generator=seeded(0), projections=1
     ),
     r"bandwidths=0.0 must be greater than 0": lambda: mmd(GOOD, GOOD, [1.0, 0.0]),
     r"b has mass on one particle only": lambda: mmd(GOOD, FeatureMeasure.uniform(torch.ones(1, 3)), unbiased=True),
     r"measure has 1 particle with mass": lambda: split_half(
-        FeatureMeasure.uniform(torch.ones(1, 3)), wasserstein, generator(0)
+        FeatureMeasure.uniform(torch.ones(1, 3)), wasserstein, seeded(0)
     ),
     r"measures has 1 entries": lambda: null_band([GOOD], wasserstein),
 }

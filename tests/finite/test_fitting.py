@@ -10,6 +10,7 @@ import math
 
 import pytest
 import torch
+from strategies import seeded
 from torch import nn
 from torch.nn import functional
 
@@ -22,16 +23,12 @@ from meanfield.finite import (
     Recipe,
     evaluate,
     fit,
+    fitting,
     l12,
-    recipes,
     regulariser,
     residual,
     vgg,
 )
-
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
 
 
 def normal(*shape, seed=0, dtype=torch.float64):
@@ -294,7 +291,7 @@ class TestAugmentation:
         """
         height, width, count = 16, 24, 3000
         image = torch.arange(1.0, 1 + 2 * height * width).reshape(1, 2, height, width)
-        found = recipes.augmented(image.expand(count, -1, -1, -1), seeded())
+        found = fitting.augmented(image.expand(count, -1, -1, -1), seeded())
         padded = functional.pad(image, (3, 3, 2, 2))
         views = {
             (top, left): padded[0, :, top : top + height, left : left + width] for top in range(5) for left in range(7)
@@ -308,7 +305,7 @@ class TestAugmentation:
 
     def test_images_of_less_than_eight_pixels_are_only_mirrored(self):
         image = normal(1, 1, 7, 7)
-        found = recipes.augmented(image.expand(40, -1, -1, -1), seeded())
+        found = fitting.augmented(image.expand(40, -1, -1, -1), seeded())
         assert {bool(torch.equal(one, image[0])) for one in found} == {True, False}
         assert all(torch.equal(one, image[0]) or torch.equal(one, image[0].flip(2)) for one in found)
 

@@ -102,7 +102,7 @@ def test_a_table_has_every_column_and_floats_to_the_last_bit(tmp_path):
 SCRIPT = """
 import sys
 sys.path.insert(0, {tests!r})
-from meanfield import sweep
+from meanfield.bench import sweep
 from test_sweep import slow, cells
 rows = sweep.run(slow, cells(30), {directory!r}, jobs=2, backend={backend!r})
 sweep.write_table(rows, {table!r})

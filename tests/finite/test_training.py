@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from strategies import seeded
 
 import meanfield as mf
 from meanfield import data, starts
@@ -14,10 +15,6 @@ from meanfield.finite import training as module
 SCALINGS = ("mean_field", "ntk", "standard", "mup")
 # infinite-width optimum of `one_layer`, by the finite cone program over activation patterns
 EXACT_ONE_LAYER = 0.32012158137
-
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
 
 
 def make_problem(*, bias=True, loss="squared", count=7, dtype=torch.float64, **penalty):

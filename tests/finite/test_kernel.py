@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given
-from strategies import architectures, generator, normal, random_inputs, seeds
+from strategies import architectures, normal, random_inputs, seeded, seeds
 
 import meanfield as mf
 from meanfield import data
@@ -60,7 +60,7 @@ class TestEmpirical:
     def test_equals_the_gram_matrix_of_autograd(self, arch, seed):
         inputs = random_inputs(arch, 4, seed)
         for scaling in SCALINGS:
-            network = FiniteCNN.random(arch, [3] * arch.depth, inputs, generator(seed), scaling)
+            network = FiniteCNN.random(arch, [3] * arch.depth, inputs, seeded(seed), scaling)
             torch.testing.assert_close(
                 kernel.empirical(network, inputs), by_autograd(network, inputs), rtol=1e-10, atol=1e-10
             )
@@ -68,7 +68,7 @@ class TestEmpirical:
     def test_parameters_are_left_alone(self):
         arch = layer_architecture((1, 4, 4), bias=True)
         inputs = random_inputs(arch, 3, 0)
-        network = FiniteCNN.random(arch, (5,), inputs, generator(0), "ntk")
+        network = FiniteCNN.random(arch, (5,), inputs, seeded(0), "ntk")
         with torch.no_grad():
             result = kernel.empirical(network, inputs)
         assert not result.requires_grad
@@ -78,7 +78,7 @@ class TestEmpirical:
     def test_chunks_do_not_matter(self, monkeypatch):
         arch = mf.Architecture((2, 5, 4), (mf.Conv(2, padding=1, bias=True), mf.Conv(2)))
         inputs = random_inputs(arch, 5, 1)
-        network = FiniteCNN.random(arch, (4, 3), inputs, generator(1), "ntk")
+        network = FiniteCNN.random(arch, (4, 3), inputs, seeded(1), "ntk")
         whole = kernel.empirical(network, inputs)
         monkeypatch.setattr(kernel, "BLOCK_ENTRIES", 1)
         torch.testing.assert_close(kernel.empirical(network, inputs), whole, rtol=1e-13, atol=0)
@@ -86,7 +86,7 @@ class TestEmpirical:
     def test_dtype_of_the_network(self):
         arch = layer_architecture((1, 3, 3), kernel_size=2)
         inputs = random_inputs(arch, 2, 2, torch.float32)
-        network = FiniteCNN.random(arch, (4,), inputs, generator(2), "ntk")
+        network = FiniteCNN.random(arch, (4,), inputs, seeded(2), "ntk")
         assert kernel.empirical(network, inputs).dtype == torch.float32
         assert kernel.infinite(arch, inputs).dtype == torch.float32
 
@@ -109,7 +109,7 @@ class TestInfinite:
         arch = layer_architecture((2, 4, 5), **layer)
         inputs = normal((4, *arch.input_shape), 7)
         inputs[0, :, :, :3] = 0  # blank patches
-        numbers = generator(11)
+        numbers = seeded(11)
         draws = torch.stack(
             [kernel.empirical(FiniteCNN.random(arch, (16,), inputs, numbers, "ntk"), inputs) for _ in range(400)]
         )
@@ -123,7 +123,7 @@ class TestInfinite:
         for bias in (False, True):
             arch = layer_architecture((1, 4, 4), bias=bias)
             inputs = torch.stack([torch.zeros(1, 4, 4, dtype=torch.float64), normal((1, 4, 4), 0)])
-            network = FiniteCNN.random(arch, (8,), inputs, generator(0), "ntk")
+            network = FiniteCNN.random(arch, (8,), inputs, seeded(0), "ntk")
             for found in (kernel.infinite(arch, inputs), kernel.empirical(network, inputs)):
                 assert float(found[0].abs().max()) == 0
                 assert float(found[1, 1]) > 0
@@ -175,7 +175,7 @@ class TestInfinite:
     def test_device(self, device):
         arch = layer_architecture((1, 4, 4), bias=True)
         inputs = random_inputs(arch, 3, 8)
-        network = FiniteCNN.random(arch, (6,), inputs, generator(8), "ntk")
+        network = FiniteCNN.random(arch, (6,), inputs, seeded(8), "ntk")
         moved = inputs.to(device)
         torch.testing.assert_close(kernel.infinite(arch, moved).cpu(), kernel.infinite(arch, inputs), rtol=1e-7, atol=0)
         expected = kernel.empirical(network, inputs)
@@ -191,7 +191,7 @@ class TestConvergence:
         errors = np.empty((len(self.WIDTHS), 12))
         for row, width in enumerate(self.WIDTHS):
             for seed in range(12):
-                network = FiniteCNN.random(arch, (width,), inputs, generator(1000 * row + seed), "ntk")
+                network = FiniteCNN.random(arch, (width,), inputs, seeded(1000 * row + seed), "ntk")
                 errors[row, seed] = float((kernel.empirical(network, inputs) - limit).norm() / limit.norm())
         medians = np.median(errors, 1)
         print("median relative Frobenius errors:", dict(zip(self.WIDTHS, medians.round(4).tolist())))
@@ -225,6 +225,6 @@ class TestMisuse:
             (1, torch.rand(2, 3, 3), r"inputs has shape \(2, 3, 3\)"),
         ):
             arch = mf.Architecture((1, 3, 3), (mf.Conv(2),), outputs=outputs)
-            network = FiniteCNN.random(arch, (3,), torch.rand(1, 1, 3, 3), generator(0), "ntk")
+            network = FiniteCNN.random(arch, (3,), torch.rand(1, 1, 3, 3), seeded(0), "ntk")
             with pytest.raises(ValueError, match=message):
                 kernel.empirical(network, inputs)

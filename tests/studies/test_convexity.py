@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import architectures, cases, costly, generator, normal
+from strategies import architectures, cases, costly, normal, seeded
 
 import meanfield as mf
 from meanfield import starts
@@ -139,7 +139,7 @@ smooth = architectures(activations=("tanh", "softplus"), poolings=("none", "aver
 @given(case=cases(archs=smooth, bounds=(None,)), seed=st.integers(0, 1000))
 def test_sampled_vectors_are_feasible_and_the_tangent_keeps_them_so(case, seed):
     variables = ProgramVariables(case.freeze)
-    draw = generator(seed)
+    draw = seeded(seed)
     vector = variables.sample(draw)
     assert variables.program.violation(variables.point(vector)) < 1e-9
     tangent = variables.tangent(vector)
@@ -166,11 +166,11 @@ def test_the_rounding_bound_covers_single_precision():
     """
     arch = mf.Architecture((2, 3, 3), (mf.Conv(2, activation="tanh"), mf.Conv(2, activation="tanh")), "average", 1)
     inputs, targets = normal((4, 2, 3, 3), 0), normal((4, 1), 1)
-    network = starts.start(arch, (6, 5), inputs, generator(0))
+    network = starts.start(arch, (6, 5), inputs, seeded(0))
     exact = ProgramVariables(mf.ConvexProgram.freeze(mf.Problem(arch, inputs, targets), network))
     single = ProgramVariables(exact.program.to(dtype=torch.float32))
     for seed in range(20):
-        vector = exact.sample(generator(seed)).float()
+        vector = exact.sample(seeded(seed)).float()
         error = abs(float(single.objective(vector)) - float(exact.objective(vector.double())))
         assert error <= single.rounding(vector)
         assert single.rounding(vector) < 1e-2 * float(single.objective(vector))

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from strategies import seeded
 from torch import nn
 
 import meanfield as mf
@@ -12,10 +13,6 @@ from meanfield import starts
 from meanfield.finite import FiniteCNN, sample
 
 SCALINGS = ("mean_field", "ntk", "standard", "mup")
-
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
 
 
 def architecture(*, layers=2, bias=True, readout="flatten", activation="tanh", outputs=2, channels=3):

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.optimize import linprog, nnls
-from strategies import costly, normal, seeds
+from strategies import costly, normal, seeded, seeds
 
 from meanfield.convex import patterns
 
@@ -103,7 +103,7 @@ def test_degenerate_rows(entries):
 
 @given(seeds, st.integers(8, 30))
 def test_counts_of_degenerate_planes_follow_euler(seed, n):
-    rows = torch.randint(-3, 4, (n, 3), generator=torch.Generator().manual_seed(seed)).double()
+    rows = torch.randint(-3, 4, (n, 3), generator=seeded(seed)).double()
     assert len(listed_patterns(rows)) == cells_by_euler(rows)
     # no rounding: the same planes at other lengths
     scaled = rows * normal((n, 1), seed).abs() / 3

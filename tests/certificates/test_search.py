@@ -9,12 +9,12 @@ import reference as slow
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import architectures, cases, normal, random_inputs, random_network, random_targets, seeds
+from strategies import architectures, cases, normal, random_inputs, random_network, random_targets, seeded, seeds
 
 import meanfield as mf
 from benchmarks import optima
 from meanfield import measures, starts
-from meanfield.certificates import search, search_features
+from meanfield.certificates import compositions, search_features
 from meanfield.solvers import arrangements, flow, splitting
 
 EXACT = optima.EXACT_ONE_LAYER
@@ -112,7 +112,7 @@ def test_no_network_is_below_the_bound_on_its_own_features(case, prices, size):
     """Three losses, both norms, biases, bounds, poolings, readouts and L = 1, 2, 3; any r and any mu."""
     problem, network = case.problem, case.network
     mu, value = list(prices[: problem.architecture.depth - 1]), problem.value(network).item()
-    own = search._own(problem, network, max(network.widths))
+    own = compositions.own_features(problem, network, max(network.widths))
     for output in (feasible(problem, case.seed, size), gradient(problem, network)):
         bound = own_bound(problem, network, output, mu)
         assert value >= bound - 1e-10 * (1 + abs(bound))
@@ -149,7 +149,7 @@ def test_the_bound_is_attained_where_every_inequality_is_tight(arch, norm, seed)
     value = problem.value(network).item()
     for score in gains - costs:
         assert -conjugate - sum(mu) - score == pytest.approx(value, rel=1e-10, abs=1e-12)
-    own = search._own(problem, network, 2)
+    own = compositions.own_features(problem, network, 2)
     scores = own.responses(problem, output) / (4 * penalty.readout) - own.costs(problem, mu)
     np.testing.assert_allclose(slow.array(scores), gains - costs, rtol=1e-10, atol=1e-12)
 
@@ -188,7 +188,7 @@ def test_own_features_give_the_value_at_the_optimum_of_their_program(depth, loss
 def test_each_feature_is_convolved_as_torch_does(kernel, padding, stride):
     conv = mf.Conv(kernel, padding, stride)
     signal, kernels = normal((2, 3, 4, 5, 6), 0), normal((3, 2, 4, *conv.kernel), 1)
-    found = search._convolve_each(conv, signal, kernels)
+    found = compositions.convolve_each(conv, signal, kernels)
     for r in range(3):
         expected = torch.nn.functional.conv2d(signal[:, r], kernels[r], stride=stride, padding=padding)
         torch.testing.assert_close(found[:, r], expected, rtol=1e-12, atol=1e-12)
@@ -216,7 +216,7 @@ def test_optimal_multipliers_give_the_exact_optimum(exact, with_network):
 @pytest.mark.parametrize("steps", [1, 5, 40])
 def test_multipliers_of_poor_networks_stay_below_the_exact_optimum(exact, steps):
     problem, _ = exact
-    start = starts.start(problem.architecture, (4,), problem.inputs, torch.Generator().manual_seed(steps))
+    start = starts.start(problem.architecture, (4,), problem.inputs, seeded(steps))
     network = flow.solve(problem, start, steps=steps).network
     found = search_features(problem, gradient(problem, network), network, seed=steps)
     assert 0 < found.rigorous_bound <= EXACT + 1e-9

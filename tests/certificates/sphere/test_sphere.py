@@ -4,10 +4,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import costly, generator, normal, seeds
+from strategies import costly, normal, seeded, seeds
 
-from meanfield.certificates import sphere
-from meanfield.certificates.sphere import maximise
+from meanfield.certificates.sphere import arrangement, branching, maximise
 
 ROUNDING = 1e-10
 
@@ -23,7 +22,7 @@ def unit(vectors):
 def best_seen(A, W, count=20_000, seed=0):
     """Dense sampling, then random steps that shrink around the best ones."""
     directions = unit(normal((count, A.shape[1]), seed))
-    random = generator(seed + 1)
+    random = seeded(seed + 1)
     for step in range(60):
         kept = directions[lengths(A, W, directions).topk(20).indices]
         noise = torch.randn(30, *kept.shape, generator=random, dtype=torch.float64)
@@ -47,12 +46,12 @@ def check(A, W, *, gap=None, **options):
 
 
 @pytest.fixture
-def branching(monkeypatch):
+def by_branching(monkeypatch):
     """Branch and bound where the arrangement would be listed."""
 
     def run(A, W, **options):
         with monkeypatch.context() as patch:
-            patch.setattr(sphere, "MAX_PLANES", {})
+            patch.setattr(arrangement, "MAX_PLANES", {})
             return maximise(A, W, **options)
 
     return run
@@ -128,7 +127,7 @@ def test_routes_agree(dimension, count, seed):
     A, W = normal((count, dimension), seed), normal((count, 1), seed + 1)
     exact = maximise(A, W)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sphere, "MAX_PLANES", {})
+        patch.setattr(arrangement, "MAX_PLANES", {})
         bounded = maximise(A, W, max_seconds=3)
     assert bounded.method == "branch and bound"
     assert bounded.upper >= exact.lower
@@ -167,7 +166,7 @@ def test_rows_that_nearly_cancel(dimension):
 def test_interrupted_search_is_valid(seed, dimension, outputs):
     A, W = normal((60, dimension), seed), normal((60, outputs), seed + 1)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sphere, "MAX_PLANES", {})
+        patch.setattr(arrangement, "MAX_PLANES", {})
         check(A, W, max_seconds=1e-6)
 
 
@@ -179,7 +178,7 @@ def test_more_time_does_not_loosen():
 
 
 def test_open_cells_are_limited(monkeypatch):
-    monkeypatch.setattr(sphere, "MAX_OPEN", 100)
+    monkeypatch.setattr(branching, "MAX_OPEN", 100)
     found = check(normal((40, 7), 41), normal((40, 1), 42))
     assert found.cells < 1000
 
@@ -207,12 +206,12 @@ def test_rank_deficient(dimension, rank):
     assert check(A, normal((10, 1), 55), gap=ROUNDING).method == "arrangement"
 
 
-def test_integer_rows_share_many_planes_and_corners(branching):
+def test_integer_rows_share_many_planes_and_corners(by_branching):
     A = torch.cartesian_prod(*[torch.arange(-1, 3)] * 3).double()
     W = normal((len(A), 1), 56)
     exact = check(A, W, gap=ROUNDING)
     assert exact.method == "arrangement"
-    bounded = branching(A, W)
+    bounded = by_branching(A, W)
     assert bounded.lower <= exact.upper
     assert exact.lower <= bounded.upper
     assert bounded.upper == pytest.approx(exact.upper, rel=1e-7)
@@ -238,10 +237,10 @@ def test_nothing_to_see(A, W):
     assert float(found.argmax.norm()) == 1
 
 
-def test_weights_that_cancel_exactly(branching):
+def test_weights_that_cancel_exactly(by_branching):
     A, w = normal((5, 4), 61), normal((5, 1), 62)
     assert maximise(torch.cat([A, A]), torch.cat([w, -w])).upper < 1e-11
-    assert branching(torch.cat([A, A])[:, :3], torch.cat([w, -w])).upper < 1e-11
+    assert by_branching(torch.cat([A, A])[:, :3], torch.cat([w, -w])).upper < 1e-11
 
 
 # --- invariance -------------------------------------------------------------------------------------------------------

@@ -6,8 +6,8 @@ import pytest
 import reference as slow
 import torch
 from hypothesis import given
-from strategies import architectures, cases, costly, generator, normal, random_inputs, random_network, random_targets
-from test_reference_solver import TRUTH, stored_case
+from stored_optima import TRUTH, stored_case
+from strategies import architectures, cases, costly, normal, random_inputs, random_network, random_targets, seeded
 
 import meanfield as mf
 from meanfield import certificates
@@ -177,7 +177,7 @@ def test_zero_penalties_agree_with_clarabel(zero, norm):
 
 def test_candidates_of_zero_mass_never_raise_the_optimum_and_can_lower_it():
     problem, network = make((4, 3))
-    grown = mf.measures.extend(network, [3, 3], 0.5, generator(0))
+    grown = mf.measures.extend(network, [3, 3], 0.5, seeded(0))
     few, many = (splitting.solve(mf.ConvexProgram.freeze(problem, net), tolerance=1e-8) for net in (network, grown))
     assert many.value <= few.value + many.gap
     assert many.value < few.value - few.gap - many.gap  # beyond what the gaps could hide
