@@ -37,9 +37,10 @@ def flag(text: str, panel: Group, negative: str = "") -> Parameter:
     return Parameter(help=text, group=panel, negative=negative, show_default=False)
 
 
-def listing(text: str, panel: Group) -> Parameter:
-    """A tuple as one value, its entries separated by commas."""
-    return option(text, panel, n_tokens=1, show_default=spelled)
+def listing(text: str, panel: Group, *, all_for_none: bool = False) -> Parameter:
+    """A tuple as one value, its entries separated by commas; None is spelled "all" where the field allows it."""
+    read = _read_all if all_for_none else _read
+    return option(text, panel, n_tokens=1, show_default=spelled, converter=read)
 
 
 def choice(names: Collection[str]) -> Rule:
@@ -184,11 +185,15 @@ def _read(kind: Any, tokens: Sequence[Any]) -> Any:
     if wanted == tuple[str, ...]:
         return tuple(texts)
     if wanted == tuple[int, ...]:
-        return None if texts == ["all"] and NoneType in kinds else _integers(texts[0])
+        return _integers(texts[0])
     try:
         return wanted(texts[0])
     except ValueError:
         raise ValueError(f"{texts[0]!r} is no {'integer' if wanted is int else 'number'}") from None
+
+
+def _read_all(kind: Any, tokens: Sequence[Any]) -> Any:
+    return None if tokens[0].value == "all" else _read(kind, tokens)
 
 
 def _integers(text: str) -> tuple[int, ...]:
@@ -211,7 +216,11 @@ Data = Annotated[
 ]
 Classes = Annotated[
     tuple[int, ...] | None,
-    listing("Which classes to tell apart, separated by commas, or all. With two classes the first one is +1.", DATA),
+    listing(
+        "Which classes to tell apart, separated by commas, or all. With two classes the first one is +1.",
+        DATA,
+        all_for_none=True,
+    ),
     labels,
 ]
 Samples = Annotated[

@@ -274,7 +274,8 @@ class Progress:
             )
         elif self.lines and row["phase"] == "round":
             print(
-                f"round {row['round'] + 1} of at most {rounds}: {self._figures(row)}, {row['seconds']:.0f} s", file=sys.stderr
+                f"round {row['round'] + 1} of at most {rounds}: {self._figures(row)}, {row['seconds']:.0f} s",
+                file=sys.stderr,
             )
         if self.interrupted and (row["phase"] == "program" or row.get("step", 0) > 0):
             raise KeyboardInterrupt
