@@ -25,8 +25,8 @@ PICTURES: dict[str, Callable[[dict[str, Any]], bytes]] = {
     "growth": figures.growth_picture,
 }
 LARGE_TEXT = (
-    "also the next size that CLARABEL can do (about an hour, mostly its compilation, and 3 GiB) and N=64 at "
-    "8x8, widths 1024/128"
+    "also the next size that CLARABEL can do (about an hour, mostly its compilation, and 3 GiB) and N=64 at 8x8, "
+    "widths 1024/128"
 )
 IN_PROCESS = "run everything in this process: quicker, but peak memory then means little"
 
@@ -131,8 +131,8 @@ def _add_device(kinds: Any) -> None:
 
 def _add_widths(kinds: Any) -> None:
     text = (
-        "a training step against plain torch, and what a sweep costs (about a minute); the study itself is "
-        "`meanfield widths`"
+        "a training step against plain torch, and what a sweep costs (about a minute); the study itself is `meanfield "
+        "widths`"
     )
     width = kinds.add_parser(
         "widths", help=text, description=widths.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -145,8 +145,8 @@ def _add_widths(kinds: Any) -> None:
 
 def _add_grafting(kinds: Any) -> None:
     text = (
-        "grafts on VGG-16: seconds, memory against images, the floor, the whole matrix (about 12 minutes); the "
-        "study itself is `meanfield graft`"
+        "grafts on VGG-16: seconds, memory against images, the floor, the whole matrix (about 12 minutes); the study "
+        "itself is `meanfield graft`"
     )
     grafted = kinds.add_parser(
         "grafting", help=text, description=grafting.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -297,7 +297,7 @@ def speed_table(found: dict[str, Any]) -> Table:
     settings = found["settings"]
     title = (
         f"one step, {settings['samples']} images, widths {tuple(settings['widths'])}, one thread, medians of CPU "
-        f"seconds"
+        "seconds"
     )
     table = Table("dtype", "flow ms", "plain ms", "flow's speed", "flow MiB", "plain MiB", "flow's memory", title=title)
     for dtype, each in found["figures"].items():

@@ -102,7 +102,7 @@ def row(name: str, case: Case, chosen: Settings, report: Callable[[str], None]) 
         return {**size, "failed": str(failure)}
     report(
         f"{name}: {case.name}: {1e3 * found['iteration_seconds']:.2f} ms an iteration, {found['over_products']:.2f} "
-        f"times its products"
+        "times its products"
     )
     return found
 

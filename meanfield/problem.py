@@ -131,7 +131,7 @@ class Problem:
                     name,
                     bound,
                     f"makes the network infeasible: it reaches {reached:.6g}; raise the bound or scale the network "
-                    f"down",
+                    "down",
                 )
 
     def _check_network(self, network: ParticleNetwork) -> None:
@@ -142,8 +142,7 @@ class Problem:
         if network.dtype != self.inputs.dtype or network.device != self.inputs.device:
             raise ValueError(
                 f"the network is {network.dtype} on {network.device}, the problem {self.inputs.dtype} on "
-                f"{self.inputs.device}; "
-                "convert one with .to(...)"
+                f"{self.inputs.device}; convert one with .to(...)"
             )
 
     def missing_bounds(self) -> list[str]:

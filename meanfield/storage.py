@@ -58,7 +58,7 @@ def _strict(value: Any) -> Any:
 def save_network(network: ParticleNetwork, path: str | Path, made: Mapping[str, Any] | None = None) -> Path:
     """Write `path` (.safetensors) and its description beside it (.json); returns the path of the tensors.
 
-    The description is written last: where it is there, so are the tensors.  made: what made the network, for the reader.
+    The description is written last: where it is there, so are the tensors.  made: what made it, for the reader.
     """
     tensors = {f"masses.{i}": p for i, p in enumerate(network.masses)} | {
         f"kernels.{i}": w for i, w in enumerate(network.kernels)
@@ -133,7 +133,7 @@ def _description(path: Path) -> dict[str, Any]:
     ):
         raise ValueError(
             f'{path} does not describe a network: expected a JSON object with "format": {FORMAT!r} and an '
-            f'"architecture"'
+            '"architecture"'
         )
     return description
 

@@ -10,7 +10,6 @@ import pytest
 from command_line import run
 
 from meanfield import data
-from meanfield.data import cifar
 from meanfield.storage import load_network
 
 TINY = {"--widths": "6,4", "--samples": "6", "--rounds": "1", "--flow-steps": "20"}
@@ -171,22 +170,27 @@ def images(tmp_path):
     return str(tmp_path / "images.npz")
 
 
-GRAFT = ["graft", "--network", "vgg8", "--width", "2", "--size", "quick", "--jobs", "1"]
+GRAFT = {"--network": "vgg8", "--width": "2", "--size": "quick", "--jobs": "1"}
+
+
+def graft(*arguments):
+    own = [word for name, value in GRAFT.items() if name not in arguments for word in (name, value)]
+    return run("graft", *own, *arguments)
 
 
 def test_a_graft_study_leaves_tables_and_a_page_and_goes_on_where_it_stopped(tmp_path, images):
-    arguments = [*GRAFT, "--data", images, "--part", "l2", "--part", "across", "--out", str(tmp_path)]
-    first = run(*arguments)
+    arguments = ["--data", images, "--part", "l2", "--part", "across", "--out", tmp_path]
+    first = graft(*arguments)
     assert first.exit_code == 0, first.stderr
-    tables = {name: (tmp_path / f"{name}.csv").read_bytes() for name in ("train", "l2", "across")}
+    tables = {name: rows(tmp_path / f"{name}.csv") for name in ("train", "l2", "across")}
     page = (tmp_path / "graft.html").read_text()
-    assert f"--data {images} --pool 1 --samples 40 --split --network vgg8" in page
+    assert f"--data={images} --samples=40 --split --network=vgg8 --width=2" in page
     assert "With the L2 penalty instead" in page
-    second = run(*arguments, "--no-report", "--quiet")
+    second = graft(*arguments, "--no-report", "--quiet")
     assert "10 of 10 cells were there already" in second.stderr
     assert "page: " in first.stdout
     assert "page: " not in second.stdout
-    assert {name: (tmp_path / f"{name}.csv").read_bytes() for name in tables} == tables
+    assert {name: rows(tmp_path / f"{name}.csv") for name in tables} == tables
 
 
 @pytest.mark.parametrize(
@@ -204,44 +208,16 @@ def test_a_graft_study_leaves_tables_and_a_page_and_goes_on_where_it_stopped(tmp
     ],
 )
 def test_bad_input_of_a_graft_study_is_one_line(arguments, parts, tmp_path):
-    result = run(*GRAFT, "--part", "starts", "--out", str(tmp_path), "--quiet", *arguments)
+    part = [] if "--part" in arguments else ["--part", "starts"]
+    result = graft(*part, "--out", tmp_path, "--quiet", *arguments)
     assert result.exit_code == 2
     assert result.stderr.count("\n") == 1
     assert all(part in result.stderr for part in parts), result.stderr
 
 
-@pytest.fixture
-def asked(monkeypatch):
-    """The classifier and the sizes that a graft study is asked for."""
-    from meanfield.studies.grafting import plan as graft_study
-
-    heard = []
-    monkeypatch.setattr(graft_study, "run", lambda base, sizes, *_, **__: heard.append((base, sizes)) or {})
-    monkeypatch.setattr(graft_study, "plan", lambda *_: {})
-    return lambda *arguments: (run("graft", "--no-report", "--quiet", *arguments), heard.pop())[1]
-
-
-def test_a_graft_study_trains_on_four_fifths_drawn_at_random_unless_it_is_told_otherwise(asked, tmp_path):
-    base, _ = asked("--out", str(tmp_path))
-    assert (base.samples, base.split, base.network, base.width, base.preset) == (1437, 0, "vgg11", 8, "default")
-    base, _ = asked("--out", str(tmp_path), "--file-order", "--samples", "100", "--network", "vgg8", "--penalty", "l2")
-    assert (base.samples, base.split, base.strength) == (100, None, 0.008)
-
-
-def test_the_authors_size_brings_their_network_and_recipe(asked, tmp_path):
-    base, _ = asked("--out", str(tmp_path), "--size", "authors", "--width", "2")
-    assert (base.network, base.width, base.preset) == ("vgg16", 2, "authors")
-
-
-def test_cifar_keeps_its_own_test_images(asked, tmp_path):
-    records = np.tile(np.uint8(np.arange(10))[:, None], (1, 3073))
-    for name in cifar.CIFAR_10_FILES:
-        (tmp_path / name).write_bytes(records.tobytes())
-    base, _ = asked("--out", str(tmp_path / "out"), "--data", str(tmp_path), "--width", "2", "--samples", "50")
-    assert (base.samples, base.split) == (50, None)
-    assert _divided({"data": str(tmp_path), "pool": 1, "samples": None, "split": None})["samples"] == 50_000
-
-
-def test_help_of_a_graft_study_states_every_default():
-    text = " ".join(run("graft", "--help").stdout.split())
-    assert text.count("Default:") == 18
+def test_help_of_a_graft_study_states_what_is_left_open():
+    text = run("graft", "--help").stdout
+    assert len(re.findall(r"(?m)^│ (--[a-z-]+)", text)) == 18
+    assert " ".join(text.split()).count("Without") == 6
+    assert text.count("[default:") == 18 - 6 - len(("--out", "--report", "--quiet"))
+    assert "Parts: starts, classes," in " ".join(text.split())

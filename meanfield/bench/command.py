@@ -111,8 +111,8 @@ class StudyOptions(Settings):
     backend: Annotated[
         str,
         option(
-            "Where joblib runs them: loky (processes of this machine), threading, dask or ray; the last two need their "
-            "packages and, for a cluster, a connected client.",
+            "Where joblib runs them: loky (processes of this machine), threading, dask or ray; the last two need "
+            "their packages and, for a cluster, a connected client.",
             WORK,
         ),
         choice(BACKENDS),

@@ -55,7 +55,7 @@ class FeatureMeasure:
         kinds = {(each.dtype, each.device) for each in (self.values, self.masses)}
         if len(kinds) != 1 or self.values.dtype not in MASS_TOLERANCE:
             raise ValueError(
-                f"values and masses must share one dtype, float32 or float64, and one device; got "
+                "values and masses must share one dtype, float32 or float64, and one device; got "
                 f"{sorted(map(str, kinds))}"
             )
         finite(self.values, "values")

@@ -208,9 +208,9 @@ def _integers(text: str) -> tuple[int, ...]:
 Data = Annotated[
     str,
     option(
-        "Images to learn: digits (8x8, inside scikit-learn), mnist (28x28, needs the extra meanfield[data]), a FILE.npz"
-        " with images under inputs, x or images and integer labels under targets, y or labels, or a DIRECTORY with a "
-        "folder of images per class or the binary files of CIFAR.",
+        "Images to learn: digits (8x8, inside scikit-learn), mnist (28x28, needs the extra meanfield[data]), a "
+        "FILE.npz with images under inputs, x or images and integer labels under targets, y or labels, or a DIRECTORY "
+        "with a folder of images per class or the binary files of CIFAR.",
         DATA,
     ),
 ]

@@ -50,7 +50,8 @@ def run(
 
     With `directory` every finished cell is a file there, written whole or not at all; a later call with the same
     directory takes it from there if the cell, the whole library, the package of the measure (or the files
-    `sources(cell)` in its place) and the version of torch are the same.  announce(cell, kept) is called once for every cell, kept where it was there already.
+    `sources(cell)` in its place) and the version of torch are the same.  announce(cell, kept) is called once for every
+    cell, kept where it was there already.
     """
     paths = [None] * len(cells) if directory is None else _paths(Path(directory), measure, cells, sources)
     found: dict[int, list[Row]] = {}

@@ -66,8 +66,8 @@ KernelNorm = Annotated[
 AmplitudeBound = Annotated[
     float | None,
     option(
-        "Bound on the total kernel into a feature of layers 2 and up; with unbounded activations such as relu a minimum "
-        "exists only with both bounds. Without it: no bound.",
+        "Bound on the total kernel into a feature of layers 2 and up; with unbounded activations such as relu a "
+        "minimum exists only with both bounds. Without it: no bound.",
         OBJECTIVE,
     ),
     positive,

@@ -67,7 +67,7 @@ class Dataset:
         return own if loss == "squared" else 2 * own - 1
 
     def decided(self, outputs: Tensor) -> Tensor:
-        """Position in `classes` of the class that outputs (N, K) speak for, (N,); a single output of 0 is the first's."""
+        """Position in `classes` of the class that outputs (N, K) speak for, (N,); one output of 0 is the first's."""
         return (outputs[:, 0] < 0).long() if outputs.shape[1] == 1 else outputs.argmax(1)
 
     def split(self, held_out: int | None = None) -> tuple[Dataset, Dataset]:
@@ -78,7 +78,7 @@ class Dataset:
             asked = "some images" if held_out is None else f"held_out={wanted}"
             raise ValueError(
                 f"{asked} cannot be held out: {len(self)} images are selected and {left} are left; load fewer with "
-                f"samples="
+                "samples="
             )
         return replace(self, rest=None), self.rest._rows(slice(wanted))
 

@@ -109,8 +109,8 @@ def _archive(file: BinaryIO, path: Path) -> Any:
 def _check_kind(path: Path) -> None:
     if not path.exists():
         raise FileNotFoundError(
-            f"{path} does not exist; give one of {', '.join(map(repr, NAMES))} or the path of an .npz file, "
-            "of a directory of images or of the binary files of CIFAR"
+            f"{path} does not exist; give one of {', '.join(map(repr, NAMES))} or the path of an .npz file, of a "
+            "directory of images or of the binary files of CIFAR"
         )
     with path.open("rb") as file:
         magic = file.read(6)
@@ -127,8 +127,7 @@ def _read_directory(path: Path) -> tuple[str, Tensor, Tensor]:
     if not any(files.values()):
         raise ValueError(
             f"{path} holds no images; expected {path}/CLASS/*.png, one folder per class, with files "
-            f"{', '.join(IMAGE_SUFFIXES)}, "
-            f"or the binary files of {' or '.join(layout.name for layout in CIFAR)}"
+            f"{', '.join(IMAGE_SUFFIXES)}, or the binary files of {' or '.join(layout.name for layout in CIFAR)}"
         )
     for name, found in files.items():
         if not found:
@@ -176,7 +175,7 @@ def _images(array: np.ndarray, path: Path) -> Tensor:
         kind = "integer" if top == 255 else "floating-point"
         raise ValueError(
             f"{path}: {kind} images lie in {array.min():g}..{array.max():g}; expected 0..{top} (rescale them, or give "
-            f"other inputs to Problem)"
+            "other inputs to Problem)"
         )
     images = torch.from_numpy(array.astype(np.float64)) / top
     return images if images.ndim == 4 else images[:, None]

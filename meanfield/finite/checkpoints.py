@@ -63,7 +63,7 @@ class StateFile:
                     "state",
                     str(self.path),
                     f"is of another run: its {name} is {there!r}, here {here!r}; repeat the arguments of that run, "
-                    f"give another path or delete the file",
+                    "give another path or delete the file",
                 )
         return tensors, body["figures"]
 

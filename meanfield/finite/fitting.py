@@ -142,7 +142,7 @@ def _check_data(network: nn.Module, inputs: Tensor, labels: Tensor) -> None:
     if not inputs.is_floating_point() or inputs.ndim < 2 or len(inputs) == 0:
         raise ValueError(
             f"inputs has dtype {inputs.dtype} and shape {tuple(inputs.shape)}; expected floating-point images (N, "
-            f"...), N >= 1"
+            "...), N >= 1"
         )
     if labels.dtype != torch.int64:
         raise ValueError(
@@ -158,7 +158,7 @@ def _check_kind(network: nn.Module, inputs: Tensor) -> None:
     if first.dtype != inputs.dtype or first.device != inputs.device:
         raise ValueError(
             f"inputs are {inputs.dtype} on {inputs.device}, the network is {first.dtype} on {first.device}; convert "
-            f"one with .to(...)"
+            "one with .to(...)"
         )
 
 

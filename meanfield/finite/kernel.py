@@ -77,13 +77,13 @@ def _check_covered(architecture: Architecture) -> None:
     if architecture.depth != 1:
         raise ValueError(
             f"architecture has {architecture.depth} layers; the limit is in closed form for one layer, see "
-            f"kernel.empirical"
+            "kernel.empirical"
         )
     layer = architecture.layers[0]
     if layer.activation != "relu":
         raise ValueError(
             f"layers[0] has activation={layer.activation!r}; the limit is in closed form for 'relu', see "
-            f"kernel.empirical"
+            "kernel.empirical"
         )
     if layer.pooling == "max":
         raise ValueError(

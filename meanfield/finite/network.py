@@ -113,7 +113,7 @@ class FiniteCNN(nn.Module):
             if spread > MASS_TOLERANCE[network.dtype]:
                 raise ValueError(
                     f"masses[{layer}] are not uniform (up to {spread:.2g} relative); a finite network has equal "
-                    f"channels: draw one with finite.sample"
+                    "channels: draw one with finite.sample"
                 )
         finite = cls(network.architecture, network.kernels, network.readout, network.biases, scaling)
         with torch.no_grad():

@@ -180,7 +180,7 @@ class _Settings:
                 "noise",
                 noise,
                 f"needs optimiser='sgd' and scaling='mean_field', not {optimiser!r} and {scaling!r}: only there is it "
-                f"the temperature of the particle flow",
+                "the temperature of the particle flow",
             )
         times = _increasing(checkpoints)
         self.checkpoints = _checkpoint_steps(times, self)

@@ -169,7 +169,7 @@ class Junction:
             if (batch.dtype, batch.device, batch.shape[1:]) != (first.dtype, first.device, first.shape[1:]):
                 raise ValueError(
                     f"inputs begin with {_described(first)} and go on with {_described(batch)}; give one tensor or "
-                    f"batches of a kind"
+                    "batches of a kind"
                 )
             found.add(batch)
             progress(len(batch))
@@ -251,7 +251,7 @@ class Junction:
         if costs.shape[0] != costs.shape[1]:
             raise ValueError(
                 f"method='match' needs equal widths; {costs.shape[0]} features below and {costs.shape[1]} above: use "
-                f"'transport'"
+                "'transport'"
             )
         rows, columns = linear_sum_assignment(costs.cpu().numpy())
         plan = torch.zeros_like(costs)
@@ -305,7 +305,7 @@ def frozen(network: nn.Module, argument: str) -> nn.Module:
     except RuntimeError as error:
         raise ValueError(
             f"{argument} cannot be copied ({error}); remove what its modules keep from a pass, such as the old "
-            f"weight_norm"
+            "weight_norm"
         ) from error
     return copied.eval().requires_grad_(False)
 
@@ -381,7 +381,7 @@ def _connection(owned: Connection, here: Tensor, there: Tensor, layer: str, lowe
         "lower_layer",
         lower_layer,
         f"receives {tuple(here.shape[1:])} per input and layer={layer!r} of upper {tuple(there.shape[1:])}: maps "
-        f"connect to maps, and vectors or flattened maps to vectors",
+        "connect to maps, and vectors or flattened maps to vectors",
     )
 
 

@@ -106,7 +106,7 @@ def _require_exact_case(problem: Problem) -> None:
         (
             arch.outputs > 1,
             f"outputs={arch.outputs}: the penalty is then a nuclear norm per cell, which is not solved here; use one "
-            f"output",
+            "output",
         ),
         (
             penalty.input == 0,
@@ -123,8 +123,7 @@ def _require_exact_case(problem: Problem) -> None:
         (
             entries > largest,
             f"kernel_size={conv.kernel_size} has {entries} entries with channels and bias; patterns are listed for at "
-            f"most {largest}: "
-            "for larger kernels `certificates.search_features` bounds the optimum by a search",
+            f"most {largest}: for larger kernels `certificates.search_features` bounds the optimum by a search",
         ),
     )
     for refused, text in refusals:

@@ -31,7 +31,7 @@ def read(*words):
     """What the command line makes of words."""
     app, heard = command.application("program", "A test."), []
 
-    def run(asked: Annotated[Asked, Parameter(name="*")] = Asked()):  # noqa: B008
+    def run(asked: Annotated[Asked, Parameter(name="*")] = Asked()):
         heard.append(asked)
 
     app.command(run, name="run")

@@ -51,7 +51,7 @@ def test_the_plan_has_the_wanted_parts_behind_their_groundwork(study):
         "high": [{"m": 11}, {"m": 12}],
     }
     assert study.plan("x", 1, parts=["low"]) == {"ground": [{"m": 0}], "low": [{"m": 0}]}
-    with pytest.raises(Misuse, match="part='hihg' is unknown.*did you mean 'high'"):
+    with pytest.raises(Misuse, match=r"part='hihg' is unknown.*did you mean 'high'"):
         study.plan("x", 1, parts=["hihg"])
 
 
@@ -103,6 +103,10 @@ def measure(cell):
     return [{"width": cell["width"], "square": cell["width"] ** 2 + cell["seed"]}]
 
 
+def largest(tables):
+    return max(row["square"] for row in tables["squares"])
+
+
 def squares(found, tables):
     return Section("Squares", [Table(["width", "square"], [list(row.values()) for row in tables["squares"]])])
 
@@ -111,7 +115,7 @@ STUDY = Study(
     name="toy",
     title="Squares of widths",
     claim=lambda found: f"The largest square is {found['largest']}.",
-    parts={"squares": Part(cells, measure, {"largest": lambda tables: max(r["square"] for r in tables["squares"])}, {}, [squares])},
+    parts={"squares": Part(cells, measure, {"largest": largest}, {}, [squares])},
     sizes={"quick": (1, 2), "default": (1, 2, 3)},
 )
 

@@ -33,8 +33,8 @@ class Options(StudyOptions):
     split: Annotated[
         bool | None,
         flag(
-            "Draw the images to train on at random, or take the first ones in file order. Without either: --split; for "
-            "CIFAR, whose test images come last, --file-order.",
+            "Draw the images to train on at random, or take the first ones in file order. Without either: --split; "
+            "for CIFAR, whose test images come last, --file-order.",
             DATA,
             "--file-order",
         ),

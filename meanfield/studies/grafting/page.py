@@ -25,8 +25,8 @@ LIMITS = Section(
         "does not say that the two networks have features of equal distribution: equal distributions imply equal "
         "spans, not the other way round. Where the question is about distributions, read transport and the distances, "
         "next to the rotated donors.",
-        "A connecting layer has many unknowns. Where images are few, a feature that is active on a handful of them can "
-        "get a large weight, and the error on held-out images can then exceed 1, more than that of a constant.",
+        "A connecting layer has many unknowns. Where images are few, a feature that is active on a handful of them "
+        "can get a large weight, and the error on held-out images can then exceed 1, more than that of a constant.",
         "Small data sets of digits are easy: even untrained features do well at lower layers, so that what separates "
         "trained donors from controls is the figure to read, not the accuracy. The intervals are over pairs of "
         "networks on the same images; nothing here speaks of other images or of larger data sets.",
@@ -56,8 +56,8 @@ def starts(found: Found, tables: Tables) -> Section:
     text = (
         "A graft takes the layers below the connecting layer from a donor and those above it from a host; only the "
         "connecting layer is fitted, by least squares on the training images. Everything is measured on held-out "
-        "images. A relative error is the squared difference from the host as a share of the variance of the host: 0 is "
-        "the host again, 1 is as bad as its mean."
+        "images. A relative error is the squared difference from the host as a share of the variance of the host: 0 "
+        "is the host again, 1 is as bad as its mean."
     )
     return Section("Grafts between networks from different starts", [text, *_profile(found["starts"], "profiles")])
 
@@ -76,15 +76,15 @@ def _methods_text(found: Rows) -> str:
     }
     least, moved = (means.get(("trained", method)) for method in ("least_squares", "transport"))
     text = (
-        "Least squares may combine the features of the donor in any way, so that it only compares the spaces that they "
-        "span. Transport may not: it matches the channels of the two networks by their distributions and pulls the "
-        "host's own kernel through the match."
+        "Least squares may combine the features of the donor in any way, so that it only compares the spaces that "
+        "they span. Transport may not: it matches the channels of the two networks by their distributions and pulls "
+        "the host's own kernel through the match."
     )
     if least is None or moved is None:
         return text
     text += (
-        " At the connection, in the geometric mean over pairs and layers, least squares leaves trained donors an error "
-        f"of {two(least)}, transport {two(moved)}, {two(moved / least)} times as much."
+        " At the connection, in the geometric mean over pairs and layers, least squares leaves trained donors an "
+        f"error of {two(least)}, transport {two(moved)}, {two(moved / least)} times as much."
     )
     return " ".join([text, _rotated_text(means, found), *_others_text(means, moved)])
 
@@ -161,9 +161,9 @@ def classes(found: Found, tables: Tables) -> Section:
     errors = {row["layer"]: row["error"] for row in found["classes"]}
     low, high = (two(pick(each.value for each in errors.values())) for pick in (min, max))
     text = (
-        "Two classifiers agree on the class, and whatever in a layer is a function of the class alone can be read from "
-        "either of them. The best prediction of the host's pre-activations by the label alone leaves an error between "
-        f"{low} and {high}."
+        "Two classifiers agree on the class, and whatever in a layer is a function of the class alone can be read "
+        "from either of them. The best prediction of the host's pre-activations by the label alone leaves an error "
+        f"between {low} and {high}."
     )
     trained = _squares(found.get("starts", ())).get("trained", ())
     rows = [{**row, "beyond": errors[row["layer"]].above(row["error"])} for row in trained if row["layer"] in errors]

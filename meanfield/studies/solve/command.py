@@ -120,10 +120,10 @@ class Options(Settings):
 def command(options: Options) -> None:
     """Train a continuous CNN on real images, certify it, and write a report.
 
-    Without any option this is the demonstration: handwritten 3 against 5 from scikit-learn, averaged down to 4x4 pixels,
-    in a network of two convolutional layers (3x3, tanh) with 64 and 32 particles. With --out it takes a minute or two and
-    leaves report.html, which opens in any browser, its pictures, results.json and the network; without it a summary is
-    printed and nothing is written.
+    Without any option this is the demonstration: handwritten 3 against 5 from scikit-learn, averaged down to 4x4
+    pixels, in a network of two convolutional layers (3x3, tanh) with 64 and 32 particles. With --out it takes a minute
+    or two and leaves report.html, which opens in any browser, its pictures, results.json and the network; without it a
+    summary is printed and nothing is written.
 
     Ctrl-C stops the solve, keeps the best network so far and says where it is.
     """

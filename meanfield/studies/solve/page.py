@@ -17,10 +17,9 @@ from meanfield.studies.solve.measure import Run, gather
 from meanfield.studies.solve.pictures import output_label, pictures
 
 OBJECTIVE = Markup(
-    "J is the mean loss over the images plus three penalties: "
-    "λ<sub>s</sub> Σ p<sub>i</sub> (Σ |w<sub>ij</sub>| p<sub>j</sub>)² for every pair of layers (source), "
-    "λ<sub>u</sub> Σ p<sub>j</sub> |u<sub>j</sub>|² (readout), λ<sub>1</sub> Σ p<sub>i</sub> |z<sub>i</sub>|² (input). "
-    "Masses p, kernels z and w, and the readout u all move."
+    "J is the mean loss over the images plus three penalties: λ<sub>s</sub> Σ p<sub>i</sub> (Σ |w<sub>ij</sub>| "
+    "p<sub>j</sub>)² for every pair of layers (source), λ<sub>u</sub> Σ p<sub>j</sub> |u<sub>j</sub>|² (readout), "
+    "λ<sub>1</sub> Σ p<sub>i</sub> |z<sub>i</sub>|² (input). Masses p, kernels z and w, and the readout u all move."
 )
 
 
@@ -109,13 +108,13 @@ def _rounds(results: Results) -> Section:
     if not rows:
         return Section("Value per round", ["No round was completed."])
     text = (
-        "Each round lets the particles flow, freezes their features, and solves the convex program over the populations "
-        f"of these features. The last flow ended {scientific(rows[-1]['flow_gap'])} above the dual bound of the program "
-        f"frozen there. {capital(answer['message'])}."
+        "Each round lets the particles flow, freezes their features, and solves the convex program over the "
+        f"populations of these features. The last flow ended {scientific(rows[-1]['flow_gap'])} above the dual bound "
+        f"of the program frozen there. {capital(answer['message'])}."
     )
     care = (
-        "the last flow found nothing below the point that it started from, the answer of the convex program before it; "
-        "its small gap is then that program's and is no evidence that the flow alone gets there."
+        "the last flow found nothing below the point that it started from, the answer of the convex program before "
+        "it; its small gap is then that program's and is no evidence that the flow alone gets there."
     )
     gaps = "Duality gap per round. The flow's gap is measured before the convex program has touched its network."
     head = ["round", "J after flow", "J after program", "dual bound (on this support)"]
@@ -161,8 +160,8 @@ def _populations(results: Results) -> Section:
     effective = results["populations"]["effective"]
     layers = ", ".join(f"{value:.1f} in layer {index + 1}" for index, value in enumerate(effective))
     text = (
-        "Repopulation moves mass between features. The answer uses as many features as equal masses of number "
-        f"1 / Σ p² would: {layers}."
+        "Repopulation moves mass between features. The answer uses as many features as equal masses of number 1 / Σ "
+        f"p² would: {layers}."
     )
     masses = "Masses of the random start (before, equal) and of the answer (after), heaviest first."
     kernels = "First-layer kernels of the heaviest particles; the title is the mass p. One colour scale for all."
@@ -207,8 +206,8 @@ def _segment(results: Results) -> Section:
     violation, (a, b) = found["midpoint_violation"], found["seeds"]
     shown = "J is not convex" if violation["weights"] > 1e-6 else "this pair does not show that J is not convex"
     text = Markup(
-        "Two flows of {} steps from seeds {} and {} end at solutions A and B of equal widths ({}). J is followed along "
-        "the straight line between them, once in program variables and once in weights. Midpoint violation "
+        "Two flows of {} steps from seeds {} and {} end at solutions A and B of equal widths ({}). J is followed "
+        "along the straight line between them, once in program variables and once in weights. Midpoint violation "
         "max(0, J(mid) − (J<sub>A</sub> + J<sub>B</sub>) / 2): {} in program variables, {} in weights; {} in weights."
     ).format(
         found["steps"], a, b, by(found["widths"]), *(scientific(violation[x]) for x in ("program", "weights")), shown
@@ -231,8 +230,8 @@ def _meaning(results: Results) -> Section:
     )
     if results["warnings"]:
         attained = (
-            "For this problem the infimum over all measures may not be attained (see the warning above): the value can "
-            "keep falling with more rounds."
+            "For this problem the infimum over all measures may not be attained (see the warning above): the value "
+            "can keep falling with more rounds."
         )
     return Section(
         "What this proves, and what it does not",
@@ -242,8 +241,8 @@ def _meaning(results: Results) -> Section:
             "in weights finds the optimum.",
             "The duality gap is a proof in float64, computed outside the solver, but on this support: among all "
             "populations of the features that these particles carry, none is better by more than the gap. Features "
-            "that nobody has tried may do better; a bound over all measures would have to exclude them, and "
-            f"{bound}. Different seeds may therefore end at different values.",
+            f"that nobody has tried may do better; a bound over all measures would have to exclude them, and {bound}. "
+            "Different seeds may therefore end at different values.",
             "Finite networks only approach these values: the sampled and trained ones above lie off the limit by the "
             f"amounts in their table, and with few seeds that is an illustration, not a rate. {attained}",
         ],

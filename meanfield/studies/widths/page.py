@@ -28,9 +28,9 @@ def claim(found: Found) -> str:
 def sampled(found: Found, tables: Tables) -> Section:
     text = (
         "Channels are drawn with replacement from a solved measure with both bounds. The intervals are bootstrapped "
-        "over draws. The control draws all particles alike, whatever their mass, and must not converge. Without bounds "
-        "the measures concentrate on few particles with large weights; second-order terms then bend the curve at these "
-        "widths."
+        "over draws. The control draws all particles alike, whatever their mass, and must not converge. Without "
+        "bounds the measures concentrate on few particles with large weights; second-order terms then bend the curve "
+        "at these widths."
     )
     head = ["L", "activation", "channels drawn", "slope of E|F_m - F|² (95%)", "slope of the feature error, last layer"]
     rows = []
@@ -122,9 +122,9 @@ def _spread(values: Sequence[float]) -> str:
 def coordinates(found: Found, tables: Tables) -> Section:
     text = (
         "Mean change of pre-activations and output since the start, penalties off. Slope 0 is flat: learning does not "
-        "depend on the width. In the very first steps of SGD in the mean-field scaling only the last layer learns; what "
-        "moves below it are fluctuations of order 1/sqrt(m), and the check is flat only afterwards (coordinates.csv has "
-        "every step)."
+        "depend on the width. In the very first steps of SGD in the mean-field scaling only the last layer learns; "
+        "what moves below it are fluctuations of order 1/sqrt(m), and the check is flat only afterwards "
+        "(coordinates.csv has every step)."
     )
     rows = [
         [row["scaling"], row["optimiser"], row["layer"], row["slope"], _by_width(row["sizes"])]

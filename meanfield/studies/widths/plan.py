@@ -22,7 +22,7 @@ COORDINATE_STEPS = 16
 
 @dataclass(frozen=True, kw_only=True)
 class Sizes:
-    """How much of everything: "quick" shows that it runs, "default" takes under ten minutes on two cores, "full" hours."""
+    """How much of everything: "quick" takes a minute, "default" under ten minutes on two cores, "full" hours."""
 
     depths: tuple[int, ...]
     sampled_widths: tuple[int, ...]
