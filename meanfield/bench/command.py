@@ -94,7 +94,8 @@ def one_line_errors() -> Iterator[None]:
         stop("stopped before there was anything to keep", INTERRUPTED)
     except Misuse as error:
         value = repr(error.value) if isinstance(error.value, str) else spelled(error.value)
-        refuse(f"--{error.argument.replace('_', '-')}={value} {error.remedy}")
+        given = "" if error.value is True else f"={value}"  # a flag is given without its value
+        refuse(f"--{error.argument.replace('_', '-')}{given} {error.remedy}")
     except (CycloptsError, ValueError, TypeError, OSError, ImportError) as error:
         refuse(str(error))
 

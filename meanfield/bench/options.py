@@ -39,8 +39,8 @@ def flag(text: str, panel: Group, negative: str = "") -> Parameter:
 
 def listing(text: str, panel: Group, *, all_for_none: bool = False) -> Parameter:
     """A tuple as one value, its entries separated by commas; None is spelled "all" where the field allows it."""
-    read = _read_all if all_for_none else _read_listing
-    return option(text, panel, n_tokens=1, show_default=spelled, converter=read)
+    read, show = (_read_all, spelled) if all_for_none else (_read_listing, lambda value: value and spelled(value))
+    return option(text, panel, n_tokens=1, show_default=show, converter=read)
 
 
 def choice(names: Collection[str]) -> Rule:
