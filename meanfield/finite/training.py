@@ -25,7 +25,7 @@ from meanfield.problem import Problem, project_bounds
 from meanfield.starts import normal
 from meanfield.validation import Misuse
 
-OPTIMISERS: dict[str, type[torch.optim.Optimizer]] = {"adam": torch.optim.Adam, "sgd": torch.optim.SGD}
+OPTIMISERS: dict[str, Callable[..., torch.optim.Optimizer]] = {"adam": torch.optim.Adam, "sgd": torch.optim.SGD}
 LEARNING_RATES = {
     ("adam", "mean_field"): 5e-2,
     ("adam", "ntk"): 3e-2,
@@ -398,9 +398,8 @@ def _optimiser(network: FiniteCNN, settings: _Settings) -> torch.optim.Optimizer
     factors = layer_rates(network, settings.described["optimiser"])
     for name, parameter in network.named_parameters():
         groups.setdefault(factors[name], []).append(parameter)
-    return settings.optimiser(
-        [{"params": found, "factor": factor} for factor, found in groups.items()], lr=settings.peak
-    )  # type: ignore[call-arg]
+    tuned = [{"params": found, "factor": factor} for factor, found in groups.items()]
+    return settings.optimiser(tuned, lr=settings.peak)
 
 
 def _step(run: _Run) -> None:

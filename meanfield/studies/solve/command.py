@@ -242,7 +242,7 @@ class Progress:
                 TextColumn("{task.fields[figures]}"),
                 TimeElapsedColumn(),
             )
-            self.bar = Progress(*columns, console=Console(stdfile=sys.stderr), transient=True)
+            self.bar = Progress(*columns, console=Console(stderr=True), transient=True)
             self.bar.start()
             self.task = self.bar.add_task("start", total=self.options.rounds, figures="")
         return self
