@@ -2,37 +2,37 @@
 
 from __future__ import annotations
 
-import io
 from typing import Any
 
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+from meanfield.pages.plotting import BLUE, GREEN, RED
+
 SMALLEST_GAP = 1e-9  # smaller ones are drawn here
-COLOURS = {"splitting": "#1b6ca8", "CLARABEL": "#c8553d", "SCS": "#6a994e"}
-MARKERS = {"splitting": "o", "CLARABEL": "s", "SCS": "^"}
+LOOKS = {"splitting": (BLUE, "o"), "CLARABEL": (RED, "s"), "SCS": (GREEN, "^")}  # colour, marker
 GAP_LABEL = "proven relative gap"
 
 
-def solve_picture(found: dict[str, Any]) -> bytes:
+def solve(found: dict[str, Any]) -> Figure:
     """One panel per case: the splitting's gap along its run, cvxpy's over its tolerances, hollow with compile time
-    added. PNG.
+    added.
     """
     cases = found["cases"]
-    figure, axes = _panels(len(cases))
-    for axis, case in zip(axes, cases):
-        _gap_panel(axis, case)
-    axes[0].set_ylabel(GAP_LABEL)
-    named = {text: handle for axis in axes for handle, text in zip(*axis.get_legend_handles_labels())}
+    figure, grid = _panels(len(cases))
+    for axes, case in zip(grid, cases):
+        _gap_panel(axes, case)
+    grid[0].set_ylabel(GAP_LABEL)
+    named = {text: handle for axes in grid for handle, text in zip(*axes.get_legend_handles_labels())}
+    columns = min(len(named), 2 * len(grid))
     figure.legend(
-        named.values(),
-        named,
-        loc="outside lower center",
-        ncols=min(len(named), 2 * len(axes)),
-        frameon=False,
-        fontsize=8,
+        list(named.values()), list(named), loc="outside lower center", ncols=columns, frameon=False, fontsize=8
     )
-    return _png(figure)
+    return figure
 
 
-def _gap_panel(axis: Any, case: dict[str, Any]) -> None:
+def _gap_panel(axes: Axes, case: dict[str, Any]) -> None:
     for name in dict.fromkeys(run["contender"] for run in case["runs"]):
         runs = [
             run
@@ -40,87 +40,74 @@ def _gap_panel(axis: Any, case: dict[str, Any]) -> None:
             if run["contender"] == name and run.get("relative_gap") is not None and run["feasible"]
         ]
         if name == "splitting":
-            _draw_history(axis, runs)
+            _draw_history(axes, runs)
         elif runs:
-            _draw_sweep(axis, name, runs)
-    axis.set(xscale="log", yscale="log", xlabel="CPU seconds, one thread", title=case["name"])
-    axis.set_ylim(bottom=SMALLEST_GAP / 3)
-    _label_axes(axis)
-    axis.grid(alpha=0.3)
+            _draw_sweep(axes, name, runs)
+    axes.set(xscale="log", yscale="log", xlabel="CPU seconds, one thread", title=case["name"])
+    axes.set_ylim(bottom=SMALLEST_GAP / 3)
+    _label_axes(axes)
+    axes.grid(alpha=0.3)
 
 
-def _label_axes(axis: Any) -> None:
+def _label_axes(axes: Axes) -> None:
     """Seconds as plain numbers, at 1, 2 and 5 of every decade; the gap that stands for smaller ones marked so."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-
-    axis.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-    axis.xaxis.set_major_formatter(FuncFormatter(lambda seconds, _: f"{seconds:g}"))
-    axis.xaxis.set_minor_formatter(NullFormatter())
-    axis.yaxis.set_major_formatter(
+    axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda seconds, _: f"{seconds:g}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.yaxis.set_major_formatter(
         FuncFormatter(lambda gap, _: ("≤ " if gap < 1.01 * SMALLEST_GAP else "") + f"{gap:.0e}")
     )
 
 
-def _draw_history(axis: Any, runs: list[dict[str, Any]]) -> None:
+def _draw_history(axes: Axes, runs: list[dict[str, Any]]) -> None:
+    color, marker = LOOKS["splitting"]
     rows = runs[-1]["history"] if runs else []
     times = [row.get("cpu_seconds", row["seconds"]) for row in rows]
     gaps = [max(row["gap"] / abs(row["value"]), SMALLEST_GAP) for row in rows]
-    axis.plot(times, gaps, color=COLOURS["splitting"], label="splitting, along one run", linewidth=1.6)
-    ends = [max(run["relative_gap"], SMALLEST_GAP) for run in runs]
-    axis.plot(
-        [run["cpu_seconds"] for run in runs],
-        ends,
-        MARKERS["splitting"],
-        color=COLOURS["splitting"],
-        label="splitting, stopped at a tolerance",
-    )
+    axes.plot(times, gaps, color=color, label="splitting, along one run", linewidth=1.6)
+    times, gaps = _ends(runs)
+    axes.plot(times, gaps, marker, color=color, label="splitting, stopped at a tolerance")
 
 
-def _draw_sweep(axis: Any, name: str, runs: list[dict[str, Any]]) -> None:
-    gaps = [max(run["relative_gap"], SMALLEST_GAP) for run in runs]
-    axis.plot(
-        [run["cpu_seconds"] for run in runs], gaps, MARKERS[name] + "-", color=COLOURS[name], label=f"{name}, solve"
-    )
+def _draw_sweep(axes: Axes, name: str, runs: list[dict[str, Any]]) -> None:
+    color, marker = LOOKS[name]
+    times, gaps = _ends(runs)
+    axes.plot(times, gaps, f"{marker}-", color=color, label=f"{name}, solve")
     total = [run["cpu_seconds"] + run["compile_cpu_seconds"] for run in runs]
-    axis.plot(
-        total,
-        gaps,
-        MARKERS[name] + ":",
-        color=COLOURS[name],
-        markerfacecolor="none",
-        alpha=0.7,
-        label=f"{name}, with cvxpy's compilation",
-    )
+    axes.plot(total, gaps, f"{marker}:", color=color, mfc="none", alpha=0.7, label=f"{name}, with cvxpy's compilation")
 
 
-def growth_picture(found: dict[str, Any]) -> bytes:
-    """One panel per sweep: time of an iteration and of its two products against size. PNG."""
+def _ends(runs: list[dict[str, Any]]) -> tuple[list[float], list[float]]:
+    """CPU seconds of runs, and the gaps that they proved."""
+    return [run["cpu_seconds"] for run in runs], [max(run["relative_gap"], SMALLEST_GAP) for run in runs]
+
+
+def growth(found: dict[str, Any]) -> Figure:
+    """One panel per sweep: time of an iteration and of its two products against size."""
     sweeps = found["sweeps"]
-    figure, axes = _panels(len(sweeps))
-    for axis, (name, sweep) in zip(axes, sweeps.items()):
-        _growth_panel(axis, name, sweep)
-    axes[0].set_ylabel("CPU milliseconds, one thread")
-    return _png(figure)
+    figure, grid = _panels(len(sweeps))
+    for axes, (name, sweep) in zip(grid, sweeps.items()):
+        _growth_panel(axes, name, sweep)
+    grid[0].set_ylabel("CPU milliseconds, one thread")
+    return figure
 
 
-def _growth_panel(axis: Any, name: str, sweep: dict[str, Any]) -> None:
+def _growth_panel(axes: Axes, name: str, sweep: dict[str, Any]) -> None:
     rows = [row for row in sweep["rows"] if "failed" not in row]
-    for key, text, style in (
-        ("iteration_seconds", "an iteration", "o-"),
-        ("products_seconds", "its two products", "s--"),
+    sizes = [row["size"] for row in rows]
+    for key, text, style, color in (
+        ("iteration_seconds", "an iteration", "o-", BLUE),
+        ("products_seconds", "its two products", "s--", RED),
     ):
         fit = sweep["exponents"][key]
         slope = "" if fit["slope"] is None else f", exponent {fit['slope']:.2f}"
-        colour = COLOURS["splitting"] if style == "o-" else COLOURS["CLARABEL"]
-        axis.plot(
-            [row["size"] for row in rows], [1e3 * row[key] for row in rows], style, color=colour, label=text + slope
-        )
-    axis.set(xscale="log", yscale="log", xlabel=_SIZE_LABELS[name], title=f"growth with {name}")
-    ticks = sorted({row["size"] for row in rows})
-    axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
-    axis.set_xticks([], minor=True)
-    axis.grid(alpha=0.3)
-    axis.legend(frameon=False, fontsize=8)
+        axes.plot(sizes, [1e3 * row[key] for row in rows], style, color=color, label=text + slope)
+    axes.set(xscale="log", yscale="log", xlabel=_SIZE_LABELS[name], title=f"growth with {name}")
+    ticks = sorted(set(sizes))
+    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.set_xticks([], minor=True)
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False, fontsize=8)
 
 
 _SIZE_LABELS = {
@@ -130,14 +117,7 @@ _SIZE_LABELS = {
 }
 
 
-def _panels(count: int) -> tuple[Any, Any]:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(4.8 * max(count, 1), 4.2), layout="constrained")
-    return figure, figure.subplots(1, max(count, 1), squeeze=False, sharey=True)[0]
-
-
-def _png(figure: Any) -> bytes:
-    held = io.BytesIO()
-    figure.savefig(held, format="png", dpi=130)
-    return held.getvalue()
+def _panels(count: int) -> tuple[Figure, list[Axes]]:
+    """Side by side, on one axis of times or gaps."""
+    figure = Figure(figsize=(4.8 * count, 4.2), layout="constrained")
+    return figure, list(figure.subplots(1, count, squeeze=False, sharey=True)[0])

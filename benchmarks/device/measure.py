@@ -8,47 +8,49 @@ from typing import Any
 
 import torch
 
-from benchmarks import judge, machine, solve
-from benchmarks.problems import Case
+from benchmarks import judge
+from benchmarks.contenders import one_run
+from benchmarks.options import BenchmarkOptions, InProcess, Quick
+from benchmarks.problems import LARGE, STANDARD, TINY, Case
 
 GAPS = {"float64": (1e-3, 1e-5), "float32": (1e-3,)}
 
 
 @dataclass(frozen=True)
-class Settings:
-    cases: tuple[Case, ...] = (solve.STANDARD, solve.LARGE, Case(128, 8, (2048, 256)))
+class Sizes:
+    """Cases, and the wall seconds that a run may take."""
+
+    cases: tuple[Case, ...] = (STANDARD, LARGE, Case(128, 8, (2048, 256)))
     max_seconds: float = 300.0
-    fresh: bool = True
 
 
-def settings(quick: bool = False, fresh: bool = True) -> Settings:
-    return Settings((solve.TINY,), 10.0, fresh) if quick else Settings(fresh=fresh)
+DEFAULT, QUICK = Sizes(), Sizes((TINY,), 10.0)
 
 
-def run(chosen: Settings, report: Callable[[str], None] = print) -> dict[str, Any]:
+@dataclass(frozen=True, kw_only=True)
+class Options(BenchmarkOptions):
+    quick: Quick = False
+    in_process: InProcess = False
+
+
+def run(options: Options, report: Callable[[str], None]) -> dict[str, Any]:
     """Every figure of the benchmark, ready for JSON; `skipped` says why there is none."""
-    found: dict[str, Any] = {
-        "benchmark": "device",
-        "machine": machine.description(),
-        "device": None,
-        "cases": [],
-        "skipped": None,
-    }
     if not torch.cuda.is_available():
-        found["skipped"] = "torch sees no GPU (torch.cuda.is_available() is False)"
-        report(f"device benchmark skipped: {found['skipped']}")
-        return found
-    found["device"] = torch.cuda.get_device_name()
-    found["cases"] = [measure(case, chosen, report) for case in chosen.cases]
-    return found
+        skipped = "torch sees no GPU (torch.cuda.is_available() is False)"
+        report(f"device benchmark skipped: {skipped}")
+        return {"device": None, "cases": [], "skipped": skipped}
+    sizes, fresh = QUICK if options.quick else DEFAULT, not options.in_process
+    cases = [measure(case, sizes.max_seconds, fresh, report) for case in sizes.cases]
+    return {"device": torch.cuda.get_device_name(), "cases": cases, "skipped": None}
 
 
-def measure(case: Case, chosen: Settings, report: Callable[[str], None]) -> dict[str, Any]:
+def measure(case: Case, max_seconds: float, fresh: bool, report: Callable[[str], None]) -> dict[str, Any]:
     """The splitting on the GPU in both dtypes at each gap; seconds are those of the wall clock."""
-    limits = solve.Settings(max_seconds=chosen.max_seconds, fresh=chosen.fresh)
     runs = []
-    for dtype, gaps in GAPS.items():
-        for gap in gaps:
-            runs.append({"dtype": dtype, **solve.one_run("splitting", case, gap, limits, device="cuda", dtype=dtype)})
-            report(f"{case.name}, {dtype}, gap {gap:.0e}: {runs[-1]['status']}")
-    return {"name": case.name, **case.to_dict(), "best_bound": judge.excess(runs), "runs": runs}
+    for dtype, gap in ((dtype, gap) for dtype, gaps in GAPS.items() for gap in gaps):
+        found = one_run("splitting", case, gap, max_seconds, fresh, device="cuda", dtype=dtype)
+        runs.append({"dtype": dtype, **found})
+        report(f"{case.name}, {dtype}, gap {gap:.0e}: {found['status']}")
+    bound = judge.best_bound(runs)
+    judge.write_excess(runs, bound)
+    return {"name": case.name, **case.to_dict(), "best_bound": bound, "runs": runs}
