@@ -113,11 +113,15 @@ class Study:
         """Write the page, its pictures as PNG and summary.json; returns the page."""
         tables = {part: rows for part, rows in tables.items() if rows}
         found = self.summary(tables)
-        groundwork = [each for name, each in self.groundwork.items() if name in tables]
+        page = self.page(found, tables, made)
+        return html.publish(page, directory, self.name, self.pictures(tables), found)
+
+    def page(self, found: Found, tables: Tables, made: Provenance) -> html.Page:
+        """The sections of the parts that there are, groundwork after the others."""
+        groundwork = [each for name, each in self.groundwork.items() if tables.get(name)]
         there = [each for each in self._there(tables) if each not in groundwork] + groundwork
         sections = [write(found, tables) for part in there for write in part.sections]
-        page = html.Page(self.title, self.claim(found), [*sections, *self.closing], asdict(made))
-        return html.publish(page, directory, self.name, self.pictures(tables), found)
+        return html.Page(self.title, self.claim(found), [*sections, *self.closing], asdict(made))
 
     def _there(self, tables: Tables) -> list[Part]:
         return [part for name, part in self._all.items() if tables.get(name)]
