@@ -5,9 +5,11 @@ from __future__ import annotations
 import importlib
 import inspect
 import os
+import pkgutil
 import sys
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -61,16 +63,39 @@ def register(app: App, name: str, package: ModuleType, *, complete: bool) -> Non
     app.command(run, name=name, help=text)
 
 
+def launch(name: str, text: str, home: ModuleType, arguments: Sequence[str] | None = None) -> None:
+    """The entry point of a program whose commands are the packages in `home`, each as `register` wants it.
+
+    Heavy imports wait until a command is asked for.
+    """
+    words = sys.argv[1:] if arguments is None else list(arguments)
+    with one_line_errors():
+        app = application(name, text)
+        for found in sorted(each.name for each in pkgutil.iter_modules(home.__path__) if each.ispkg):
+            package = importlib.import_module(f"{home.__name__}.{found}")
+            called = getattr(package, "COMMAND", found)
+            register(app, called, package, complete=[called] == words[:1])
+        main(app, words)
+
+
 def main(app: App, arguments: Sequence[str] | None = None) -> Any:
     """Read a command line and do what it says; what is refused is told in one line, with exit code 2."""
-    try:
+    with one_line_errors():
         command, bound, _ = app.parse_args(arguments, exit_on_error=False, print_error=False)
         return command(*bound.args, **bound.kwargs)
+
+
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """The end of a program that was stopped or that refuses."""
+    try:
+        yield
     except KeyboardInterrupt:
         stop("stopped before there was anything to keep", INTERRUPTED)
     except Misuse as error:
         value = repr(error.value) if isinstance(error.value, str) else spelled(error.value)
-        refuse(f"--{error.argument.replace('_', '-')}={value} {error.remedy}")
+        given = "" if error.value is True else f"={value}"  # a flag is given without its value
+        refuse(f"--{error.argument.replace('_', '-')}{given} {error.remedy}")
     except (CycloptsError, ValueError, TypeError, OSError, ImportError) as error:
         refuse(str(error))
 

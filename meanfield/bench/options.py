@@ -39,8 +39,8 @@ def flag(text: str, panel: Group, negative: str = "") -> Parameter:
 
 def listing(text: str, panel: Group, *, all_for_none: bool = False) -> Parameter:
     """A tuple as one value, its entries separated by commas; None is spelled "all" where the field allows it."""
-    read = _read_all if all_for_none else _read
-    return option(text, panel, n_tokens=1, show_default=spelled, converter=read)
+    read, show = (_read_all, spelled) if all_for_none else (_read_listing, lambda value: value and spelled(value))
+    return option(text, panel, n_tokens=1, show_default=show, converter=read)
 
 
 def choice(names: Collection[str]) -> Rule:
@@ -184,8 +184,6 @@ def _read(kind: Any, tokens: Sequence[Any]) -> Any:
     wanted = next(each for each in kinds if each is not NoneType)
     if wanted == tuple[str, ...]:
         return tuple(texts)
-    if wanted == tuple[int, ...]:
-        return _integers(texts[0])
     try:
         return wanted(texts[0])
     except ValueError:
@@ -193,14 +191,17 @@ def _read(kind: Any, tokens: Sequence[Any]) -> Any:
 
 
 def _read_all(kind: Any, tokens: Sequence[Any]) -> Any:
-    return None if tokens[0].value == "all" else _read(kind, tokens)
+    return None if tokens[0].value == "all" else _read_listing(kind, tokens)
 
 
-def _integers(text: str) -> tuple[int, ...]:
+def _read_listing(kind: Any, tokens: Sequence[Any]) -> Any:
+    wanted = next(each for each in _alternatives(kind) if each is not NoneType)
+    entry, text = typing.get_args(wanted)[0], tokens[0].value
     try:
-        return tuple(int(part) for part in text.split(","))
+        return tuple(entry(part) for part in text.split(","))
     except ValueError:
-        raise ValueError(f"{text!r} must be integers separated by commas, such as 64,32") from None
+        what = "integers separated by commas, such as 64,32" if entry is int else "numbers separated by commas"
+        raise ValueError(f"{text!r} must be {what}") from None
 
 
 # Options of several commands.

@@ -21,6 +21,8 @@ class Asked(Settings):
     kind: Annotated[str, option("Which.", WORK), choice(("one", "two"))] = "one"
     widths: Annotated[tuple[int, ...], listing("Widths.", WORK), options.positive_integers] = (4, 2)
     classes: options.Classes = (3, 5)
+    gaps: Annotated[tuple[float, ...] | None, listing("Gaps.", WORK)] = None
+    dtypes: Annotated[tuple[str, ...], listing("Types.", WORK)] = ("float32",)
     part: Annotated[tuple[str, ...], option("Parts.", WORK)] = ()
     report: Annotated[bool, flag("Report.", WORK, "--no-report")] = True
     split: Annotated[bool | None, flag("Split.", WORK, "--file-order")] = None
@@ -46,6 +48,8 @@ settings = st.builds(
     kind=st.sampled_from(("one", "two")),
     widths=st.lists(st.integers(1, 99), min_size=1, max_size=3),
     classes=st.none() | st.lists(st.integers(-5, 9), min_size=2, max_size=3).map(tuple),
+    gaps=st.none() | st.lists(st.floats(1e-9, 1e9), min_size=1, max_size=3).map(tuple),
+    dtypes=st.lists(st.sampled_from(options.DTYPES), min_size=1, max_size=2).map(tuple),
     part=st.lists(st.text(min_size=1, max_size=5).filter(lambda text: "\x00" not in text), max_size=2).map(tuple),
     report=st.booleans(),
     split=st.sampled_from((None, True, False)),
@@ -103,7 +107,7 @@ def test_misuse_carries_the_argument_what_came_and_the_remedy(changed, remedy):
 
 
 @pytest.mark.parametrize(
-    "word", ["--count=0.5", "--count=1e2", "--count=x", "--widths=3,", "--rate=fast", "--kind=tow"]
+    "word", ["--count=0.5", "--count=1e2", "--count=x", "--widths=3,", "--gaps=1,x", "--rate=fast", "--kind=tow"]
 )
 def test_what_is_typed_is_read_strictly_and_refused_in_one_line(word, capsys):
     with pytest.raises(SystemExit) as end:
