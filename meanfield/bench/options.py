@@ -184,6 +184,8 @@ def _read(kind: Any, tokens: Sequence[Any]) -> Any:
     wanted = next(each for each in kinds if each is not NoneType)
     if wanted == tuple[str, ...]:
         return tuple(texts)
+    if wanted is Path:
+        return texts[0]  # the rule makes a path of it: Path("") would be the current directory
     try:
         return wanted(texts[0])
     except ValueError:
