@@ -26,7 +26,7 @@ from scipy.optimize import minimize, minimize_scalar
 from torch import Tensor
 
 from meanfield import validation
-from meanfield.architecture import Architecture
+from meanfield.architecture import ACTIVATIONS, Architecture
 from meanfield.certificates import sphere
 from meanfield.certificates.compositions import Compositions, joined, own_features, with_tensors, zeros_like
 from meanfield.network import ParticleNetwork
@@ -41,7 +41,6 @@ LEAST_ROUNDS = 3
 RADII = (-2.0, 1.0)  # logarithms of the factors on the network's own |z|: sources of one feature differ that much
 AGREEMENT = 1e-4  # relative to the bound: the search finds no more than the pool knew
 SAME_FEATURE = 0.99  # cosine of two features on the training inputs
-RECESSION = {"softplus": "relu", "gelu": "relu"}  # what these activations become far away
 
 
 @dataclass(frozen=True, eq=False)
@@ -157,8 +156,9 @@ class _Search:
         self.tried = 0
         # the network's own features stay in the pool as they are: no bound comes out above its value
         self.pool = [] if network is None else [self._retracted(own_features(problem, network, self._width()))]
-        if free and only.activation in RECESSION:
-            self.scale_limit = min(self.scale_limit, self._recession_limit(RECESSION[only.activation]))
+        recession = ACTIVATIONS[only.activation].recession
+        if free and recession is not None:
+            self.scale_limit = min(self.scale_limit, self._recession_limit(recession))
 
     def run(self, rounds: int, count: int) -> UnseenFeatures:
         """Search and choose multipliers in turn; only multipliers at which a search was made can give the bound."""
