@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 import meanfield as mf
 from meanfield.architecture import POOLINGS, READOUTS
+from meanfield.losses import make
 
 SMOOTH = ("tanh", "softplus", "gelu", "identity")
 ACTIVATIONS = ("relu", *SMOOTH)  # those with a slow twin in `reference`
@@ -94,7 +95,8 @@ def random_targets(loss, outputs, count, seed):
         return normal((count, outputs), seed + 50)
     if loss == "logistic":
         return torch.tensor([[(-1.0) ** (n + k) for k in range(outputs)] for n in range(count)])
-    return torch.arange(count) % outputs
+    classes = max(outputs, 2)
+    return make(loss).encode(torch.arange(count) % classes, classes)
 
 
 @dataclass
