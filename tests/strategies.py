@@ -91,6 +91,7 @@ def random_inputs(arch, count, seed, dtype=torch.float64):
 
 
 def random_targets(loss, outputs, count, seed):
+    """Checkable targets; of losses without a line of their own those of as many classes as the outputs tell apart."""
     if loss == "squared":
         return normal((count, outputs), seed + 50)
     if loss == "logistic":

@@ -123,8 +123,8 @@ def test_prox_attains_the_minimum(name, seed, weight):
 @pytest.mark.parametrize("size", [50.0, 1e3, 1e6])
 def test_prox_and_value_survive_extreme_outputs(name, size):
     loss = losses.make(name)
-    center = torch.tensor([[size, -size], [-size, size]], dtype=torch.float64)
-    y = loss.check_targets(random_targets(name, 2, 2, 0), 2, 2, center)
+    center = torch.tensor([[size, -size, 0.0], [-size, size, 1.0]], dtype=torch.float64)
+    y = loss.check_targets(random_targets(name, 3, 2, 0), 2, 3, center)
     F = loss.prox(center, y, 0.5)
     assert bool(loss.value(center, y).isfinite().all())
     assert bool(((loss.gradient(F, y) + 0.5 * (F - center)).abs() <= 1e-13 * (1 + size)).all())
