@@ -31,8 +31,9 @@ class Terms(NamedTuple):
 class Problem:
     """J = mean loss + source, readout and input penalties (+ bounds) over networks of one architecture.
 
-    inputs (N, C_0, H, W), float32 or float64 (integers become float64); targets (N,) or (N, K) for the squared and the
-    logistic loss (labels -1, 1), integer classes (N,) for softmax.  Arrays are accepted and converted.
+    inputs (N, C_0, H, W), float32 or float64 (integers become float64); targets as the loss takes them: (N,) or (N, K)
+    for the squared and the logistic loss (labels -1, 1), integer classes (N,) for softmax.  Arrays are accepted and
+    converted.
     Fang et al. 2019 and Gu et al. 2020 with r(t) = t^2.
     """
 

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from meanfield import losses
 from meanfield.data.readers import read
-from meanfield.losses import LOSSES
-from meanfield.validation import Misuse, integer, one_of
+from meanfield.validation import Misuse, integer
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,26 +49,16 @@ class Dataset:
 
     def outputs_for(self, loss: str) -> int:
         """Outputs K that the targets of `loss` need: 1 for two classes, one per class for more and for softmax."""
-        one_of(loss, LOSSES, "loss")
-        return 1 if len(self.classes) == 2 and loss != "softmax" else len(self.classes)
+        return losses.make(loss).outputs_for(len(self.classes))
 
     def targets(self, loss: str) -> Tensor:
-        """Targets of this data for a loss.
+        """Targets of this data for a loss, by its own `encode` of `indices`.
 
         softmax: indices into `classes`, (N,) int64.  squared and logistic with two classes: +1 for the class named
         first, -1 for the other, (N,) float64.  More classes: one column per class, (N, K) float64, 1 for the image's
         own class and elsewhere 0 (squared) or -1 (logistic, one class against the rest).
         """
-        if loss == "softmax":
-            return self.indices
-        if self.outputs_for(loss) == 1:
-            return 1.0 - 2.0 * self.indices.double()
-        own = torch.nn.functional.one_hot(self.indices, len(self.classes)).double()
-        return own if loss == "squared" else 2 * own - 1
-
-    def decided(self, outputs: Tensor) -> Tensor:
-        """Position in `classes` of the class that outputs (N, K) speak for, (N,); one output of 0 is the first's."""
-        return (outputs[:, 0] < 0).long() if outputs.shape[1] == 1 else outputs.argmax(1)
+        return losses.make(loss).encode(self.indices, len(self.classes))
 
     def split(self, held_out: int | None = None) -> tuple[Dataset, Dataset]:
         """(training, held out): the selected images, and the first `held_out` (default: all) of those not selected."""

@@ -176,7 +176,7 @@ def _judged(run: Run, data: Dataset, keep_images: bool = False) -> dict[str, Any
     inputs = data.inputs[:HELD_OUT_MOST].to(run.problem.inputs)
     indices = data.indices[: len(inputs)]
     output = run.solution.network(inputs).double().cpu()
-    predicted = data.decided(output)
+    predicted = run.problem.loss.predict(output)
     right = predicted == indices
     found = {
         "count": len(inputs),
