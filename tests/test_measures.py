@@ -1,8 +1,10 @@
+import math
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import SMOOTH, architectures, cases, normal, random_network, seeded, seeds
+from strategies import SMOOTH, architectures, cases, normal, random_inputs, random_network, seeded, seeds
 
 import meanfield as mf
 from meanfield import measures
@@ -190,3 +192,32 @@ def test_mixture_and_interpolation_refuse_another_architecture():
 def test_interpolation_refuses_other_widths():
     with pytest.raises(ValueError, match=r"widths differ, \(3, 2\) and \(2, 2\)"):
         measures.interpolate(random_network(ARCH, (3, 2), 0), random_network(ARCH, (2, 2), 0), 0.5)
+
+
+def test_adjoined_particles_keep_output_and_value():
+    problem = mf.Problem(ARCH, random_inputs(ARCH, 4, 0), normal((4, 1), 1))
+    network, others = random_network(ARCH, (3, 2), 0), random_network(ARCH, (2, 4), 1)
+    joined = measures.adjoin(network, others)
+    assert joined.widths == (5, 6)
+    same_function(joined, network, problem)
+    same_value(joined, network, problem)
+    torch.testing.assert_close(joined.kernels[1][2:, 3:], others.kernels[1])
+    preactivations = joined.responses(problem.inputs).preactivations
+    assert not any(p[m:].any() for p, m in zip(joined.masses, network.widths))
+    torch.testing.assert_close(preactivations[0][:, 3:], others.responses(problem.inputs).preactivations[0])
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_balance_keeps_the_output_at_the_least_penalty(bias):
+    arch = mf.Architecture((2, 3, 3), (mf.Conv(2, bias=bias),), outputs=2)
+    network = random_network(arch, (5,), 3, zero_mass=True)
+    inputs = random_inputs(arch, 4, 0)
+    problem = mf.Problem(arch, inputs, normal((4, 2), 1), penalty=mf.Penalty(input=0.02, readout=0.3))
+    balanced = measures.balance(network, 0.02, 0.3)
+    torch.testing.assert_close(balanced(inputs), network(inputs), rtol=1e-10, atol=1e-12)
+    total = 0.0
+    for j in range(5):
+        squares = network.kernels[0][j].square().sum().item() + (network.biases[0][j].item() ** 2 if bias else 0.0)
+        total += network.masses[0][j].item() * math.sqrt(squares) * network.readout[:, j].norm().item()
+    terms = problem.terms(balanced)
+    assert (terms.input + terms.readout).item() == pytest.approx(2 * math.sqrt(0.02 * 0.3) * total, rel=1e-12)

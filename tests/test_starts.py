@@ -6,6 +6,7 @@ from strategies import random_inputs, seeded
 
 import meanfield as mf
 from meanfield import starts
+from meanfield.problem import project_bounds
 
 ARCH = mf.Architecture((1, 3, 3), (mf.Conv(2, bias=True), mf.Conv(2, padding=1)))
 
@@ -77,6 +78,20 @@ def test_anchors_are_sampled_from_many_images():
     inputs = random_inputs(arch, 300, 0)  # 300 images with 4 positions exceed the anchor rows
     network = starts.start(arch, (16, 3), inputs, seeded(0))
     assert network.responses(inputs).preactivations[1].square().mean().item() == pytest.approx(1, rel=1e-9)
+
+
+@pytest.mark.parametrize("kind", starts.STARTS)
+def test_a_drawn_start_is_the_start_moved_inside_the_bounds(kind):
+    inputs = random_inputs(ARCH, 3, 0)
+    free = mf.Problem(ARCH, inputs, [1.0, -1.0, 0.0])
+    plain = starts.start(ARCH, (6, 3), inputs, seeded(1), kind)
+    assert all(torch.equal(a, b) for a, b in zip(starts.draw(free, (6, 3), seeded(1), kind).tensors(), plain.tensors()))
+    tight = mf.Problem(ARCH, inputs, free.targets, penalty=mf.Penalty(input_bound=0.5, amplitude_bound=0.2))
+    assert tight.excess(plain) > 0.1
+    drawn = starts.draw(tight, (6, 3), seeded(1), kind)
+    assert tight.excess(drawn) <= 1e-12
+    expected = project_bounds(tight, plain).tensors()
+    assert all(torch.equal(a, b) for a, b in zip(drawn.tensors(), expected))
 
 
 def test_start_names_the_bad_argument():

@@ -57,6 +57,21 @@ def test_dual_value_with_a_bound_matches_the_explicit_sums(case, size):
     assert found == pytest.approx(twin.best(), rel=1e-6, abs=1e-8)
 
 
+@costly(20)
+@given(cases(archs=architectures(depths=(2, 3), sides=(2, 3)), bounds=(1.3,), max_width=3, images=(2, 3)), sizes)
+def test_dual_value_with_given_prices_of_the_bound_matches_the_explicit_sums(case, size):
+    """kappa from nothing (or less, which counts as nothing) to more than every |b_ij|* of a target."""
+    program = case.freeze
+    multipliers = random_multipliers(program, case.seed, size)
+    largest = [norms.max(1) for norms, _, _ in slow.DualTwin(program, multipliers).layers]
+    kappa = tuple(torch.from_numpy(n) * (normal(n.shape, case.seed + k) + 0.5) for k, n in enumerate(largest))
+    given = replace(multipliers, amplitude=kappa)
+    twin = slow.DualTwin(program, given)
+    found = dual_value(program, given)
+    assert found == pytest.approx(twin.best(), rel=1e-6, abs=1e-8)
+    assert found >= twin.value(1.0) - 1e-9 * (1 + abs(found))
+
+
 def tried_multipliers(program, solution, seed):
     """Random ones, and optimal and disturbed optimal ones, where a wrong factor shows."""
     best = solution.multipliers

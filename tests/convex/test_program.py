@@ -11,6 +11,7 @@ from strategies import architectures, cases, costly, normal, random_inputs, rand
 
 import meanfield as mf
 from meanfield.convex.repopulation import ProgramPoint
+from meanfield.solvers import splitting
 
 deep = architectures(depths=(2, 3))
 roomy = architectures(depths=(2,), sides=(2, 3), poolings=("none", "average"))
@@ -353,3 +354,26 @@ def test_dead_features_are_harmless():
     assert program.basis(1).rank == 0
     assert program.violation(point) == 0
     assert math.isfinite(program.value(point))
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_program_with_candidates_starts_at_the_network_and_gains(bias):
+    arch = mf.Architecture((1, 3, 4), tuple(mf.Conv(2, activation="tanh", bias=bias) for _ in range(2)))
+    problem = mf.Problem(
+        arch, random_inputs(arch, 3, 0), normal((3, 1), 1), penalty=mf.Penalty(source=1e-4, readout=1e-3, input=1e-4)
+    )
+    network, others = random_network(arch, (3, 2), 0), random_network(arch, (2, 3), 1)
+    alone, joined = (
+        mf.ConvexProgram.freeze(problem, network),
+        mf.ConvexProgram.with_candidates(problem, network, others),
+    )
+    start = joined.point(joined.frozen)
+    assert joined.value(start).item() == pytest.approx(problem.value(network).item(), rel=1e-12)
+    assert joined.violation(start) < 1e-10
+    assert joined.widths == (5, 5)
+    for layer in range(2):
+        expected = others.responses(problem.inputs).preactivations[layer]
+        torch.testing.assert_close(joined.preactivations[layer][:, network.widths[layer] :], expected)
+    few, many = splitting.solve(alone, 1e-4), splitting.solve(joined, 1e-4)
+    assert many.value < few.value - few.gap - many.gap
+    assert problem.value(many.network).item() == pytest.approx(many.value, rel=1e-6)

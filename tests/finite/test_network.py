@@ -5,12 +5,13 @@ import math
 
 import pytest
 import torch
-from strategies import seeded
+from hypothesis import given
+from strategies import architectures, normal, random_inputs, random_network, seeded, seeds
 from torch import nn
 
 import meanfield as mf
 from meanfield import starts
-from meanfield.finite import FiniteCNN, sample
+from meanfield.finite import FiniteCNN, sample, sequential
 
 SCALINGS = ("mean_field", "ntk", "standard", "mup")
 
@@ -25,10 +26,6 @@ def architecture(*, layers=2, bias=True, readout="flatten", activation="tanh", o
     return mf.Architecture(
         (channels, 4, 4), (mf.Conv(3, padding=1, activation=activation, bias=bias),), readout, outputs
     )
-
-
-def normal(shape, seed, dtype=torch.float64):
-    return torch.randn(tuple(shape), generator=seeded(seed), dtype=torch.float64).to(dtype)
 
 
 def inputs_for(arch, count=5, dtype=torch.float64):
@@ -344,3 +341,9 @@ class TestBadInput:
             FiniteCNN(arch, kernels, readout * torch.nan, biases)
         with pytest.raises(ValueError, match="the architecture expects"):
             FiniteCNN(arch, kernels, readout, biases)(torch.zeros(2, 1, 7, 6))
+
+
+@given(architectures(), seeds)
+def test_a_particle_network_as_a_sequential_is_the_same_function(arch, seed):
+    network, inputs = random_network(arch, (3, 4, 2)[: arch.depth], seed), random_inputs(arch, 3, seed)
+    torch.testing.assert_close(sequential(network)(inputs).detach(), network(inputs), rtol=1e-10, atol=1e-12)

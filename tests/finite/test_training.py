@@ -185,6 +185,7 @@ def one_step_changes(scaling, optimiser, width, seeds):
 
 
 class TestMaximalUpdate:
+    @pytest.mark.slow
     @pytest.mark.parametrize("optimiser", ["sgd", "adam"])
     def test_first_step_changes_features_and_output_by_order_one_at_every_width(self, optimiser):
         """Slope of the log of the change against the log of the width; least squares on widths 64, 256, 1024 is that

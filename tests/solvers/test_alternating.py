@@ -1,4 +1,4 @@
-"""The outer loop on tiny problems, and the main job against the exact one-layer optimum."""
+"""The outer loop on tiny problems."""
 
 from itertools import pairwise
 
@@ -7,11 +7,11 @@ import torch
 from strategies import seeded
 
 import meanfield as mf
+from benchmarks import optima
 from meanfield import starts
 from meanfield.solvers import alternating
 from meanfield.solvers.solution import STATUS_TEXTS
 
-EXACT = 0.32012158137  # one layer, ReLU: cone program over all activation patterns
 COLUMNS = {
     "round",
     "phase",
@@ -181,35 +181,6 @@ def test_bad_options_are_named(options):
         alternating.solve(problem, network, **options)
 
 
-def test_the_main_job_starts_inside_the_bounds():
-    problem, _ = tiny()
-    bounded = mf.Problem(
-        problem.architecture, problem.inputs, problem.targets, penalty=mf.Penalty(input_bound=0.5, amplitude_bound=0.7)
-    )
-    solution = mf.solve(bounded, widths=(6, 3), seed=1, rounds=1, flow_steps=10, program_iterations=50)
-    assert bounded.excess(solution.network) <= 1e-7
-    assert bounded.value(solution.network).item() == pytest.approx(solution.value, abs=1e-9)
-
-
-def test_the_main_job_repeats_itself():
-    problem, _ = tiny()
-    options = {"widths": (6, 3), "rounds": 1, "flow_steps": 10, "program_iterations": 50}
-    values = [mf.solve(problem, seed=seed, **options).value for seed in (3, 3, 4)]
-    assert values[0] == values[1]
-    assert values[0] != values[2]
-
-
-@pytest.mark.parametrize("seed", range(5))
-def test_one_layer_relu_reaches_the_exact_optimum_over_all_measures(seed):
-    digits = mf.data.load("digits", classes=(3, 5), samples=12, pool=2)
-    arch = mf.Architecture(digits.input_shape, mf.Conv((1, 2), activation="relu"), readout="average")
-    penalty = mf.Penalty(input=2e-3, readout=2e-3)
-    problem = mf.Problem(arch, digits.inputs, digits.targets("squared"), penalty=penalty)
-    solution = mf.solve(problem, widths=(64,), seed=seed)
-    assert -1e-9 <= solution.value - EXACT <= 1e-4
-    assert solution.value == pytest.approx(problem.value(solution.network).item(), abs=1e-9)
-
-
 def test_a_flow_that_lowers_nothing_cannot_end_the_run_and_is_slowed_down(monkeypatch):
     monkeypatch.setattr(alternating, "RATE", 50.0)  # far too fast: the flow returns the network that it was given
     problem, network = tiny()
@@ -220,3 +191,21 @@ def test_a_flow_that_lowers_nothing_cannot_end_the_run_and_is_slowed_down(monkey
     assert second["flow_gap"] <= 1e-2 * second["flow_value"]  # by construction: it is the program's own gap
     assert second["rate"] == alternating.RATE_CUT * first["rate"]
     assert solution.status == "max_rounds"
+
+
+def test_growth_takes_a_poor_support_to_the_exact_optimum_and_claims_only_what_is_proven():
+    problem = optima.one_layer_problem()
+    solution = mf.solve(problem, (2,), rounds=12, grow=4, flow_steps=20, tolerance=1e-3)
+    values = [row[key] for row in solution.history for key in ("flow_value", "value")]
+    assert all(after <= before * (1 + 1e-12) for before, after in pairwise(values))
+    exact = optima.EXACT_ONE_LAYER
+    assert exact - 1e-9 <= solution.value <= exact * (1 + 1e-3)
+    assert solution.status == "search_converged"
+    assert "best of" in solution.message
+    assert solution.lower_bound == max(row["proven_bound"] for row in solution.history) <= exact + 1e-9
+    for row in solution.history:
+        assert row["search_bound"] >= row["proven_bound"] - 1e-12
+        assert len(row["kept"]) <= row["added"] <= 4
+        assert all(0 <= index < row["widths"][-1] for index in row["kept"] if row["accepted"])
+    assert solution.history[0]["added"] == 0
+    assert sum(len(row["kept"]) for row in solution.history) > 0

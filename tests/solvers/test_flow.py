@@ -278,11 +278,6 @@ def test_bounds_are_kept(descent, case):
     assert torch.isfinite(problem.value(answer))
 
 
-def test_projection_leaves_what_keeps_the_bounds():
-    problem, network = make(bias=True, input_bound=100.0, amplitude_bound=100.0)
-    torch.testing.assert_close(flow.project_bounds(problem, network).tensors(), network.tensors(), rtol=EPS, atol=0)
-
-
 @pytest.mark.parametrize("name", ["input_bound", "amplitude_bound"])
 @pytest.mark.parametrize("descent", flow.DESCENTS)
 def test_a_start_that_breaks_a_bound_is_refused_by_name(name, descent):

@@ -11,7 +11,6 @@ from strategies import architectures, cases, costly, normal, random_inputs, rand
 
 import meanfield as mf
 from meanfield import certificates
-from meanfield.solvers.solution import STATUS_TEXTS, Solution, message
 
 
 @pytest.fixture(scope="module", params=sorted(TRUTH))
@@ -164,14 +163,3 @@ def test_a_solver_without_an_answer_is_a_failed_solution(monkeypatch, outcome, t
 def test_unknown_solver_is_named():
     with pytest.raises(ValueError, match=r"solver='CLARBEL' is unknown.*did you mean 'CLARABEL'"):
         slow.solve(small_program(), solver="CLARBEL")
-
-
-def test_messages_carry_the_detail_in_front():
-    assert message("optimal") == STATUS_TEXTS["optimal"]
-    assert message("failed", "solver X") == "solver X: the solver returned no point"
-
-
-def test_solution_relative_gap():
-    program = small_program()
-    point = program.point(program.frozen)
-    assert Solution(-2.0, 1.0, "optimal", "", program.frozen, point).relative_gap == 0.5

@@ -77,6 +77,7 @@ def test_history_tightens_both_sides(solved):
     assert [row["iteration"] for row in solution.history] == sorted({row["iteration"] for row in solution.history})
 
 
+@pytest.mark.slow
 @costly(40)
 @given(cases(archs=architectures(sides=(2, 3)), max_width=3, zero_mass=(False, True)))
 def test_agrees_with_clarabel_within_the_two_certified_gaps(case):

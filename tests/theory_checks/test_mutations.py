@@ -183,7 +183,16 @@ BUGS = {
 }
 
 
-@pytest.mark.parametrize("bug", BUGS, ids=lambda bug: bug.__name__)
+QUICK = ("change_of_variables", "invariances.particles", "dissipation.identity")  # claims that take no second
+
+
+@pytest.mark.parametrize(
+    "bug",
+    [
+        pytest.param(bug, id=bug.__name__, marks=[] if name in QUICK else [pytest.mark.slow])
+        for bug, name in BUGS.items()
+    ],
+)
 def test_a_bug_turns_a_claim_red(bug, monkeypatch):
     bug(monkeypatch)
     verdict = judge(claim(BUGS[bug]), Setting())
