@@ -1,7 +1,8 @@
 # make demo       install, run the main job on handwritten digits, say where the report is
 # make test       install with the test extras, run every test
 # make test-fast  the same without the slow ones, which are marked: under two minutes on two cores
-# make lint       ruff, pyright, import-linter
+# make lint       ruff, its formatting, pyright, import-linter
+# make format     let ruff lay out the code
 # make clean      remove what was built, the caches and demo/; the environment in .venv stays
 # Needs Python 3.11 or newer (PYTHON=/path/to/python chooses one) and make.
 
@@ -12,7 +13,7 @@ OUT ?= demo
 PINS := pyproject.toml constraints.txt
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-fast lint clean
+.PHONY: demo test test-fast lint format clean
 .DEFAULT_GOAL := demo
 
 demo: $(VENV)/.installed-core
@@ -30,6 +31,10 @@ lint: $(VENV)/.installed-test
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/lint-imports
+
+format: $(VENV)/.installed-test
+	$(BIN)/ruff check --select I --fix .
+	$(BIN)/ruff format .
 
 $(VENV)/.created:
 	@command -v $(PYTHON) >/dev/null || { echo "error: $(PYTHON) is not on the PATH; install Python 3.11 or newer" >&2; exit 1; }

@@ -76,8 +76,8 @@ def _compare(setting: Setting, change: Change) -> Evidence:
     top = max(range(len(worst)), key=worst.__getitem__)
     beyond = sum(error > 1 for error in worst)
     text = (
-        f"{share_text(beyond, len(worst), 'networks change')}; the largest change is {worst[top]:.2g} rounding "
-        f"bounds, in the {names[top]}"
+        f"{share_text(beyond, len(worst), 'networks change')}; the largest change is {worst[top]:.2g} rounding bounds, "
+        f"in the {names[top]}"
     )
     series = Series("largest change", [float(i) for i in range(len(worst))], sorted(worst), "points")
     return Evidence(largest(worst), text, len(worst), beyond, (series,))

@@ -122,7 +122,7 @@ def _along_segments(setting: Setting, objective: Objective, least_depth: int = 1
     assert worst is not None
     text = (
         f"{share_text(violated, lines, 'lines rise above their chord')}; the worst by {worst.relative:+.1e} of the "
-        f"chord"
+        "chord"
     )
     return Evidence(largest(shares), text, lines, violated, shown, worst)
 

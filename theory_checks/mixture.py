@@ -62,8 +62,8 @@ def _rises(setting: Setting, pairs: list[Pair], join: Join, name: str) -> Eviden
     beyond = sum(ratio > 1 for ratio in ratios)
     low, high = min(relative), max(relative)
     text = (
-        f"{beyond} of {len(ratios)} points above the chord; the highest of a line is {low:+.2g} to {high:+.2g} of "
-        f"J over {len(pairs)} pairs"
+        f"{beyond} of {len(ratios)} points above the chord; the highest of a line is {low:+.2g} to {high:+.2g} of J "
+        f"over {len(pairs)} pairs"
     )
     return Evidence(largest(ratios), text, len(ratios), beyond, tuple(series[:4]))
 

@@ -96,8 +96,7 @@ def html(records: Sequence[Record], images: Mapping[str, str], command: str) -> 
     controls = sum(len(group[0]["controls"]) for group in groups.values())
     summary = (
         f"{passed} of {len(groups)} claims hold with all of their {controls} negative controls rejected. A control is "
-        f"the same measurement "
-        "without an assumption of the theory; a claim whose control passes counts as failed."
+        "the same measurement without an assumption of the theory; a claim whose control passes counts as failed."
     )
     return Template((Path(__file__).parent / "template.html").read_text(encoding="utf-8")).substitute(
         title="What the theory claims, measured",

@@ -72,8 +72,8 @@ def _against_optimum(setting: Setting, descend, starts: list[tuple[int, int]]) -
     excesses = [value / optimum - 1 for value in values]
     beyond = sum(excess > STOPPING for excess in excesses)
     text = (
-        f"{min(excesses):.1e} to {max(excesses):.1e} above the exact optimum {optimum:.8f}, "
-        f"{beyond} of {len(starts)} starts (widths {starts[0][0]} to {starts[-1][0]}) by more than the tolerance"
+        f"{min(excesses):.1e} to {max(excesses):.1e} above the exact optimum {optimum:.8f}, {beyond} of {len(starts)} "
+        f"starts (widths {starts[0][0]} to {starts[-1][0]}) by more than the tolerance"
     )
     series = Series(
         "starts", [float(width) for width, _ in starts], [max(excess, 1e-9) for excess in excesses], "points"
@@ -162,8 +162,7 @@ def _against_bound(setting: Setting) -> Evidence:
     found = [solved.value / bound - 1 for solved, bound in runs]
     text = "; ".join(
         f"J from {solved.history[0]['value']:.5f} to {solved.value:.5f} in {len(solved.history)} rounds, widths "
-        f"{solved.network.widths}, "
-        f"against a bound of {bound:.5f}"
+        f"{solved.network.widths}, against a bound of {bound:.5f}"
         for solved, bound in runs
     )
     series = tuple(
@@ -197,10 +196,8 @@ CLAIMS = (
         derivation="the tolerance at which the alternation stops, 1e-3 of J; the exact solver's bound is within 1e-6",
         limits=(
             "One layer, kernels of two entries, one data set. The convex program and the search for features do what "
-            "the flow alone does not. "
-            "Equal masses are no obstacle by themselves here, as scales make up for masses: at width 2 some starts "
-            "reach the optimum and some "
-            "are stuck half of J above it, at width 4 most reach it."
+            "the flow alone does not. Equal masses are no obstacle by themselves here, as scales make up for masses: "
+            "at width 2 some starts reach the optimum and some are stuck half of J above it, at width 4 most reach it."
         ),
         measure=lambda setting: _against_optimum(setting, _grown, _starts(setting)),
         controls={
@@ -223,8 +220,7 @@ CLAIMS = (
         "by several tenths",
         limits=(
             "Starts do not end at one value: the limit of a flow is optimal for its own features only, and a narrow "
-            "start can stay 30% above the "
-            "others. How wide is wide enough is not known in advance."
+            "start can stay 30% above the others. How wide is wide enough is not known in advance."
         ),
         measure=lambda setting: _against_best(setting, True),
         controls={"equal fixed masses, small widths": lambda setting: _against_best(setting, False)},
@@ -239,8 +235,7 @@ CLAIMS = (
         derivation="a definition: a tenth, as in stationary_points.width; what is missed is the statistic",
         limits=(
             "The bound is not proven: with two layers the search for features is itself not convex, and bounds of 256 "
-            "starts have been seen "
-            "4% above a J that another run reached. One data set of 2x2 pixels."
+            "starts have been seen 4% above a J that another run reached. One data set of 2x2 pixels."
         ),
         measure=_against_bound,
         controls={"equal fixed masses, small widths": _ends_against_bound},

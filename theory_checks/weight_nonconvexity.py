@@ -74,8 +74,8 @@ def _barriers(setting: Setting, join: Join) -> Evidence:
             series.append(Series(f"L = {depth}, to {name}", [0.0, *TIMES, 1.0], [0.0, *line[1], 0.0]))
     above = sum(ratio > 1 for ratio in ratios)
     text = (
-        f"{share_text(above, len(ratios), 'problems have a line above its chord')}; the highest by "
-        f"{min(heights):+.2g} to {max(heights):+.2g} of J"
+        f"{share_text(above, len(ratios), 'problems have a line above its chord')}; the highest by {min(heights):+.2g} "
+        f"to {max(heights):+.2g} of J"
     )
     return Evidence(smallest(ratios), text, len(ratios), len(ratios) - above, tuple(series))
 
@@ -151,10 +151,8 @@ def _curvatures(setting: Setting, of: Callable[[mf.Problem, mf.ParticleNetwork],
     negative = sum(ratio > 1 for ratio in every)
     text = (
         f"{share_text(negative, len(every), 'points have negative curvature')}, {min(relative):+.2g} to "
-        f"{max(relative):+.2g} of the largest; "
-        f"at the trained networks {min(minima):+.2g} to {max(minima):+.2g}; {unmoved} trained networks left out, of "
-        f"one particle or none: "
-        "a permutation does not move them"
+        f"{max(relative):+.2g} of the largest; at the trained networks {min(minima):+.2g} to {max(minima):+.2g}; "
+        f"{unmoved} trained networks left out, of one particle or none: a permutation does not move them"
     )
     series = tuple(Series(name, [float(i) for i in range(len(r))], sorted(r), "points") for name, r in ratios.items())
     return Evidence(smallest(every), text, len(every), len(every) - negative, series)

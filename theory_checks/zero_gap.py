@@ -70,9 +70,8 @@ def _excesses(setting: Setting, network_of) -> Evidence:
     beyond = sum(excess > THRESHOLD for excess in found)
     text = (
         f"{min(found):.1e} to {max(found):.1e} of J above the dual value over {len(found)} runs (L = {cases[0][0]} to "
-        f"{cases[-1][0]}); "
-        f"metric speed left at the limit {min(speeds):.1e} to {max(speeds):.1e}, gap by the flow's own multipliers "
-        f"{min(own):.1e} to {max(own):.1e}"
+        f"{cases[-1][0]}); metric speed left at the limit {min(speeds):.1e} to {max(speeds):.1e}, gap by the flow's "
+        f"own multipliers {min(own):.1e} to {max(own):.1e}"
     )
     return Evidence(largest(found), text, len(found), beyond, _series(cases, found))
 

@@ -8,8 +8,10 @@ import pytest
 import torch
 
 from meanfield import data
+from meanfield.bench import provenance
 from meanfield.bench.classifiers import Classifier, layers_of
 from meanfield.finite import fit
+from meanfield.validation import Misuse
 
 TINY = Classifier(network="vgg8", width=2, samples=120, epochs=2, checkpoints=(0, 1, 2))
 
@@ -45,6 +47,20 @@ def test_every_setting_is_another_network(tmp_path):
     weights = [each.at(2, tmp_path).state_dict()["conv3.weight"] for each in (TINY, *others)]
     assert all(not torch.equal(weights[0], other) for other in weights[1:])
     assert len(list(tmp_path.iterdir())) == len(weights)
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "other"), [(provenance, "library", lambda: "another library"), (torch, "__version__", "0.0")]
+)
+def test_another_library_or_torch_trains_anew(tmp_path, monkeypatch, module, name, other):
+    TINY.at(2, tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(module, name, other)
+        TINY.at(2, tmp_path)
+        assert len(list(tmp_path.iterdir())) == 2
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+    TINY.at(2, tmp_path)
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == before
 
 
 def test_permuted_labels_are_those_of_other_training_images_and_held_out_ones_stay(tmp_path):
@@ -84,8 +100,15 @@ def test_errors_name_the_field():
         Classifier(network="vgg12")
     with pytest.raises(ValueError, match=r"strength=-1"):
         Classifier(strength=-1)
-    for checkpoints in ((0, 31), (2, 0), ()):
+    with pytest.raises(ValueError, match=r"strength=0.5 needs a penalty"):
+        Classifier(penalty="none", strength=0.5)
+    for checkpoints in ((0, 31), (2, 0), (), (0, 0.5), (-1, 2)):
         with pytest.raises(ValueError, match=r"checkpoints="):
             Classifier(checkpoints=checkpoints)
     with pytest.raises(ValueError, match=r"labels='shuffled' is unknown"):
         Classifier(labels="shuffled")
+    for name, value in (("samples", 1), ("width", 0), ("epochs", 0), ("seed", -1), ("split", -1), ("pool", 0)):
+        with pytest.raises(Misuse, match=rf"^{name}={value} must be an integer of at least"):
+            Classifier(**{name: value})
+    with pytest.raises(Misuse, match=r"dtype='float16' is unknown"):
+        Classifier(dtype="float16")

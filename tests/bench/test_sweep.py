@@ -1,5 +1,6 @@
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -8,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from meanfield.bench import sweep
+import meanfield
+from meanfield.bench import provenance, sweep
+from meanfield.bench.provenance import Provenance
 
 CALLS = []
 
@@ -49,20 +52,39 @@ def noted(cell, place):
     return [{"n": cell["n"], "there": Path(place).is_dir()}]
 
 
-def test_a_study_keeps_tables_and_hands_places_on(tmp_path):
-    plan = {"one": cells(2), "two": cells(1)}
-    heard = []
-    options = {"places": {"place": str(tmp_path)}, "backend": "sequential"}
-    tables = sweep.study(
-        plan,
-        {"one": noted, "two": noted},
-        tmp_path,
-        announce=lambda part, cell, kept: heard.append((part, kept)),
-        **options,
-    )
-    assert tables == {"one": [{"n": 0, "there": True}, {"n": 1, "there": True}], "two": [{"n": 0, "there": True}]}
-    assert (tmp_path / "one.csv").read_text() == "n,there\n0,True\n1,True\n"
-    assert heard == [("one", False), ("one", False), ("two", True)]  # the same measure of the same cell
+def test_places_are_handed_on_and_rows_do_not_depend_on_them(tmp_path):
+    options = {"backend": "sequential", "places": {"place": str(tmp_path)}}
+    assert sweep.run(noted, cells(2), tmp_path, **options) == [{"n": 0, "there": True}, {"n": 1, "there": True}]
+    assert sweep.run(noted, cells(1), tmp_path, backend="sequential", places={"place": "gone"}) == [
+        {"n": 0, "there": True}
+    ]
+
+
+def test_a_change_anywhere_in_the_library_measures_anew(tmp_path, monkeypatch):
+    """With the kernel in finite/kernel.py doubled, kept cells used to come back unchanged."""
+    CALLS.clear()
+    sweep.run(squares, cells(1), tmp_path, backend="sequential")
+    library = tmp_path / "copy" / "meanfield"
+    shutil.copytree(Path(meanfield.__file__).parent, library, ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setattr(meanfield, "__path__", [str(library)])
+    provenance.package.cache_clear()
+    sweep.run(squares, cells(1), tmp_path, backend="sequential")
+    assert CALLS == [0]  # an equal library elsewhere is the same library
+    kernel = library / "finite" / "kernel.py"
+    kernel.write_text(kernel.read_text().replace("return ", "return 2 * ", 1))
+    provenance.package.cache_clear()
+    sweep.run(squares, cells(1), tmp_path, backend="sequential")
+    provenance.package.cache_clear()
+    assert CALLS == [0, 0]
+
+
+def test_sources_stand_for_the_package_of_a_measure(tmp_path):
+    CALLS.clear()
+    source = tmp_path / "source"
+    for text in ("a", "a", "b"):
+        source.write_text(text)
+        sweep.run(squares, cells(1), tmp_path / "cells", backend="sequential", sources=lambda cell: [source])
+    assert CALLS == [0, 0]
 
 
 def test_rows_are_chosen_and_grouped():
@@ -97,6 +119,14 @@ def test_a_table_has_every_column_and_floats_to_the_last_bit(tmp_path):
         f"1,1,{1 / 3!r},",
         '1,,,"a,b"',
     ]
+
+
+def test_a_table_says_what_made_it(tmp_path):
+    made = Provenance("meanfield widths '--data=a b'", {})
+    lines = sweep.write_table(squares({"n": 1}), tmp_path / "table.csv", made).read_text().splitlines()
+    assert lines[0] == f"# Made by: {made.command}"
+    assert made.library in lines[1]
+    assert lines[2] == "n,square,third,extra"
 
 
 SCRIPT = """

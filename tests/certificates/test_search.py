@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from strategies import architectures, cases, normal, random_inputs, random_network, random_targets, seeded, seeds
 
 import meanfield as mf
-from benchmarks import optima
+from benchmarks.optima import measure as optima
 from meanfield import measures, starts
 from meanfield.certificates import compositions, search_features
 from meanfield.problem import project_bounds

@@ -177,13 +177,12 @@ class TestRandomStart:
         assert all(torch.equal(a, b) for a, b in zip(mup.kernels, standard.kernels, strict=True))
         torch.testing.assert_close(mup.readout, standard.readout / math.sqrt(5), rtol=1e-14, atol=0)
 
-    def test_he_variance(self):
-        """He et al. 2015, eq. (10): variance 2 / fan-in for relu, 1 / fan-in for tanh; 5 standard errors of 4,000 and
-        more draws.
-        """
-        arch = mf.Architecture((3, 8, 8), (mf.Conv(3, activation="relu"), mf.Conv(3, activation="tanh")), outputs=1)
+    @pytest.mark.parametrize(("activations", "gains"), [(("relu", "tanh"), (2, 1)), (("gelu", "softplus"), (2, 1))])
+    def test_he_variance(self, activations, gains):
+        """He et al. 2015, eq. (10): variance gain / fan-in; 5 standard errors of 4,000 and more draws."""
+        arch = mf.Architecture((3, 8, 8), [mf.Conv(3, activation=each) for each in activations], outputs=1)
         network = FiniteCNN.random(arch, (160, 40), inputs_for(arch), seeded(0), "standard")
-        for kernel, expected in zip(network.kernels, (2 / 27, 1 / (160 * 9)), strict=True):
+        for kernel, expected in zip(network.kernels, (gains[0] / 27, gains[1] / (160 * 9)), strict=True):
             assert abs(float(kernel.detach().square().mean()) / expected - 1) < 5 * math.sqrt(2 / kernel.numel())
 
     @pytest.mark.parametrize(("scaling", "power"), [("standard", 1), ("mup", 2)])

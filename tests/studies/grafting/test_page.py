@@ -1,13 +1,19 @@
 import json
 import math
 import re
+from html import unescape
 from itertools import product
 
 import pytest
 
+from meanfield.bench.provenance import Provenance
 from meanfield.bench.rates import Interval
-from meanfield.studies.grafting import page as graft_report
-from meanfield.studies.grafting import pictures, summary
+from meanfield.pages import html
+from meanfield.pages.html import Figure, Table
+from meanfield.studies.grafting import page, pictures, summary
+from meanfield.studies.grafting.study import STUDY
+
+MADE = Provenance("meanfield graft --size=full", {"size": "full"})
 
 LAYERS = ("conv2", "conv3", "conv4", "linear1")
 ERRORS = {"trained": 0.1, "untrained": 0.3, "permuted_labels": 0.4, "rotated": 0.1, "self": 1e-13}
@@ -113,9 +119,19 @@ def train():
     return [{"seed": 0, **named, "labels": "true", "epoch": 1, "accuracy": 0.3}, *ends]
 
 
+def classes(pairs=4):
+    shares = {"conv2": 0.9, "conv3": 0.3, "conv4": 0.05, "linear1": 0.02}
+    return [
+        {"pair": pair, "layer": layer, "position": i + 2, "class_error": share * 1.01**pair}
+        for pair in range(pairs)
+        for i, (layer, share) in enumerate(shares.items())
+    ]
+
+
 TABLES = {
     "train": train(),
     "starts": starts(same=("conv2",)),
+    "classes": classes(),
     "l2": starts(2, ("trained", "untrained"), ("least_squares",)),
     "trajectory": trajectory(),
     "epochs": epochs(),
@@ -126,6 +142,7 @@ TABLES = {
 }
 PICTURES = {
     "starts": {"profiles", "methods", "later"},
+    "classes": {"classes"},
     "l2": {"l2"},
     "trajectory": {"trajectory_error", "trajectory_transport", "trajectory_mmd", "ridge"},
     "epochs": {"epochs"},
@@ -135,6 +152,7 @@ PICTURES = {
 }
 HEADINGS = {
     "starts": "Grafts between",
+    "classes": "More than the class",
     "l2": "With the L2 penalty",
     "trajectory": "The same path",
     "epochs": "From when on",
@@ -146,48 +164,88 @@ HEADINGS = {
 }
 
 
-def html(tables):
+def record(tables):
+    return STUDY.page(STUDY.summary(tables), tables, MADE)
+
+
+def section(tables, title):
+    (found,) = [each for each in record(tables).sections if each.title == title]
+    return found.items
+
+
+def rendered(tables):
     """A page with empty pictures."""
-    images = dict.fromkeys({name for names in PICTURES.values() for name in names}, b"")
-    return graft_report.page(tables, summary.summary(tables), images, "meanfield graft")
+    return html.render(record(tables), dict.fromkeys({name for names in PICTURES.values() for name in names}, ""))
 
 
 def words(page):
-    return re.sub(r"<[^>]+>", "", page.split("</style>")[1])
+    return unescape(re.sub(r"<[^>]+>", "", page.split("</style>")[1]))
 
 
 def read(tables):
-    return words(html(tables))
+    return words(rendered(tables))
 
 
 def test_every_part_has_its_pictures_and_its_section(tmp_path):
-    path = graft_report.write(TABLES, tmp_path, "meanfield graft --size full")
+    path = STUDY.write(TABLES, tmp_path, MADE)
     text = path.read_text()
     drawn = {each.stem for each in tmp_path.glob("*.png")}
     assert drawn == {name for names in PICTURES.values() for name in names}
+    assert path.name == "graft.html"
     assert text.count("data:image/png;base64,") == len(drawn)
-    assert all(f"<h2>{heading}" in text for heading in HEADINGS.values())
-    assert "What this does not say" in text
-    assert "<code>meanfield graft --size full</code>" in text
-    assert "nan" not in words(text)
+    assert "<code>meanfield graft --size=full</code>" in text
+    assert "nan" not in words(text).replace(MADE.library, "")
+
+
+def test_the_page_has_its_sections_in_this_order():
+    assert [each.title for each in record(TABLES).sections] == [
+        "Grafts between networks from different starts",
+        "Spans or distributions?",
+        "What later layers make of the error",
+        "Distances and errors",
+        "More than the class?",
+        "With the L2 penalty instead",
+        "The same path through training?",
+        "From when on?",
+        "Into another layer",
+        "Strength of the penalty",
+        "Width",
+        "Least squares against the authors' procedure",
+        "The networks",
+        "What this does not say",
+    ]
+
+
+def test_every_picture_is_shown_once_and_is_one_of_its_part():
+    for part, rows in TABLES.items():
+        items = [item for each in record({part: rows}).sections for item in each.items]
+        shown = [item.name for item in items if isinstance(item, Figure)]
+        assert sorted(shown) == sorted(PICTURES.get(part, ()))
 
 
 def test_the_summary_is_strict_json_with_intervals_as_dicts(tmp_path):
-    graft_report.write({"starts": starts(1)}, tmp_path, "meanfield graft")
+    STUDY.write({"starts": starts(1)}, tmp_path, MADE)
     found = json.loads((tmp_path / "summary.json").read_text())
     assert found["starts"][0]["error"] == {"value": pytest.approx(0.1), "low": 0.0, "high": None}
     # the moments are all equal
     assert {row["distance"] for row in found["correlations"]} == {"mmd", "sliced_wasserstein", "cka"}
+    assert found["made"]["settings"] == {"size": "full"}
+
+
+def test_the_figures_of_every_part_have_their_names():
+    named = {"starts", "correlations", "classes", "l2", "strengths", "widths", "trajectory", "procedures"}
+    assert set(STUDY.summary(TABLES)) == named
 
 
 @pytest.mark.parametrize("part", TABLES)
 def test_any_part_may_stand_alone(part):
-    text = html({part: TABLES[part]})
+    text = rendered({part: TABLES[part]})
     assert [other for other, heading in HEADINGS.items() if f"<h2>{heading}" in text] == [part]
+    assert "What this does not say" in text
 
 
 def test_nothing_at_all_is_a_page_too(tmp_path):
-    assert "What this does not say" in graft_report.write({"train": []}, tmp_path, "meanfield graft").read_text()
+    assert "What this does not say" in STUDY.write({"train": []}, tmp_path, MADE).read_text()
 
 
 def test_layers_are_named_at_which_trained_donors_are_separated_from_controls():
@@ -253,7 +311,7 @@ def test_of_many_layers_the_text_tells_the_deepest():
 
 
 def test_the_ridge_is_drawn_without_what_depends_on_one_epoch_alone():
-    panel = pictures.pictures({"trajectory": trajectory(1, ridge=2.0)})["ridge"].axes[0]
+    panel = pictures.ridge({"trajectory": trajectory(1, ridge=2.0)}).axes[0]
     drawn = panel.get_images()[0].get_array()
     assert drawn.tolist() == [pytest.approx([2**-0.5, 2**0.5]), pytest.approx([2**0.5, 2**-0.5])]
 
@@ -261,7 +319,14 @@ def test_the_ridge_is_drawn_without_what_depends_on_one_epoch_alone():
 def test_one_epoch_has_no_contrast():
     rows = {"trajectory": trajectory(epochs=(0, 1))}
     assert "too few epochs" in read(rows)
-    assert set(pictures.pictures(rows)) == PICTURES["trajectory"] - {"ridge"}
+    drawn = PICTURES["trajectory"] - {"ridge"}
+    assert set(STUDY.pictures(rows)) == drawn
+    items = section(rows, "The same path through training?")
+    assert {item.name for item in items if isinstance(item, Figure)} == drawn
+
+
+def test_the_contrast_is_explained_with_a_superscript():
+    assert "c that different epochs are e<sup>c</sup> times as far apart" in rendered({"trajectory": trajectory()})
 
 
 def test_epochs_layers_skipped_procedures_and_networks_are_told_in_figures():
@@ -287,7 +352,7 @@ def test_matrices_are_geometric_means_with_blanks_where_nothing_was_measured():
 
 
 def test_untrained_donors_are_one_line_of_the_strengths():
-    figure = pictures.pictures({"strengths": TABLES["strengths"]})["strengths"]
+    figure = pictures.strengths({"strengths": TABLES["strengths"]})
     assert [tick.get_text() for tick in figure.axes[0].get_yticklabels()] == ["untrained", "0.5", "1"]
     assert len(figure.axes[0].texts) == 6
 
@@ -299,26 +364,44 @@ def test_layers_are_in_the_order_of_the_network():
 
 def test_intervals_without_ends_are_shown_as_values():
     assert str(Interval(0.5, -math.inf, math.inf)) == "0.5"
-    assert graft_report._hundredths(Interval(-0.001, -0.02, 0.2)) == "0.00 (-0.02 to 0.20)"
+    assert page._hundredths(Interval(-0.001, -0.02, 0.2)) == "0.00 (-0.02 to 0.20)"
 
 
-def test_the_page_says_where_a_graft_knows_more_than_the_class(tmp_path):
-    shares = {"conv2": 0.9, "conv3": 0.3, "conv4": 0.05, "linear1": 0.02}
-    classes = [
-        {"pair": pair, "layer": layer, "position": i + 2, "class_error": share * 1.01**pair}
-        for pair in range(4)
-        for i, (layer, share) in enumerate(shares.items())
-    ]
-    page = graft_report.write({"starts": starts(), "classes": classes}, tmp_path, "meanfield graft").read_text()
-    assert "know more of the host than its class at conv2 to conv3, not at conv4 to linear1" in page
-    assert (tmp_path / "classes.png").exists()
-    alone = graft_report.write({"classes": classes}, tmp_path, "meanfield graft").read_text()
+def test_the_page_says_where_a_graft_knows_more_than_the_class():
+    text = read({"starts": starts(), "classes": classes()})
+    assert "know more of the host than its class at conv2 to conv3, not at conv4 to linear1" in text
+    alone = read({"classes": classes()})
     assert "between 0.020 and 0.91" in alone
     assert "know more of the host" not in alone
 
 
+def test_grafts_and_the_label_alone_are_drawn_together():
+    lines = lambda tables: [each.get_label() for each in pictures.classes(tables).axes[0].get_lines()]  # noqa: E731
+    both = lines({"starts": starts(), "classes": classes()})
+    assert {"trained", "untrained", "the label alone"} <= set(both)
+    assert "trained" not in lines({"classes": classes()})
+
+
+def test_the_tables_of_a_profile_hold_every_layer_and_arm():
+    items = section({"starts": starts()}, "Grafts between networks from different starts")
+    accuracy, error = (item.table for item in items[3:])
+    assert list(accuracy.head) == ["connecting layer", "trained", "untrained", "trained on permuted labels"]
+    assert [row[0] for row in error.rows] == list(LAYERS)
+    assert [row[1].value for row in accuracy.rows] == pytest.approx([0.975] * 4, abs=1e-3)
+    assert [row[2].value for row in error.rows] == pytest.approx([0.33 * 1.01**1.5] * 4)
+
+
+def test_the_networks_are_counted_by_their_settings():
+    *_, table = section({"train": train()}, "The networks")
+    assert isinstance(table, Table)
+    assert table.rows == [
+        ["true", "l12", "1", 8, 2, 2, "90.0% to 95.0%", "90.0% to 95.0%"],
+        ["permuted", "l12", "1", 8, 2, 1, "10.0%", "10.0%"],
+    ]
+
+
 def test_hosts_that_are_constant_leave_a_page(tmp_path):
     rows = [{**row, "error": math.nan, "output_error": math.nan} if row["pair"] == 0 else row for row in starts()]
-    page = graft_report.write({"starts": rows}, tmp_path, "meanfield graft").read_text()
-    assert "it is multiplied by 1.1 with trained donors" in page
+    text = STUDY.write({"starts": rows}, tmp_path, MADE).read_text()
+    assert "it is multiplied by 1.1 with trained donors" in text
     assert (tmp_path / "profiles.png").exists()

@@ -6,28 +6,43 @@ import math
 from dataclasses import replace
 from itertools import product
 
+import numpy as np
 import pytest
 import torch
 
 from meanfield.bench.classifiers import Classifier, layers_of
+from meanfield.data.cifar import CIFAR_10_FILES
 from meanfield.finite import evaluate
 from meanfield.grafting import graft
+from meanfield.studies.grafting import command, summary
 from meanfield.studies.grafting import measure as grafting
-from meanfield.studies.grafting import plan as graft_study
-from meanfield.studies.grafting import summary
-from meanfield.studies.grafting.plan import SIZES
+from meanfield.studies.grafting.command import Options, classifier, settled
+from meanfield.studies.grafting.plan import ARMS, SIZES, Sizes
+from meanfield.studies.grafting.study import STUDY
+from meanfield.validation import Misuse
 
 TINY = Classifier(network="vgg8", width=2, samples=120)
-SMALL = graft_study.Sizes(2, (0, 1, 2), 2, 1, 1, (1.0, 4.0), (1.0, 2.0), ("conv3",), 1)
+SMALL = Sizes(
+    epochs=2,
+    checkpoints=(0, 1, 2),
+    pairs=2,
+    inside=1,
+    others=1,
+    strengths=(1.0, 4.0),
+    factors=(1.0, 2.0),
+    layers=("conv3",),
+    procedures=1,
+)
 
 
-def cells(part):
-    return graft_study.plan(TINY, SMALL, parts=[part])[part]
+def cells(part, base=TINY, sizes=SMALL):
+    return STUDY.plan(base, sizes, parts=[part])[part]
 
 
 @pytest.mark.parametrize("size", SIZES.values(), ids=SIZES.keys())
 def test_the_plan_trains_what_is_grafted_once_and_nothing_else(size):
-    plan = graft_study.plan(TINY, size)
+    plan = STUDY.plan(TINY, size)
+    assert next(iter(plan)) == "train"
     trained = [Classifier.from_dict(cell) for cell in plan["train"]]
     assert len(set(trained)) == len(trained)
     ends = [
@@ -37,13 +52,29 @@ def test_the_plan_trains_what_is_grafted_once_and_nothing_else(size):
         for cell in found
         for end in ("lower", "upper")
     ]
-    assert set(trained) == {Classifier.from_dict(settings) for settings, epoch in ends if epoch}
+    wanted = [Classifier.from_dict(settings) for settings, epoch in ends if epoch]
+    assert trained == list(dict.fromkeys(wanted))  # in the order of first need
     assert all(epoch in settings["checkpoints"] for settings, epoch in ends)
+
+
+@pytest.mark.parametrize(
+    ("size", "left_out"),
+    [("quick", {"procedures"}), ("default", {"l2", "strengths", "widths", "procedures"}), ("full", set())],
+)
+def test_sizes_have_the_parts_that_they_say(size, left_out):
+    assert set(STUDY.plan(TINY, SIZES[size])) == {"train", *STUDY.parts} - left_out
+
+
+def test_hosts_of_the_classes_are_those_of_the_starts():
+    found = cells("classes")
+    assert [cell["names"]["pair"] for cell in found] == [0, 1]
+    hosts = [cell["upper"] for cell in cells("starts") if cell["names"]["arm"] == "trained"]
+    assert [cell["upper"] for cell in found] == [cell["lower"] for cell in found] == hosts
 
 
 def test_pairs_share_no_network_and_arms_are_what_they_say():
     found = cells("starts")
-    assert len(found) == 2 * len(graft_study.ARMS)
+    assert len(found) == 2 * len(ARMS)
     hosts = {cell["names"]["pair"]: cell["upper"]["seed"] for cell in found}
     donors = {cell["names"]["pair"]: cell["lower"]["seed"] for cell in found if cell["names"]["arm"] == "trained"}
     assert len({*hosts.values(), *donors.values()}) == 4
@@ -244,17 +275,32 @@ def test_what_the_label_alone_says(tmp_path):
 
 def test_layers_of_the_matrices_are_those_the_network_has():
     deep = replace(SMALL, layers=("conv4", "conv13"))
-    assert graft_study.plan(TINY, deep, parts=["trajectory"])["trajectory"][0]["connections"] == ["conv4"]
+    assert cells("trajectory", sizes=deep)[0]["connections"] == ["conv4"]
     none = replace(SMALL, layers=("conv13",))
     # the fourth of six
-    assert graft_study.plan(TINY, none, parts=["trajectory"])["trajectory"][0]["connections"] == ["conv4"]
+    assert cells("trajectory", sizes=none)[0]["connections"] == ["conv4"]
 
 
 def test_strengths_are_in_units_of_the_classifier_s():
     weak = TINY.variant(penalty="l2", strength=0.01)
-    found = graft_study.plan(weak, SMALL, parts=["strengths"])["strengths"]
+    found = cells("strengths", weak)
     assert {cell["upper"]["strength"] for cell in found} == {0.01, 0.04}
-    assert "strengths" not in graft_study.plan(TINY.variant(penalty="none", strength=0.0), SMALL, parts=["strengths"])
+    assert STUDY.plan(TINY.variant(penalty="none", strength=0.0), SMALL, parts=["strengths"]) == {}
+
+
+def test_a_start_does_not_know_its_strength():
+    untrained = [cell for cell in cells("strengths") if cell["names"]["arm"] == "untrained"]
+    assert [(cell["lower"]["strength"], cell["upper"]["strength"]) for cell in untrained] == [(1.0, 1.0), (1.0, 4.0)]
+    assert {cell["lower_epoch"] for cell in untrained} == {0}
+
+
+@pytest.mark.parametrize("part", ["strengths", "widths"])
+def test_rows_name_the_settings_of_both_ends(part):
+    field = part.removesuffix("s")
+    for cell in cells(part):
+        assert [cell["names"][f"{end}_{field}"] for end in ("lower", "upper")] == [
+            cell[end][field] for end in ("lower", "upper")
+        ]
 
 
 def test_a_donor_that_is_the_host_is_perfect(tmp_path):
@@ -267,18 +313,72 @@ def test_a_donor_that_is_the_host_is_perfect(tmp_path):
 
 
 def test_the_study_runs_and_goes_on_where_it_was(tmp_path):
-    kept = []
-    parts = ["starts", "across"]
-    sizes = replace(SMALL, pairs=1)
-    tables = graft_study.run(TINY, sizes, tmp_path, parts=parts, announce=lambda part, cell, known: kept.append(known))
-    assert set(tables) == {"train", "starts", "across"}
+    heard = []
+    parts, sizes = ["starts", "across"], replace(SMALL, pairs=1)
+    listen = lambda part, cell, kept: heard.append((part, kept))  # noqa: E731
+    tables = STUDY.run(TINY, sizes, tmp_path, parts=parts, announce=listen)
+    assert list(tables) == ["train", "starts", "across"]
     assert {path.name for path in tmp_path.glob("*.csv")} == {"train.csv", "starts.csv", "across.csv"}
     assert {(row["lower_layer"], row["layer"]) for row in tables["across"]} == {
         (f"conv{i}", f"conv{j}") for i, j in product(range(2, 6), repeat=2) if i < j
     }
+    trained = len(STUDY.plan(TINY, sizes, parts=parts)["train"])
+    assert [part for part, _ in heard[:trained]] == ["train"] * trained
+    assert len(list((tmp_path / "networks").iterdir())) == trained  # nothing is trained on the way
     before = (tmp_path / "starts.csv").read_bytes()
-    again = graft_study.run(TINY, sizes, tmp_path, parts=parts, announce=lambda part, cell, known: kept.append(known))
+    again = STUDY.run(TINY, sizes, tmp_path, parts=parts, announce=listen)
     assert again == tables
     assert (tmp_path / "starts.csv").read_bytes() == before
-    assert sum(kept) * 2 == len(kept)
-    assert set(summary.summary(tables)) == {"starts", "correlations"}
+    kept = [known for _, known in heard]
+    assert kept == [False] * (len(kept) // 2) + [True] * (len(kept) // 2)
+    assert set(STUDY.summary(tables)) == {"starts", "correlations"}
+
+
+def test_cells_name_the_images():
+    assert STUDY.common(TINY) == {"images": TINY.images().digest}
+    assert STUDY.common(TINY.variant(split=1)) != STUDY.common(TINY)
+
+
+def test_what_is_left_open_is_settled_and_the_rest_stays():
+    found = settled(Options())
+    assert (found.samples, found.split, found.network, found.width, found.strength) == (1437, True, "vgg11", 8, 1.0)
+    assert settled(found) == found
+    typed = Options(samples=100, split=False, network="vgg8", width=3, strength=2.0, size="authors")
+    assert settled(typed) == typed
+    assert settled(Options(penalty="l2")).strength == 0.008
+    assert settled(Options(penalty="none")).strength == 0.0
+    authors = settled(Options(size="authors", width=2))
+    assert (authors.network, authors.width) == ("vgg16", 2)
+    assert "--split --network=vgg16" in authors.command_line("meanfield", "graft")
+    assert "--file-order" in typed.command_line("meanfield", "graft")
+
+
+@pytest.mark.parametrize(("size", "preset"), [("default", "default"), ("authors", "authors")])
+def test_the_classifier_is_the_one_that_was_asked_for(size, preset):
+    given = {"samples": 100, "network": "vgg8", "width": 3, "penalty": "l2", "strength": 0.5, "dtype": "float64"}
+    found = classifier(settled(Options(split=True, size=size, **given)))
+    assert found == Classifier(preset=preset, split=0, **given)
+    assert classifier(settled(Options(split=False, size=size, **given))).split is None
+
+
+def test_cifar_keeps_its_own_test_images(tmp_path):
+    records = np.tile(np.uint8(np.arange(10))[:, None], (1, 3073))
+    for name in CIFAR_10_FILES:
+        (tmp_path / name).write_bytes(records.tobytes())
+    found = settled(Options(data=str(tmp_path)))
+    assert (found.samples, found.split) == (50_000, False)
+    assert settled(Options(data=str(tmp_path), samples=50)).split is False
+
+
+def test_the_command_takes_networks_that_the_controls_can_take_apart():
+    with pytest.raises(Misuse, match=r"network='residual' is unknown"):
+        Options(network="residual")
+
+
+def test_the_command_runs_the_study_of_its_settings(monkeypatch):
+    heard = []
+    monkeypatch.setattr(command, "run_study", lambda *arguments: heard.append(arguments))
+    command.command(Options(network="vgg8", samples=100, seed=3))
+    ((study, options, base, *program),) = heard
+    assert (study, program) == (STUDY, ["meanfield", "graft"])
+    assert (options.samples, options.split, base.samples, base.network) == (100, True, 100, "vgg8")

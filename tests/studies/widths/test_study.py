@@ -7,13 +7,12 @@ from strategies import random_network
 
 from meanfield import finite, measures, starts
 from meanfield.bench import distances
+from meanfield.bench.provenance import Provenance
 from meanfield.bench.rates import Slope
 from meanfield.bench.sweep import select
 from meanfield.bench.task import Task
-from meanfield.studies.widths import coordinates, summary, trajectories
-from meanfield.studies.widths import networks as widths
-from meanfield.studies.widths import page as width_report
-from meanfield.studies.widths import plan as width_study
+from meanfield.studies.widths import coordinates, networks, plan, summary, trajectories
+from meanfield.studies.widths.study import STUDY
 
 TASK = Task(pool=4, samples=6)
 CELL = TASK.to_dict()
@@ -26,14 +25,14 @@ def network(request):
 
 
 def counts(network, width, seed=0):
-    return [c[0] for c in widths.draw_masses(network, width, 1, "masses", np.random.default_rng(seed))]
+    return [c[0] for c in networks.draw_masses(network, width, 1, "masses", np.random.default_rng(seed))]
 
 
 def test_a_sampled_network_is_the_measure_at_the_masses_that_were_drawn(network):
     """Against the finite network that holds every drawn channel."""
     problem, measure = network
-    masses = widths.draw_masses(measure, 7, 5, "masses", np.random.default_rng(0))
-    _, output = widths.sampled_responses(measure, problem.inputs, masses)
+    masses = networks.draw_masses(measure, 7, 5, "masses", np.random.default_rng(0))
+    _, output = networks.sampled_responses(measure, problem.inputs, masses)
     for draw in range(5):
         chosen = [torch.repeat_interleave(torch.arange(len(p[draw])), (7 * p[draw]).round().long()) for p in masses]
         drawn = measures.select(measure, chosen)
@@ -45,7 +44,9 @@ def test_a_sampled_network_is_the_measure_at_the_masses_that_were_drawn(network)
 def test_masses_are_drawn_with_the_right_mean_and_covariance(network):
     _, measure = network
     draws, width = 4000, 10
-    for p, found in zip(measure.masses, widths.draw_masses(measure, width, draws, "masses", np.random.default_rng(1))):
+    for p, found in zip(
+        measure.masses, networks.draw_masses(measure, width, draws, "masses", np.random.default_rng(1))
+    ):
         torch.testing.assert_close(found.sum(1), torch.ones(draws, dtype=torch.float64))
         error = (p * (1 - p) / width / draws).sqrt()
         assert ((found.mean(0) - p).abs() <= 4.5 * error).all()
@@ -56,15 +57,15 @@ def test_one_layer_has_the_closed_form_of_monte_carlo():
     """E |F_m - F|^2 = (sum_j p_j |<u_j, f_j>|^2 - |F|^2) / m for one layer, and without the masses the bias stays."""
     task = TASK.variant(depth=1)
     problem = task.problem()
-    network = widths._limit(task, 0).network
+    network = networks._limit(task, 0).network
     responses = network.responses(problem.inputs)
     read = problem.architecture.readout_features(responses.features[0])
     single = torch.stack([network.readout[0, j] * read[:, j] for j in range(network.widths[0])])
     variance = float((network.masses[0] @ single.square().flatten(1)).mean() - responses.output.square().mean())
-    rows = widths.sampled({**CELL, "depth": 1, "seed": 0, "sampling": "masses", "widths": [16], "draws": 3000})
+    rows = networks.sampled({**CELL, "depth": 1, "seed": 0, "sampling": "masses", "widths": [16], "draws": 3000})
     found = [row["squared_error"] for row in rows]
     assert abs(np.mean(found) - variance / 16) <= 4.5 * np.std(found) / math.sqrt(len(found))
-    biased = widths.sampled({**CELL, "depth": 1, "seed": 0, "sampling": "uniform", "widths": [4096], "draws": 40})
+    biased = networks.sampled({**CELL, "depth": 1, "seed": 0, "sampling": "uniform", "widths": [4096], "draws": 40})
     mean = single.mean(0)
     expected = float((mean - responses.output[:, 0]).square().mean())
     assert np.mean([row["squared_error"] for row in biased]) == pytest.approx(expected, rel=0.2)
@@ -76,7 +77,7 @@ def test_excess_and_feature_errors_vanish_when_every_particle_is_drawn_as_often_
     held_out = TASK.images().split(4)[1]
     exact = measure.responses(torch.cat([problem.inputs, held_out.inputs]))
     own = [p[None].repeat(3, 1) for p in measure.masses]
-    found = widths._against(problem, held_out, measure, exact, own)
+    found = networks._against(problem, held_out, measure, exact, own)
     assert found["squared_error"] < 1e-24
     assert found["excess"] == pytest.approx(float(problem.terms(measure).total()), rel=1e-12)
     assert all(value < 1e-20 for name, value in found.items() if name.startswith("feature_error"))
@@ -85,8 +86,8 @@ def test_excess_and_feature_errors_vanish_when_every_particle_is_drawn_as_often_
 @pytest.mark.parametrize("masses", ["fixed", "free"])
 def test_a_trained_row_is_the_objective_it_says(masses):
     cell = {**CELL, "masses": masses, "width": 3, "seed": 1, "steps": 30}
-    (row,) = widths.trained(cell)
-    assert widths.trained(cell) == [row]
+    (row,) = networks.trained(cell)
+    assert networks.trained(cell) == [row]
     problem = TASK.problem()
     start = starts.start(problem.architecture, (3, 3), problem.inputs, torch.Generator().manual_seed(1))
     assert row["value"] < float(problem.value(start))
@@ -193,30 +194,39 @@ def test_the_ratio_is_taken_where_a_network_moves_most():
 
 
 def test_the_page_holds_every_part(tmp_path, monkeypatch):
-    monkeypatch.setattr(widths, "LIMIT_STEPS", 30)
-    monkeypatch.setattr(widths, "PARTICLES", 8)
-    monkeypatch.setattr(width_study, "TIMES", [0.0, 1.0, 2.0])
-    tiny = width_study.Sizes((1, 2), (8, 16), 40, 20, (2, 3), 2, 4, 1, 1, (2, 4), 2, (2,), (2, 4), 1, (4, 8), 2)
-    heard, parts = [], [part for part in width_study.PARTS if part != "limit"]  # its search for features takes long
-    tables = width_study.run(
-        TASK.variant(pool=2), tiny, tmp_path, parts=parts, announce=lambda part, cell, kept: heard.append(part)
+    monkeypatch.setattr(networks, "LIMIT_STEPS", 30)
+    monkeypatch.setattr(networks, "PARTICLES", 8)
+    monkeypatch.setattr(plan, "TIMES", [0.0, 1.0, 2.0])
+    tiny = plan.Sizes(
+        depths=(1, 2),
+        sampled_widths=(8, 16),
+        draws=40,
+        control_draws=20,
+        trained_widths=(2, 3),
+        trained_seeds=2,
+        trained_steps=4,
+        limit_seeds=1,
+        limit_rounds=1,
+        trajectory_widths=(2, 3, 4),
+        pairs=2,
+        noisy_widths=(2,),
+        coordinate_widths=(2, 4),
+        coordinate_seeds=1,
+        kernel_widths=(4, 8),
+        kernel_seeds=2,
     )
+    parts = [part for part in STUDY.parts if part != "limit"]  # its search for features takes long
+    heard, made = [], Provenance("meanfield widths", {})
+    options = {"parts": parts, "made": made, "announce": lambda part, cell, kept: heard.append(kept)}
+    tables = STUDY.run(TASK.variant(pool=2), tiny, tmp_path, **options)
     assert set(tables) == set(parts)
-    page = width_report.write(tables, tmp_path, "meanfield widths").read_text()
-    for heading in (
-        "Sampled from",
-        "Trained from",
-        "Trajectories of",
-        "Moments and",
-        "Coordinate check",
-        "Tangent kernel",
-    ):
-        assert heading in page
+    text = STUDY.write(tables, tmp_path, made).read_text()
+    headings = ["Sampled from", "Trained from", "Trajectories of", "Seed against", "Moments and", "Coordinate check"]
+    places = [text.index(f"<h2>{heading}") for heading in [*headings, "Tangent kernel"]]
+    assert places == sorted(places)
+    assert text.count("data:image/png;base64,") == len(STUDY.pictures(tables)) == 8
     assert (tmp_path / "sampled.csv").exists()
-    again = width_study.run(
-        TASK.variant(pool=2), tiny, tmp_path, parts=parts, announce=lambda part, cell, kept: heard.append(kept)
-    )
-    assert again == tables
+    assert STUDY.run(TASK.variant(pool=2), tiny, tmp_path, **options) == tables
     assert heard[len(heard) // 2 :] == [True] * (len(heard) // 2)
 
 

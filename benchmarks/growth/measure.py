@@ -9,21 +9,22 @@ log time against log size with their standard errors.
 
 from __future__ import annotations
 
-import gc
 import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
 
-from benchmarks import isolated, machine, problems
+from benchmarks import isolated, problems
 from benchmarks.contenders import WARM_UP
-from benchmarks.machine import forget_peak, peak_bytes
-from benchmarks.problems import Case
+from benchmarks.machine import fresh_peak, peak_bytes
+from benchmarks.options import BenchmarkOptions, InProcess, Quick, not_both
+from benchmarks.problems import LARGE, Case
+from meanfield.bench.options import WORK, flag
 from meanfield.convex.program import ConvexProgram
 from meanfield.solvers import splitting
 
@@ -35,7 +36,7 @@ LARGE_FLOPS = 5e8  # per iteration: from here on the targets apply
 
 
 @dataclass(frozen=True)
-class Settings:
+class Sizes:
     """The sweeps, each a list of cases and the size that grows; repetitions of each pair of runs; how products are
     timed.
     """
@@ -47,10 +48,10 @@ class Settings:
     square: int = 1024
     timed_seconds: float = 0.2
     long_if_fast: int = 158
-    fresh: bool = True
 
 
-QUICK = Settings(
+DEFAULT = Sizes()
+QUICK = Sizes(
     particles=(Case(4, 4, (8, 4)), Case(4, 4, (16, 8))),
     images=(Case(4, 4, (8, 4)), Case(8, 4, (8, 4))),
     positions=(Case(4, 4, (8, 4)), Case(4, 6, (8, 4))),
@@ -59,50 +60,59 @@ QUICK = Settings(
     timed_seconds=0.01,
     long_if_fast=38,
 )
-LARGE = Case(64, 8, (1024, 128))
-SIZES: dict[str, Callable[[Case], float]] = {
+EXTENDED = replace(DEFAULT, particles=(*DEFAULT.particles, LARGE))
+GROWING: dict[str, Callable[[Case], float]] = {
     "particles": lambda case: case.widths[0],
     "images": lambda case: case.images,
     "positions": lambda case: case.side**2,
 }
 
 
-def settings(quick: bool = False, large: bool = False, fresh: bool = True) -> Settings:
-    """The settings that the command line asks for; `large` ends the sweep of particles with 1024/128 on 64 whole
-    digits.
-    """
-    base = QUICK if quick else Settings()
-    return replace(base, fresh=fresh, particles=(*base.particles, LARGE) if large else base.particles)
+@dataclass(frozen=True, kw_only=True)
+class Options(BenchmarkOptions):
+    quick: Quick = False
+    large: Annotated[bool, flag(f"End the sweep of particles with {LARGE.name} (several minutes, 2 GiB).", WORK)] = (
+        False
+    )
+    in_process: InProcess = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        not_both(self.quick, self.large)
+
+    @property
+    def sizes(self) -> Sizes:
+        return QUICK if self.quick else EXTENDED if self.large else DEFAULT
 
 
-def run(chosen: Settings, report: Callable[[str], None] = print) -> dict[str, Any]:
+def run(options: Options, report: Callable[[str], None]) -> dict[str, Any]:
     """Every figure of the benchmark, ready for JSON."""
-    sweeps = {}
-    for name in SIZES:
-        rows = [row(name, case, chosen, report) for case in getattr(chosen, name)]
+    sizes, sweeps = options.sizes, {}
+    for name in GROWING:
+        rows = [row(name, case, sizes, not options.in_process, report) for case in getattr(sizes, name)]
         swept = [each for each in rows if each["case"] != LARGE.name and "failed" not in each]
         sweeps[name] = {"rows": rows, "exponents": exponents(swept)}
-    return {"benchmark": "growth", "machine": machine.description(), "sweeps": sweeps, "targets": targets(sweeps)}
+    return {"sweeps": sweeps, "targets": targets(sweeps)}
 
 
-def row(name: str, case: Case, chosen: Settings, report: Callable[[str], None]) -> dict[str, Any]:
+def row(name: str, case: Case, sizes: Sizes, fresh: bool, report: Callable[[str], None]) -> dict[str, Any]:
     """The figures of one size; a process that fails leaves its reason."""
     order = {
         "case": case.to_dict(),
-        "repetitions": chosen.repetitions,
-        "square": chosen.square,
-        "timed_seconds": chosen.timed_seconds,
-        "long_if_fast": chosen.long_if_fast,
+        "repetitions": sizes.repetitions,
+        "square": sizes.square,
+        "timed_seconds": sizes.timed_seconds,
+        "long_if_fast": sizes.long_if_fast,
     }
-    size = {"size": SIZES[name](case), "case": case.name}
+    size = {"size": GROWING[name](case), "case": case.name}
     try:
-        found = {**size, **isolated.call("benchmarks.growth:measure", order, fresh=chosen.fresh)}
+        found = {**size, **isolated.call("benchmarks.growth.measure:measure", order, fresh=fresh)}
     except isolated.Failure as failure:
         report(f"{name}: {case.name}: failed: {failure}")
         return {**size, "failed": str(failure)}
     report(
         f"{name}: {case.name}: {1e3 * found['iteration_seconds']:.2f} ms an iteration, {found['over_products']:.2f} "
-        f"times its products"
+        "times its products"
     )
     return found
 
@@ -111,9 +121,7 @@ def measure(order: dict[str, Any]) -> dict[str, Any]:
     """Times, rates and memory of one program; for a process that has done nothing else."""
     program = problems.program(Case.from_dict(order["case"]))
     _iterate(problems.program(WARM_UP), 3)
-    gc.collect()
-    forget_peak()
-    before, began = peak_bytes(), time.process_time()
+    before, began = fresh_peak(), time.process_time()
     basis = program.basis(1)
     basis_seconds = time.process_time() - began
     fast = _iterate(program, SHORT) < FAST * SHORT

@@ -19,7 +19,7 @@ import math
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +28,10 @@ import torch
 from torch import Tensor
 
 import meanfield as mf
-from benchmarks import isolated
-from benchmarks.machine import forget_peak, peak_bytes
+from benchmarks import isolated, judge
+from benchmarks.machine import fresh_peak, peak_bytes
 from meanfield import data
+from meanfield.bench.options import Settings
 from meanfield.solvers import arrangements
 
 STRENGTH = 5e-4  # lambda_1 = lambda_u
@@ -39,7 +40,7 @@ PYSCNN_MODULES = ("models", "optimize", "solvers", "regularizers", "metrics", "a
 
 
 @dataclass(frozen=True)
-class Case:
+class Case(Settings):
     """Digits 0 against 1, drawn by the seed and averaged to `size`; `peers` sweeps pyscnn's tolerance, over `gates`
     patterns.
     """
@@ -54,13 +55,6 @@ class Case:
     rounds: int = 8
     flow_steps: int = 2000
     seed: int = 0
-
-    @classmethod
-    def from_dict(cls, description: dict[str, Any]) -> Case:
-        given: dict[str, Any] = {
-            name: tuple(value) if isinstance(value, list) else value for name, value in description.items()
-        }
-        return cls(**given)
 
     @property
     def entries(self) -> int:
@@ -103,7 +97,7 @@ def measure(case: Case, max_seconds: float, fresh: bool, report: Callable[[str],
         elif all(entry["contender"] != contender for entry in skipped):
             skipped.append({"contender": contender, "reason": reason})
             report(f"one layer, {case.name}: {contender} skipped: {reason}")
-    return {**asdict(case), "case": case.name, **_add_excess(runs), "runs": runs, "skipped": skipped}
+    return {**case.to_dict(), "case": case.name, **_add_excess(runs), "runs": runs, "skipped": skipped}
 
 
 def _orders(case: Case) -> list[tuple[str, float | None]]:
@@ -128,10 +122,7 @@ def _add_excess(runs: list[dict[str, Any]]) -> dict[str, Any]:
     bounds = [run["lower_bound"] for run in runs if run.get("lower_bound") is not None]
     values = [run["value"] for run in runs if run.get("value") is not None]
     best = max(bounds) if bounds else min(values, default=None)
-    for run in runs:
-        run["excess"] = (
-            None if best is None or run.get("value") is None else (run["value"] - best) / max(abs(run["value"]), 1e-300)
-        )
+    judge.write_excess(runs, best)
     return {
         "best": best,
         "excess_over": "the exact optimum's lower bound" if bounds else "the best value found, which is no bound",
@@ -144,13 +135,13 @@ def one_run(contender: str, case: Case, tolerance: float | None, max_seconds: fl
         answer = Path(directory, "network.pt")
         order = {
             "contender": contender,
-            "case": asdict(case),
+            "case": case.to_dict(),
             "tolerance": tolerance,
             "max_seconds": max_seconds,
             "answer": str(answer),
         }
         try:
-            found = isolated.call("benchmarks.one_layer:run", order, timeout=max_seconds, fresh=fresh)
+            found = isolated.call("benchmarks.solve.one_layer:run", order, timeout=max_seconds, fresh=fresh)
         except isolated.Failure as failure:
             return {"contender": contender, "tolerance": tolerance, "status": f"failed: {failure}"}
         held = torch.load(answer, weights_only=True)
@@ -165,8 +156,7 @@ def run(order: dict[str, Any]) -> dict[str, Any]:
     name, exact = order["contender"], problem(case)
     if name == "pyscnn":
         _pyscnn_modules()  # no one pays for imports
-    forget_peak()
-    before, began = peak_bytes(), time.process_time()
+    before, began = fresh_peak(), time.process_time()
     network, status, bound = CONTENDERS[name](exact, case, order)
     took = time.process_time() - began
     torch.save(

@@ -8,79 +8,110 @@ once the time limit stops a run.
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from benchmarks import isolated, judge, machine, one_layer, problems
-from benchmarks.contenders import CONTENDERS
-from benchmarks.problems import Case
+from benchmarks import judge, problems
+from benchmarks.contenders import CONTENDERS, one_run
+from benchmarks.options import BenchmarkOptions, InProcess, Quick, not_both
+from benchmarks.problems import LARGE, NEXT, SMALL, STANDARD, TINY, Case
+from benchmarks.solve import one_layer
+from meanfield.bench.options import WORK, flag, listing, option, spelled
+from meanfield.validation import Misuse, positive
 
-GAPS = (1e-3, 1e-4, 1e-5, 1e-6)
 TARGET = 1e-5
-SMALL = Case(16, 4, (64, 32))
-STANDARD = Case(32, 4, (128, 64))
-NEXT = Case(16, 4, (128, 64))
-LARGE = Case(64, 8, (1024, 128))
 SPEED_REQUIRED = {SMALL: 10.0, NEXT: 30.0}  # times faster than CLARABEL's solve
 SECONDS_ALLOWED = {(STANDARD, TARGET): 10.0, (LARGE, 1e-3): 1200.0}  # of CPU: 10 s; 10 minutes on 2 cores
-TINY = Case(6, 4, (6, 4))
+LARGE_GAPS = {LARGE: (1e-3,)}
 TIGHTER = (1e-1, 1e-2)  # times the smallest gap: further tolerances of solvers whose tolerance is not the proven gap
 NOT_RUN = "not run at this size, which would take it too long or too much memory"
-GRACE = 600.0  # wall seconds beside the time limit: a factorisation cannot be interrupted
+CURVE_EVERY = 20  # iterations between the points of the splitting's curve
 
 
 @dataclass(frozen=True)
-class Settings:
-    """Cases with the contenders that can do them; gaps; wall seconds a run may take; iterations between a curve's
-    points.
-    """
+class Sizes:
+    """Cases with the contenders that can do them; gaps; wall seconds a run may take; cases of one layer."""
 
     cases: tuple[tuple[Case, tuple[str, ...]], ...] = ((SMALL, CONTENDERS), (STANDARD, ("splitting",)))
-    gaps: tuple[float, ...] = GAPS
+    gaps: tuple[float, ...] = (1e-3, 1e-4, 1e-5, 1e-6)
     max_seconds: float = 300.0
-    curve_every: int = 20
     one_layer: tuple[one_layer.Case, ...] = one_layer.CASES
-    fresh: bool = True
 
 
-QUICK = Settings(cases=((TINY, CONTENDERS),), gaps=(1e-3,), max_seconds=10.0, one_layer=(one_layer.TINY,))
-WITH_LARGE = ((SMALL, CONTENDERS), (STANDARD, ("splitting",)), (NEXT, CONTENDERS), (LARGE, ("splitting",)))
-LARGE_GAPS = {LARGE: (1e-3,)}
-LARGE_SECONDS = 1800.0
+DEFAULT = Sizes()
+QUICK = Sizes(((TINY, CONTENDERS),), (1e-3,), 10.0, (one_layer.TINY,))
+EXTENDED = replace(DEFAULT, cases=(*DEFAULT.cases, (NEXT, CONTENDERS), (LARGE, ("splitting",))), max_seconds=1800.0)
 
 
-def settings(quick: bool = False, large: bool = False, fresh: bool = True, **given: Any) -> Settings:
-    """The settings that the command line asks for; names given as None keep their defaults."""
-    base = QUICK if quick else Settings()
-    if large:
-        base = replace(base, cases=WITH_LARGE, max_seconds=LARGE_SECONDS)
-    return replace(base, fresh=fresh, **{name: value for name, value in given.items() if value is not None})
+def _gaps(value: Any, argument: str) -> tuple[float, ...]:
+    """Falling."""
+    if not isinstance(value, tuple) or not value or not all(0 < gap < 1 for gap in value):
+        raise Misuse(argument, value, "must be numbers between 0 and 1, such as 1e-3,1e-4")
+    return tuple(sorted(value, reverse=True))
 
 
-def run(chosen: Settings, report: Callable[[str], None] = print) -> dict[str, Any]:
+@dataclass(frozen=True, kw_only=True)
+class Options(BenchmarkOptions):
+    quick: Quick = False
+    large: Annotated[
+        bool,
+        flag(
+            "Also the next size that CLARABEL can do (about an hour, mostly its compilation, and 3 GiB) and "
+            f"{LARGE.name}.",
+            WORK,
+        ),
+    ] = False
+    gaps: Annotated[
+        tuple[float, ...] | None,
+        listing(
+            "Relative gaps to reach, also the solvers' tolerances, separated by commas. Without it: "
+            f"{spelled(DEFAULT.gaps)}; with --quick {spelled(QUICK.gaps)}.",
+            WORK,
+        ),
+        _gaps,
+    ] = None
+    max_seconds: Annotated[
+        float | None,
+        option(
+            f"Wall seconds that a run may take. Without it: {DEFAULT.max_seconds:g}; with --quick "
+            f"{QUICK.max_seconds:g}, with --large {EXTENDED.max_seconds:g}.",
+            WORK,
+        ),
+        positive,
+    ] = None
+    in_process: InProcess = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        not_both(self.quick, self.large)
+
+    @property
+    def sizes(self) -> Sizes:
+        base = QUICK if self.quick else EXTENDED if self.large else DEFAULT
+        return replace(base, gaps=self.gaps or base.gaps, max_seconds=self.max_seconds or base.max_seconds)
+
+
+def run(options: Options, report: Callable[[str], None]) -> dict[str, Any]:
     """Every figure of the benchmark, ready for JSON."""
+    sizes, fresh = options.sizes, not options.in_process
     return {
-        "benchmark": "solve",
-        "machine": machine.description(),
-        "settings": {
-            "gaps": chosen.gaps,
-            "max_seconds": chosen.max_seconds,
-            "fresh_processes": chosen.fresh,
-            "penalty": asdict(problems.PENALTY),
-        },
-        "cases": [measure(case, contenders, chosen, report) for case, contenders in chosen.cases],
-        "one_layer": [one_layer.measure(case, chosen.max_seconds, chosen.fresh, report) for case in chosen.one_layer],
+        "gaps": sizes.gaps,
+        "max_seconds": sizes.max_seconds,
+        "penalty": asdict(problems.PENALTY),
+        "cases": [measure(case, contenders, sizes, fresh, report) for case, contenders in sizes.cases],
+        "one_layer": [one_layer.measure(case, sizes.max_seconds, fresh, report) for case in sizes.one_layer],
     }
 
 
-def measure(case: Case, contenders: Sequence[str], chosen: Settings, report: Callable[[str], None]) -> dict[str, Any]:
+def measure(
+    case: Case, contenders: Sequence[str], sizes: Sizes, fresh: bool, report: Callable[[str], None]
+) -> dict[str, Any]:
     """All contenders on one case: their runs, the best bound, and who takes how long to which gap."""
-    gaps = LARGE_GAPS.get(case, chosen.gaps)
-    runs = [run for name in contenders for run in sweep(name, case, gaps, chosen, report)]
-    bound = judge.excess(runs)
+    gaps = LARGE_GAPS.get(case, sizes.gaps)
+    runs = [run for name in contenders for run in sweep(name, case, gaps, sizes.max_seconds, fresh, report)]
+    bound = judge.best_bound(runs)
+    judge.write_excess(runs, bound)
     skipped = [{"contender": name, "reason": NOT_RUN} for name in CONTENDERS if name not in contenders]
     return {
         "name": case.name,
@@ -95,52 +126,23 @@ def measure(case: Case, contenders: Sequence[str], chosen: Settings, report: Cal
 
 
 def sweep(
-    name: str, case: Case, gaps: Sequence[float], chosen: Settings, report: Callable[[str], None]
+    name: str, case: Case, gaps: Sequence[float], max_seconds: float, fresh: bool, report: Callable[[str], None]
 ) -> list[dict[str, Any]]:
     """One contender at tighter and tighter tolerances; the splitting's last run is repeated for its curve."""
     runs: list[dict[str, Any]] = []
     for tolerance in gaps if name == "splitting" else (*gaps, *(min(gaps) * share for share in TIGHTER)):
-        runs.append(one_run(name, case, tolerance, chosen))
+        runs.append(one_run(name, case, tolerance, max_seconds, fresh))
         report(_line(case, runs[-1]))
-        if judge.meets(runs[-1], min(gaps)) or not _worth_going_on(runs[-1], chosen.max_seconds):
+        if judge.meets(runs[-1], min(gaps)) or not _worth_going_on(runs[-1], max_seconds):
             break
     if name == "splitting":
-        curve = one_run(name, case, min(gaps), chosen, check_every=chosen.curve_every)
+        curve = one_run(name, case, min(gaps), max_seconds, fresh, check_every=CURVE_EVERY)
         runs[-1]["history"] = curve["history"]
     return runs
 
 
 def _worth_going_on(run: dict[str, Any], max_seconds: float) -> bool:
     return run["answered"] and run["wall_seconds"] < 0.95 * max_seconds
-
-
-def one_run(name: str, case: Case, tolerance: float, chosen: Settings, **more: Any) -> dict[str, Any]:
-    """One contender at one tolerance, judged; a process without an answer is a run with its reason as the status."""
-    with tempfile.TemporaryDirectory() as directory:
-        answer = Path(directory, "answer.pt")
-        order = {
-            "contender": name,
-            "case": case.to_dict(),
-            "tolerance": tolerance,
-            "max_seconds": chosen.max_seconds,
-            "answer": str(answer),
-            **more,
-        }
-        try:
-            found = isolated.call(
-                "benchmarks.contenders:run", order, timeout=chosen.max_seconds + GRACE, fresh=chosen.fresh
-            )
-        except isolated.Failure as failure:
-            return {
-                "contender": name,
-                "tolerance": tolerance,
-                "status": f"failed: {failure}",
-                "answered": False,
-                "feasible": False,
-            }
-        if not found["answered"]:
-            return {**found, "feasible": False}
-        return {**found, **judge.figures(judge.judge(problems.program(case), judge.Answer.load(answer)))}
 
 
 def _line(case: Case, run: dict[str, Any]) -> str:

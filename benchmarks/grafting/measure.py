@@ -10,21 +10,21 @@ process.
 
 from __future__ import annotations
 
-import resource
-import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Annotated, Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from benchmarks import isolated, machine
-from benchmarks.blocks import alternating
+from benchmarks import isolated
+from benchmarks.blocks import alternating, medians
+from benchmarks.machine import peak_bytes
+from benchmarks.options import BenchmarkOptions, InProcess, Quick
+from meanfield.bench.options import DATA, WORK, Device, at_least, option
 from meanfield.finite import vgg
 from meanfield.grafting import graft
 
@@ -34,9 +34,9 @@ BATCH = 250
 
 
 @dataclass(frozen=True)
-class Settings:
+class Sizes:
     """layers: of VGG-16 at 32x32 with `width` channels first; images of the large runs; memory at each of
-    `memory_images`.
+    `memory_images`; images and timed blocks of the comparison with the peer.
     """
 
     layers: tuple[str, ...] = ("conv2", "conv4", "conv9", "conv12")
@@ -44,14 +44,30 @@ class Settings:
     width: int = 64
     memory_layer: str = "conv4"
     memory_images: tuple[int, ...] = (1000, 2000, 4000)
-    threads: int = 2
-    device: str = "cpu"
     peer_images: int = 60
     repetitions: int = 5
-    fresh: bool = True
 
 
-QUICK = Settings(("conv4",), 500, 4, "conv4", (500, 1000), 1, peer_images=10, repetitions=2)
+DEFAULT = Sizes()
+QUICK = Sizes(("conv4",), 500, 4, "conv4", (500, 1000), peer_images=10, repetitions=2)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(BenchmarkOptions):
+    samples: Annotated[
+        int | None,
+        option(f"Images of the large grafts. Without it: {DEFAULT.images}; with --quick {QUICK.images}.", DATA),
+        at_least(1),
+    ] = None
+    threads: Annotated[int, option("Threads of every graft.", WORK), at_least(1)] = 2
+    device: Device = "cpu"
+    quick: Quick = False
+    in_process: InProcess = False
+
+    @property
+    def sizes(self) -> Sizes:
+        base = QUICK if self.quick else DEFAULT
+        return replace(base, images=self.samples or base.images)
 
 
 def networks(width: int, device: str = "cpu") -> tuple[nn.Sequential, nn.Sequential]:
@@ -81,15 +97,10 @@ def one(order: dict[str, Any]) -> dict[str, Any]:
         "error": found.error,
         "rank": found.rank,
     }
-    peak = torch.cuda.max_memory_allocated() if device == "cuda" else _peak()
+    peak = peak_bytes() if device == "cpu" else torch.cuda.max_memory_allocated(device)
     figures |= {"unknowns": found.unknowns, "rows": found.samples, "peak_bytes": peak}
     columns = 1 + found.unknowns + len(found.network.connection.layer.weight)
     return {**order, **figures, "floor_seconds": 10 / 16 * 2 * found.samples * columns**2 / _speed(columns, device)}
-
-
-def _peak() -> int:
-    """Of this process: kilobytes on Linux, bytes on macOS."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def _speed(columns: int, device: str) -> float:
@@ -114,12 +125,12 @@ def whole(lower: nn.Sequential, upper: nn.Sequential, layer: str, inputs: Tensor
     return np.linalg.lstsq(design.numpy(), goal.detach().double().movedim(1, -1).flatten(0, 2).numpy(), rcond=None)[0]
 
 
-def peer(settings: Settings) -> dict[str, Any]:
+def peer(sizes: Sizes) -> dict[str, Any]:
     """Median CPU seconds of both on a narrower network, and the largest difference of their kernels in units of the
     largest entry.
     """
-    lower, upper = networks(max(2, settings.width // 4))
-    inputs, layer = torch.cat(list(images(settings.peer_images, "cpu"))), settings.memory_layer
+    lower, upper = networks(max(2, sizes.width // 4))
+    inputs, layer = torch.cat(list(images(sizes.peer_images, "cpu"))), sizes.memory_layer
     answers: dict[str, np.ndarray] = {}
 
     def ours() -> None:
@@ -130,42 +141,42 @@ def peer(settings: Settings) -> dict[str, Any]:
     def theirs() -> None:
         answers["whole matrix"] = whole(lower, upper, layer, inputs)[1:]
 
-    blocks = alternating({"graft": ours, "whole matrix": theirs}, 1, settings.repetitions, 1)
+    blocks = alternating({"graft": ours, "whole matrix": theirs}, 1, sizes.repetitions, 1)
     kernel, solution = answers["graft"], answers["whole matrix"]
-    medians = {name: statistics.median(seconds) for name, seconds in blocks.items()}
+    seconds = medians(blocks)
     difference = float(np.abs(kernel - solution).max() / np.abs(solution).max())
     return {
-        "cpu_seconds": medians,
-        "ratio": medians["graft"] / medians["whole matrix"],
+        "cpu_seconds": seconds,
+        "ratio": seconds["graft"] / seconds["whole matrix"],
         "largest_difference": difference,
         "layer": layer,
     }
 
 
-def run(settings: Settings, report: Callable[[str], None] = print) -> dict[str, Any]:
-    base = {"width": settings.width, "threads": settings.threads, "device": settings.device}
+def run(options: Options, report: Callable[[str], None]) -> dict[str, Any]:
+    """Every figure of the benchmark, ready for JSON."""
+    sizes, grafts, memory = options.sizes, [], []
+    base = {"width": sizes.width, "threads": options.threads, "device": options.device}
 
-    def ask(layer: str, count: int) -> Any:
-        return isolated.call("benchmarks.grafting:one", {**base, "layer": layer, "images": count}, fresh=settings.fresh)
+    def ask(layer: str, count: int) -> dict[str, Any]:
+        order = {**base, "layer": layer, "images": count}
+        return isolated.call("benchmarks.grafting.measure:one", order, fresh=not options.in_process)
 
-    grafts, memory = [], []
-    for layer in settings.layers:
-        grafts.append(ask(layer, settings.images))
-        report(f"{layer}, {settings.images} images: {grafts[-1]['seconds']:.1f} s")
-    for count in settings.memory_images:
-        memory.append(ask(settings.memory_layer, count))
-        report(f"{settings.memory_layer}, {count} images: peak {memory[-1]['peak_bytes'] / 2**20:.0f} MiB")
+    for layer in sizes.layers:
+        grafts.append(ask(layer, sizes.images))
+        report(f"{layer}, {sizes.images} images: {grafts[-1]['seconds']:.1f} s")
+    for count in sizes.memory_images:
+        memory.append(ask(sizes.memory_layer, count))
+        report(f"{sizes.memory_layer}, {count} images: peak {memory[-1]['peak_bytes'] / 2**20:.0f} MiB")
     growth = memory[-1]["peak_bytes"] / memory[0]["peak_bytes"] - 1
-    allowed = CPU_ALLOWED if settings.device == "cpu" else GPU_ALLOWED
+    allowed = CPU_ALLOWED if options.device == "cpu" else GPU_ALLOWED
     return {
-        "benchmark": "grafting",
-        "settings": asdict(settings),
-        "machine": machine.description(),
+        "width": sizes.width,
         "grafts": grafts,
         "memory": memory,
         "memory_growth": growth,
         "memory_flat": growth <= GROWTH_ALLOWED,
         "fast_enough": max(each["seconds"] for each in grafts) <= allowed,
         "allowed_seconds": allowed,
-        "peer": peer(settings),
+        "peer": peer(sizes),
     }

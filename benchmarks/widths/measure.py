@@ -10,20 +10,23 @@ workers already started; starting them is stated apart.
 
 from __future__ import annotations
 
-import itertools
 import statistics
 import tempfile
 import time
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
 
 import meanfield as mf
-from benchmarks import machine
-from benchmarks.blocks import Step, alternating
+from benchmarks import plain
+from benchmarks.blocks import Step, alternating, medians, ratios
+from benchmarks.machine import one_thread
+from benchmarks.options import BenchmarkOptions, Quick
 from meanfield.bench import sweep
+from meanfield.bench.options import MODEL, Dtype, Jobs, Samples, at_least, option
 from meanfield.bench.sweep import Cell, Row
 from meanfield.finite import training
 
@@ -32,52 +35,45 @@ CONTENDERS: tuple[str, ...] = ("finite.train", "plain", "plain with penalties")
 
 
 @dataclass(frozen=True)
-class Settings:
-    """Images and widths of the step; `cells` cells of `cell_seconds` in the sweep."""
+class Sizes:
+    """Timed blocks, steps in one and before them; `cells` cells of `cell_seconds` in the sweep."""
 
-    samples: int = 64
-    width: int = 256
-    depth: int = 2
-    dtype: str = "float32"
     repetitions: int = 15
     block: int = 4
     warm_up: int = 4
     cells: int = 60
     cell_seconds: float = 0.25
-    jobs: int = 2
 
 
-def problem(settings: Settings) -> mf.Problem:
-    """The first ten digits 8x8, softmax."""
-    data = mf.data.load("digits", samples=settings.samples)
-    layers = (mf.Conv(3, padding=1, activation="tanh"),) * settings.depth
-    architecture = mf.Architecture(data.input_shape, layers, outputs=data.outputs_for("softmax"))
-    penalty = mf.Penalty(source=3e-5, readout=3e-5, input=3e-5)
-    return mf.Problem(architecture, data.inputs, data.targets("softmax"), "softmax", penalty).to(
-        dtype=getattr(torch, settings.dtype)
-    )
+DEFAULT, QUICK = Sizes(), Sizes(2, 1, 1, 4, 0.01)
 
 
-def library_step(settings: Settings) -> Step:
+@dataclass(frozen=True, kw_only=True)
+class Options(BenchmarkOptions):
+    samples: Samples = 64
+    width: Annotated[int, option("Channels of both layers.", MODEL), at_least(1)] = 256
+    dtype: Dtype = "float32"
+    jobs: Jobs = 2
+    quick: Quick = False
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        return (self.width,) * plain.DEPTH
+
+
+def library_step(options: Options) -> Step:
     """One step of `finite.train`, without its records."""
-    task, generator = problem(settings), torch.Generator().manual_seed(0)
+    (task, _), generator = plain.problem(options.samples, options.dtype), torch.Generator().manual_seed(0)
     chosen = training._Settings("sgd", "mean_field", None, 10**6, "constant")
-    network = training._start(task, (settings.width,) * settings.depth, generator, "mean_field", "random")
-    run = training._Run(task, network, chosen, training._Batches(settings.samples, None, True, generator), None)
+    network = training._start(task, options.widths, generator, "mean_field", "random")
+    run = training._Run(task, network, chosen, training._Batches(options.samples, None, True, generator), None)
     return lambda: training._step(run)
 
 
-def plain_step(settings: Settings, *, penalised: bool) -> Step:
-    task = problem(settings)
+def plain_step(options: Options, *, penalised: bool) -> Step:
+    task, _ = plain.problem(options.samples, options.dtype)
     torch.manual_seed(0)
-    channels = (task.architecture.input_shape[0], *(settings.width,) * settings.depth)
-    blocks = [
-        block
-        for pair in itertools.pairwise(channels)
-        for block in (nn.Conv2d(*pair, 3, padding=1, bias=False), nn.Tanh())
-    ]
-    head = (nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(settings.width, task.architecture.outputs, bias=False))
-    network = nn.Sequential(*blocks, *head).to(task.inputs.dtype)
+    network = plain.network(task, options.widths)
     optimiser = torch.optim.SGD(network.parameters(), 1e-2)
 
     def step() -> None:
@@ -104,16 +100,14 @@ def _penalties(network: nn.Sequential, penalty: mf.Penalty) -> Tensor:
     )
 
 
-def step_seconds(settings: Settings) -> dict[str, Any]:
+def step_seconds(options: Options, sizes: Sizes) -> dict[str, Any]:
     """Median CPU seconds per step of every contender, and of the blocks' ratios to "plain"."""
-    makers = (library_step, lambda s: plain_step(s, penalised=False), lambda s: plain_step(s, penalised=True))
-    steps = dict(zip(CONTENDERS, (make(settings) for make in makers)))
-    blocks = alternating(steps, settings.warm_up, settings.repetitions, settings.block)
-    medians = {name: statistics.median(seconds) for name, seconds in blocks.items()}
-    ratio = statistics.median(own / plain for own, plain in zip(blocks["finite.train"], blocks["plain"]))
-    fair = statistics.median(own / plain for own, plain in zip(blocks["finite.train"], blocks["plain with penalties"]))
+    makers = (library_step, lambda o: plain_step(o, penalised=False), lambda o: plain_step(o, penalised=True))
+    steps = dict(zip(CONTENDERS, (make(options) for make in makers)))
+    blocks = alternating(steps, sizes.warm_up, sizes.repetitions, sizes.block)
+    ratio, fair = (statistics.median(ratios(blocks, "finite.train", other)) for other in CONTENDERS[1:])
     return {
-        "seconds_per_step": medians,
+        "seconds_per_step": medians(blocks),
         "ratio": ratio,
         "ratio_with_penalties": fair,
         "fast_enough": ratio <= STEP_ALLOWED,
@@ -127,16 +121,17 @@ def work(cell: Cell) -> list[Row]:
     return [{"number": cell["number"], "seconds": time.perf_counter() - began}]
 
 
-def sweep_overhead(settings: Settings) -> dict[str, Any]:
-    cells = [{"number": number, "seconds": settings.cell_seconds} for number in range(settings.cells)]
+def sweep_overhead(jobs: int, sizes: Sizes) -> dict[str, Any]:
+    cells = [{"number": number, "seconds": sizes.cell_seconds} for number in range(sizes.cells)]
     began = time.perf_counter()
-    sweep.run(work, [{"number": -k, "seconds": 0.0} for k in range(1, 2 * settings.jobs + 1)], jobs=settings.jobs)
+    sweep.run(work, [{"number": -k, "seconds": 0.0} for k in range(1, 2 * jobs + 1)], jobs=jobs)
     start_up, began = time.perf_counter() - began, time.perf_counter()
     with tempfile.TemporaryDirectory() as directory:
-        rows = sweep.run(work, cells, directory, jobs=settings.jobs)
+        rows = sweep.run(work, cells, directory, jobs=jobs)
     wall, own = time.perf_counter() - began, sum(row["seconds"] for row in rows)
-    overhead = settings.jobs * wall / own - 1
+    overhead = jobs * wall / own - 1
     return {
+        "cells": sizes.cells,
         "start_up_seconds": start_up,
         "wall_seconds": wall,
         "cell_seconds": own,
@@ -145,11 +140,10 @@ def sweep_overhead(settings: Settings) -> dict[str, Any]:
     }
 
 
-def run(settings: Settings) -> dict[str, Any]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        figures = {"step": step_seconds(settings), "sweep": sweep_overhead(settings)}
-    finally:
-        torch.set_num_threads(threads)
-    return {"benchmark": "widths", "settings": asdict(settings), "machine": machine.description(), **figures}
+def run(options: Options, report: Callable[[str], None]) -> dict[str, Any]:
+    """Every figure of the benchmark, ready for JSON."""
+    sizes = QUICK if options.quick else DEFAULT
+    with one_thread():
+        step = step_seconds(options, sizes)
+        report("a step is measured")
+        return {"step": step, "sweep": sweep_overhead(options.jobs, sizes)}
