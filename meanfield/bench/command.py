@@ -57,6 +57,8 @@ def single(name: str, command: Callable[[Any], None]) -> App:
     """The application whose one command is command(options: a subclass of Settings), with its documentation."""
     app = application(name, inspect.getdoc(command) or "")
     app.default(_flat(command))
+    for word in (*app.help_flags, *app.version_flags):
+        app[word].show = False  # cyclopts lists them as commands, and there are none
     return app
 
 
