@@ -117,7 +117,7 @@ def assemble(records: Sequence[Record], made: Provenance) -> Page:
         "the same measurement without an assumption of the theory; a claim whose control passes counts as failed."
     )
     rows = [[_link(name), *_row(group)[1:-1], _badge(group)] for name, group in groups.items()]
-    sections = [Section(TITLE, [html.Table(COLUMNS, rows, text={5})]), *map(_section, groups.values())]
+    sections = [Section(TITLE, [html.Table(COLUMNS, rows)]), *map(_section, groups.values())]
     remark = "Every record is in results.json beside this page."
     return Page("What the theory claims, measured", summary, sections, asdict(made), remark)
 
