@@ -26,7 +26,7 @@ from meanfield import measures
 from meanfield.penalties import input_norms
 from theory_checks.claim import Axes, Claim, Evidence, Series, Setting
 from theory_checks.instances import digits_problem, random_network, random_problem, random_start
-from theory_checks.rounding import output_error
+from theory_checks.rounding import EXTRA, output_error
 from theory_checks.statistics import largest, share_text, smallest
 
 WIDTHS = ((8,), (6, 8), (6, 8, 8))
@@ -34,7 +34,6 @@ DIGITS_WIDTHS = (12, 24)
 # sup |h - h_limit|, h_limit positively homogeneous
 TO_LIMIT = {"relu": 0.0, "identity": 0.0, "softplus": math.log(2), "gelu": 0.17}
 AT_ZERO = {"relu": 0.0, "softplus": math.log(2), "gelu": 0.0}  # |h(x)| <= AT_ZERO + |x|
-EXTRA = 8  # roundings outside the sums
 SHARES = np.logspace(-24, -6, 10)  # e, the mass of the live features of the last layer
 CONCENTRATIONS = np.logspace(-36, 0, 10)
 LIGHT = mf.Penalty(source=1e-6, readout=0.05, input=1e-5)

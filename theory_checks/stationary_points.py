@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import lru_cache
 
 import meanfield as mf
-from theory_checks.claim import Axes, Claim, Evidence, Series, Setting
+from theory_checks.claim import Axes, Claim, Evidence, Series, Setting, ranked
 from theory_checks.instances import digits_problem, random_start
 from theory_checks.statistics import largest
 
@@ -123,11 +123,8 @@ def _against_best(setting: Setting, moving: bool) -> Evidence:
     beyond = sum(excess > SHARE for excess in counted)
     told = ", ".join(f"{min(e):.1%} to {max(e):.1%} at widths {widths}" for widths, e in found.items())
     text = f"{len(counted)} starts at each width end above the best value known ({best:.5f}) by {told}"
-    series = [
-        Series(f"widths {w}", [float(k) for k in range(len(e))], [max(v, 1e-4) for v in sorted(e)], "points")
-        for w, e in found.items()
-    ]
-    return Evidence(largest(counted), text, len(counted), beyond, tuple(series))
+    series = tuple(ranked(f"widths {w}", [max(excess, 1e-4) for excess in each]) for w, each in found.items())
+    return Evidence(largest(counted), text, len(counted), beyond, series)
 
 
 @lru_cache(maxsize=8)
@@ -181,8 +178,8 @@ def _ends_against_bound(setting: Setting) -> Evidence:
     bound = max(bound for _, bound in _grown_wider(setting))
     found = [value / bound - 1 for values in _ends(setting, False).values() for value in values]
     text = f"{min(found):.1%} to {max(found):.1%} above the bound, {len(found)} runs"
-    series = (Series("equal fixed masses", [float(k) for k in range(len(found))], sorted(found), "points"),)
-    return Evidence(largest(found), text, len(found), sum(excess > SHARE for excess in found), series)
+    beyond = sum(excess > SHARE for excess in found)
+    return Evidence(largest(found), text, len(found), beyond, (ranked("equal fixed masses", found),))
 
 
 CLAIMS = (

@@ -48,19 +48,33 @@ def register(app: App, name: str, package: ModuleType, *, complete: bool) -> Non
         app.command(lambda: None, name=name, help=str(package.__doc__).splitlines()[0])
         return
     module = importlib.import_module(f"{package.__name__}.command")
-    kind = typing.get_type_hints(module.command)["options"]
+    text, study = inspect.getdoc(module.command) or "", getattr(module, "STUDY", None)
+    if study is not None:
+        text += f"\n\nParts: {', '.join(study.parts)}. Sizes: {', '.join(study.sizes)}."
+    app.command(_flat(module.command), name=name, help=text)
+
+
+def single(name: str, command: Callable[[Any], None]) -> App:
+    """The application whose one command is command(options: a subclass of Settings), with its documentation."""
+    app = application(name, inspect.getdoc(command) or "")
+    app.default(_flat(command))
+    for word in (*app.help_flags, *app.version_flags):
+        app[word].show = False  # cyclopts lists them as commands, and there are none
+    return app
+
+
+def _flat(command: Callable[[Any], None]) -> Callable[..., None]:
+    """The command with every field of its settings as an option."""
+    kind = typing.get_type_hints(command)["options"]
 
     # inherited fields are annotated in the words of their own modules
     kind.__init__.__annotations__ = typing.get_type_hints(kind, include_extras=True)
 
     def run(options: Settings = kind()) -> None:  # noqa: B008 - frozen
-        module.command(options)
+        command(options)
 
     run.__annotations__["options"] = Annotated[kind, FLAT]
-    text, study = inspect.getdoc(module.command) or "", getattr(module, "STUDY", None)
-    if study is not None:
-        text += f"\n\nParts: {', '.join(study.parts)}. Sizes: {', '.join(study.sizes)}."
-    app.command(run, name=name, help=text)
+    return run
 
 
 def launch(name: str, text: str, home: ModuleType, arguments: Sequence[str] | None = None) -> None:
@@ -91,7 +105,7 @@ def one_line_errors() -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        stop("stopped before there was anything to keep", INTERRUPTED)
+        interrupted()
     except Misuse as error:
         value = repr(error.value) if isinstance(error.value, str) else spelled(error.value)
         given = "" if error.value is True else f"={value}"  # a flag is given without its value
@@ -107,6 +121,12 @@ def refuse(text: str) -> NoReturn:
 def stop(text: str, code: int) -> NoReturn:
     print(text, file=sys.stderr)
     raise SystemExit(code)
+
+
+def interrupted(out: Path | None = None) -> NoReturn:
+    """The end after Ctrl-C; out: where finished work is kept."""
+    kept = f"; what was finished is in {out}, and the same command goes on from there"
+    stop("stopped" + (" before there was anything to keep" if out is None else kept), INTERRUPTED)
 
 
 def writable(out: Path) -> Path:
@@ -168,7 +188,7 @@ def run_study(study: Study, options: StudyOptions, subject: Any, *program: str) 
         )
         page = study.write(tables, out, made) if options.report else None
     except KeyboardInterrupt:
-        stop(f"stopped; what was finished is in {out}, and the same command goes on from there", INTERRUPTED)
+        interrupted(out)
     if page is not None:
         print(f"page: {page}")
     return page
@@ -180,20 +200,29 @@ def _measure(
     out: Path,
     quiet: bool,
 ) -> Tables:
-    """Run under a bar of progress over the cells, and say what was there already and which tables there are."""
-    total, kept = sum(map(len, plan.values())), []
+    """Run under a bar of progress over the cells, and say which tables there are."""
+    with counted(sum(map(len, plan.values())), quiet) as announce:
+        tables = run(lambda part, cell, known: announce(part, known))
+    print(f"tables: {', '.join(f'{part}.csv' for part in tables)} in {out}")
+    return tables
+
+
+@contextmanager
+def counted(total: int, quiet: bool) -> Iterator[Callable[[str, bool], None]]:
+    """A bar of progress over cells, moved on by announce(description, kept), which this hands out; at the end it says
+    how many were there already.
+    """
+    kept = []
     with progress(quiet) as bars:
         bar = bars.add_task("cells", total=total)
 
-        def announce(part: str, cell: Cell, known: bool) -> None:
+        def announce(description: str, known: bool) -> None:
             kept.append(known)
-            bars.update(bar, advance=1, description=part)
+            bars.update(bar, advance=1, description=description)
 
-        tables = run(announce)
+        yield announce
     if sum(kept):
         print(f"{sum(kept)} of {total} cells were there already", file=sys.stderr)
-    print(f"tables: {', '.join(f'{part}.csv' for part in tables)} in {out}")
-    return tables
 
 
 def progress(quiet: bool = False) -> Any:

@@ -43,6 +43,7 @@ def run(
     announce: Callable[[Cell, bool], None] = lambda cell, kept: None,
     places: Mapping[str, str] | None = None,
     sources: Callable[[Cell], Iterable[Path]] | None = None,
+    lasting: Callable[[list[Row]], bool] = lambda rows: True,
 ) -> list[Row]:
     """Rows of all cells in the order of the cells, whatever order they were finished in.
 
@@ -50,8 +51,8 @@ def run(
 
     With `directory` every finished cell is a file there, written whole or not at all; a later call with the same
     directory takes it from there if the cell, the whole library, the package of the measure (or the files
-    `sources(cell)` in its place) and the version of torch are the same.  announce(cell, kept) is called once for every
-    cell, kept where it was there already.
+    `sources(cell)` in its place) and the version of torch are the same.  Rows that are not `lasting`, such as those of
+    a failure, are not kept.  announce(cell, kept) is called once for every cell, kept where it was there already.
     """
     paths = [None] * len(cells) if directory is None else _paths(Path(directory), measure, cells, sources)
     found: dict[int, list[Row]] = {}
@@ -63,7 +64,7 @@ def run(
     waiting = [(index, cell) for index, cell in enumerate(cells) if index not in found]
     for index, rows in _measured(measure, waiting, integer(jobs, "jobs"), backend, places or {}):
         path = paths[index]
-        if path is not None:
+        if path is not None and lasting(rows):
             write_atomically(path, json.dumps({"cell": cells[index], "rows": rows}) + "\n")
         found[index] = json.loads(json.dumps(rows))  # as it will be read back
         announce(cells[index], False)

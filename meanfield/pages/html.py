@@ -18,7 +18,7 @@ from markupsafe import Markup
 from meanfield.storage import to_json, write_atomically
 
 Results = dict[str, Any]
-Item = "str | Markup | Figure | Table | Note | Details"
+Item = "str | Markup | Figure | Table | Note | Verbatim | Details"
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,14 @@ class Note:
     word: str
     text: str
     kind: str = "note"
+
+
+@dataclass(frozen=True)
+class Verbatim:
+    """Text that keeps its lines, such as what a program printed."""
+
+    text: str
+    kind: str = "verbatim"
 
 
 @dataclass(frozen=True)

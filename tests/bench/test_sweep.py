@@ -177,3 +177,10 @@ def test_dask_runs_the_same_sweep(tmp_path):
         distributed.Client(cluster),
     ):
         assert sweep.run(slow, cells(3), tmp_path, jobs=1, backend="dask") == sweep.run(slow, cells(3))
+
+
+def test_rows_that_are_not_lasting_are_measured_again(tmp_path):
+    CALLS.clear()
+    options = {"backend": "sequential", "lasting": lambda rows: rows[0]["n"] != 1}
+    assert sweep.run(squares, cells(3), tmp_path, **options) == sweep.run(squares, cells(3), tmp_path, **options)
+    assert CALLS == [0, 1, 2, 1]

@@ -1,18 +1,28 @@
 """Every claim of the theory at quick effort, and the frame around them: it must be able to say no."""
 
+import ast
 import json
 import math
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
 from dataclasses import replace
-from pathlib import Path
+from html import unescape
 
 import pytest
-from typer.testing import CliRunner
 
+from meanfield.bench import provenance
+from meanfield.bench.provenance import Provenance
 from meanfield.bench.rates import slope
+from meanfield.pages import html
 from meanfield.studies.convexity import Witness
 from theory_checks import catalogue, page, pictures, runner, statistics
-from theory_checks.__main__ import app
-from theory_checks.claim import Axes, Claim, Evidence, Series, Setting, judge
+from theory_checks.__main__ import Options, main
+from theory_checks.claim import Axes, Claim, Evidence, Series, Setting, judge, ranked
 
 CLAIMS = {claim.name: claim for claim in catalogue.claims()}
 
@@ -28,9 +38,11 @@ def test_a_claim_holds_and_its_controls_are_rejected(name):
 
 def test_the_catalogue_names_every_file_of_claims():
     assert {claim.name.split(".")[0] for claim in CLAIMS.values()} == set(catalogue.FAMILIES)
-    with pytest.raises(ValueError, match="no_such_claim: no such claim; there are change_of_variables"):
-        catalogue.claims(["no_such_claim"])
+    with pytest.raises(ValueError, match=r"only='invariance' is unknown.*'change_of_variables'.*mean 'invariances'"):
+        catalogue.claims(["invariance"])
     assert [claim.name for claim in catalogue.claims(["invariances"])] == ["invariances.particles", "invariances.scale"]
+    chosen = catalogue.claims(["mixture", "invariances.scale", "mixture"])
+    assert [claim.name for claim in chosen] == ["mixture", "invariances.scale"]
 
 
 def told(statistic, **more):
@@ -87,14 +99,19 @@ def test_a_claim_without_controls_never_passes():
     assert not judge(replace(made(0.5, 2.0), controls={}), Setting()).passed
 
 
-def test_a_measurement_that_raises_is_a_failed_check():
-    def raising(setting):
-        raise RuntimeError("no measurement today")
+def raising(setting):
+    raise RuntimeError("no measurement <today>")
 
-    verdict = judge(replace(made(0.5, 2.0), measure=raising), Setting())
-    assert not verdict.passed
-    assert "no measurement today" in page.failures([verdict.to_dict()])[0]
-    assert page.verdict(verdict.to_dict()) == "ERROR"
+
+def test_a_measurement_that_raises_is_a_failed_check():
+    record = judge(replace(made(0.5, 2.0), measure=raising), Setting()).to_dict()
+    assert not record["passed"]
+    assert "no measurement <today>" in page.failures([record])[0]
+    assert page.verdict(record) == "ERROR"
+    text = html.render(page.assemble([record], Provenance("command", {})), {})
+    assert "<pre>Traceback" in text
+    assert "no measurement &lt;today&gt;" in text
+    assert "<img" not in text
 
 
 def test_records_are_strict_json_and_come_back_the_same():
@@ -106,7 +123,13 @@ def test_records_are_strict_json_and_come_back_the_same():
     assert float(again["control_statistic"]) == math.inf
     assert math.isnan(float(again["evidence"]["series"][0]["y"][1]))
     assert pictures.picture(again, claim.axes).startswith(b"\x89PNG")
-    assert "made_up" in page.html([again], {}, "command")
+    text = html.render(page.assemble([again], Provenance("command", {})), {"made_up": "made_up.png"})
+    assert '<section id="made_up">' in text
+    assert '<img src="made_up.png"' in text
+
+
+def test_ranked_values_are_points_by_size():
+    assert ranked("a", [3.0, 1.0, 2.0]) == Series("a", [0.0, 1.0, 2.0], [1.0, 2.0, 3.0], "points")
 
 
 def test_draws_depend_on_seed_and_place_only():
@@ -131,68 +154,199 @@ def test_intervals_of_shares_and_slopes():
 CHEAP = "invariances.scale"
 
 
-def test_a_stored_verdict_is_taken_only_if_the_code_is_the_same(tmp_path, monkeypatch):
-    tasks = [(CHEAP, Setting())]
-    (tmp_path / "verdicts").mkdir()
-    (first,) = runner.run(tasks, tmp_path)
-    monkeypatch.setattr(runner, "_measure", lambda task, directory: pytest.fail("measured again"))
-    assert list(runner.run(tasks, tmp_path, resume=True)) == [first]
-    monkeypatch.setattr(
-        runner, "_measure", lambda task, directory: {"name": CHEAP, "seed": 0, "full": False, "fresh": True}
+def run(*arguments):
+    """The exit code."""
+    try:
+        main(arguments)
+    except SystemExit as stopped:
+        return stopped.code
+    return 0
+
+
+def again(names, directory, seed=0, full=False, device="cpu"):
+    """Run the claims; which of them were there already."""
+    kept = {}
+
+    def announce(cell, known):
+        kept[cell["claim"]] = known
+
+    runner.run(runner.cells(names, [seed], full, device), directory, announce=announce)
+    return kept
+
+
+@pytest.fixture
+def change(monkeypatch):
+    """change(file): from now on that file says something else."""
+    digest, changed = provenance.digest, set()
+
+    def changing(paths):
+        paths = list(paths)
+        return digest(paths) + "".join(sorted(changed & {path.name for path in paths}))
+
+    monkeypatch.setattr(provenance, "digest", changing)
+    return changed.add
+
+
+def test_a_verdict_is_kept_until_its_family_the_frame_or_the_library_changes(tmp_path, monkeypatch, change):
+    monkeypatch.setattr(runner, "judge", lambda claim, setting: judge(made(0.5, 2.0), setting))
+    names = ["invariances.scale", "invariances.particles", "mixture"]
+    assert again(names, tmp_path) == dict.fromkeys(names, False)
+    assert again(names, tmp_path) == dict.fromkeys(names, True)
+    for elsewhere in ("page.py", "pictures.py", "catalogue.py", "__main__.py", "hybrids.py"):
+        change(elsewhere)
+    assert again(names, tmp_path) == dict.fromkeys(names, True)
+    change("invariances.py")
+    assert again(names, tmp_path) == {"invariances.scale": False, "invariances.particles": False, "mixture": True}
+    change("claim.py")
+    assert again(names, tmp_path) == dict.fromkeys(names, False)
+    monkeypatch.setattr(provenance, "library", lambda: "another")
+    assert again(names, tmp_path) == dict.fromkeys(names, False)
+
+
+def test_the_sources_of_a_verdict_are_all_that_its_family_imports():
+    for name in CLAIMS:
+        own = {path.stem for path in runner.sources({"claim": name})}
+        for path in runner.sources({"claim": name}):
+            imported = {
+                node.module.split(".")[1]
+                for node in ast.walk(ast.parse(path.read_text()))
+                if isinstance(node, ast.ImportFrom) and str(node.module).startswith("theory_checks.")
+            }
+            assert imported <= own, (name, path)
+
+
+def test_a_verdict_of_another_seed_effort_or_device_is_another(tmp_path, monkeypatch):
+    monkeypatch.setattr(runner, "judge", lambda claim, setting: judge(made(0.5, 2.0), setting))
+    assert again([CHEAP], tmp_path) == {CHEAP: False}
+    for other in ({"seed": 1}, {"full": True}, {"device": "cuda"}):
+        assert again([CHEAP], tmp_path, **other) == {CHEAP: False}
+
+
+def test_an_error_is_not_believed_for_ever(tmp_path, monkeypatch):
+    monkeypatch.setattr(runner, "judge", lambda claim, setting: judge(replace(claim, measure=raising), setting))
+    assert again([CHEAP], tmp_path) == {CHEAP: False}
+    monkeypatch.undo()
+    assert again([CHEAP], tmp_path) == {CHEAP: False}
+    assert again([CHEAP], tmp_path) == {CHEAP: True}
+
+
+def test_the_command_writes_its_page_and_goes_on_where_it_stopped(tmp_path, capsys):
+    command = ["--only", CHEAP, "--jobs", "1", "--out", str(tmp_path / "a b"), "--seeds"]
+    assert run(*command, "2") == 0
+    first = capsys.readouterr()
+    assert "holds (2 seeds)" in first.out
+    assert "there already" not in first.err
+    names = {"index.html", "results.json", f"{CHEAP}.png", "cells"}
+    assert {path.name for path in (tmp_path / "a b").iterdir()} == names
+    results = json.loads((tmp_path / "a b" / "results.json").read_text())
+    assert [record["seed"] for record in results["records"]] == [0, 1]
+
+    assert run(*command, "2") == 0
+    assert "2 of 2 cells were there already" in capsys.readouterr().err
+    assert json.loads((tmp_path / "a b" / "results.json").read_text()) == results
+
+    assert run(*command, "3") == 0
+    assert "2 of 3 cells were there already" in capsys.readouterr().err
+
+
+def figures(record):
+    return [record["statistic"], *(each["statistic"] for each in record["controls"].values()), record["evidence"]]
+
+
+def test_the_command_on_the_page_gives_the_same_statistics(tmp_path, capsys):
+    out = tmp_path / "a b"
+    run("--out", str(out), "--only", "change_of_variables", "--only", CHEAP, "--quick", "--jobs", "1", "--seed", "2")
+    results = json.loads((out / "results.json").read_text())
+    words = shlex.split(unescape(re.search("Made by <code>(.*?)</code>", (out / "index.html").read_text())[1]))
+    assert words[:3] == ["python", "-m", "theory_checks"]
+    assert shlex.split(results["made"]["command"]) == words
+    assert results["made"]["library"] == provenance.library()
+    assert Options.from_dict(results["made"]["settings"]).command_line(*words[:3]) == shlex.join(words)
+
+    for path in (out / "cells").iterdir():
+        path.unlink()
+    capsys.readouterr()
+    assert run(*words[3:]) == 0
+    assert "there already" not in capsys.readouterr().err
+    fresh = json.loads((out / "results.json").read_text())
+    assert fresh["made"] == results["made"]
+    assert list(map(figures, fresh["records"])) == list(map(figures, results["records"]))
+
+
+def test_every_option_is_on_the_command_line_of_its_settings():
+    options = Options(only=("mixture", CHEAP), full=True, seed=3, seeds=2, jobs=1, out="a b", list=True, quiet=True)
+    assert options.command_line("checks") == (
+        f"checks --only=mixture --only={CHEAP} --full --seed=3 --seeds=2 --jobs=1 '--out=a b' --list --quiet"
     )
-    assert next(runner.run(tasks, tmp_path))["fresh"]
-    (tmp_path / "verdicts" / f"{CHEAP}.quick.0.json").write_text(json.dumps(first | {"code": "older"}))
-    assert next(runner.run(tasks, tmp_path, resume=True))["fresh"]
+    assert Options.from_dict(json.loads(json.dumps(options.to_dict()))) == options
 
 
-def test_the_digest_of_a_claim_covers_its_own_file_and_the_frame():
-    assert (
-        runner.fingerprint("invariances.scale")
-        == runner.fingerprint("invariances.particles")
-        != runner.fingerprint("mixture")
-    )
-    for name in runner.FRAME:
-        assert (Path(runner.__file__).parent / f"{name}.py").exists()
-
-
-def test_the_command_writes_its_page_and_says_yes(tmp_path):
-    result = CliRunner().invoke(app, ["--only", CHEAP, "--jobs", "1", "--seeds", "2", "--out", str(tmp_path)])
-    assert result.exit_code == 0, result.output
-    assert "holds (2 seeds)" in result.output
-    assert {path.name for path in tmp_path.iterdir()} == {"index.html", "results.json", f"{CHEAP}.png", "verdicts"}
-    assert len(json.loads((tmp_path / "results.json").read_text())["records"]) == 2
-
-
-def test_the_command_says_no_with_its_exit_status(monkeypatch):
+def test_the_command_says_no_with_its_exit_code(monkeypatch, capsys):
     broken = replace(CLAIMS[CHEAP], controls={"nothing dropped": CLAIMS[CHEAP].measure})
-    monkeypatch.setattr(runner, "claim", lambda name: broken)
-    result = CliRunner().invoke(app, ["--only", CHEAP, "--jobs", "1"])
-    assert result.exit_code == 1
-    assert "CONTROL PASSED" in result.output
-    assert "THE CONTROL PASSES" in result.output
+    monkeypatch.setattr(catalogue, "claim", lambda name: broken)
+    assert run("--only", CHEAP, "--jobs", "1") == 1
+    text = capsys.readouterr().out
+    assert "CONTROL PASSED" in text
+    assert "THE CONTROL PASSES" in text
+    assert run("--only", CHEAP, "--jobs", "1", "--quiet") == 1
+    found = capsys.readouterr()
+    assert "THE CONTROL PASSES" in found.out
+    assert "CONTROL PASSED" not in found.out
+    assert not found.err
 
 
 @pytest.mark.parametrize(
-    ("options", "text"),
+    ("arguments", "text"),
     [
-        (["--only", "nonsense"], "no such claim"),
-        (["--resume"], "needs --out"),
-        (["--device", "abacus"], "cannot be used"),
-        (["--seeds", "0"], "--seeds"),
+        (["--only", "nonsense"], "--only='nonsense' is unknown: choose one of 'change_of_variables', "),
+        (["--only", "invariances.scal"], "did you mean 'invariances.scale'?"),
+        (["--onyl", "mixture"], "Did you mean --only?"),
+        (["--resume"], "Unknown option: --resume"),
+        (["--device", "abacus"], "--device='abacus'"),
+        (["--seeds", "0"], "--seeds=0 must be an integer of at least 1"),
+        (["--seed", "0.5"], "'0.5' is no integer"),
     ],
 )
-def test_wrong_options_are_named(options, text):
-    result = CliRunner().invoke(app, options)
-    assert result.exit_code == 2
-    assert text in " ".join(result.output.split())
+def test_wrong_options_are_named_in_one_line(arguments, text, capsys):
+    assert run(*arguments) == 2
+    found = capsys.readouterr()
+    assert not found.out
+    assert found.err.count("\n") == 1
+    assert found.err.startswith("error: ")
+    assert text in found.err
+
+
+def test_a_directory_that_cannot_be_written_is_refused_before_the_work(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(runner, "run", lambda *arguments: pytest.fail("measured"))
+    (tmp_path / "file").touch()
+    assert run("--only", CHEAP, "--out", str(tmp_path / "file")) == 2
+    assert capsys.readouterr().err.startswith("error: --out=")
+
+
+def test_claims_are_listed_and_not_measured(capsys, monkeypatch):
+    monkeypatch.setattr(runner, "run", lambda *arguments: pytest.fail("measured"))
+    assert run("--list", "--only", "invariances") == 0
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["invariances.particles", CHEAP]
+
+
+def test_ctrl_c_ends_with_130_and_says_how_to_go_on(tmp_path):
+    command = [sys.executable, "-m", "theory_checks", "--jobs", "1", "--seeds", "99", "--out", str(tmp_path)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen([*command, "--only", CHEAP], stderr=subprocess.PIPE, text=True, env=environment)
+    while process.poll() is None and len(list(tmp_path.glob("cells/*.json"))) < 2:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130, stderr
+    assert f"stopped; what was finished is in {tmp_path}, and the same command goes on from there" in stderr
+    assert "Traceback" not in stderr
 
 
 def test_witnesses_of_controls_can_be_replayed(tmp_path):
     """From the file, against the control's own function: the same violation."""
     from theory_checks import joint_convexity
 
-    (tmp_path / "verdicts").mkdir()
-    list(runner.run([("joint_convexity.segments", Setting())], tmp_path))
+    runner.run(runner.cells(["joint_convexity.segments"], [0], False, "cpu"), tmp_path)
     files = sorted((tmp_path / "witnesses").iterdir())
     assert len(files) == 6
     witness = Witness.load(
