@@ -1,7 +1,9 @@
-# make demo   install, run the main job on handwritten digits, say where the report is
-# make test   install with the test extras, run every test
-# make lint   ruff, pyright, import-linter
-# make clean  remove what was built, the caches and demo/; the environment in .venv stays
+# make demo       install, run the main job on handwritten digits, say where the report is
+# make test       install with the test extras, run every test
+# make test-fast  the same without the slow ones, which are marked: under two minutes on two cores
+# make lint       ruff, its formatting, pyright, import-linter
+# make format     let ruff lay out the code
+# make clean      remove what was built, the caches and demo/; the environment in .venv stays
 # Needs Python 3.11 or newer (PYTHON=/path/to/python chooses one) and make.
 
 PYTHON ?= python3
@@ -11,7 +13,7 @@ OUT ?= demo
 PINS := pyproject.toml constraints.txt
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-fast lint format clean
 .DEFAULT_GOAL := demo
 
 demo: $(VENV)/.installed-core
@@ -21,11 +23,18 @@ demo: $(VENV)/.installed-core
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -n 2
 
+test-fast: $(VENV)/.installed-test
+	$(BIN)/python -m pytest -n 2 -m "not slow"
+
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/lint-imports
+
+format: $(VENV)/.installed-test
+	$(BIN)/ruff check --select I --fix .
+	$(BIN)/ruff format .
 
 $(VENV)/.created:
 	@command -v $(PYTHON) >/dev/null || { echo "error: $(PYTHON) is not on the PATH; install Python 3.11 or newer" >&2; exit 1; }

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 
 Step = Callable[[], None]
 
@@ -25,3 +26,13 @@ def cpu_seconds(step: Step, count: int) -> float:
     for _ in range(count):
         step()
     return (time.process_time() - began) / max(1, count)
+
+
+def medians(blocks: Mapping[str, Sequence[float]]) -> dict[str, float]:
+    """Name -> median of its blocks."""
+    return {name: statistics.median(seconds) for name, seconds in blocks.items()}
+
+
+def ratios(blocks: Mapping[str, Sequence[float]], first: str, second: str) -> list[float]:
+    """Seconds of the first over those of the second, block by block."""
+    return [one / other for one, other in zip(blocks[first], blocks[second])]

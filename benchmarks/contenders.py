@@ -9,27 +9,28 @@ solved first, so that no one pays for imports.
 
 from __future__ import annotations
 
-import gc
 import importlib
+import tempfile
 import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from benchmarks import problems
+from benchmarks import isolated, judge, problems
 from benchmarks.judge import Answer
-from benchmarks.machine import forget_peak, peak_bytes
+from benchmarks.machine import fresh_peak, peak_bytes
 from benchmarks.problems import Case
 from meanfield.convex.program import ConvexProgram
 from meanfield.solvers import splitting
 
 WARM_UP = Case(images=4, side=2, widths=(3, 2))
 WARM_UP_TOLERANCE = 1e-2
-DTYPES = {"float32": torch.float32, "float64": torch.float64}
+GRACE = 600.0  # wall seconds beside the time limit: a factorisation cannot be interrupted
 CVXPY_OPTIONS: dict[str, Callable[[float, float], dict[str, Any]]] = {
     "CLARABEL": lambda tolerance, seconds: {
         "tol_gap_abs": tolerance,
@@ -61,15 +62,43 @@ class Outcome:
     history: list[dict[str, Any]] = field(default_factory=list)
 
 
+def one_run(name: str, case: Case, tolerance: float, max_seconds: float, fresh: bool, **more: Any) -> dict[str, Any]:
+    """One contender at one tolerance, judged; a process without an answer is a run with its reason as the status.
+
+    max_seconds: of the wall clock.  fresh: in a process of its own.  more: further entries of the order of `run`.
+    """
+    with tempfile.TemporaryDirectory() as directory:
+        answer = Path(directory, "answer.pt")
+        order = {
+            "contender": name,
+            "case": case.to_dict(),
+            "tolerance": tolerance,
+            "max_seconds": max_seconds,
+            "answer": str(answer),
+            **more,
+        }
+        try:
+            found = isolated.call("benchmarks.contenders:run", order, timeout=max_seconds + GRACE, fresh=fresh)
+        except isolated.Failure as failure:
+            return {
+                "contender": name,
+                "tolerance": tolerance,
+                "status": f"failed: {failure}",
+                "answered": False,
+                "feasible": False,
+            }
+        if not found["answered"]:
+            return {**found, "feasible": False}
+        return {**found, **judge.figures(judge.judge(problems.program(case), Answer.load(answer)))}
+
+
 def run(order: dict[str, Any]) -> dict[str, Any]:
     """Run order["contender"] on order["case"]; the answer goes to the file order["answer"], its cost is returned."""
-    name, device, dtype = order["contender"], order.get("device", "cpu"), DTYPES[order.get("dtype", "float64")]
+    name, device, dtype = order["contender"], order.get("device", "cpu"), getattr(torch, order.get("dtype", "float64"))
     prepare = lambda case: problems.program(case).to(dtype=dtype, device=device)  # noqa: E731
     solve(name, prepare(WARM_UP), WARM_UP_TOLERANCE, 60.0)
     program = prepare(Case.from_dict(order["case"]))
-    gc.collect()
-    forget_peak()
-    before = peak_bytes()
+    before = fresh_peak()
     if device != "cpu":
         torch.cuda.reset_peak_memory_stats()
     outcome = solve(name, program, order["tolerance"], order["max_seconds"], order.get("check_every"))

@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import torch
+from benchmarks.machine import one_thread
 
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "RAYON_NUM_THREADS")
 
@@ -46,13 +46,9 @@ def call(function: str, order: dict[str, Any], *, timeout: float | None = None, 
 
 def here(function: str, order: dict[str, Any]) -> dict[str, Any]:
     """As `call`, in this process; the thread setting is put back."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        module, name = function.split(":")
+    module, name = function.split(":")
+    with one_thread():
         return getattr(importlib.import_module(module), name)(order)
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _environment() -> dict[str, str]:

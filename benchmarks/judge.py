@@ -66,14 +66,16 @@ def figures(certificate: Certificate) -> dict[str, Any]:
     return {**finite, "feasible": certificate.violation <= FEASIBLE and finite["value"] is not None}
 
 
-def excess(runs: Sequence[dict[str, Any]]) -> float | None:
-    """Write every run's `excess`, (value - best bound of all runs) / |value|, and return that bound."""
-    bounds = [run["dual_value"] for run in runs if run.get("dual_value") is not None]
-    best = max(bounds, default=None)
+def best_bound(runs: Sequence[dict[str, Any]]) -> float | None:
+    """The highest dual value that any run proved."""
+    return max((run["dual_value"] for run in runs if run.get("dual_value") is not None), default=None)
+
+
+def write_excess(runs: Sequence[dict[str, Any]], best: float | None) -> None:
+    """Write every run's `excess`, (value - best) / |value|; None where there is nothing to compare."""
     for run in runs:
         value = run.get("value")
         run["excess"] = None if best is None or value is None else (value - best) / max(abs(value), 1e-300)
-    return best
 
 
 def meets(run: dict[str, Any], gap: float) -> bool:

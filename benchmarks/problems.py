@@ -6,14 +6,14 @@ uniform masses; kernels of both layers and the readout are standard normal draws
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 import meanfield as mf
 from meanfield import data
+from meanfield.bench.options import Settings
 from meanfield.starts import normal
 
 FULL_SIDE = 8
@@ -21,20 +21,13 @@ PENALTY = mf.Penalty(source=3e-4, readout=3e-3, input=3e-4)
 
 
 @dataclass(frozen=True)
-class Case:
+class Case(Settings):
     """Size of a program: `images` digits of side x side pixels and the particles of the two layers."""
 
     images: int
     side: int
     widths: tuple[int, int]
     seed: int = 0
-
-    @classmethod
-    def from_dict(cls, description: dict[str, Any]) -> Case:
-        return cls(**{**description, "widths": tuple(description["widths"])})
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
     @property
     def name(self) -> str:
@@ -49,6 +42,13 @@ class Case:
     def columns(self) -> int:
         """Unknowns W_j of that constraint, per feature."""
         return 9 * self.widths[0]
+
+
+TINY = Case(6, 4, (6, 4))
+SMALL = Case(16, 4, (64, 32))
+NEXT = Case(16, 4, (128, 64))
+STANDARD = Case(32, 4, (128, 64))
+LARGE = Case(64, 8, (1024, 128))
 
 
 def program(case: Case, dtype: torch.dtype = torch.float64) -> mf.ConvexProgram:

@@ -1,4 +1,4 @@
-"""The benchmarks' figures as rich tables."""
+"""The benchmarks' figures as rich tables: a function per benchmark, of all that is written of it."""
 
 from __future__ import annotations
 
@@ -7,8 +7,64 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
+from meanfield.bench.options import spelled
 
-def solve_tables(found: dict[str, Any]) -> list[Table]:
+
+def flow(found: dict[str, Any]) -> list[Table]:
+    """Speed and memory, and the accuracies where they were taken."""
+    return [_speed(found), *([_accuracies(found["training"])] if found["training"] else [])]
+
+
+def _speed(found: dict[str, Any]) -> Table:
+    settings = found["made"]["settings"]
+    title = (
+        f"one step, {settings['samples']} images, widths {spelled(settings['widths'])}, one thread, medians of CPU "
+        "seconds"
+    )
+    table = Table("dtype", "flow ms", "plain ms", "flow's speed", "flow MiB", "plain MiB", "flow's memory", title=title)
+    for dtype, each in found["figures"].items():
+        seconds, peak, wanted = each["seconds_per_step"], each["peak_bytes"], each["required"]
+        table.add_row(
+            dtype,
+            f"{1e3 * seconds['flow']:.1f}",
+            f"{1e3 * seconds['plain']:.1f}",
+            f"{each['speed_ratio']:.0%} (at least {wanted['speed_ratio']:.0%}: {_kept(each['fast_enough'])})",
+            _mebibytes(peak["flow"]),
+            _mebibytes(peak["plain"]),
+            f"{each['memory_ratio']:.2f}x (at most {wanted['memory_ratio']:g}x: {_kept(each['small_enough'])})",
+        )
+    return table
+
+
+def _accuracies(trained: dict[str, Any]) -> Table:
+    title = f"accuracy after {trained['steps']} steps; {trained['held_out_images']} images held out"
+    table = Table("", "training", "held out", title=title)
+    for name in ("flow", "plain"):
+        table.add_row(name, f"{trained[name]['training_accuracy']:.1%}", f"{trained[name]['held_out_accuracy']:.1%}")
+    return table
+
+
+def optima(found: dict[str, Any]) -> list[Table]:
+    """One layer, two layers."""
+    title = f"one ReLU layer, {found['particles']} particles; exact optimum {found['exact_one_layer']}"
+    one = Table("seed", "J", "J minus exact optimum", "seconds", title=title)
+    for row in found["one_layer"]:
+        one.add_row(str(row["seed"]), _fixed(row["value"], 11), _scientific(row["excess"]), _fixed(row["seconds"], 1))
+    columns = ("seed", "J", "flow gap per round", "J never rises", "cvxpy on the final program", "seconds")
+    two = Table(*columns, title="two tanh layers")
+    for row in found["two_layers"]:
+        two.add_row(
+            str(row["seed"]),
+            _fixed(row["value"], 8),
+            " ".join(f"{gap:.0e}" for gap in row["flow_gaps"]),
+            str(row["never_rises"]),
+            _fixed(row["reference_value"], 8),
+            _fixed(row["seconds"], 0),
+        )
+    return [one, two]
+
+
+def solve(found: dict[str, Any]) -> list[Table]:
     """Two tables per two-layer case (runs; times at each gap) and one per one-layer case."""
     tables = []
     for case in found["cases"]:
@@ -41,9 +97,7 @@ def _runs(case: dict[str, Any]) -> Table:
             _mebibytes(run.get("peak_bytes")),
             *_verdict(run),
         )
-    for entry in case["skipped"]:
-        table.add_row(entry["contender"], "", escape(f"skipped: {entry['reason']}"))
-    return table
+    return _with_skipped(table, case)
 
 
 def _at_gap(case: dict[str, Any]) -> Table:
@@ -56,7 +110,7 @@ def _at_gap(case: dict[str, Any]) -> Table:
         title=f"{case['name']}: CPU seconds to a proven gap",
     )
     for row in case["at_gap"]:
-        targets = "; ".join(f"{target['text']}: {'kept' if target['kept'] else 'MISSED'}" for target in row["targets"])
+        targets = "; ".join(f"{target['text']}: {_kept(target['kept'])}" for target in row["targets"])
         for index, (name, seconds) in enumerate(row["cpu_seconds"].items()):
             faster = row["times_faster"].get(name)
             table.add_row(
@@ -87,18 +141,22 @@ def _one_layer(case: dict[str, Any]) -> Table:
             _fixed(run.get("value"), 9),
             _scientific(run.get("excess")),
         )
+    return _with_skipped(table, case)
+
+
+def _with_skipped(table: Table, case: dict[str, Any]) -> Table:
     for entry in case["skipped"]:
         table.add_row(entry["contender"], "", escape(f"skipped: {entry['reason']}"))
     return table
 
 
-def growth_tables(found: dict[str, Any]) -> list[Table]:
+def growth(found: dict[str, Any]) -> list[Table]:
     """One table per sweep, with the fitted exponents as its caption, and the targets."""
     tables = [_sweep(name, sweep) for name, sweep in found["sweeps"].items()]
     if found["targets"]:
         table = Table("target", "worst of the large sizes", "", title="targets")
         for target in found["targets"]:
-            table.add_row(target["text"], f"{target['worst']:.2f}", "kept" if target["kept"] else "MISSED")
+            table.add_row(target["text"], f"{target['worst']:.2f}", _kept(target["kept"]))
         tables.append(table)
     return tables
 
@@ -149,7 +207,7 @@ def _exponents(found: dict[str, Any]) -> str:
     return "exponents: " + ", ".join(texts) if texts else "no exponents"
 
 
-def device_tables(found: dict[str, Any]) -> list[Table]:
+def device(found: dict[str, Any]) -> list[Table]:
     tables = []
     for case in found["cases"]:
         columns = ("dtype", "tolerance", "status", "seconds", "peak MiB", "value", "proven gap", "excess", "violation")
@@ -178,23 +236,11 @@ def _verdict(run: dict[str, Any]) -> list[str]:
     ]
 
 
-def _scientific(number: float | None) -> str:
-    return "" if number is None else f"{number:.1e}"
-
-
-def _fixed(number: float | None, digits: int = 2) -> str:
-    return "" if number is None else f"{number:.{digits}f}"
-
-
-def _mebibytes(count: float | None) -> str:
-    return "" if count is None else f"{count / 2**20:.0f}"
-
-
-def widths_tables(found: dict[str, Any]) -> list[Table]:
+def widths(found: dict[str, Any]) -> list[Table]:
     """Seconds per step, and the overhead of a sweep."""
-    settings, step, cost = found["settings"], found["step"], found["sweep"]
+    settings, step, cost = found["made"]["settings"], found["step"], found["sweep"]
     title = (
-        f"one training step, {settings['samples']} images 8x8, {settings['depth']} layers of {settings['width']}, "
+        f"one training step, {settings['samples']} images 8x8, two layers of {settings['width']}, "
         f"{settings['dtype']}, one thread"
     )
     steps = Table("step", "CPU ms, median", "finite.train / it", title=title)
@@ -203,7 +249,7 @@ def widths_tables(found: dict[str, Any]) -> list[Table]:
         steps.add_row(name, f"{1e3 * seconds:.1f}", f"{ratios[name]:.2f}" if name in ratios else "")
     sweeps = Table("cells", "jobs", "their seconds", "wall seconds", "overhead", "starting workers", title="a sweep")
     sweeps.add_row(
-        str(settings["cells"]),
+        str(cost["cells"]),
         str(settings["jobs"]),
         f"{cost['cell_seconds']:.2f}",
         f"{cost['wall_seconds']:.2f}",
@@ -213,12 +259,11 @@ def widths_tables(found: dict[str, Any]) -> list[Table]:
     return [steps, sweeps]
 
 
-def grafting_tables(found: dict[str, Any]) -> list[Table]:
+def grafting(found: dict[str, Any]) -> list[Table]:
     """Large grafts, memory against images, and the peer."""
-    kept = "kept" if found["fast_enough"] else "MISSED"
     title = (
-        f"VGG-16 at 32x32, width {found['settings']['width']}, {found['settings']['device']}; at most "
-        f"{found['allowed_seconds']:g} s: {kept}"
+        f"VGG-16 at 32x32, width {found['width']}, {found['made']['settings']['device']}; at most "
+        f"{found['allowed_seconds']:g} s: {_kept(found['fast_enough'])}"
     )
     columns = (
         "layer",
@@ -237,9 +282,7 @@ def grafting_tables(found: dict[str, Any]) -> list[Table]:
         sizes = (str(each[name]) for name in ("images", "unknowns", "rank", "rows"))
         times = (f"{each[name]:.1f}" for name in ("seconds", "cpu_seconds", "floor_seconds"))
         grafts.add_row(each["layer"], *sizes, *times, _mebibytes(each["peak_bytes"]), f"{each['error']:.4f}")
-    flat = (
-        f"peak memory grows by {found['memory_growth']:.1%} over them ({'kept' if found['memory_flat'] else 'MISSED'})"
-    )
+    flat = f"peak memory grows by {found['memory_growth']:.1%} over them ({_kept(found['memory_flat'])})"
     peer = Table(
         "contender",
         "CPU s",
@@ -249,3 +292,19 @@ def grafting_tables(found: dict[str, Any]) -> list[Table]:
         peer.add_row(name, f"{seconds:.3f}")
     peer.add_row("largest difference of kernels", _scientific(found["peer"]["largest_difference"]))
     return [grafts, peer]
+
+
+def _scientific(number: float | None) -> str:
+    return "" if number is None else f"{number:.1e}"
+
+
+def _fixed(number: float | None, digits: int = 2) -> str:
+    return "" if number is None else f"{number:.{digits}f}"
+
+
+def _mebibytes(count: float | None) -> str:
+    return "" if count is None else f"{count / 2**20:.0f}"
+
+
+def _kept(target: bool) -> str:
+    return "kept" if target else "MISSED"

@@ -12,20 +12,44 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as nn
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional
 
-from meanfield.validation import integer, one_of, pair
+from meanfield.validation import Misuse, integer, one_of, pair
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "relu": nn.relu,
-    "tanh": torch.tanh,
-    "softplus": nn.softplus,
-    "gelu": nn.gelu,
-    "identity": lambda g: g,
+
+@dataclass(frozen=True)
+class Activation:
+    """An activation h and what is known of it: h is bounded, or positively homogeneous, or has a recession function.
+
+    function: h, elementwise, differentiated by torch.  module: makes the nn.Module of the same h.
+    bounded: |h| is bounded.  homogeneous: h(t g) = t h(g) for t >= 0.  recession: for an h that is neither, the name of
+    the homogeneous activation that h(t g) / t tends to as t -> inf.
+    gain: fan-in times the variance of a kernel's entries at the He start (He et al. 2015, eq. (10)).
+    """
+
+    function: Callable[[Tensor], Tensor]
+    module: Callable[[], nn.Module]
+    bounded: bool = False
+    homogeneous: bool = False
+    recession: str | None = None
+    gain: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.bounded + self.homogeneous + (self.recession is not None) != 1:
+            raise ValueError(
+                f"bounded={self.bounded}, homogeneous={self.homogeneous}, recession={self.recession!r}: an activation "
+                "needs exactly one of the three"
+            )
+
+
+ACTIVATIONS: dict[str, Activation] = {
+    "relu": Activation(functional.relu, nn.ReLU, homogeneous=True, gain=2.0),
+    "tanh": Activation(torch.tanh, nn.Tanh, bounded=True),
+    "softplus": Activation(functional.softplus, nn.Softplus, recession="relu"),
+    "gelu": Activation(functional.gelu, nn.GELU, recession="relu", gain=2.0),
+    "identity": Activation(lambda g: g, nn.Identity, homogeneous=True),
 }
-BOUNDED_ACTIVATIONS = frozenset({"tanh"})
-HOMOGENEOUS_ACTIVATIONS = frozenset({"relu", "identity"})
 POOLINGS = ("none", "average", "max")
 READOUTS = ("average", "flatten")
 
@@ -52,7 +76,7 @@ class Conv:
         one_of(self.activation, ACTIVATIONS, "activation")
         one_of(self.pooling, POOLINGS, "pooling")
         if not isinstance(self.bias, bool):
-            raise ValueError(f"bias={self.bias!r} must be True or False")
+            raise Misuse("bias", self.bias, "must be True or False")
 
     @property
     def kernel(self) -> tuple[int, int]:
@@ -67,20 +91,20 @@ class Conv:
     @property
     def bounded(self) -> bool:
         """Whether |h| is bounded."""
-        return self.activation in BOUNDED_ACTIVATIONS
+        return ACTIVATIONS[self.activation].bounded
 
     @property
     def homogeneous(self) -> bool:
         """Whether h(t g) = t h(g) for t >= 0."""
-        return self.activation in HOMOGENEOUS_ACTIVATIONS
+        return ACTIVATIONS[self.activation].homogeneous
 
     def convolve(self, inputs: Tensor, kernels: Tensor, bias: Tensor | None = None) -> Tensor:
         """sum_i sum_s kernels[j, i, s] T_s inputs[:, i]: (N, C, H, W), (M, C, kh, kw) -> (N, M, H', W')."""
-        return nn.conv2d(inputs, kernels, bias, stride=self.stride, padding=self.padding)  # type: ignore[arg-type]
+        return functional.conv2d(inputs, kernels, bias, stride=self.stride, padding=self.padding)  # type: ignore[arg-type]
 
     def patches(self, inputs: Tensor) -> Tensor:
         """The shifts T_s of every channel, (N, C, H, W) -> (N, P, C S), columns channel-major."""
-        columns = nn.unfold(inputs, self.kernel, padding=self.padding, stride=self.stride)  # type: ignore[arg-type]
+        columns = functional.unfold(inputs, self.kernel, padding=self.padding, stride=self.stride)  # type: ignore[arg-type]
         return columns.transpose(1, 2)
 
     def correlate(self, inputs: Tensor, responses: Tensor) -> Tensor:
@@ -90,11 +114,11 @@ class Conv:
 
     def activate(self, preactivations: Tensor) -> Tensor:
         """f = pool(h(g)), (N, M, H', W') -> (N, M, H'', W'')."""
-        features = ACTIVATIONS[self.activation](preactivations)
+        features = ACTIVATIONS[self.activation].function(preactivations)
         if self.pooling == "average":
-            return nn.avg_pool2d(features, self.pool_size)  # type: ignore[arg-type]
+            return functional.avg_pool2d(features, self.pool_size)  # type: ignore[arg-type]
         if self.pooling == "max":
-            return nn.max_pool2d(features, self.pool_size)  # type: ignore[arg-type]
+            return functional.max_pool2d(features, self.pool_size)  # type: ignore[arg-type]
         return features
 
     def sizes(self, height: int, width: int, where: str) -> tuple[tuple[int, int], tuple[int, int]]:
@@ -137,11 +161,11 @@ class Architecture:
     def __post_init__(self) -> None:
         shape = tuple(self.input_shape) if isinstance(self.input_shape, Sequence) else (self.input_shape,)
         if len(shape) != 3:
-            raise ValueError(f"input_shape={self.input_shape!r} must be (channels, height, width)")
+            raise Misuse("input_shape", self.input_shape, "must be (channels, height, width)")
         object.__setattr__(self, "input_shape", tuple(integer(size, "input_shape") for size in shape))
         layers = tuple(self.layers) if isinstance(self.layers, Sequence) else (self.layers,)
         if not layers or not all(isinstance(layer, Conv) for layer in layers):
-            raise ValueError(f"layers={self.layers!r} must be a non-empty sequence of Conv")
+            raise Misuse("layers", self.layers, "must be a non-empty sequence of Conv")
         object.__setattr__(self, "layers", layers)
         one_of(self.readout, READOUTS, "readout")
         integer(self.outputs, "outputs")

@@ -1,40 +1,81 @@
-"""Losses of the network output: value, gradient, convex conjugate and proximal map.
+"""Losses of the network output: value, gradient, convex conjugate, proximal map, and how classes become targets.
 
 All work on batches: outputs F and dual arguments s have shape (N, K); values are per image, (N,).
 """
 
 from __future__ import annotations
 
-from typing import Protocol
+from abc import ABC, abstractmethod
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from meanfield.validation import finite, one_of
+from meanfield.validation import Misuse, finite, one_of
 
 NEWTON_STEPS = 60
 DEVICE_STEPS = 20  # on a GPU their number is fixed: to look whether all have settled would wait for it
 
 
-class Loss(Protocol):
-    """A loss convex in the output F, with everything that the solvers and the certificates need."""
+class Loss(ABC):
+    """A loss convex in the output F and bounded below: the one place of all that is particular to it.
+
+    supercoercive: loss / |F| -> inf as |F| -> inf, in other words the conjugate is finite everywhere.
+
+    Classes: `encode` turns a class c = 0, 1, ... into a target, `predict` says which class outputs speak for.  Unless a
+    loss says otherwise, targets are real, one number per output: two classes share one output, with +1 for class 0 and
+    -1 for class 1; more have one output each, with 1 for the own class and 0 for the others.
+    """
 
     name: str
-    classification: bool
+    supercoercive = False
 
-    def check_targets(self, targets: Tensor, count: int, outputs: int, like: Tensor) -> Tensor: ...
+    @abstractmethod
+    def value(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """loss(F, y), (N,); differentiated by torch in the outputs."""
 
-    def value(self, outputs: Tensor, targets: Tensor) -> Tensor: ...
+    @abstractmethod
+    def gradient(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """d loss / d F, (N, K); of a loss with kinks any subgradient."""
 
-    def gradient(self, outputs: Tensor, targets: Tensor) -> Tensor: ...
+    @abstractmethod
+    def conjugate(self, dual: Tensor, targets: Tensor) -> Tensor:
+        """sup_F <s, F> - loss(F, y), (N,); +inf outside its domain."""
 
-    def conjugate(self, dual: Tensor, targets: Tensor) -> Tensor: ...
+    @abstractmethod
+    def feasible(self, dual: Tensor, targets: Tensor) -> Tensor:
+        """A point of the conjugate's domain near s, (N, K): s itself where it lies in it."""
 
-    def feasible(self, dual: Tensor, targets: Tensor) -> Tensor: ...
+    @abstractmethod
+    def prox(self, center: Tensor, targets: Tensor, weight: float) -> Tensor:
+        """argmin_F loss(F, y) + weight / 2 |F - center|^2, (N, K)."""
 
-    def prox(self, center: Tensor, targets: Tensor, weight: float) -> Tensor: ...
+    @abstractmethod
+    def cvxpy_sum(self, cp: Any, outputs: Any, targets: np.ndarray) -> Any:
+        """sum_n loss(F_n, y_n) in atoms of cvxpy, the module `cp`; outputs is an affine expression (N, K)."""
 
-    def predict(self, outputs: Tensor) -> Tensor: ...
+    def outputs_for(self, classes: int) -> int:
+        """K, the outputs that tell so many classes apart."""
+        return 1 if classes == 2 else classes
+
+    def encode(self, indices: Tensor, classes: int) -> Tensor:
+        """Targets of images of the classes `indices` (N,) int64 in 0..classes-1: (N,) or (N, K), float64."""
+        if self.outputs_for(classes) == 1:
+            return 1.0 - 2.0 * indices.double()
+        return torch.nn.functional.one_hot(indices, classes).double()
+
+    def check_targets(self, targets: Tensor, count: int, outputs: int, like: Tensor) -> Tensor:
+        """The targets of `count` images as the other methods take them, dtype and device of `like`; ValueError."""
+        return _columns(targets, count, outputs, like)
+
+    def predict(self, outputs: Tensor) -> Tensor:
+        """The class that outputs (N, K) speak for, (N,) int64; of equals the first, an only output of 0 included."""
+        return (outputs[:, 0] < 0).long() if outputs.shape[1] == 1 else outputs.argmax(1)
+
+    def decode(self, targets: Tensor) -> Tensor:
+        """The class of checked targets, (N,) int64: undoes `encode`."""
+        return self.predict(targets)
 
 
 def _steps(like: Tensor) -> int:
@@ -57,14 +98,14 @@ def _columns(targets: Tensor, count: int, outputs: int, like: Tensor) -> Tensor:
     return finite(columns.to(dtype=like.dtype, device=like.device), "targets")
 
 
-class SquaredLoss:
-    """loss(F, y) = 1/2 |F - y|^2."""
+class SquaredLoss(Loss):
+    """loss(F, y) = 1/2 |F - y|^2, real targets; F = y is best.
+
+    More than two classes have the targets 1 and 0, so that the best F(x) is the vector of their probabilities.
+    """
 
     name = "squared"
-    classification = False
-
-    def check_targets(self, targets: Tensor, count: int, outputs: int, like: Tensor) -> Tensor:
-        return _columns(targets, count, outputs, like)
+    supercoercive = True
 
     def value(self, outputs: Tensor, targets: Tensor) -> Tensor:
         return 0.5 * (outputs - targets).square().sum(1)
@@ -82,16 +123,21 @@ class SquaredLoss:
     def prox(self, center: Tensor, targets: Tensor, weight: float) -> Tensor:
         return (targets + weight * center) / (1 + weight)
 
-    def predict(self, outputs: Tensor) -> Tensor:
-        """Signs for one output (labels -1, +1), else the largest output."""
-        return torch.where(outputs[:, 0] >= 0, 1, -1) if outputs.shape[1] == 1 else outputs.argmax(1)
+    def cvxpy_sum(self, cp: Any, outputs: Any, targets: np.ndarray) -> Any:
+        return 0.5 * cp.sum_squares(outputs - targets)
 
 
-class LogisticLoss:
-    """loss(F, y) = sum_k log(1 + exp(-y_k F_k)), labels y in {-1, +1}."""
+class LogisticLoss(Loss):
+    """loss(F, y) = sum_k log(1 + exp(-y_k F_k)), labels y in {-1, +1}.
+
+    More than two classes: one against the rest, +1 for the own class and -1 for the others.
+    """
 
     name = "logistic"
-    classification = True
+
+    def encode(self, indices: Tensor, classes: int) -> Tensor:
+        targets = super().encode(indices, classes)
+        return targets if targets.ndim == 1 else 2 * targets - 1
 
     def check_targets(self, targets: Tensor, count: int, outputs: int, like: Tensor) -> Tensor:
         columns = _columns(targets, count, outputs, like)
@@ -134,20 +180,28 @@ class LogisticLoss:
                 break
         return targets * margin
 
-    def predict(self, outputs: Tensor) -> Tensor:
-        return torch.where(outputs[:, 0] >= 0, 1, -1) if outputs.shape[1] == 1 else outputs.sign()
+    def cvxpy_sum(self, cp: Any, outputs: Any, targets: np.ndarray) -> Any:
+        return cp.sum(cp.logistic(-cp.multiply(targets, outputs)))
 
 
-class SoftmaxLoss:
-    """loss(F, y) = log sum_k exp F_k - F_y, integer classes y in 0..K-1."""
+class SoftmaxLoss(Loss):
+    """loss(F, y) = log sum_k exp F_k - F_y, integer classes y in 0..K-1, (N,) int64: one output each, two included."""
 
     name = "softmax"
-    classification = True
+
+    def outputs_for(self, classes: int) -> int:
+        return classes
+
+    def encode(self, indices: Tensor, classes: int) -> Tensor:
+        return indices
+
+    def decode(self, targets: Tensor) -> Tensor:
+        return targets
 
     def check_targets(self, targets: Tensor, count: int, outputs: int, like: Tensor) -> Tensor:
         _check_count(targets, count)
         if outputs < 2:
-            raise ValueError(f"outputs={outputs}: the softmax loss needs one output per class, at least 2")
+            raise Misuse("outputs", outputs, "is too few: the softmax loss needs one output per class, at least 2")
         if targets.ndim != 1 or bool((targets != targets.floor()).any() if targets.is_floating_point() else False):
             raise ValueError(
                 f"targets of shape {tuple(targets.shape)}: the softmax loss expects ({count},) integer classes"
@@ -197,8 +251,9 @@ class SoftmaxLoss:
             outputs, merit = self._advance(outputs, step, merit, center, targets, weight)
         return outputs
 
-    def predict(self, outputs: Tensor) -> Tensor:
-        return outputs.argmax(1)
+    def cvxpy_sum(self, cp: Any, outputs: Any, targets: np.ndarray) -> Any:
+        chosen = np.eye(outputs.shape[1])[targets]
+        return cp.sum(cp.log_sum_exp(outputs, axis=1)) - cp.sum(cp.multiply(chosen, outputs))
 
     def _merit(self, outputs: Tensor, center: Tensor, targets: Tensor, weight: float) -> Tensor:
         return self.value(outputs, targets) + 0.5 * weight * (outputs - center).square().sum(1)
@@ -224,17 +279,14 @@ class SoftmaxLoss:
         return torch.nn.functional.one_hot(targets, like.shape[1]).to(like.dtype)
 
 
-LOSSES: dict[str, type[Loss]] = {"squared": SquaredLoss, "logistic": LogisticLoss, "softmax": SoftmaxLoss}
+LOSSES: dict[str, type[Loss]] = {each.name: each for each in (SquaredLoss, LogisticLoss, SoftmaxLoss)}
 
 
 def make(name: str) -> Loss:
-    """The loss called `name`: 'squared', 'logistic' or 'softmax'."""
+    """The loss of this name in LOSSES."""
     return LOSSES[one_of(name, LOSSES, "loss")]()
 
 
 def accuracy(loss: Loss, outputs: Tensor, targets: Tensor) -> float:
-    """Share of images whose predicted label is the target (targets as stored by a Problem)."""
-    predicted = loss.predict(outputs)
-    if isinstance(loss, SquaredLoss) and outputs.shape[1] > 1:
-        return float((predicted == targets.argmax(1)).double().mean())
-    return float((predicted == targets.reshape(predicted.shape)).double().mean())
+    """Share of images whose predicted class is that of their target (targets as stored by a Problem)."""
+    return float((loss.predict(outputs) == loss.decode(targets)).double().mean())

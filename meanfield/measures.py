@@ -11,6 +11,7 @@ from meanfield import validation
 from meanfield.network import MASS_TOLERANCE, ParticleNetwork
 from meanfield.penalties import input_norms
 from meanfield.starts import normal
+from meanfield.validation import Misuse
 
 
 def select(network: ParticleNetwork, keep: Sequence[Tensor]) -> ParticleNetwork:
@@ -36,7 +37,7 @@ def split(network: ParticleNetwork, layer: int, particle: int, shares: Tensor) -
     """Replace one particle by clones with the given shares of its mass (positive, summing to one)."""
     validation.finite(shares, "shares")
     if shares.ndim != 1 or bool((shares <= 0).any()) or abs(float(shares.sum()) - 1) > MASS_TOLERANCE[network.dtype]:
-        raise ValueError(f"shares={shares.tolist()} must be positive and sum to 1")
+        raise Misuse("shares", shares.tolist(), "must be positive and sum to 1")
     _check_particle(network, layer, particle)
     keep = [torch.arange(width, device=network.device) for width in network.widths]
     clones = torch.full((len(shares),), particle, device=network.device)
@@ -55,13 +56,13 @@ def merge(network: ParticleNetwork, layer: int, particles: Sequence[int]) -> Par
     their mass average acts.
     """
     if len(particles) < 2 or len(set(particles)) < len(particles):
-        raise ValueError(f"particles={list(particles)} must name at least two different particles, each once")
+        raise Misuse("particles", list(particles), "must name at least two different particles, each once")
     for particle in particles:
         _check_particle(network, layer, particle)
     chosen = torch.as_tensor(list(particles), device=network.device)
     shares = network.masses[layer][chosen]
     if float(shares.sum()) <= 0:
-        raise ValueError(f"particles={list(particles)} have no mass to merge")
+        raise Misuse("particles", list(particles), "have no mass to merge")
     shares = shares / shares.sum()
     average = torch.eye(network.widths[layer], dtype=network.dtype, device=network.device)
     average[chosen[0]] = 0
@@ -95,7 +96,7 @@ def mixture(first: ParticleNetwork, second: ParticleNetwork, t: float) -> Partic
     output (1-t) F_A + t F_B and a value J <= (1-t) J_A + t J_B.
     """
     if not 0 < t < 1:
-        raise ValueError(f"t={t} must lie strictly between 0 and 1")
+        raise Misuse("t", t, "must lie strictly between 0 and 1")
     if first.architecture != second.architecture:
         raise ValueError("first and second must have the same architecture")
     masses = [torch.cat([(1 - t) * a, t * b]) for a, b in zip(first.masses, second.masses)]

@@ -173,7 +173,7 @@ class ParticleNetwork:
         if inputs.dtype != self.dtype or inputs.device != self.device:
             raise ValueError(
                 f"inputs are {inputs.dtype} on {inputs.device}, the network is {self.dtype} on {self.device}; convert "
-                f"one with .to(...)"
+                "one with .to(...)"
             )
         return inputs
 

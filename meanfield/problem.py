@@ -11,7 +11,7 @@ from meanfield import losses
 from meanfield.architecture import Architecture
 from meanfield.network import ParticleNetwork
 from meanfield.penalties import Penalty, input_norms, shrinkage_root
-from meanfield.validation import finite
+from meanfield.validation import Misuse, finite
 
 BOUND_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-7}
 
@@ -31,8 +31,9 @@ class Terms(NamedTuple):
 class Problem:
     """J = mean loss + source, readout and input penalties (+ bounds) over networks of one architecture.
 
-    inputs (N, C_0, H, W), float32 or float64 (integers become float64); targets (N,) or (N, K) for the squared and the
-    logistic loss (labels -1, 1), integer classes (N,) for softmax.  Arrays are accepted and converted.
+    inputs (N, C_0, H, W), float32 or float64 (integers become float64); targets as the loss takes them: (N,) or (N, K)
+    for the squared and the logistic loss (labels -1, 1), integer classes (N,) for softmax.  Arrays are accepted and
+    converted.
     Fang et al. 2019 and Gu et al. 2020 with r(t) = t^2.
     """
 
@@ -127,9 +128,11 @@ class Problem:
         self._check_network(network)
         for name, reached, bound in self.bounds(network):
             if reached > bound * (1 + BOUND_TOLERANCE[network.dtype]):
-                raise ValueError(
-                    f"{name}={bound:g} makes the network infeasible: it reaches {reached:.6g}; raise the bound or "
-                    f"scale the network down"
+                raise Misuse(
+                    name,
+                    bound,
+                    f"makes the network infeasible: it reaches {reached:.6g}; raise the bound or scale the network "
+                    "down",
                 )
 
     def _check_network(self, network: ParticleNetwork) -> None:
@@ -140,8 +143,7 @@ class Problem:
         if network.dtype != self.inputs.dtype or network.device != self.inputs.device:
             raise ValueError(
                 f"the network is {network.dtype} on {network.device}, the problem {self.inputs.dtype} on "
-                f"{self.inputs.device}; "
-                "convert one with .to(...)"
+                f"{self.inputs.device}; convert one with .to(...)"
             )
 
     def missing_bounds(self) -> list[str]:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import secrets
+from collections.abc import Mapping
+from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,7 @@ from torch import Tensor
 
 from meanfield.architecture import Architecture
 from meanfield.network import ParticleNetwork
+from meanfield.validation import Misuse
 
 FORMAT = "meanfield network 1"
 TENSORS, DESCRIPTION = ".safetensors", ".json"
@@ -34,10 +38,27 @@ def write_atomically(path: Path, content: bytes | str) -> Path:
     return path
 
 
-def save_network(network: ParticleNetwork, path: str | Path) -> Path:
+def to_json(value: Any) -> str:
+    """Strict JSON: NaN and infinities become null, dataclasses objects, paths text."""
+    return json.dumps(_strict(value), indent=2, allow_nan=False) + "\n"
+
+
+def _strict(value: Any) -> Any:
+    if is_dataclass(value) and not isinstance(value, type):
+        return _strict(asdict(value))
+    if isinstance(value, Mapping):
+        return {str(key): _strict(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_strict(entry) for entry in value]
+    if isinstance(value, Path):
+        return str(value)
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def save_network(network: ParticleNetwork, path: str | Path, made: Mapping[str, Any] | None = None) -> Path:
     """Write `path` (.safetensors) and its description beside it (.json); returns the path of the tensors.
 
-    The description is written last: where it is there, so are the tensors.
+    The description is written last: where it is there, so are the tensors.  made: what made it, for the reader.
     """
     tensors = {f"masses.{i}": p for i, p in enumerate(network.masses)} | {
         f"kernels.{i}": w for i, w in enumerate(network.kernels)
@@ -50,6 +71,7 @@ def save_network(network: ParticleNetwork, path: str | Path) -> Path:
         "architecture": network.architecture.to_dict(),
         "widths": list(network.widths),
         "dtype": str(network.dtype).removeprefix("torch."),
+        "made": made,
     }
     write_atomically(path.with_suffix(DESCRIPTION), json.dumps(description, indent=2) + "\n")
     return path
@@ -93,7 +115,7 @@ def save_tensors(tensors: dict[str, Tensor], path: str | Path) -> Path:
 def _tensors_path(path: str | Path) -> Path:
     path = Path(path)
     if path.suffix != TENSORS:
-        raise ValueError(f"path={str(path)!r} must end in {TENSORS}")
+        raise Misuse("path", str(path), f"must end in {TENSORS}")
     return path
 
 
@@ -111,7 +133,7 @@ def _description(path: Path) -> dict[str, Any]:
     ):
         raise ValueError(
             f'{path} does not describe a network: expected a JSON object with "format": {FORMAT!r} and an '
-            f'"architecture"'
+            '"architecture"'
         )
     return description
 

@@ -6,9 +6,25 @@ import difflib
 import math
 from collections.abc import Iterable, Sequence
 from numbers import Integral, Real
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
+if TYPE_CHECKING:
+    import torch
+
+
+class Misuse(ValueError):
+    """A wrong argument: `argument` is its name, `value` what came, `remedy` what would be right, as the end of a
+    sentence.
+
+    str() is "argument=value remedy"; a command line says the same of its option.
+    """
+
+    def __init__(self, argument: str, value: Any, remedy: str) -> None:
+        super().__init__(argument, value, remedy)  # the arguments, so that the error travels between processes
+        self.argument, self.value, self.remedy = argument, value, remedy
+
+    def __str__(self) -> str:
+        return f"{self.argument}={self.value!r} {self.remedy}"
 
 
 def one_of(value: Any, options: Iterable[str], argument: str) -> str:
@@ -18,12 +34,12 @@ def one_of(value: Any, options: Iterable[str], argument: str) -> str:
         return value
     near = difflib.get_close_matches(str(value), options, n=1)
     hint = f"; did you mean {near[0]!r}?" if near else ""
-    raise ValueError(f"{argument}={value!r} is unknown: choose one of {', '.join(map(repr, options))}{hint}")
+    raise Misuse(argument, value, f"is unknown: choose one of {', '.join(map(repr, options))}{hint}")
 
 
 def integer(value: Any, argument: str, minimum: int = 1) -> int:
     if isinstance(value, bool) or not isinstance(value, Integral) or value < minimum:
-        raise ValueError(f"{argument}={value!r} must be an integer of at least {minimum}")
+        raise Misuse(argument, value, f"must be an integer of at least {minimum}")
     return int(value)
 
 
@@ -31,34 +47,36 @@ def pair(value: Any, argument: str, minimum: int) -> tuple[int, int]:
     """An integer or a (height, width) pair of integers, as a pair."""
     entries = tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else (value, value)
     if len(entries) != 2:
-        raise ValueError(f"{argument}={value!r} must be one integer or a pair (height, width)")
+        raise Misuse(argument, value, "must be one integer or a pair (height, width)")
     height, width = (integer(entry, argument, minimum) for entry in entries)
     return height, width
 
 
 def nonnegative(value: Any, argument: str) -> float:
     if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value) or value < 0:
-        raise ValueError(f"{argument}={value!r} must be a finite number of at least 0")
+        raise Misuse(argument, value, "must be a finite number of at least 0")
     return float(value)
 
 
 def positive(value: Any, argument: str) -> float:
     if nonnegative(value, argument) == 0:
-        raise ValueError(f"{argument}={value!r} must be greater than 0")
+        raise Misuse(argument, value, "must be greater than 0")
     return float(value)
 
 
 def widths(value: Any, layers: int, argument: str = "widths") -> tuple[int, ...]:
     """One positive integer per convolutional layer."""
     if isinstance(value, (str, bytes)) or not isinstance(value, Iterable):
-        raise ValueError(f"{argument}={value!r} must be a sequence of {layers} integers, one per layer")
+        raise Misuse(argument, value, f"must be a sequence of {layers} integers, one per layer")
     entries = tuple(integer(entry, argument) for entry in value)
     if len(entries) != layers:
-        raise ValueError(f"{argument}={entries} has {len(entries)} entries; the architecture has {layers} layers")
+        raise Misuse(argument, entries, f"has {len(entries)} entries; the architecture has {layers} layers")
     return entries
 
 
 def shaped(tensor: Any, shape: tuple[int, ...], argument: str) -> torch.Tensor:
+    import torch  # a second, which checks of plain values do not need
+
     if not isinstance(tensor, torch.Tensor):
         raise TypeError(f"{argument} must be a torch.Tensor of shape {shape}, not {type(tensor).__name__}")
     if tuple(tensor.shape) != shape:
@@ -68,7 +86,7 @@ def shaped(tensor: Any, shape: tuple[int, ...], argument: str) -> torch.Tensor:
 
 def finite(tensor: torch.Tensor, argument: str) -> torch.Tensor:
     """Refuse NaN and infinities, naming the first bad position."""
-    bad = ~torch.isfinite(tensor)
+    bad = ~tensor.isfinite()
     if bool(bad.any()):
         where = tuple(int(i) for i in bad.nonzero()[0])
         raise ValueError(f"{argument}{list(where)} is {tensor[where].item()}; every entry must be finite")

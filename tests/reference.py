@@ -229,6 +229,7 @@ class DualTwin:
     def __init__(self, program, multipliers):
         self.program, self.penalty = program, program.problem.penalty
         self.r = array(multipliers.output)
+        self.kappa = multipliers.amplitude and [np.maximum(array(k), 0) for k in multipliers.amplitude]
         self.layers = [self._price(layer, array(beta)) for layer, beta in enumerate(multipliers.realisation, start=1)]
         self.readout = self._readout_norms()
         self.costs = self.penalty.input * np.array([input_cost(program.frozen, i) for i in range(program.widths[0])])
@@ -281,7 +282,9 @@ class DualTwin:
         fit = np.mean([conjugate(name, len(self.r) * scale * s, y) for s, y in zip(self.r, targets)])
         if not math.isfinite(fit):
             return -math.inf
-        return -fit - (self._masses(scale) if self.penalty.amplitude_bound is None else self._masses_bounded(scale))
+        if self.penalty.amplitude_bound is None:
+            return -fit - self._masses(scale)
+        return -fit - (self._masses_bounded(scale) if self.kappa is None else self._masses_given(scale))
 
     def _last(self, gamma, scale):
         return ((scale * self.readout) ** 2 / (4 * self.penalty.readout) - gamma).max()
@@ -292,6 +295,22 @@ class DualTwin:
             t = (scale * norms).max(0)
             total += (t**2 / (4 * self.penalty.source) - gamma).max()
             gamma = scale * pairing
+        return total + self._last(gamma, scale)
+
+    def _masses_given(self, scale):
+        """Each mu_l as kappa asks for it, then the least kappa that this mu_l leaves."""
+        total, gamma, bound = 0.0, self.costs, self.penalty.amplitude_bound
+        for (norms, pairing, free), kappa in zip(self.layers, self.kappa):
+            pairs = list(product(*map(range, norms.shape)))
+            mu = max(
+                max(scale * (norms[j, i] - kappa[j]), 0.0) ** 2 / (4 * self.penalty.source) - gamma[i] for j, i in pairs
+            )
+            least = np.zeros(len(norms))
+            for j, i in pairs:
+                carried = math.sqrt(4 * self.penalty.source * max(mu + gamma[i], 0.0))
+                least[j] = max(least[j], scale * norms[j, i] - carried)
+            gamma = np.array([scale * pairing[j] - bound * (least[j] + scale * free[j]) for j in range(len(least))])
+            total += mu
         return total + self._last(gamma, scale)
 
     def _masses_bounded(self, scale):

@@ -9,10 +9,10 @@ from hypothesis import given
 from strategies import architectures, convs, normal, seeds
 
 import meanfield as mf
-from meanfield.architecture import ACTIVATIONS
+from meanfield.architecture import ACTIVATIONS, Activation
 
 
-@given(convs((4, 5), tuple(ACTIVATIONS)), seeds)
+@given(convs((4, 5), tuple(slow.ACTIVATIONS)), seeds)
 def test_convolve_matches_the_explicit_sums(conv, seed):
     inputs, kernels, bias = normal((2, 2, 4, 5), seed), normal((3, 2, *conv.kernel), seed + 1), normal((3,), seed + 2)
     expected = [
@@ -41,7 +41,7 @@ def test_correlate_is_the_adjoint_of_convolve(conv, seed):
     )
 
 
-@given(convs((4, 5), tuple(ACTIVATIONS)), seeds)
+@given(convs((4, 5), tuple(slow.ACTIVATIONS)), seeds)
 def test_activate_matches_the_explicit_pooling(conv, seed):
     g = normal((2, 3, 4, 5), seed)
     expected = [[slow.activate(map_, conv) for map_ in maps] for maps in g.numpy()]
@@ -96,8 +96,27 @@ def test_one_layer_may_be_given_bare():
     assert mf.Architecture((1, 3, 3), mf.Conv()).layers == (mf.Conv(),)
 
 
-def test_only_tanh_is_bounded():
-    assert [name for name in ACTIVATIONS if mf.Conv(activation=name).bounded] == ["tanh"]
+@pytest.mark.parametrize("name", ACTIVATIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_an_activation_is_what_its_record_says(name, dtype):
+    record, conv, g = ACTIVATIONS[name], mf.Conv(activation=name), torch.linspace(-8, 8, 65, dtype=dtype)
+    h = record.function
+    assert h(g).dtype == dtype
+    assert torch.equal(record.module()(g), h(g))
+    assert conv.bounded == bool(h(1e9 * g).abs().max() <= 1.01 * h(1e6 * g).abs().max())
+    assert conv.homogeneous == all(torch.allclose(h(t * g), t * h(g)) for t in (0.0, 0.3, 7.0))
+    if record.recession is not None:
+        limit = ACTIVATIONS[record.recession]
+        assert limit.homogeneous
+        torch.testing.assert_close(h(1e6 * g) / 1e6, limit.function(g), rtol=1e-6, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "facts", [{}, {"bounded": True, "homogeneous": True}, {"homogeneous": True, "recession": "relu"}]
+)
+def test_an_activation_is_of_one_kind(facts):
+    with pytest.raises(ValueError, match="exactly one of the three"):
+        Activation(torch.sin, torch.nn.Identity, **facts)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -1,29 +1,31 @@
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 
 import numpy as np
 import pytest
-from typer.testing import CliRunner
+from command_line import run
 
 from meanfield import data
-from meanfield.cli import _divided, app
 from meanfield.storage import load_network
 
-TINY = ["solve", "--widths", "6,4", "--samples", "6", "--rounds", "1", "--flow-steps", "20"]
+TINY = {"--widths": "6,4", "--samples": "6", "--rounds": "1", "--flow-steps": "20"}
 
 
-def run(*arguments):
-    return CliRunner().invoke(app, [*arguments])
+def solve(*arguments):
+    """A solve of a moment, with other options in place of its own."""
+    own = [word for name, value in TINY.items() if name not in arguments for word in (name, value)]
+    return run("solve", *own, *arguments)
 
 
 @pytest.mark.parametrize(
     ("arguments", "parts"),
     [
-        (["--classes", "3,x"], ["--classes='3,x'", "3,5"]),
-        (["--classes", "3"], ["--classes=3", "at least two"]),
+        (["--classes", "3,x"], ["--classes", "'3,x'"]),
+        (["--classes", "3"], ["--classes=3", "two classes at least"]),
         (["--classes", "3,12"], ["--classes=", "12"]),
         (["--widths", "6,0"], ["--widths=0", "at least 1"]),
         (["--rounds", "0"], ["--rounds=0", "at least 1"]),
@@ -34,14 +36,14 @@ def run(*arguments):
         (["--readout-penalty", "-1"], ["--readout-penalty=-1.0", "at least 0"]),
         (["--source-penalty", "nan"], ["--source-penalty=nan"]),
         (["--kernel-size", "9", "--stride", "9", "--pooling", "max"], ["pool_size"]),
-        (["--data", "missing.npz"], ["--data='missing.npz'", "does not exist"]),
+        (["--data", "missing.npz"], ["missing.npz", "does not exist"]),
         (["--data", "digit"], ["--data='digit'", "'digits'"]),
         (["--device", "tpu"], ["--device='tpu'"]),
         (["--tolerance", "0"], ["--tolerance=0.0"]),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_two(arguments, parts):
-    result = run(*TINY, *arguments)
+    result = solve(*arguments)
     assert result.exit_code == 2
     assert result.stderr.count("\n") == 1
     assert all(part in result.stderr for part in parts), result.stderr
@@ -49,25 +51,43 @@ def test_bad_input_is_one_line_and_exit_code_two(arguments, parts):
 
 def test_out_is_refused_before_the_solve(tmp_path):
     (tmp_path / "file").touch()
-    result = run(*TINY, "--out", str(tmp_path / "file"))
+    result = solve("--out", str(tmp_path / "file"))
     assert result.exit_code == 2
     assert "--out=" in result.stderr
 
 
 def test_json_is_alone_on_stdout():
-    found = json.loads(run(*TINY, "--json").stdout)
+    found = json.loads(solve("--json").stdout)
     assert found["solution"]["value"] > 0
     assert len(found["rounds"]) == 1
 
 
 def test_warning_of_attainment_is_one_line():
-    assert run(*TINY, "--activation", "relu").stderr.count("infimum over all measures") == 1
+    assert solve("--activation", "relu").stderr.count("infimum over all measures") == 1
 
 
 def test_help_states_every_default():
-    text = " ".join(run("solve", "--help").stdout.split())
-    names = [name for name in text.split() if name.startswith("--") and name not in ("--help", "--out", "--out.")]
-    assert text.count("Default:") >= len(set(names))
+    text = run("solve", "--help").stdout
+    options = re.findall(r"(?m)^│ (--[a-z-]+)", text)
+    assert len(options) == 28
+    silent = {"--amplitude-bound", "--input-bound", "--max-seconds"}  # "Without it: ..."
+    flags = {"--out", "--json", "--quiet"}
+    assert text.count("[default:") == len(options) - len(silent | flags)
+    assert text.count("Without") >= len(silent)
+
+
+def test_a_mistyped_option_or_command_is_told_the_nearest():
+    assert run("solve", "--wdths", "3").stderr == "error: Unknown option: --wdths. Did you mean --widths?\n"
+    wrong = run("slove")
+    assert (wrong.exit_code, wrong.stderr.count("\n")) == (2, 1)
+    assert 'Did you mean "solve"?' in wrong.stderr
+
+
+def test_no_command_costs_an_import_before_it_is_asked_for():
+    code = "import sys; from meanfield import cli; cli.main(['--help']); sys.exit('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert all(name in done.stdout for name in ("solve", "widths", "graft"))
 
 
 def test_ctrl_c_keeps_the_best_network(tmp_path):
@@ -108,14 +128,19 @@ def test_a_width_study_leaves_tables_and_a_page_and_goes_on_where_it_stopped(tmp
     first = run(*WIDTHS, "--out", str(tmp_path))
     assert first.exit_code == 0, first.stderr
     assert "page: " in first.stdout
-    tables = {name: (tmp_path / f"{name}.csv").read_bytes() for name in ("kernel", "coordinates")}
+    tables = {name: rows(tmp_path / f"{name}.csv") for name in ("kernel", "coordinates")}
     assert "Tangent kernel" in (tmp_path / "widths.html").read_text()
     removed = sorted((tmp_path / "cells").glob("*.json"))[0]
     removed.unlink()
     second = run(*WIDTHS, "--out", str(tmp_path), "--no-report", "--quiet")
     assert "21 of 22 cells were there already" in second.stderr
-    assert {name: (tmp_path / f"{name}.csv").read_bytes() for name in tables} == tables
+    assert {name: rows(tmp_path / f"{name}.csv") for name in tables} == tables
     assert removed.exists()
+
+
+def rows(table):
+    """A table without what made it."""
+    return [line for line in table.read_text().splitlines() if not line.startswith("#")]
 
 
 @pytest.mark.parametrize(
@@ -130,7 +155,8 @@ def test_a_width_study_leaves_tables_and_a_page_and_goes_on_where_it_stopped(tmp
     ],
 )
 def test_bad_input_of_a_study_is_one_line(arguments, parts, tmp_path):
-    result = run("widths", "--size", "quick", "--part", "kernel", "--out", str(tmp_path), "--quiet", *arguments)
+    size = [] if "--size" in arguments else ["--size", "quick"]
+    result = run("widths", *size, "--part", "kernel", "--out", tmp_path, "--quiet", *arguments)
     assert result.exit_code == 2
     assert result.stderr.count("\n") == 1
     assert all(part in result.stderr for part in parts), result.stderr
@@ -144,22 +170,27 @@ def images(tmp_path):
     return str(tmp_path / "images.npz")
 
 
-GRAFT = ["graft", "--network", "vgg8", "--width", "2", "--size", "quick", "--jobs", "1"]
+GRAFT = {"--network": "vgg8", "--width": "2", "--size": "quick", "--jobs": "1"}
+
+
+def graft(*arguments):
+    own = [word for name, value in GRAFT.items() if name not in arguments for word in (name, value)]
+    return run("graft", *own, *arguments)
 
 
 def test_a_graft_study_leaves_tables_and_a_page_and_goes_on_where_it_stopped(tmp_path, images):
-    arguments = [*GRAFT, "--data", images, "--part", "l2", "--part", "across", "--out", str(tmp_path)]
-    first = run(*arguments)
+    arguments = ["--data", images, "--part", "l2", "--part", "across", "--out", tmp_path]
+    first = graft(*arguments)
     assert first.exit_code == 0, first.stderr
-    tables = {name: (tmp_path / f"{name}.csv").read_bytes() for name in ("train", "l2", "across")}
+    tables = {name: rows(tmp_path / f"{name}.csv") for name in ("train", "l2", "across")}
     page = (tmp_path / "graft.html").read_text()
-    assert f"--data {images} --pool 1 --samples 40 --split --network vgg8" in page
+    assert f"--data={images} --samples=40 --split --network=vgg8 --width=2" in page
     assert "With the L2 penalty instead" in page
-    second = run(*arguments, "--no-report", "--quiet")
+    second = graft(*arguments, "--no-report", "--quiet")
     assert "10 of 10 cells were there already" in second.stderr
     assert "page: " in first.stdout
     assert "page: " not in second.stdout
-    assert {name: (tmp_path / f"{name}.csv").read_bytes() for name in tables} == tables
+    assert {name: rows(tmp_path / f"{name}.csv") for name in tables} == tables
 
 
 @pytest.mark.parametrize(
@@ -172,49 +203,21 @@ def test_a_graft_study_leaves_tables_and_a_page_and_goes_on_where_it_stopped(tmp
         (["--penalty", "l3"], ["--penalty='l3'", "'l12'"]),
         (["--strength", "-1"], ["--strength=-1.0", "at least 0"]),
         (["--samples", "9999"], ["--samples=9999"]),
-        (["--data", "missing.npz"], ["--data='missing.npz'", "does not exist"]),
+        (["--data", "missing.npz"], ["missing.npz", "does not exist"]),
         (["--seed", "-1"], ["--seed=-1", "at least 0"]),
     ],
 )
 def test_bad_input_of_a_graft_study_is_one_line(arguments, parts, tmp_path):
-    result = run(*GRAFT, "--part", "starts", "--out", str(tmp_path), "--quiet", *arguments)
+    part = [] if "--part" in arguments else ["--part", "starts"]
+    result = graft(*part, "--out", tmp_path, "--quiet", *arguments)
     assert result.exit_code == 2
     assert result.stderr.count("\n") == 1
     assert all(part in result.stderr for part in parts), result.stderr
 
 
-@pytest.fixture
-def asked(monkeypatch):
-    """The classifier and the sizes that a graft study is asked for."""
-    from meanfield.studies.grafting import plan as graft_study
-
-    heard = []
-    monkeypatch.setattr(graft_study, "run", lambda base, sizes, *_, **__: heard.append((base, sizes)) or {})
-    monkeypatch.setattr(graft_study, "plan", lambda *_: {})
-    return lambda *arguments: (run("graft", "--no-report", "--quiet", *arguments), heard.pop())[1]
-
-
-def test_a_graft_study_trains_on_four_fifths_drawn_at_random_unless_it_is_told_otherwise(asked, tmp_path):
-    base, _ = asked("--out", str(tmp_path))
-    assert (base.samples, base.split, base.network, base.width, base.preset) == (1437, 0, "vgg11", 8, "default")
-    base, _ = asked("--out", str(tmp_path), "--file-order", "--samples", "100", "--network", "vgg8", "--penalty", "l2")
-    assert (base.samples, base.split, base.strength) == (100, None, 0.008)
-
-
-def test_the_authors_size_brings_their_network_and_recipe(asked, tmp_path):
-    base, _ = asked("--out", str(tmp_path), "--size", "authors", "--width", "2")
-    assert (base.network, base.width, base.preset) == ("vgg16", 2, "authors")
-
-
-def test_cifar_keeps_its_own_test_images(asked, tmp_path):
-    records = np.tile(np.uint8(np.arange(10))[:, None], (1, 3073))
-    for name in data.CIFAR_10_FILES:
-        (tmp_path / name).write_bytes(records.tobytes())
-    base, _ = asked("--out", str(tmp_path / "out"), "--data", str(tmp_path), "--width", "2", "--samples", "50")
-    assert (base.samples, base.split) == (50, None)
-    assert _divided({"data": str(tmp_path), "pool": 1, "samples": None, "split": None})["samples"] == 50_000
-
-
-def test_help_of_a_graft_study_states_every_default():
-    text = " ".join(run("graft", "--help").stdout.split())
-    assert text.count("Default:") == 18
+def test_help_of_a_graft_study_states_what_is_left_open():
+    text = run("graft", "--help").stdout
+    assert len(re.findall(r"(?m)^│ (--[a-z-]+)", text)) == 18
+    assert " ".join(text.split()).count("Without") == 6
+    assert text.count("[default:") == 18 - 6 - len(("--out", "--report", "--quiet"))
+    assert "Parts: starts, classes," in " ".join(text.split())

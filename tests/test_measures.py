@@ -4,10 +4,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import SMOOTH, architectures, cases, generator, normal, random_inputs, random_network, seeds
+from strategies import SMOOTH, architectures, cases, normal, random_inputs, random_network, seeded, seeds
 
 import meanfield as mf
-from meanfield import measures, starts
+from meanfield import measures
 
 ARCH = mf.Architecture((1, 3, 3), (mf.Conv(2, bias=True), mf.Conv(2, padding=1)))
 
@@ -22,7 +22,7 @@ def same_value(first, second, problem):
 
 @given(cases(zero_mass=(False, True)))
 def test_permuting_particles_changes_nothing(case):
-    orders = [torch.randperm(m, generator=generator(case.seed)) for m in case.network.widths]
+    orders = [torch.randperm(m, generator=seeded(case.seed)) for m in case.network.widths]
     permuted = measures.permute(case.network, orders)
     same_function(case.network, permuted, case.problem)
     same_value(case.network, permuted, case.problem)
@@ -99,7 +99,7 @@ def test_interpolation_is_the_straight_line_in_weights(arch, seed, t):
 @given(cases(zero_mass=(False, True)), st.integers(0, 3))
 def test_extend_adds_candidates_of_zero_mass(case, count):
     network = case.network
-    grown = measures.extend(network, [count] * network.architecture.depth, 0.1, generator(case.seed))
+    grown = measures.extend(network, [count] * network.architecture.depth, 0.1, seeded(case.seed))
     added = [min(count, int((p > 0).sum())) for p in network.masses]
     assert list(grown.widths) == [m + extra for m, extra in zip(network.widths, added)]
     for old, new in zip(network.masses, grown.masses):
@@ -112,82 +112,13 @@ def test_extend_adds_candidates_of_zero_mass(case, count):
 def test_extend_clones_the_heaviest_particles_with_noise_of_the_stated_size():
     network = random_network(ARCH, (3, 4), 0)
     heavy = int(network.masses[1].argmax())
-    exact = measures.extend(network, [0, 1], 0.0, generator(0))
+    exact = measures.extend(network, [0, 1], 0.0, seeded(0))
     assert torch.equal(exact.kernels[1][-1], network.kernels[1][heavy])
-    noisy = measures.extend(network, [0, 1], 0.5, generator(0))
+    noisy = measures.extend(network, [0, 1], 0.5, seeded(0))
     moved = (noisy.kernels[1][-1] - network.kernels[1][heavy]).square().mean().sqrt()
     parent = network.kernels[1][heavy].square().mean().sqrt()
     assert 0.2 * parent < moved < 1.0 * parent
     assert torch.equal(noisy.kernels[1][:-1], network.kernels[1])
-
-
-@pytest.mark.parametrize("kind", starts.STARTS)
-@pytest.mark.parametrize("width", [8, 256])
-def test_start_has_preactivations_of_order_one_at_every_width(kind, width):
-    arch = mf.Architecture(
-        (2, 5, 5), (mf.Conv(3, padding=1, activation="tanh", bias=True), mf.Conv(3, activation="relu"), mf.Conv(2))
-    )
-    inputs = random_inputs(arch, 6, 1)
-    network = starts.start(arch, [width] * 3, inputs, generator(0), kind)
-    for g in network.responses(inputs).preactivations[1:]:
-        assert g.square().mean().sqrt().item() == pytest.approx(1, rel=1e-9)
-        assert g.mean((0, 2, 3)).square().mean().sqrt() < 1.5
-        assert g.square().mean((0, 2, 3)).sqrt().median() > 0.1
-    assert all(torch.equal(p, torch.full_like(p, 1 / width)) for p in network.masses)
-
-
-@pytest.mark.parametrize("width", [8, 256])
-def test_first_preactivations_do_not_shrink_with_the_number_of_channels(width):
-    arch = mf.Architecture((16, 3, 3), (mf.Conv(1),))
-    inputs = random_inputs(arch, 200, 3)
-    g = starts.start(arch, [width], inputs, generator(1)).responses(inputs).preactivations[0]
-    # g = 16^(-1/2) sum_c zeta_c x_c is standard normal; the kernels, width x 16 of them, carry the spread
-    assert g.square().mean().item() == pytest.approx(1, abs=5 * math.sqrt(2 / (16 * width)))
-
-
-def kernel_amplitude(kind, width):
-    arch = mf.Architecture((1, 4, 4), (mf.Conv(2), mf.Conv(2)))
-    network = starts.start(arch, [width, 32], random_inputs(arch, 4, 0), generator(0), kind)
-    return network.amplitudes(1, mf.Penalty().norms(network.kernels[1])).mean().item()
-
-
-@pytest.mark.parametrize("kind", starts.STARTS)
-def test_start_has_amplitudes_that_tend_to_a_limit(kind):
-    assert kernel_amplitude(kind, 1024) == pytest.approx(kernel_amplitude(kind, 256), rel=0.5)
-
-
-@pytest.mark.parametrize("kind", starts.STARTS)
-def test_same_seed_same_start_and_another_seed_another(kind, device):
-    inputs = random_inputs(ARCH, 3, 0).to(device)
-    draw = lambda seed: starts.start(ARCH, (4, 3), inputs, generator(seed), kind).tensors()  # noqa: E731
-    assert all(torch.equal(a, b) for a, b in zip(draw(5), draw(5)))
-    assert not torch.equal(draw(5)[-1], draw(6)[-1])
-
-
-@pytest.mark.parametrize("kind", starts.STARTS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_start_follows_the_inputs(kind, dtype, device):
-    inputs = random_inputs(ARCH, 3, 0, dtype).to(device)
-    network = starts.start(ARCH, (6, 3), inputs, generator(0), kind)
-    assert {(t.dtype, t.device.type) for t in network.tensors()} == {(dtype, device.type)}
-    assert network.responses(inputs).preactivations[1].square().mean().item() == pytest.approx(1, rel=1e-4)
-
-
-def test_anchored_kernels_are_least_norm_on_the_anchors():
-    arch = mf.Architecture((1, 4, 4), (mf.Conv(2, activation="tanh"), mf.Conv(2)))
-    inputs = random_inputs(arch, 2, 0)
-    network = starts.start(arch, (20, 3), inputs, generator(0))
-    rows = arch.layers[1].patches(network.features(inputs)[0]).flatten(0, 1)
-    kernels = network.kernels[1].flatten(1)  # rows of A^T alpha: no part outside the row space
-    inside = kernels @ torch.linalg.pinv(rows) @ rows
-    torch.testing.assert_close(inside, kernels, rtol=1e-9, atol=1e-9)
-
-
-def test_anchors_are_sampled_from_many_images():
-    arch = mf.Architecture((1, 4, 4), (mf.Conv(2, activation="tanh"), mf.Conv(2)))
-    inputs = random_inputs(arch, 300, 0)  # 300 images with 4 positions exceed the anchor rows
-    network = starts.start(arch, (16, 3), inputs, generator(0))
-    assert network.responses(inputs).preactivations[1].square().mean().item() == pytest.approx(1, rel=1e-9)
 
 
 def test_split_accepts_shares_of_single_precision():
@@ -263,11 +194,30 @@ def test_interpolation_refuses_other_widths():
         measures.interpolate(random_network(ARCH, (3, 2), 0), random_network(ARCH, (2, 2), 0), 0.5)
 
 
-def test_start_names_the_bad_argument():
-    inputs = random_inputs(ARCH, 2, 0)
-    with pytest.raises(ValueError, match=r"kind='anchor' is unknown.*did you mean 'anchored'"):
-        starts.start(ARCH, (3, 2), inputs, generator(0), "anchor")
-    with pytest.raises(ValueError, match=r"widths=\(3,\) has 1 entries"):
-        starts.start(ARCH, (3,), inputs, generator(0))
-    with pytest.raises(ValueError, match="inputs has shape"):
-        starts.start(ARCH, (3, 2), inputs[0], generator(0))
+def test_adjoined_particles_keep_output_and_value():
+    problem = mf.Problem(ARCH, random_inputs(ARCH, 4, 0), normal((4, 1), 1))
+    network, others = random_network(ARCH, (3, 2), 0), random_network(ARCH, (2, 4), 1)
+    joined = measures.adjoin(network, others)
+    assert joined.widths == (5, 6)
+    same_function(joined, network, problem)
+    same_value(joined, network, problem)
+    torch.testing.assert_close(joined.kernels[1][2:, 3:], others.kernels[1])
+    preactivations = joined.responses(problem.inputs).preactivations
+    assert not any(p[m:].any() for p, m in zip(joined.masses, network.widths))
+    torch.testing.assert_close(preactivations[0][:, 3:], others.responses(problem.inputs).preactivations[0])
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_balance_keeps_the_output_at_the_least_penalty(bias):
+    arch = mf.Architecture((2, 3, 3), (mf.Conv(2, bias=bias),), outputs=2)
+    network = random_network(arch, (5,), 3, zero_mass=True)
+    inputs = random_inputs(arch, 4, 0)
+    problem = mf.Problem(arch, inputs, normal((4, 2), 1), penalty=mf.Penalty(input=0.02, readout=0.3))
+    balanced = measures.balance(network, 0.02, 0.3)
+    torch.testing.assert_close(balanced(inputs), network(inputs), rtol=1e-10, atol=1e-12)
+    total = 0.0
+    for j in range(5):
+        squares = network.kernels[0][j].square().sum().item() + (network.biases[0][j].item() ** 2 if bias else 0.0)
+        total += network.masses[0][j].item() * math.sqrt(squares) * network.readout[:, j].norm().item()
+    terms = problem.terms(balanced)
+    assert (terms.input + terms.readout).item() == pytest.approx(2 * math.sqrt(0.02 * 0.3) * total, rel=1e-12)

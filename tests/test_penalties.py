@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import optimize
-from strategies import NORMS, normal, random_masses, seeds
+from strategies import NORMS, normal, random_masses, seeded, seeds
 
 from meanfield import Penalty
 from meanfield.penalties import cone_projection, input_norms, perspective, row_prox, shrinkage_root
@@ -25,7 +25,7 @@ def centers(draw, mass_axis):
     """Kernels, some of them zero, and masses, some of them negative."""
     shape, seed = draw(shapes), draw(seeds)
     kernels = normal(shape, seed) * draw(st.sampled_from([0.1, 1.0, 10.0]))
-    dead = torch.rand(shape[:2], generator=torch.Generator().manual_seed(seed)) < draw(st.sampled_from([0.0, 0.5, 1.0]))
+    dead = torch.rand(shape[:2], generator=seeded(seed)) < draw(st.sampled_from([0.0, 0.5, 1.0]))
     return torch.where(dead[:, :, None, None], 0.0, kernels), normal((shape[mass_axis],), seed + 1)
 
 

@@ -7,9 +7,11 @@ import reference as slow
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import SMOOTH, architectures, cases, generator, random_inputs, random_network, random_targets
+from scipy import optimize
+from strategies import SMOOTH, architectures, bounded, cases, random_inputs, random_network, random_targets, seeded
 
 import meanfield as mf
+from meanfield.problem import project_bounds
 
 ARCH = mf.Architecture((1, 3, 3), (mf.Conv(2, bias=True), mf.Conv(2, bias=True)))
 smooth = architectures(activations=SMOOTH, poolings=("none", "average"))
@@ -37,7 +39,7 @@ def test_gradient_of_every_term_matches_finite_differences(case, term):
     gradients = torch.autograd.grad(value, tensors)
     step = 1e-5
     for index, (tensor, gradient) in enumerate(zip(tensors, gradients)):
-        direction = torch.randn(tensor.shape, generator=generator(case.seed + index), dtype=tensor.dtype)
+        direction = torch.randn(tensor.shape, generator=seeded(case.seed + index), dtype=tensor.dtype)
         ends = []
         for sign in (1, -1):
             moved = [t + sign * step * direction if k == index else t for k, t in enumerate(case.network.tensors())]
@@ -133,7 +135,7 @@ def test_one_layer_relu_value_survives_scaled_masses(case, a):
 
 @given(cases())
 def test_relabelling_the_images_changes_nothing(case):
-    order = torch.randperm(len(case.problem.inputs), generator=generator(case.seed))
+    order = torch.randperm(len(case.problem.inputs), generator=seeded(case.seed))
     shuffled = case.problem.batch(order)
     torch.testing.assert_close(shuffled.value(case.network), case.problem.value(case.network), rtol=1e-12, atol=1e-13)
 
@@ -170,6 +172,48 @@ def test_repr_names_loss_and_size():
     assert repr(mf.Problem(ARCH, torch.zeros(2, 1, 3, 3), [1, 2])).startswith(
         "Problem(2 images, squared loss, Architecture("
     )
+
+
+def nearest(rows, masses, bound, norm):
+    """argmin sum_i p_i |w_i - v_i|^2 over sum_i p_i |v_i| <= bound, by a root of the amount by which entries shrink."""
+    if sum(p * slow.kernel_norm(w, norm) for p, w in zip(masses, rows)) <= bound:
+        return rows
+
+    def shrunk(theta):
+        if norm.kernel_norm == "l1":
+            return np.sign(rows) * np.maximum(np.abs(rows) - theta, 0)
+        return np.array([w * max(0.0, 1 - theta / slow.kernel_norm(w, norm)) for w in rows])
+
+    excess = lambda theta: sum(p * slow.kernel_norm(v, norm) for p, v in zip(masses, shrunk(theta))) - bound  # noqa: E731
+    return shrunk(optimize.brentq(excess, 0, np.abs(rows).sum(), xtol=1e-14))
+
+
+@given(cases(bounds=(None,), archs=architectures(sides=(2, 4))), st.sampled_from([0.1, 0.6, 5.0]))
+def test_projection_on_the_bounds_is_the_nearest_network(case, factor):
+    """Feature by feature; masses and readout stay."""
+    penalty = bounded(case.problem.penalty, case.network, factor, factor)
+    problem = mf.Problem(
+        case.problem.architecture, case.problem.inputs, case.problem.targets, case.problem.loss.name, penalty
+    )
+    before, after = case.network, project_bounds(problem, case.network)
+    assert problem.excess(after) <= 1e-12
+    assert all(torch.equal(a, b) for a, b in zip((*after.masses, after.readout), (*before.masses, before.readout)))
+    if factor > 1:
+        torch.testing.assert_close(after.tensors(), before.tensors(), rtol=1e-15, atol=0)
+    for i, z in enumerate(before.kernels[0]):
+        length = math.sqrt(slow.input_cost(before, i))
+        scale = min(1.0, penalty.input_bound / length)
+        torch.testing.assert_close(after.kernels[0][i], scale * z, rtol=1e-12, atol=0)
+        if before.biases[0] is not None:
+            torch.testing.assert_close(after.biases[0][i], scale * before.biases[0][i], rtol=1e-12, atol=0)
+    for layer in range(1, len(before.widths)):
+        masses = slow.array(before.masses[layer - 1])
+        for j, rows in enumerate(slow.array(before.kernels[layer])):
+            expected = nearest(rows, masses, penalty.amplitude_bound, penalty)
+            np.testing.assert_allclose(slow.array(after.kernels[layer][j]), expected, atol=1e-9)
+        if before.biases[layer] is not None:
+            bound = penalty.amplitude_bound
+            torch.testing.assert_close(after.biases[layer], before.biases[layer].clamp(-bound, bound))
 
 
 TANH, RELU = mf.Conv(2, activation="tanh"), mf.Conv(2)

@@ -8,10 +8,11 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
+EXTENDING = (ROOT / "docs" / "extending.md").read_text()
 
 
-def blocks(language):
-    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+def blocks(language, text=README):
+    return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
 
 
 def run(example, directory):
@@ -44,6 +45,11 @@ def test_the_grafting_example_runs_as_written(tmp_path):
     assert run(blocks("python")[2], tmp_path).startswith("relative error 0.")
 
 
+@pytest.mark.parametrize("example", blocks("python", EXTENDING))
+def test_a_recipe_runs_as_written(example, tmp_path):
+    assert run(example, tmp_path)
+
+
 def test_the_examples_are_short():
     assert all(sum(bool(line.strip()) for line in example.splitlines()) <= 20 for example in blocks("python"))
 
@@ -67,7 +73,9 @@ def test_files_named_in_the_text_exist():
         assert (ROOT / name).exists(), name
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/what_this_proves.md", "docs/finite_networks.md"])
+@pytest.mark.parametrize(
+    "page", ["README.md", "docs/what_this_proves.md", "docs/finite_networks.md", "docs/extending.md"]
+)
 def test_links_lead_somewhere(page):
     path = ROOT / page
     for link in re.findall(r"\[[^\]]*\]\(([^)#]+)[^)]*\)", path.read_text()):

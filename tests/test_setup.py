@@ -38,9 +38,10 @@ def test_version():
 
 def test_templates_are_packaged():
     pytest.importorskip("setuptools", reason="setuptools is not installed")
-    patterns = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]["meanfield"]
-    found = {path for pattern in patterns for path in (ROOT / "meanfield").glob(pattern)}
-    assert found == {path for path in (ROOT / "meanfield" / "templates").iterdir() if path.is_file()}
+    tool = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]
+    patterns = tool["setuptools"]["package-data"]["meanfield.pages"]
+    found = {path for pattern in patterns for path in (ROOT / "meanfield" / "pages").glob(pattern)}
+    assert found == {path for path in (ROOT / "meanfield" / "pages" / "templates").iterdir() if path.is_file()}
 
 
 def test_imports_go_downward():

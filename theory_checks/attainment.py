@@ -26,7 +26,7 @@ from meanfield import measures
 from meanfield.penalties import input_norms
 from theory_checks.claim import Axes, Claim, Evidence, Series, Setting
 from theory_checks.instances import digits_problem, random_network, random_problem, random_start
-from theory_checks.rounding import output_error
+from theory_checks.rounding import EXTRA, output_error
 from theory_checks.statistics import largest, share_text, smallest
 
 WIDTHS = ((8,), (6, 8), (6, 8, 8))
@@ -34,7 +34,6 @@ DIGITS_WIDTHS = (12, 24)
 # sup |h - h_limit|, h_limit positively homogeneous
 TO_LIMIT = {"relu": 0.0, "identity": 0.0, "softplus": math.log(2), "gelu": 0.17}
 AT_ZERO = {"relu": 0.0, "softplus": math.log(2), "gelu": 0.0}  # |h(x)| <= AT_ZERO + |x|
-EXTRA = 8  # roundings outside the sums
 SHARES = np.logspace(-24, -6, 10)  # e, the mass of the live features of the last layer
 CONCENTRATIONS = np.logspace(-36, 0, 10)
 LIGHT = mf.Penalty(source=1e-6, readout=0.05, input=1e-5)
@@ -239,8 +238,7 @@ def _rates(setting: Setting, laws: Laws, choices: Sequence[Activations], bounds:
     beyond = sum(ratio > 1 for ratio in ratios)
     text = (
         f"{share_text(beyond, len(ratios), 'families leave their power')}; slopes {min(slopes):.6f} to "
-        f"{max(slopes):.6f}, "
-        f"expected {powers} to within {min(allowed):.1g} to {max(allowed):.1g}"
+        f"{max(slopes):.6f}, expected {powers} to within {min(allowed):.1g} to {max(allowed):.1g}"
     )
     return Evidence(largest(ratios), text, len(ratios), beyond, tuple(series))
 
@@ -387,8 +385,8 @@ def _floors(setting: Setting, cases: Sequence[Case]) -> Evidence:
         )
     beyond = sum(ratio < 1 for ratio in ratios)
     text = (
-        f"{share_text(beyond, len(ratios), 'problems get below the floor')}; J / floor gets down to "
-        f"{min(ratios):.4g} to {max(ratios):.4g}{more}"
+        f"{share_text(beyond, len(ratios), 'problems get below the floor')}; J / floor gets down to {min(ratios):.4g} "
+        f"to {max(ratios):.4g}{more}"
     )
     return Evidence(smallest(ratios), text, len(ratios), beyond, tuple(series))
 
@@ -406,9 +404,8 @@ RATE = {
     "threshold": 1.0,
     "derivation": (
         "J = P e^k + loss along the family; the loss is at most (misfit of the fit + remainder + rounding)^2 / 2; the "
-        "remainder is 0 for relu "
-        "and identity and sums sup |h - relu| / gain over the layers for softplus and gelu; the slope is linear in "
-        "log J"
+        "remainder is 0 for relu and identity and sums sup |h - relu| / gain over the layers for softplus and gelu; "
+        "the slope is linear in log J"
     ),
     "axes": Axes("mass e of the live features of the last layer", "J", "xy"),
 }
@@ -426,14 +423,12 @@ CLAIMS = (
         name="attainment.unbounded",
         statement=(
             "With an unbounded last activation, L >= 2 and no bounds, J falls to the least loss as mass concentrates: "
-            "like e^(1/3) for L = 2 and "
-            "e^(1/2) for L = 3, e the live mass of every layer above the first."
+            "like e^(1/3) for L = 2 and e^(1/2) for L = 3, e the live mass of every layer above the first."
         ),
         source=SOURCE,
         limits=(
             "Explicit families, for the squared loss and data that are fitted: the infimum is that without penalties "
-            "and no measure has it. "
-            "Not that a solver follows them, nor that no family is faster in e."
+            "and no measure has it. Not that a solver follows them, nor that no family is faster in e."
         ),
         measure=lambda setting: _rates(setting, FREE, UNBOUNDED),
         controls={
@@ -450,8 +445,8 @@ CLAIMS = (
         name="attainment.amplitude_bound_alone",
         statement=(
             "The amplitude bound alone does not repair that: source mass e^(5/3), z ~ e^(-2/3), u ~ e^(-1/3), target "
-            "mass e send J to the least loss "
-            "like e^(1/3) for L = 2; masses e^(11/5), e^(7/5), e like e^(3/5) for L = 3."
+            "mass e send J to the least loss like e^(1/3) for L = 2; masses e^(11/5), e^(7/5), e like e^(3/5) for L = "
+            "3."
         ),
         source=SOURCE,
         limits="Activations unbounded on every layer: behind a tanh first layer the amplitude bound is enough.",
@@ -467,8 +462,8 @@ CLAIMS = (
         name="attainment.bounded",
         statement=(
             "With tanh on the last layer, or with both bounds, |f^L| <= D and no network gets below J = lambda_u / "
-            "(D^2 + 2 lambda_u) "
-            "(targets of size 1): the families that send J to zero, and descents from them, stay above."
+            "(D^2 + 2 lambda_u) (targets of size 1): the families that send J to zero, and descents from them, stay "
+            "above."
         ),
         source="docs/theory.md, section 4.3; |F| <= D int |u| and Cauchy-Schwarz",
         statistic="least J / floor over both families of concentration (e from 1 to 1e-36, best readout at each), a "
@@ -476,13 +471,12 @@ CLAIMS = (
         threshold=1.0,
         derivation=(
             "theorem: D = 1 with tanh, else D follows from |g| <= B_1 |patch| / C_0 and |g| <= B sqrt(S) max |f|; "
-            "bounds are chosen so that "
-            "D = 1 for relu. Controls are held against the floor of the bounds that they lack"
+            "bounds are chosen so that D = 1 for relu. Controls are held against the floor of the bounds that they "
+            "lack"
         ),
         limits=(
             "That the infimum is positive; with tanh the saturated network shows that the floor is its limit at light "
-            "penalties. That the infimum is "
-            "attained is compactness, which is not measured."
+            "penalties. That the infimum is attained is compactness, which is not measured."
         ),
         measure=lambda setting: _floors(setting, BOUNDED),
         controls={

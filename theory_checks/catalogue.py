@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Sequence
 
+from meanfield.validation import one_of
 from theory_checks.claim import Claim
 
 FAMILIES = (
@@ -25,23 +26,19 @@ FAMILIES = (
 
 
 def claims(only: Sequence[str] = ()) -> list[Claim]:
-    """All claims, or those whose name or family is in `only`."""
+    """All claims, or those whose name or family is in `only`; Misuse names what is neither."""
     every = [claim for family in FAMILIES for claim in importlib.import_module(f"theory_checks.{family}").CLAIMS]
-    if not only:
-        return every
-    unknown = [name for name in only if not any(_matches(claim, name) for claim in every)]
-    if unknown:
-        raise ValueError(
-            f"--only {', '.join(unknown)}: no such claim; there are {', '.join(claim.name for claim in every)}"
-        )
-    return [claim for claim in every if any(_matches(claim, name) for name in only)]
-
-
-def _matches(claim: Claim, name: str) -> bool:
-    return claim.name == name or claim.name.split(".")[0] == name
+    known = dict.fromkeys([*FAMILIES, *(claim.name for claim in every)])
+    wanted = [one_of(name, known, "only") for name in only] or FAMILIES
+    return [claim for claim in every if claim.name in wanted or family_of(claim.name) in wanted]
 
 
 def claim(name: str) -> Claim:
     """The claim of that name, importing only its own family."""
-    family = importlib.import_module(f"theory_checks.{name.split('.')[0]}")
+    family = importlib.import_module(f"theory_checks.{family_of(name)}")
     return next(each for each in family.CLAIMS if each.name == name)
+
+
+def family_of(name: str) -> str:
+    """The file of theory_checks that a claim stands in."""
+    return name.split(".")[0]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import meanfield as mf
 from meanfield.convex import repopulation
-from theory_checks.claim import Axes, Claim, Evidence, Series, Setting
+from theory_checks.claim import Axes, Claim, Evidence, Setting, ranked
 from theory_checks.instances import random_network, random_problem
 from theory_checks.rounding import output_error, value_error
 from theory_checks.statistics import largest, share_text
@@ -76,11 +76,10 @@ def _compare(setting: Setting, change: Change) -> Evidence:
     top = max(range(len(worst)), key=worst.__getitem__)
     beyond = sum(error > 1 for error in worst)
     text = (
-        f"{share_text(beyond, len(worst), 'networks change')}; the largest change is {worst[top]:.2g} rounding "
-        f"bounds, in the {names[top]}"
+        f"{share_text(beyond, len(worst), 'networks change')}; the largest change is {worst[top]:.2g} rounding bounds, "
+        f"in the {names[top]}"
     )
-    series = Series("largest change", [float(i) for i in range(len(worst))], sorted(worst), "points")
-    return Evidence(largest(worst), text, len(worst), beyond, (series,))
+    return Evidence(largest(worst), text, len(worst), beyond, (ranked("largest change", worst),))
 
 
 def _without_source_mass(network: mf.ParticleNetwork) -> mf.ProgramPoint:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -43,6 +43,11 @@ class Series:
     x: list[float]
     y: list[float]
     style: str = "line"
+
+
+def ranked(name: str, values: Sequence[float]) -> Series:
+    """Points: the values by size, over their places."""
+    return Series(name, [float(place) for place in range(len(values))], sorted(values), "points")
 
 
 @dataclass(frozen=True)

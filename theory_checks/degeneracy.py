@@ -73,8 +73,8 @@ def _through_light_sources(setting: Setting, order: Order) -> Evidence:
         shares.append(float(outflow[masses <= LIGHT / WIDTHS[0]].sum() / outflow.sum()))
         series.append(Series(f"optimum {instance}", masses.tolist(), outflow.tolist(), "points"))
     text = (
-        f"largest outflow {max(ratios):.2g} of what a source penalty of J allows; without mass {min(shares):.1%} "
-        f"to {max(shares):.1%} of all flow"
+        f"largest outflow {max(ratios):.2g} of what a source penalty of J allows; without mass {min(shares):.1%} to "
+        f"{max(shares):.1%} of all flow"
     )
     return Evidence(largest(ratios), text, len(ratios), sum(ratio > 1 for ratio in ratios), tuple(series[:4]))
 
@@ -89,8 +89,7 @@ CLAIMS = (
         threshold=1.0,
         derivation=(
             "lambda_s (sum_j |W_ij|)^2 / p_i <= J at every finite point of value J; masses are read as at least 1e-6 "
-            "of the mean, "
-            "a thousand times what the interior-point method leaves"
+            "of the mean, a thousand times what the interior-point method leaves"
         ),
         limits="The other order is convex as well: convexity alone does not make a penalty sensible.",
         measure=lambda setting: _through_light_sources(setting, _source_outside),

@@ -104,10 +104,9 @@ def _identity(setting: Setting, rescaling: Rescaling, factor: float = 1.0) -> Ev
     rises = int((errors[:, -1] > 1).sum())
     beyond = sum(limit > IDENTITY_THRESHOLD for limit in limits)
     text = (
-        f"error of the identity at step zero: {min(limits):.1e} to {max(limits):.1e}, {beyond} of {len(limits)} "
-        f"beyond the threshold; "
-        f"root mean square {typical[0]:.1e} at step {steps[0]:.3g}, {typical[-1]:.1e} at {steps[-1]:.3g}, "
-        f"order {math.log2(typical[-2] / typical[-1]):.3f}; J rose in {rises} steps of {steps[-1]:.3g}"
+        f"error of the identity at step zero: {min(limits):.1e} to {max(limits):.1e}, {beyond} of {len(limits)} beyond "
+        f"the threshold; root mean square {typical[0]:.1e} at step {steps[0]:.3g}, {typical[-1]:.1e} at "
+        f"{steps[-1]:.3g}, order {math.log2(typical[-2] / typical[-1]):.3f}; J rose in {rises} steps of {steps[-1]:.3g}"
     )
     series = (
         Series("root mean square over networks", steps, typical.tolist()),
@@ -220,8 +219,7 @@ CLAIMS = (
         threshold=IDENTITY_THRESHOLD,
         derivation=(
             "the error is a power series in h and a few per cent at the largest step; extrapolation over four steps "
-            "leaves about its "
-            "fourth power"
+            "leaves about its fourth power"
         ),
         limits="A smooth activation, no kernel at zero and exact arithmetic in t; the speed differentiates J "
         "independently of the flow's code.",
@@ -245,8 +243,7 @@ CLAIMS = (
         threshold=-0.75,
         derivation=(
             "Monte Carlo has the rate 1/m, slope -1; halfway to the rate 1/sqrt(m). A first version took half of "
-            "slope -1, for a control that "
-            "would not approach at all; its outputs do, with slopes of -0.3 to -0.6"
+            "slope -1, for a control that would not approach at all; its outputs do, with slopes of -0.3 to -0.6"
         ),
         limits="Two tanh layers, one bounded flow time, explicit Euler at a fixed step; starts drawn i.i.d. from one "
         "measure.",

@@ -187,8 +187,8 @@ def _compared(setting: Setting, make: Make) -> Evidence:
         )
     accuracy = np.mean([path[2] for path in paths], 0)
     text = (
-        f"{'; '.join(parts)}; held-out accuracy {accuracy[0]:.1%} and {accuracy[-1]:.1%} at the ends, least "
-        f"between {accuracy[1:-1].min():.1%}"
+        f"{'; '.join(parts)}; held-out accuracy {accuracy[0]:.1%} and {accuracy[-1]:.1%} at the ends, least between "
+        f"{accuracy[1:-1].min():.1%}"
     )
     mean, own = np.mean([path[0] for path in paths], 0), np.mean([path[0] for path in noise], 0)
     series = (
@@ -210,22 +210,20 @@ CLAIMS = (
         source="Gu et al. 2020, hybrid networks",
         statistic=(
             "mean over draws and pairs of the largest rise of the training loss above the chord between p = 0 and 1 "
-            "(in units of the chord), upper "
-            "95% bootstrap limit, over the 95% quantile of that rise where both shares are drawn from ONE network"
+            "(in units of the chord), upper 95% bootstrap limit, over the 95% quantile of that rise where both shares "
+            "are drawn from ONE network"
         ),
         threshold=1.0,
         derivation=(
             "a definition: drawing channels and fitting cost something even within one network; no barrier means no "
-            "more than 95% of such "
-            "self-hybrids cost. It was written down after curves of two pairs (ten classes) had been seen, so it is "
-            "no blind test"
+            "more than 95% of such self-hybrids cost. It was written down after curves of two pairs (ten classes) had "
+            "been seen, so it is no blind test"
         ),
         limits=(
             "Empirical, no theorem: small ReLU networks of two layers on 4x4 digits, equal widths, one way to fit. "
-            "The readout is fitted to the "
-            "mixed outputs, whose own loss is convex in p; what can fail is that the mixed features carry them. Two "
-            "draws from one network share "
-            "channels, so that self-hybrids have fewer distinct features, which widens what is allowed."
+            "The readout is fitted to the mixed outputs, whose own loss is convex in p; what can fail is that the "
+            "mixed features carry them. Two draws from one network share channels, so that self-hybrids have fewer "
+            "distinct features, which widens what is allowed."
         ),
         measure=lambda setting: _compared(setting, hybrid),
         controls={

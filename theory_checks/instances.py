@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 import meanfield as mf
-from meanfield import starts
+from meanfield import measures, starts
 from meanfield.starts import normal
 from theory_checks.claim import Setting
 
@@ -62,6 +62,12 @@ def random_network(problem: mf.Problem, widths: Sequence[int], generator: torch.
     return mf.ParticleNetwork(
         architecture, masses, kernels, normal(architecture.readout_shape(widths[-1]), generator, like), biases
     )
+
+
+def permuted(network: mf.ParticleNetwork, generator: torch.Generator) -> mf.ParticleNetwork:
+    """The same function, the particles of every layer in a random order."""
+    orders = [torch.randperm(m, generator=generator).to(network.device) for m in network.widths]
+    return measures.permute(network, orders)
 
 
 def random_masses(count: int, generator: torch.Generator) -> Tensor:

@@ -8,8 +8,8 @@ import torch
 
 import meanfield as mf
 from meanfield import measures
-from theory_checks.claim import Axes, Claim, Evidence, Series, Setting
-from theory_checks.instances import random_masses, random_network, random_problem
+from theory_checks.claim import Axes, Claim, Evidence, Setting, ranked
+from theory_checks.instances import permuted, random_masses, random_network, random_problem
 from theory_checks.rounding import output_error, value_error
 from theory_checks.statistics import largest, share_text
 
@@ -21,12 +21,6 @@ def _pick(network: mf.ParticleNetwork, generator: torch.Generator) -> tuple[int,
     """A random layer and particle."""
     layer = int(torch.randint(network.architecture.depth, (), generator=generator))
     return layer, int(torch.randint(network.widths[layer], (), generator=generator))
-
-
-def _permuted(network: mf.ParticleNetwork, generator: torch.Generator) -> mf.ParticleNetwork:
-    return measures.permute(
-        network, [torch.randperm(m, generator=generator).to(network.device) for m in network.widths]
-    )
 
 
 def _split(network: mf.ParticleNetwork, generator: torch.Generator) -> mf.ParticleNetwork:
@@ -51,15 +45,20 @@ def _copied_whole(network: mf.ParticleNetwork, generator: torch.Generator) -> mf
     return mf.ParticleNetwork(network.architecture, masses, cloned.kernels, cloned.readout, cloned.biases)
 
 
-MOVES: dict[str, Move] = {"permutation": _permuted, "splitting": _split, "splitting and merging": _split_and_merged}
+MOVES: dict[str, Move] = {"permutation": permuted, "splitting": _split, "splitting and merging": _split_and_merged}
 
 
 def _change(problem: mf.Problem, network: mf.ParticleNetwork, moved: mf.ParticleNetwork) -> float:
     """Change of output and value, in rounding bounds of both networks."""
+    values = abs(float(problem.terms(network).total()) - float(problem.terms(moved).total()))
+    allowed = value_error(problem, network) + value_error(problem, moved)
+    return max(_output_change(problem, network, moved), values / allowed)
+
+
+def _output_change(problem: mf.Problem, network: mf.ParticleNetwork, moved: mf.ParticleNetwork) -> float:
     outputs = (network.responses(problem.inputs).output - moved.responses(problem.inputs).output).abs()
     allowed = output_error(network, problem.inputs) + output_error(moved, problem.inputs)
-    values = abs(float(problem.terms(network).total()) - float(problem.terms(moved).total()))
-    return max(float((outputs / allowed).max()), values / (value_error(problem, network) + value_error(problem, moved)))
+    return float((outputs / allowed).max())
 
 
 def _changes(setting: Setting, moves: dict[str, Move]) -> Evidence:
@@ -78,7 +77,7 @@ def _evidence(found: dict[str, list[float]]) -> Evidence:
     every = [change for changes in found.values() for change in changes]
     beyond = sum(change > 1 for change in every)
     worst = ", ".join(f"{name} {max(changes):.2g}" for name, changes in found.items())
-    series = tuple(Series(name, [float(i) for i in range(len(c))], sorted(c), "points") for name, c in found.items())
+    series = tuple(ranked(name, changes) for name, changes in found.items())
     text = f"{share_text(beyond, len(every), 'moves change the network')}; largest change in rounding bounds: {worst}"
     return Evidence(largest(every), text, len(every), beyond, series)
 
@@ -103,10 +102,8 @@ def _rescalings(setting: Setting, activation: str) -> Evidence:
         problem = random_problem(generator, 1, activation=activation, device=setting.device)
         network = random_network(problem, WIDTHS[0], generator)
         moved = _rescaled(network, generator)
-        outputs = (network.responses(problem.inputs).output - moved.responses(problem.inputs).output).abs()
-        allowed = output_error(network, problem.inputs) + output_error(moved, problem.inputs)
         balanced = [measures.balance(each, problem.penalty.input, problem.penalty.readout) for each in (network, moved)]
-        changes.append(max(float((outputs / allowed).max()), _change(problem, *balanced)))
+        changes.append(max(_output_change(problem, network, moved), _change(problem, *balanced)))
     return _evidence({"rescaling": changes})
 
 

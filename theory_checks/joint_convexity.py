@@ -15,7 +15,7 @@ import meanfield as mf
 from meanfield.convex import repopulation
 from meanfield.studies import convexity
 from meanfield.studies.convexity import Function, ProgramVariables
-from theory_checks.claim import Axes, Claim, Evidence, Series, Setting
+from theory_checks.claim import Axes, Claim, Evidence, Series, Setting, ranked
 from theory_checks.instances import random_network, random_problem
 from theory_checks.statistics import largest, share_text
 
@@ -122,7 +122,7 @@ def _along_segments(setting: Setting, objective: Objective, least_depth: int = 1
     assert worst is not None
     text = (
         f"{share_text(violated, lines, 'lines rise above their chord')}; the worst by {worst.relative:+.1e} of the "
-        f"chord"
+        "chord"
     )
     return Evidence(largest(shares), text, lines, violated, shown, worst)
 
@@ -151,9 +151,7 @@ def _curvatures(setting: Setting, objective: Objective, least_depth: int = 1) ->
         f"{share_text(negative, len(ratios), 'points have negative curvature')}; most negative eigenvalue over the "
         f"largest {max(relative):+.1e}"
     )
-    series = Series(
-        "minus the smallest eigenvalue / its rounding", [float(i) for i in range(len(ratios))], sorted(ratios), "points"
-    )
+    series = ranked("minus the smallest eigenvalue / its rounding", ratios)
     return Evidence(largest(ratios), text, len(ratios), negative, (series,))
 
 

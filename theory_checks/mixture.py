@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import lru_cache
 
 import numpy as np
@@ -14,12 +13,11 @@ import meanfield as mf
 from meanfield import measures
 from theory_checks.claim import Axes, Claim, Evidence, Series, Setting
 from theory_checks.instances import digits_problem, random_start
-from theory_checks.rounding import value_error
+from theory_checks.lines import Join, rises
 from theory_checks.statistics import largest
 
 TIMES = (0.1, 0.25, 0.5, 0.75, 0.9)
 Pair = tuple[mf.Problem, mf.ParticleNetwork, mf.ParticleNetwork]
-Join = Callable[[mf.ParticleNetwork, mf.ParticleNetwork, float], mf.ParticleNetwork]
 
 
 @lru_cache(maxsize=64)
@@ -47,23 +45,16 @@ def _pairs(setting: Setting, widths: tuple[tuple[int, int], ...]) -> list[Pair]:
 def _rises(setting: Setting, pairs: list[Pair], join: Join, name: str) -> Evidence:
     ratios, relative, series = [], [], []
     for problem, first, second in pairs:
-        ends = [float(problem.terms(end).total()) for end in (first, second)]
-        allowed = max(value_error(problem, first), value_error(problem, second))
-        rises = []
-        for t in TIMES:
-            middle = join(first, second, t)
-            rise = float(problem.terms(middle).total()) - (1 - t) * ends[0] - t * ends[1]
-            rises.append(rise / max(ends))
-            ratios.append(rise / (allowed + value_error(problem, middle)))
-        relative.append(max(rises))
-        series.append(
-            Series(f"{name}, widths {first.widths} and {second.widths}", [0.0, *TIMES, 1.0], [0.0, *rises, 0.0])
-        )
+        heights, bounds = rises(problem, first, second, join, TIMES)
+        ratios += bounds
+        relative.append(max(heights))
+        label = f"{name}, widths {first.widths} and {second.widths}"
+        series.append(Series(label, [0.0, *TIMES, 1.0], [0.0, *heights, 0.0]))
     beyond = sum(ratio > 1 for ratio in ratios)
     low, high = min(relative), max(relative)
     text = (
-        f"{beyond} of {len(ratios)} points above the chord; the highest of a line is {low:+.2g} to {high:+.2g} of "
-        f"J over {len(pairs)} pairs"
+        f"{beyond} of {len(ratios)} points above the chord; the highest of a line is {low:+.2g} to {high:+.2g} of J "
+        f"over {len(pairs)} pairs"
     )
     return Evidence(largest(ratios), text, len(ratios), beyond, tuple(series[:4]))
 

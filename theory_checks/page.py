@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from html import escape
+from dataclasses import asdict
 from pathlib import Path
-from string import Template
 from typing import Any
 
+from markupsafe import Markup
 from rich.table import Table
 
+from meanfield.bench.provenance import Provenance
+from meanfield.pages import html
+from meanfield.pages.html import Figure, Page, Section, Verbatim
+from meanfield.storage import to_json, write_atomically
+from theory_checks import catalogue, pictures
+
 Record = Mapping[str, Any]
+TITLE = "Claims and their controls"
 FAILED_CONTROL = "CONTROL PASSED"
 
 
@@ -63,7 +70,7 @@ COLUMNS = ("claim", "statistic", "holds if", "closest control", "seconds", "verd
 
 def table(records: Sequence[Record]) -> Table:
     """The verdicts for a terminal."""
-    found = Table(title="Claims and their controls", show_lines=False)
+    found = Table(title=TITLE, show_lines=False)
     for index, column in enumerate(COLUMNS):
         found.add_column(column, justify="right" if 0 < index < 5 else "left", overflow="fold")
     for name, group in grouped(records).items():
@@ -89,59 +96,56 @@ def failures(records: Sequence[Record]) -> list[str]:
     return lines
 
 
-def html(records: Sequence[Record], images: Mapping[str, str], command: str) -> str:
-    """The page; images: claim -> address of its picture."""
+def write(records: Sequence[Record], directory: Path, made: Provenance) -> Path:
+    """Write the picture of every claim as PNG, results.json and the page that links them, index.html; returns it."""
+    images = {}
+    for name, (first, *_) in grouped(records).items():
+        if first["evidence"]:
+            picture = pictures.picture(first, catalogue.claim(name).axes)
+            images[name] = write_atomically(directory / f"{name}.png", picture).name
+    write_atomically(directory / "results.json", to_json({"made": made, "records": records}))
+    return write_atomically(directory / "index.html", html.render(assemble(records, made), images))
+
+
+def assemble(records: Sequence[Record], made: Provenance) -> Page:
+    """The page; the figure of a claim has its name."""
     groups = grouped(records)
     passed = sum(all(record["passed"] for record in group) for group in groups.values())
     controls = sum(len(group[0]["controls"]) for group in groups.values())
     summary = (
         f"{passed} of {len(groups)} claims hold with all of their {controls} negative controls rejected. A control is "
-        f"the same measurement "
-        "without an assumption of the theory; a claim whose control passes counts as failed."
+        "the same measurement without an assumption of the theory; a claim whose control passes counts as failed."
     )
-    return Template((Path(__file__).parent / "template.html").read_text(encoding="utf-8")).substitute(
-        title="What the theory claims, measured",
-        summary=escape(summary),
-        table=_html_table(groups),
-        sections="\n".join(_section(group, images.get(name)) for name, group in groups.items()),
-        footer=f"Made by <code>{escape(command)}</code>.",
-    )
+    rows = [[_link(name), *_row(group)[1:-1], _badge(group)] for name, group in groups.items()]
+    sections = [Section(TITLE, [html.Table(COLUMNS, rows)]), *map(_section, groups.values())]
+    remark = "Every record is in results.json beside this page."
+    return Page("What the theory claims, measured", summary, sections, asdict(made), remark)
 
 
-def _html_table(groups: Mapping[str, Sequence[Record]]) -> str:
-    kinds = ["", *[' class="number"'] * 4, ""]
-    head = "".join(f"<th{kind}>{escape(column)}</th>" for kind, column in zip(kinds, COLUMNS))
-    lines = []
-    for name, group in groups.items():
-        cells = [f'<a href="#{escape(name)}">{escape(name)}</a>', *map(escape, _row(group)[1:-1]), _badge(group)]
-        lines.append("<tr>" + "".join(f"<td{kind}>{cell}</td>" for kind, cell in zip(kinds, cells)) + "</tr>")
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
+def _link(name: str) -> Markup:
+    return Markup('<a href="#{0}">{0}</a>').format(name)
 
 
-def _badge(group: Sequence[Record]) -> str:
+def _badge(group: Sequence[Record]) -> Markup:
     passed = all(record["passed"] for record in group)
-    return f'<span class="verdict {"good" if passed else "bad"}">{escape(_row(group)[-1])}</span>'
+    return Markup('<span class="verdict {}">{}</span>').format("good" if passed else "bad", _row(group)[-1])
 
 
-def _section(group: Sequence[Record], image: str | None) -> str:
+def _section(group: Sequence[Record]) -> Section:
     first = group[0]
-    rows = [("measured", first["evidence"], first["statistic"])] if first["evidence"] else []
-    rows += [(f"control: {name}", evidence, evidence["statistic"]) for name, evidence in first["controls"].items()]
-    body = "".join(
-        f"<tr><td>{escape(name)}</td><td "
-        f'class="number">{number(statistic)}</td><td>{escape(evidence["text"])}</td></tr>'
-        for name, evidence, statistic in rows
-    )
-    caption = f"{escape(first['name'])}: measured on the left, controls on the right"
-    picture = f'<figure><img src="{escape(image)}" alt="{caption}"></figure>' if image else ""
-    error = f"<pre>{escape(first['error'])}</pre>" if first["error"] else ""
-    return (
-        f'<section id="{escape(first["name"])}"><h2>{escape(first["statement"])}</h2>'
-        f'<p>{_badge(group)} <span class="soft">{escape(first["name"])}; {escape(first["source"])}</span></p>'
-        f"<p>Statistic: {escape(first['measured'])}. Holds if {threshold(first)}: "
-        f"{escape(first['derivation'])}.</p>{error}"
-        f'<div class="scroll"><table><thead><tr><th></th><th class="number">statistic</th><th>seed '
-        f"{first['seed']}</th></tr></thead>"
-        f"<tbody>{body}</tbody></table></div>{picture}<p><b>What it does not show.</b> "
-        f"{escape(first['limits'])}</p></section>"
-    )
+    name, evidence = first["name"], first["evidence"]
+    place = Markup('{} <span class="soft">{}; {}</span>').format(_badge(group), name, first["source"])
+    rule = f"Statistic: {first['measured']}. Holds if {threshold(first)}: {first['derivation']}."
+    error = [Verbatim(first["error"])] if first["error"] else []
+    caption = f"{name}: measured on the left, controls on the right"
+    picture = [Figure(name, caption, wide=True)] if evidence else []
+    limits = Markup("<b>What it does not show.</b> {}").format(first["limits"])
+    return Section(first["statement"], [place, rule, *error, _evidence(first), *picture, limits], id=name)
+
+
+def _evidence(record: Record) -> html.Table:
+    """What was measured, and below it each control."""
+    found = {"measured": record["evidence"]} if record["evidence"] else {}
+    found |= {f"control: {name}": evidence for name, evidence in record["controls"].items()}
+    rows = [[name, number(evidence["statistic"]), evidence["text"]] for name, evidence in found.items()]
+    return html.Table(["", "statistic", f"seed {record['seed']}"], rows, text={0, 2})

@@ -1,4 +1,4 @@
-"""Run claims over seeds, several at a time, keeping every verdict as soon as it is there.
+"""Run claims over seeds, several at a time, every verdict kept as soon as it is there.
 
 A verdict travels as a record, the plain values of `Verdict.to_dict`; what is printed, drawn and written comes from
 records alone, whether just measured or read back.
@@ -6,94 +6,67 @@ records alone, whether just measured or read back.
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Iterator, Sequence
-from functools import cache
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from joblib import Parallel, delayed
-
-import meanfield
-from meanfield.pages.html import to_json
-from meanfield.storage import write_atomically
-from theory_checks.catalogue import claim
+from meanfield.bench import sweep
+from meanfield.bench.sweep import Cell
+from theory_checks import catalogue
 from theory_checks.claim import Setting, Verdict, judge
 
-FRAME = ("claim", "statistics", "rounding", "instances")
+FRAME = ("runner", "claim", "statistics", "rounding", "instances", "lines")  # what every verdict depends on
 Record = dict[str, Any]
-Task = tuple[str, Setting]
 
 
-def run(tasks: Sequence[Task], directory: Path | None = None, jobs: int = 1, resume: bool = False) -> Iterator[Record]:
-    """Records in the order in which they are finished; with `directory` each is written there, and with `resume` read
-    back.
+def cells(names: Sequence[str], seeds: Sequence[int], full: bool, device: str) -> list[Cell]:
+    """One for every claim and seed, seeds running fastest."""
+    return sweep.product_of({"full": full, "device": device}, claim=names, seed=seeds)
 
-    A stored record counts only if it was made by the same code.
+
+def run(
+    cells: Sequence[Cell],
+    directory: Path | None = None,
+    jobs: int = 1,
+    announce: Callable[[Cell, bool], None] = lambda cell, kept: None,
+) -> list[Record]:
+    """Records in the order of the cells, kept in `directory`/cells, witnesses beside them.
+
+    A kept record counts as long as the library, the frame of measurements and the claim's own file stay.  An error is
+    not kept: what was out of memory today may not be tomorrow.
     """
-    waiting = []
-    for task in tasks:
-        stored = _stored(directory, task) if resume and directory is not None else None
-        if stored is None:
-            waiting.append(task)
-        else:
-            yield stored
-    finished: Any = Parallel(n_jobs=jobs, return_as="generator_unordered")(
-        delayed(_measure)(task, directory) for task in waiting
+    return sweep.run(
+        measure,
+        cells,
+        None if directory is None else directory / "cells",
+        jobs=jobs,
+        announce=announce,
+        places={} if directory is None else {"witnesses": str(directory / "witnesses")},
+        sources=sources,
+        lasting=lambda records: not any(record["error"] for record in records),
     )
-    for record in finished:
-        record["code"] = fingerprint(record["name"])
-        if directory is not None:
-            write_atomically(_record_path(directory, record["name"], record["seed"], record["full"]), to_json(record))
-        yield record
 
 
-def _measure(task: Task, directory: Path | None) -> Record:
-    torch.set_num_threads(1)
-    name, setting = task
-    verdict = judge(claim(name), setting)
-    if directory is not None:
-        _save_witnesses(verdict, directory)
-    return verdict.to_dict()
+def measure(cell: Cell, witnesses: str | None = None) -> list[Record]:
+    """The record of one claim at one seed; its controls' witnesses are saved in the directory `witnesses`."""
+    verdict = judge(catalogue.claim(cell["claim"]), Setting(cell["seed"], cell["full"], cell["device"]))
+    if witnesses is not None:
+        _save_witnesses(verdict, Path(witnesses))
+    return [verdict.to_dict()]
+
+
+def sources(cell: Cell) -> list[Path]:
+    """The files of theory_checks that a cell's record depends on."""
+    return [Path(__file__).with_name(f"{module}.py") for module in (*FRAME, catalogue.family_of(cell["claim"]))]
 
 
 def _save_witnesses(verdict: Verdict, directory: Path) -> None:
     """Controls' witnesses against convexity, to be replayed: `convexity.Witness.load(path).replay(function)`."""
     for name, evidence in verdict.controls.items():
         if evidence.witness is not None and verdict.setting.seed == 0:
-            (directory / "witnesses").mkdir(parents=True, exist_ok=True)
-            evidence.witness.save(directory / "witnesses" / f"{verdict.claim.name}.{_slug(name)}.safetensors")
+            directory.mkdir(parents=True, exist_ok=True)
+            evidence.witness.save(directory / f"{verdict.claim.name}.{_slug(name)}.safetensors")
 
 
 def _slug(text: str) -> str:
     return "_".join("".join(letter if letter.isalnum() else " " for letter in text).split())
-
-
-def _record_path(directory: Path, name: str, seed: int, full: bool) -> Path:
-    return directory / "verdicts" / f"{name}.{'full' if full else 'quick'}.{seed}.json"
-
-
-def _stored(directory: Path, task: Task) -> Record | None:
-    path = _record_path(directory, task[0], task[1].seed, task[1].full)
-    if not path.exists():
-        return None
-    record = json.loads(path.read_text())
-    return record if record.get("code") == fingerprint(task[0]) and record.get("device") == task[1].device else None
-
-
-@cache
-def fingerprint(name: str) -> str:
-    """A digest of the sources that a claim's verdict depends on: the library, the frame of measurements and the
-    claim's own file.
-    """
-    own = Path(__file__).parent
-    paths = [
-        *sorted(Path(meanfield.__file__).parent.rglob("*.py")),
-        *(own / f"{module}.py" for module in (*FRAME, name.split(".")[0])),
-    ]
-    digest = hashlib.sha256()
-    for path in paths:
-        digest.update(path.read_bytes())
-    return digest.hexdigest()[:16]

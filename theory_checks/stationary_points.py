@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import lru_cache
 
 import meanfield as mf
-from theory_checks.claim import Axes, Claim, Evidence, Series, Setting
+from theory_checks.claim import Axes, Claim, Evidence, Series, Setting, ranked
 from theory_checks.instances import digits_problem, random_start
 from theory_checks.statistics import largest
 
@@ -72,8 +72,8 @@ def _against_optimum(setting: Setting, descend, starts: list[tuple[int, int]]) -
     excesses = [value / optimum - 1 for value in values]
     beyond = sum(excess > STOPPING for excess in excesses)
     text = (
-        f"{min(excesses):.1e} to {max(excesses):.1e} above the exact optimum {optimum:.8f}, "
-        f"{beyond} of {len(starts)} starts (widths {starts[0][0]} to {starts[-1][0]}) by more than the tolerance"
+        f"{min(excesses):.1e} to {max(excesses):.1e} above the exact optimum {optimum:.8f}, {beyond} of {len(starts)} "
+        f"starts (widths {starts[0][0]} to {starts[-1][0]}) by more than the tolerance"
     )
     series = Series(
         "starts", [float(width) for width, _ in starts], [max(excess, 1e-9) for excess in excesses], "points"
@@ -123,11 +123,8 @@ def _against_best(setting: Setting, moving: bool) -> Evidence:
     beyond = sum(excess > SHARE for excess in counted)
     told = ", ".join(f"{min(e):.1%} to {max(e):.1%} at widths {widths}" for widths, e in found.items())
     text = f"{len(counted)} starts at each width end above the best value known ({best:.5f}) by {told}"
-    series = [
-        Series(f"widths {w}", [float(k) for k in range(len(e))], [max(v, 1e-4) for v in sorted(e)], "points")
-        for w, e in found.items()
-    ]
-    return Evidence(largest(counted), text, len(counted), beyond, tuple(series))
+    series = tuple(ranked(f"widths {w}", [max(excess, 1e-4) for excess in each]) for w, each in found.items())
+    return Evidence(largest(counted), text, len(counted), beyond, series)
 
 
 @lru_cache(maxsize=8)
@@ -162,8 +159,7 @@ def _against_bound(setting: Setting) -> Evidence:
     found = [solved.value / bound - 1 for solved, bound in runs]
     text = "; ".join(
         f"J from {solved.history[0]['value']:.5f} to {solved.value:.5f} in {len(solved.history)} rounds, widths "
-        f"{solved.network.widths}, "
-        f"against a bound of {bound:.5f}"
+        f"{solved.network.widths}, against a bound of {bound:.5f}"
         for solved, bound in runs
     )
     series = tuple(
@@ -182,8 +178,8 @@ def _ends_against_bound(setting: Setting) -> Evidence:
     bound = max(bound for _, bound in _grown_wider(setting))
     found = [value / bound - 1 for values in _ends(setting, False).values() for value in values]
     text = f"{min(found):.1%} to {max(found):.1%} above the bound, {len(found)} runs"
-    series = (Series("equal fixed masses", [float(k) for k in range(len(found))], sorted(found), "points"),)
-    return Evidence(largest(found), text, len(found), sum(excess > SHARE for excess in found), series)
+    beyond = sum(excess > SHARE for excess in found)
+    return Evidence(largest(found), text, len(found), beyond, (ranked("equal fixed masses", found),))
 
 
 CLAIMS = (
@@ -197,10 +193,8 @@ CLAIMS = (
         derivation="the tolerance at which the alternation stops, 1e-3 of J; the exact solver's bound is within 1e-6",
         limits=(
             "One layer, kernels of two entries, one data set. The convex program and the search for features do what "
-            "the flow alone does not. "
-            "Equal masses are no obstacle by themselves here, as scales make up for masses: at width 2 some starts "
-            "reach the optimum and some "
-            "are stuck half of J above it, at width 4 most reach it."
+            "the flow alone does not. Equal masses are no obstacle by themselves here, as scales make up for masses: "
+            "at width 2 some starts reach the optimum and some are stuck half of J above it, at width 4 most reach it."
         ),
         measure=lambda setting: _against_optimum(setting, _grown, _starts(setting)),
         controls={
@@ -223,8 +217,7 @@ CLAIMS = (
         "by several tenths",
         limits=(
             "Starts do not end at one value: the limit of a flow is optimal for its own features only, and a narrow "
-            "start can stay 30% above the "
-            "others. How wide is wide enough is not known in advance."
+            "start can stay 30% above the others. How wide is wide enough is not known in advance."
         ),
         measure=lambda setting: _against_best(setting, True),
         controls={"equal fixed masses, small widths": lambda setting: _against_best(setting, False)},
@@ -239,8 +232,7 @@ CLAIMS = (
         derivation="a definition: a tenth, as in stationary_points.width; what is missed is the statistic",
         limits=(
             "The bound is not proven: with two layers the search for features is itself not convex, and bounds of 256 "
-            "starts have been seen "
-            "4% above a J that another run reached. One data set of 2x2 pixels."
+            "starts have been seen 4% above a J that another run reached. One data set of 2x2 pixels."
         ),
         measure=_against_bound,
         controls={"equal fixed masses, small widths": _ends_against_bound},

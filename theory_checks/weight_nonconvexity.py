@@ -12,9 +12,9 @@ import meanfield as mf
 from meanfield import measures
 from meanfield.studies import convexity
 from meanfield.studies.convexity import Function, ProgramVariables
-from theory_checks.claim import Axes, Claim, Evidence, Series, Setting
-from theory_checks.instances import random_problem, random_start
-from theory_checks.rounding import value_error
+from theory_checks.claim import Axes, Claim, Evidence, Series, Setting, ranked
+from theory_checks.instances import permuted, random_problem, random_start
+from theory_checks.lines import Join, rises
 from theory_checks.statistics import share_text, smallest
 
 WIDTHS = ((8,), (8, 5), (6, 5, 4))
@@ -22,7 +22,6 @@ TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)
 COPIES = 4
 NEGLIGIBLE = 1e-6  # of the largest kernel
 UNMOVED = 1e-3  # of the size of a start
-Join = Callable[[mf.ParticleNetwork, mf.ParticleNetwork, float], mf.ParticleNetwork]
 
 
 @lru_cache(maxsize=256)
@@ -45,11 +44,7 @@ def _trained(setting: Setting, depth: int, instance: int, copy: int = 0) -> mf.P
 
 
 def _copy(setting: Setting, network: mf.ParticleNetwork, instance: int) -> mf.ParticleNetwork:
-    """The same function, the particles of every layer in a random order."""
-    generator = setting.generator(42, instance)
-    return measures.permute(
-        network, [torch.randperm(m, generator=generator).to(network.device) for m in network.widths]
-    )
+    return permuted(network, setting.generator(42, instance))
 
 
 def _cases(setting: Setting) -> list[tuple[int, int]]:
@@ -66,32 +61,18 @@ def _barriers(setting: Setting, join: Join) -> Evidence:
         ends = [_copy(setting, first, COPIES * instance + index) for index in range(COPIES)] + [
             _trained(setting, depth, instance, 1)
         ]
-        lines = [_line(problem, first, end, join) for end in ends]
-        ratio, rises = max(lines, key=lambda line: line[0])
-        ratios.append(ratio)
-        heights.append(max(rises))
+        lines = [rises(problem, first, end, join, TIMES) for end in ends]
+        relative, bounds = max(lines, key=lambda line: max(line[1]))
+        heights.append(max(relative))
+        ratios.append(max(bounds))
         for name, line in zip(("a copy", "another start"), lines[::COPIES]) if instance == 0 else ():
-            series.append(Series(f"L = {depth}, to {name}", [0.0, *TIMES, 1.0], [0.0, *line[1], 0.0]))
+            series.append(Series(f"L = {depth}, to {name}", [0.0, *TIMES, 1.0], [0.0, *line[0], 0.0]))
     above = sum(ratio > 1 for ratio in ratios)
     text = (
-        f"{share_text(above, len(ratios), 'problems have a line above its chord')}; the highest by "
-        f"{min(heights):+.2g} to {max(heights):+.2g} of J"
+        f"{share_text(above, len(ratios), 'problems have a line above its chord')}; the highest by {min(heights):+.2g} "
+        f"to {max(heights):+.2g} of J"
     )
     return Evidence(smallest(ratios), text, len(ratios), len(ratios) - above, tuple(series))
-
-
-def _line(
-    problem: mf.Problem, first: mf.ParticleNetwork, second: mf.ParticleNetwork, join: Join
-) -> tuple[float, list[float]]:
-    """Largest rise in rounding bounds, and the rises at TIMES relative to J."""
-    ends = [float(problem.terms(end).total()) for end in (first, second)]
-    allowed, ratios, rises = max(value_error(problem, first), value_error(problem, second)), [], []
-    for t in TIMES:
-        middle = join(first, second, t)
-        rise = float(problem.terms(middle).total()) - (1 - t) * ends[0] - t * ends[1]
-        ratios.append(rise / (allowed + value_error(problem, middle)))
-        rises.append(rise / max(ends))
-    return max(ratios), rises
 
 
 def _in_weights(problem: mf.Problem, network: mf.ParticleNetwork) -> tuple[Function, Tensor]:
@@ -151,12 +132,10 @@ def _curvatures(setting: Setting, of: Callable[[mf.Problem, mf.ParticleNetwork],
     negative = sum(ratio > 1 for ratio in every)
     text = (
         f"{share_text(negative, len(every), 'points have negative curvature')}, {min(relative):+.2g} to "
-        f"{max(relative):+.2g} of the largest; "
-        f"at the trained networks {min(minima):+.2g} to {max(minima):+.2g}; {unmoved} trained networks left out, of "
-        f"one particle or none: "
-        "a permutation does not move them"
+        f"{max(relative):+.2g} of the largest; at the trained networks {min(minima):+.2g} to {max(minima):+.2g}; "
+        f"{unmoved} trained networks left out, of one particle or none: a permutation does not move them"
     )
-    series = tuple(Series(name, [float(i) for i in range(len(r))], sorted(r), "points") for name, r in ratios.items())
+    series = tuple(ranked(name, each) for name, each in ratios.items())
     return Evidence(smallest(every), text, len(every), len(every) - negative, series)
 
 

@@ -7,7 +7,7 @@ from functools import lru_cache
 import meanfield as mf
 from meanfield.solvers.solution import Solution
 from meanfield.starts import normal
-from theory_checks.claim import Axes, Claim, Evidence, Series, Setting
+from theory_checks.claim import Axes, Claim, Evidence, Series, Setting, ranked
 from theory_checks.instances import random_problem, random_start
 from theory_checks.statistics import largest
 
@@ -70,9 +70,8 @@ def _excesses(setting: Setting, network_of) -> Evidence:
     beyond = sum(excess > THRESHOLD for excess in found)
     text = (
         f"{min(found):.1e} to {max(found):.1e} of J above the dual value over {len(found)} runs (L = {cases[0][0]} to "
-        f"{cases[-1][0]}); "
-        f"metric speed left at the limit {min(speeds):.1e} to {max(speeds):.1e}, gap by the flow's own multipliers "
-        f"{min(own):.1e} to {max(own):.1e}"
+        f"{cases[-1][0]}); metric speed left at the limit {min(speeds):.1e} to {max(speeds):.1e}, gap by the flow's "
+        f"own multipliers {min(own):.1e} to {max(own):.1e}"
     )
     return Evidence(largest(found), text, len(found), beyond, _series(cases, found))
 
@@ -81,9 +80,7 @@ def _series(cases: list[tuple[int, int]], found: list[float]) -> tuple[Series, .
     by_depth: dict[int, list[float]] = {}
     for (depth, _), excess in zip(cases, found):
         by_depth.setdefault(depth, []).append(max(excess, 1e-12))
-    return tuple(
-        Series(f"L = {depth}", [float(i) for i in range(len(e))], sorted(e), "points") for depth, e in by_depth.items()
-    )
+    return tuple(ranked(f"L = {depth}", excesses) for depth, excesses in by_depth.items())
 
 
 THRESHOLD = 1e-4

@@ -6,33 +6,40 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields, replace
-from functools import lru_cache
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
 from hashlib import sha256
-from inspect import getfile
 from pathlib import Path
-from typing import Any
+from typing import Annotated
 
 import torch
 from torch import Tensor, nn
 
-from meanfield import __version__, data, storage
-from meanfield.finite import AUTHORS_DROPOUT, Fitted, Recipe, fit, recipes, residual, vgg
-from meanfield.validation import integer, one_of
+from meanfield import data, storage
+from meanfield.bench import provenance
+from meanfield.bench.options import OBJECTIVE, Data, Device, Dtype, Pool, Settings, at_least, choice, option
+from meanfield.finite import AUTHORS_DROPOUT, Fitted, Recipe, fit, residual, vgg
+from meanfield.finite.recipes import PENALTIES, increasing_epochs
+from meanfield.validation import Misuse, nonnegative
 
-NETWORKS = ("vgg8", "vgg11", "vgg13", "vgg16", "residual")
+VGGS = ("vgg8", "vgg11", "vgg13", "vgg16")
+NETWORKS = (*VGGS, "residual")
 PRESETS = ("default", "authors")
 MILESTONES = (2 / 3, 13 / 15)  # of the default recipe, as shares of its epochs
 LABELS = ("true", "permuted")
 
+WeightPenalty = Annotated[
+    str, option(f"{', '.join(PENALTIES)}: penalty on the weights of every layer.", OBJECTIVE), choice(PENALTIES)
+]
 
-@dataclass(frozen=True)
-class Classifier:
-    """A network, its images and its training; equal where the values are, and JSON as `to_dict`.
+
+@dataclass(frozen=True, kw_only=True)
+class Classifier(Settings):
+    """A network, its images and its training.  Plain values throughout, as in a Task.
 
     data, pool: as in `data.load`, all classes.  samples: images to train on; the rest is held out.  split: seed by
-    which
-        they are drawn, None for the first ones in file order (CIFAR's own division into training and test images).
+        which they are drawn, None for the first ones in file order (CIFAR's own division into training and test
+        images).
     network, width: "vgg11" and so on (finite.vgg), or "residual".  penalty, strength: as in Recipe.
     labels: "true", or "permuted" among the training images (the permutation drawn from the seed).
     seed: of the start, the batches and the permutation.
@@ -41,48 +48,27 @@ class Classifier:
     checkpoints: epochs whose networks are kept, 0 the start.
     """
 
-    data: str = "digits"
-    pool: int = 1
-    samples: int = 1437
-    split: int | None = 0
-    network: str = "vgg11"
-    width: int = 8
-    penalty: str = "l12"
-    strength: float = 1.0
-    labels: str = "true"
-    seed: int = 0
-    epochs: int = 30
-    preset: str = "default"
-    checkpoints: tuple[int, ...] = (0, 30)
-    dtype: str = "float32"
-    device: str = "cpu"
+    data: Data = "digits"
+    pool: Pool = 1
+    samples: Annotated[int, at_least(2)] = 1437
+    split: Annotated[int | None, at_least(0)] = 0
+    network: Annotated[str, choice(NETWORKS)] = "vgg11"
+    width: Annotated[int, at_least(1)] = 8
+    penalty: WeightPenalty = "l12"
+    strength: Annotated[float, nonnegative] = 1.0
+    labels: Annotated[str, choice(LABELS)] = "true"
+    seed: Annotated[int, at_least(0)] = 0
+    epochs: Annotated[int, at_least(1)] = 30
+    preset: Annotated[str, choice(PRESETS)] = "default"
+    checkpoints: Annotated[tuple[int, ...], partial(increasing_epochs, minimum=0)] = (0, 30)
+    dtype: Dtype = "float32"
+    device: Device = "cpu"
 
     def __post_init__(self) -> None:
-        for name, options in (
-            ("network", NETWORKS),
-            ("preset", PRESETS),
-            ("labels", LABELS),
-            ("dtype", ("float32", "float64")),
-        ):
-            one_of(getattr(self, name), options, name)
-        for name, minimum in (("samples", 2), ("seed", 0), ("epochs", 1), ("width", 1)):
-            integer(getattr(self, name), name, minimum)
-        kept = tuple(integer(epoch, "checkpoints", 0) for epoch in self.checkpoints)
-        if list(kept) != sorted(set(kept)) or not kept or kept[-1] > self.epochs:
-            raise ValueError(f"checkpoints={kept} must be increasing epochs up to epochs={self.epochs}")
-        object.__setattr__(self, "checkpoints", kept)
-        object.__setattr__(self, "strength", self.recipe.strength)  # 1 and 1.0 are one network
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Classifier:
-        known = {each.name for each in fields(cls)}
-        return cls(**{name: value for name, value in values.items() if name in known})
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-    def variant(self, **changes: Any) -> Classifier:
-        return replace(self, **changes)
+        super().__post_init__()
+        if not self.checkpoints or self.checkpoints[-1] > self.epochs:
+            raise Misuse("checkpoints", self.checkpoints, f"must be increasing epochs up to epochs={self.epochs}")
+        _ = self.recipe  # refuses a strength without a penalty
 
     @property
     def recipe(self) -> Recipe:
@@ -115,6 +101,9 @@ class Classifier:
     def train(self, store: str | Path) -> Fitted:
         """Train, and write the checkpoints into the directory `store`; a run that was killed goes on after its last
         whole epoch.
+
+        Files are named by all settings, the images, the whole library and torch's version: a change of any of them
+        trains anew.
         """
         images, path = self.images(), self._path(store)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -143,7 +132,7 @@ class Classifier:
     def at(self, epoch: int, store: str | Path) -> nn.Module:
         """The network at one of its checkpoints, in evaluation mode, from the store or trained now."""
         if epoch not in self.checkpoints:
-            raise ValueError(f"epoch={epoch} is not one of checkpoints={self.checkpoints}")
+            raise Misuse("epoch", epoch, f"is not one of checkpoints={self.checkpoints}")
         network = self.start()
         if epoch:
             if not self._path(store).exists():
@@ -155,7 +144,8 @@ class Classifier:
         return network.to(self.device).eval()
 
     def _path(self, store: str | Path) -> Path:
-        named = {**self.to_dict(), "images": self.images().digest, "made_by": _origin()}
+        named = {**self.to_dict(), "images": self.images().digest}
+        named |= {"library": provenance.library(), "torch": torch.__version__}
         return Path(store) / f"{sha256(json.dumps(named, sort_keys=True).encode()).hexdigest()[:24]}{storage.TENSORS}"
 
 
@@ -179,13 +169,6 @@ def _images(name: str, pool: int, samples: int, split: int | None, dtype: str, d
     inputs, labels, others, marks = (each.to(device) for each in parts)
     kind = getattr(torch, dtype)
     return Images(inputs.to(kind), labels, others.to(kind), marks, len(training.classes), digest)
-
-
-@lru_cache(maxsize=1)
-def _origin() -> list[str]:
-    """What made the trained networks: a change of any of it trains them anew."""
-    sources = b"".join(Path(getfile(made_by)).read_bytes() for made_by in (recipes, vgg))
-    return [__version__, torch.__version__, sha256(sources).hexdigest()]
 
 
 def layers_of(network: nn.Module) -> Sequence[str]:

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from meanfield.network import MASS_TOLERANCE, ParticleNetwork
 from meanfield.starts import normal
-from meanfield.validation import finite, integer, positive, shaped
+from meanfield.validation import Misuse, finite, integer, positive, shaped
 
 if TYPE_CHECKING:
     from meanfield.finite.network import FiniteCNN
@@ -55,7 +55,7 @@ class FeatureMeasure:
         kinds = {(each.dtype, each.device) for each in (self.values, self.masses)}
         if len(kinds) != 1 or self.values.dtype not in MASS_TOLERANCE:
             raise ValueError(
-                f"values and masses must share one dtype, float32 or float64, and one device; got "
+                "values and masses must share one dtype, float32 or float64, and one device; got "
                 f"{sorted(map(str, kinds))}"
             )
         finite(self.values, "values")
@@ -81,7 +81,7 @@ class FeatureMeasure:
         particles = network if isinstance(network, ParticleNetwork) else network.particles()
         depth = particles.architecture.depth
         if integer(layer, "layer", minimum=0) >= depth:
-            raise ValueError(f"layer={layer} is not one of the {depth} layers; they are counted from 0")
+            raise Misuse("layer", layer, f"is not one of the {depth} layers; they are counted from 0")
         responses = particles.responses(particles._accept(inputs))
         maps = responses.preactivations if preactivations else responses.features  # (N, M, H, W) per layer
         return cls(maps[layer].transpose(0, 1).flatten(1), particles.masses[layer])
@@ -162,7 +162,7 @@ def wasserstein(a: FeatureMeasure, b: FeatureMeasure, p: float = 2) -> float:
     A linear program, solved by the network simplex method for any masses; at most EXACT_PARTICLES particles each.
     """
     if positive(p, "p") < 1:
-        raise ValueError(f"p={p!r} must be at least 1: below, W_p is no distance")
+        raise Misuse("p", p, "must be at least 1: below, W_p is no distance")
     _check_pair(a, b)
     for name, measure in (("a", a), ("b", b)):
         if measure.size > EXACT_PARTICLES:

@@ -9,11 +9,9 @@ from __future__ import annotations
 
 import csv
 import hashlib
-import inspect
 import io
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import cache
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -21,7 +19,8 @@ from typing import Any
 import torch
 from joblib import Parallel, delayed, parallel_config
 
-from meanfield import __version__
+from meanfield.bench import provenance
+from meanfield.bench.provenance import Provenance
 from meanfield.storage import write_atomically
 from meanfield.validation import integer
 
@@ -43,57 +42,33 @@ def run(
     backend: str = "loky",
     announce: Callable[[Cell, bool], None] = lambda cell, kept: None,
     places: Mapping[str, str] | None = None,
+    sources: Callable[[Cell], Iterable[Path]] | None = None,
+    lasting: Callable[[list[Row]], bool] = lambda rows: True,
 ) -> list[Row]:
     """Rows of all cells in the order of the cells, whatever order they were finished in.
 
     places: further arguments of `measure`, such as directories, on which its rows do not depend.
 
     With `directory` every finished cell is a file there, written whole or not at all; a later call with the same
-    directory takes it from there if the cell, the file of the measure and the versions of meanfield and torch are the
-    same. announce(cell, kept) is called once for every cell, kept where it was there already.
+    directory takes it from there if the cell, the whole library, the package of the measure (or the files
+    `sources(cell)` in its place) and the version of torch are the same.  Rows that are not `lasting`, such as those of
+    a failure, are not kept.  announce(cell, kept) is called once for every cell, kept where it was there already.
     """
-    directory = None if directory is None else Path(directory)
-    if directory is not None:
-        directory.mkdir(parents=True, exist_ok=True)
+    paths = [None] * len(cells) if directory is None else _paths(Path(directory), measure, cells, sources)
     found: dict[int, list[Row]] = {}
-    for index, cell in enumerate(cells):
-        rows = None if directory is None else _stored(directory, measure, cell)
+    for index, (cell, path) in enumerate(zip(cells, paths)):
+        rows = None if path is None else _stored(path)
         if rows is not None:
             found[index] = rows
             announce(cell, True)
     waiting = [(index, cell) for index, cell in enumerate(cells) if index not in found]
     for index, rows in _measured(measure, waiting, integer(jobs, "jobs"), backend, places or {}):
-        if directory is not None:
-            write_atomically(
-                _path(directory, measure, cells[index]), json.dumps({"cell": cells[index], "rows": rows}) + "\n"
-            )
+        path = paths[index]
+        if path is not None and lasting(rows):
+            write_atomically(path, json.dumps({"cell": cells[index], "rows": rows}) + "\n")
         found[index] = json.loads(json.dumps(rows))  # as it will be read back
         announce(cells[index], False)
     return [row for index in range(len(cells)) for row in found[index]]
-
-
-def study(
-    plan: Mapping[str, Sequence[Cell]],
-    measures: Mapping[str, Measure],
-    directory: str | Path | None = None,
-    *,
-    announce: Callable[[str, Cell, bool], None] = lambda part, cell, kept: None,
-    **options: Any,
-) -> Tables:
-    """Rows of every part of a plan, part after part, and a CSV table of each in `directory`; cells are kept in
-    `directory`/cells.
-
-    options: jobs, backend and places of `run`.
-    """
-    tables: Tables = {}
-    for part, cells in plan.items():
-        where = None if directory is None else Path(directory) / "cells"
-        tables[part] = run(
-            measures[part], cells, where, announce=lambda cell, kept, part=part: announce(part, cell, kept), **options
-        )
-        if directory is not None:
-            write_table(tables[part], Path(directory) / f"{part}.csv")
-    return tables
 
 
 def product_of(fixed: Cell, **lists: Iterable[Any]) -> list[Cell]:
@@ -134,20 +109,22 @@ def _one(measure: Measure, index: int, cell: Cell, places: Mapping[str, str]) ->
     return index, measure(cell, **places)
 
 
-def _path(directory: Path, measure: Measure, cell: Cell) -> Path:
-    made_by = {**_origin(measure), "cell": cell}
-    return directory / f"{hashlib.sha256(json.dumps(made_by, sort_keys=True).encode()).hexdigest()[:24]}.json"
+def _paths(
+    directory: Path, measure: Measure, cells: Sequence[Cell], sources: Callable[[Cell], Iterable[Path]] | None
+) -> list[Path]:
+    """Where the rows of each cell are kept: a name made from everything that they depend on."""
+    directory.mkdir(parents=True, exist_ok=True)
+    made_by = {"measure": f"{measure.__module__}:{measure.__qualname__}", "library": provenance.library()}
+    made_by |= {"torch": torch.__version__}
+    found = []
+    for cell in cells:
+        outside = provenance.package(measure.__module__) if sources is None else provenance.digest(sources(cell))
+        named = json.dumps({**made_by, "outside": outside, "cell": cell}, sort_keys=True)
+        found.append(directory / f"{hashlib.sha256(named.encode()).hexdigest()[:24]}.json")
+    return found
 
 
-@cache
-def _origin(measure: Measure) -> dict[str, str]:
-    """What made a cell's rows; the source of the measure's module stands for what it measures."""
-    source = hashlib.sha256(Path(inspect.getfile(measure)).read_bytes()).hexdigest()
-    return {"measure": measure.__qualname__, "source": source, "meanfield": __version__, "torch": torch.__version__}
-
-
-def _stored(directory: Path, measure: Measure, cell: Cell) -> list[Row] | None:
-    path = _path(directory, measure, cell)
+def _stored(path: Path) -> list[Row] | None:
     if not path.exists():
         return None
     try:
@@ -159,11 +136,15 @@ def _stored(directory: Path, measure: Measure, cell: Cell) -> list[Row] | None:
     return record["rows"]
 
 
-def write_table(rows: Iterable[Row], path: str | Path) -> Path:
-    """A CSV file, a column for every key in the order of first appearance, floats to the last bit."""
+def write_table(rows: Iterable[Row], path: str | Path, made: Provenance | None = None) -> Path:
+    """A CSV file, a column for every key in the order of first appearance, floats to the last bit.
+
+    made: said in lines that begin with #, before the names of the columns.
+    """
     rows = list(rows)
     columns = list(dict.fromkeys(key for row in rows for key in row))
     text = io.StringIO(newline="")
+    text.writelines(f"# {line}\n" for line in (made.lines() if made is not None else ()))
     writer = csv.DictWriter(text, columns, lineterminator="\n")
     writer.writeheader()
     writer.writerows(

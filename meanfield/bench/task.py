@@ -5,67 +5,105 @@ names.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from hashlib import sha256
-from typing import Any
+from typing import Annotated
 
 import torch
 
-from meanfield.architecture import Architecture, Conv
+from meanfield.architecture import ACTIVATIONS, POOLINGS, READOUTS, Architecture, Conv
+from meanfield.bench.options import (
+    MODEL,
+    OBJECTIVE,
+    Classes,
+    Data,
+    Device,
+    Dtype,
+    Pool,
+    Samples,
+    Settings,
+    at_least,
+    choice,
+    option,
+)
 from meanfield.data import Dataset, load
 from meanfield.data.readers import stamp
-from meanfield.penalties import Penalty
+from meanfield.losses import LOSSES
+from meanfield.penalties import KERNEL_NORMS, Penalty
 from meanfield.problem import Problem
-from meanfield.validation import one_of
+from meanfield.validation import nonnegative, positive
 
 BOUNDS = 1.5  # of amplitudes and of first kernels, where `bounded` asks for both
 
 
-@dataclass(frozen=True)
-class Task:
+Activation = Annotated[
+    str, option(f"{', '.join(ACTIVATIONS)}: the activation of every layer.", MODEL), choice(ACTIVATIONS)
+]
+KernelSize = Annotated[
+    int, option("Kernels of N x N pixels, padded by (N - 1) // 2 on every side.", MODEL), at_least(1)
+]
+Stride = Annotated[int, option("Stride of every convolution.", MODEL), at_least(1)]
+Pooling = Annotated[str, option(f"{', '.join(POOLINGS)}: 2 x 2 pooling after every layer.", MODEL), choice(POOLINGS)]
+Readout = Annotated[
+    str,
+    option(f"{', '.join(READOUTS)}: over positions, or one weight per position.", MODEL),
+    choice(READOUTS),
+]
+Loss = Annotated[str, option(f"{', '.join(LOSSES)}.", OBJECTIVE), choice(LOSSES)]
+SourcePenalty = Annotated[
+    float,
+    option("Strength of the penalty on the flow out of every feature, between layers.", OBJECTIVE),
+    nonnegative,
+]
+ReadoutPenalty = Annotated[float, option("Strength of the penalty on the readout.", OBJECTIVE), nonnegative]
+InputPenalty = Annotated[float, option("Strength of the penalty on first-layer kernels.", OBJECTIVE), nonnegative]
+KernelNorm = Annotated[
+    str,
+    option(f"{', '.join(KERNEL_NORMS)}: norm of a kernel in the source penalty and the amplitude bound.", OBJECTIVE),
+    choice(KERNEL_NORMS),
+]
+AmplitudeBound = Annotated[
+    float | None,
+    option(
+        "Bound on the total kernel into a feature of layers 2 and up; with unbounded activations such as relu a "
+        "minimum exists only with both bounds. Without it: no bound.",
+        OBJECTIVE,
+    ),
+    positive,
+]
+InputBound = Annotated[
+    float | None, option("Bound on the norm of a first-layer kernel. Without it: no bound.", OBJECTIVE), positive
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task(Settings):
     """Images of some classes, `depth` equal convolutions of odd kernel size, padded to keep the image size, and J.
 
     data, classes, samples, pool: as in `data.load`.  The other fields are those of Conv, Architecture, Problem and
     Penalty.  Plain values throughout: a Task travels as JSON and is equal where its values are.
     """
 
-    data: str = "digits"
-    classes: tuple[int, ...] | None = (3, 5)
-    samples: int = 16
-    pool: int = 2
-    depth: int = 2
-    activation: str = "tanh"
-    kernel_size: int = 3
-    stride: int = 1
-    pooling: str = "none"
-    readout: str = "average"
-    loss: str = "squared"
-    source_penalty: float = 3e-4
-    readout_penalty: float = 3e-3
-    input_penalty: float = 3e-4
-    kernel_norm: str = "l2"
-    amplitude_bound: float | None = None
-    input_bound: float | None = None
-    dtype: str = "float64"
-    device: str = "cpu"
-
-    def __post_init__(self) -> None:
-        one_of(self.dtype, ("float32", "float64"), "dtype")
-        if self.classes is not None:
-            object.__setattr__(self, "classes", tuple(self.classes))
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Task:
-        """From the entries of a dict that are fields of a Task; others are left alone."""
-        known = {each.name for each in fields(cls)}
-        return cls(**{name: value for name, value in values.items() if name in known})
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-    def variant(self, **changes: Any) -> Task:
-        return replace(self, **changes)
+    data: Data = "digits"
+    classes: Classes = (3, 5)
+    samples: Samples = 16
+    pool: Pool = 2
+    depth: Annotated[int, at_least(1)] = 2
+    activation: Activation = "tanh"
+    kernel_size: KernelSize = 3
+    stride: Stride = 1
+    pooling: Pooling = "none"
+    readout: Readout = "average"
+    loss: Loss = "squared"
+    source_penalty: SourcePenalty = 3e-4
+    readout_penalty: ReadoutPenalty = 3e-3
+    input_penalty: InputPenalty = 3e-4
+    kernel_norm: KernelNorm = "l2"
+    amplitude_bound: AmplitudeBound = None
+    input_bound: InputBound = None
+    dtype: Dtype = "float64"
+    device: Device = "cpu"
 
     def bounded(self) -> Task:
         """With both bounds, under which a minimum exists for every activation."""

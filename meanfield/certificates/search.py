@@ -26,9 +26,10 @@ from scipy.optimize import minimize, minimize_scalar
 from torch import Tensor
 
 from meanfield import validation
-from meanfield.architecture import Architecture
+from meanfield.architecture import ACTIVATIONS, Architecture
 from meanfield.certificates import sphere
 from meanfield.certificates.compositions import Compositions, joined, own_features, with_tensors, zeros_like
+from meanfield.losses import Loss
 from meanfield.network import ParticleNetwork
 from meanfield.problem import Problem
 from meanfield.starts import normal
@@ -41,7 +42,6 @@ LEAST_ROUNDS = 3
 RADII = (-2.0, 1.0)  # logarithms of the factors on the network's own |z|: sources of one feature differ that much
 AGREEMENT = 1e-4  # relative to the bound: the search finds no more than the pool knew
 SAME_FEATURE = 0.99  # cosine of two features on the training inputs
-RECESSION = {"softplus": "relu", "gelu": "relu"}  # what these activations become far away
 
 
 @dataclass(frozen=True, eq=False)
@@ -153,12 +153,13 @@ class _Search:
         only = problem.architecture.layers[0]
         free = self.depth == 1 and problem.penalty.input_bound is None
         self.homogeneous = free and only.homogeneous
-        self.scale_limit = 2.0 if problem.loss.name == "squared" else 1.0
+        self.scale_limit = _largest_scale(problem.loss)
         self.tried = 0
         # the network's own features stay in the pool as they are: no bound comes out above its value
         self.pool = [] if network is None else [self._retracted(own_features(problem, network, self._width()))]
-        if free and only.activation in RECESSION:
-            self.scale_limit = min(self.scale_limit, self._recession_limit(RECESSION[only.activation]))
+        recession = ACTIVATIONS[only.activation].recession
+        if free and recession is not None:
+            self.scale_limit = min(self.scale_limit, self._recession_limit(recession))
 
     def run(self, rounds: int, count: int) -> UnseenFeatures:
         """Search and choose multipliers in turn; only multipliers at which a search was made can give the bound."""
@@ -413,6 +414,14 @@ class _Search:
         return order[kept]
 
 
+def _largest_scale(loss: Loss) -> float:
+    """Up to which factor r is scaled: up to 1 it stays in the domain of any conjugate, which is convex and holds 0.
+
+    Where the domain has no end, 2 leaves room enough above an r that is nearly optimal.
+    """
+    return 2.0 if loss.supercoercive else 1.0
+
+
 def _maximum(function, limit: float) -> tuple[float, float]:
     """(where, value) of the maximum of a concave function over [0, limit], the ends included."""
     answer = minimize_scalar(
@@ -452,7 +461,7 @@ def _rigorous(
     limit = 2 * math.sqrt(penalty.input * penalty.readout) / max(found.upper, 1e-300)
     count = len(output)
     value = lambda s: -float(problem.loss.conjugate(count * s * output, problem.targets).mean())  # noqa: E731
-    best = _maximum(value, min(limit, 2.0 if problem.loss.name == "squared" else 1.0))
+    best = _maximum(value, min(limit, _largest_scale(problem.loss)))
     return {
         "rigorous_bound": best[1],
         "rigorous_kind": f"{found.method}, max |q| between {found.lower:.6g} and {found.upper:.6g}",

@@ -176,8 +176,7 @@ def _distinct_normals(rows: np.ndarray, limit: int) -> tuple[np.ndarray, np.ndar
         if len(normals) == limit:
             raise ValueError(
                 f"patches has more than {limit} distinct directions of {rows.shape[1]} entries; the patterns of so "
-                f"many do not fit "
-                "in memory: use fewer images or a larger stride"
+                "many do not fit in memory: use fewer images or a larger stride"
             )
         normal = units[rest[0]]
         along = units[rest] @ normal

@@ -71,9 +71,8 @@ def _refuse_pickled(path: Path) -> None:
         for place in (path, path / layout.pickled_folder):
             if all((place / file).is_file() for file in layout.pickled_files):
                 raise ValueError(
-                    f"{place} holds the Python version of {layout.name}, pickled objects, which could run code and "
-                    f"are refused; "
-                    f"fetch the binary version, with the files {', '.join(layout.files)}"
+                    f"{place} holds the Python version of {layout.name}, pickled objects, which could run code and are "
+                    f"refused; fetch the binary version, with the files {', '.join(layout.files)}"
                 )
 
 

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from meanfield import losses
 from meanfield.data.readers import read
-from meanfield.losses import LOSSES
-from meanfield.validation import integer, one_of
+from meanfield.validation import Misuse, integer
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,22 +49,16 @@ class Dataset:
 
     def outputs_for(self, loss: str) -> int:
         """Outputs K that the targets of `loss` need: 1 for two classes, one per class for more and for softmax."""
-        one_of(loss, LOSSES, "loss")
-        return 1 if len(self.classes) == 2 and loss != "softmax" else len(self.classes)
+        return losses.make(loss).outputs_for(len(self.classes))
 
     def targets(self, loss: str) -> Tensor:
-        """Targets of this data for a loss.
+        """Targets of this data for a loss, by its own `encode` of `indices`.
 
         softmax: indices into `classes`, (N,) int64.  squared and logistic with two classes: +1 for the class named
         first, -1 for the other, (N,) float64.  More classes: one column per class, (N, K) float64, 1 for the image's
         own class and elsewhere 0 (squared) or -1 (logistic, one class against the rest).
         """
-        if loss == "softmax":
-            return self.indices
-        if self.outputs_for(loss) == 1:
-            return 1.0 - 2.0 * self.indices.double()
-        own = torch.nn.functional.one_hot(self.indices, len(self.classes)).double()
-        return own if loss == "squared" else 2 * own - 1
+        return losses.make(loss).encode(self.indices, len(self.classes))
 
     def split(self, held_out: int | None = None) -> tuple[Dataset, Dataset]:
         """(training, held out): the selected images, and the first `held_out` (default: all) of those not selected."""
@@ -74,7 +68,7 @@ class Dataset:
             asked = "some images" if held_out is None else f"held_out={wanted}"
             raise ValueError(
                 f"{asked} cannot be held out: {len(self)} images are selected and {left} are left; load fewer with "
-                f"samples="
+                "samples="
             )
         return replace(self, rest=None), self.rest._rows(slice(wanted))
 
@@ -125,9 +119,11 @@ def load(
     whole = Dataset(name, _pooled(_scaled(images[order]), pool), marks[order], chosen)
     selected = whole._rows(slice(count))
     if bool((selected.labels == selected.labels[0]).all()):
-        raise ValueError(
-            f"the first {count} images of {name} hold one class only ({int(selected.labels[0])}); take more samples, "
-            f"or seed= to draw at random"
+        raise Misuse(
+            "samples",
+            count,
+            f"takes images of one class only ({int(selected.labels[0])}), the first ones of {name}; take more, or draw "
+            "them at random with a seed",
         )
     return replace(selected, rest=whole._rows(slice(count, None)) if count < len(whole) else None)
 
@@ -138,13 +134,12 @@ def _chosen_classes(classes: Sequence[int] | None, labels: Tensor, name: str) ->
     chosen = in_order if classes is None else _class_tuple(classes)
     missing = [label for label in chosen if label not in present]
     if missing:
-        raise ValueError(
-            f"classes={chosen} contains {_listed(missing)}, not a class of {name}, which has {_listed(present)}"
+        raise Misuse(
+            "classes", chosen, f"contains {_listed(missing)}, not a class of {name}, which has {_listed(present)}"
         )
     if len(chosen) < 2:
-        raise ValueError(
-            f"one class only ({_listed(chosen)}) is chosen from {name}, which has {_listed(present)}; at least two "
-            f"are needed"
+        raise Misuse(
+            "classes", chosen, f"is one class only of {name}, which has {_listed(present)}; at least two are needed"
         )
     return chosen
 
@@ -152,17 +147,17 @@ def _chosen_classes(classes: Sequence[int] | None, labels: Tensor, name: str) ->
 def _class_tuple(classes: Any) -> tuple[int, ...]:
     entries: tuple[Any, ...] = tuple(classes) if isinstance(classes, Sequence) and not isinstance(classes, str) else ()
     if not entries or not all(isinstance(entry, Integral) and not isinstance(entry, bool) for entry in entries):
-        raise ValueError(f"classes={classes!r} must be a sequence of integers such as (3, 5)")
+        raise Misuse("classes", classes, "must be a sequence of integers such as (3, 5)")
     if len(set(entries)) < len(entries):
-        raise ValueError(f"classes={classes!r} names a class twice")
+        raise Misuse("classes", classes, "names a class twice")
     return tuple(int(entry) for entry in entries)
 
 
 def _count(samples: int | None, available: int, classes: tuple[int, ...], name: str) -> int:
     count = available if samples is None else integer(samples, "samples")
     if count > available:
-        raise ValueError(
-            f"samples={count} is more than there are: {name} has {available} images of the classes {_listed(classes)}"
+        raise Misuse(
+            "samples", count, f"is more than there are: {name} has {available} images of the classes {_listed(classes)}"
         )
     return count
 
@@ -177,7 +172,7 @@ def _pooled(images: Tensor, pool: int) -> Tensor:
     height, width = images.shape[2:]
     if height % integer(pool, "pool") or width % pool:
         sizes = [size for size in range(1, min(height, width) + 1) if height % size == width % size == 0]
-        raise ValueError(f"pool={pool} does not divide images of {height} x {width} pixels; choose one of {sizes}")
+        raise Misuse("pool", pool, f"does not divide images of {height} x {width} pixels; choose one of {sizes}")
     return images if pool == 1 else torch.nn.functional.avg_pool2d(images, pool)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from meanfield.data.cifar import CIFAR, find_cifar, read_cifar
 from meanfield.data.folders import IMAGE_SUFFIXES, class_folders, decode, folder_labels, image_files
-from meanfield.validation import one_of
+from meanfield.validation import Misuse, one_of
 
 NAMES = ("digits", "mnist")
 IMAGE_KEYS = ("inputs", "x", "images")
@@ -41,8 +41,8 @@ def read(name_or_path: str | Path, labels: str) -> tuple[str, Tensor, Tensor]:
     elif cifar := find_cifar(Path(name_or_path)):
         return read_cifar(*cifar, labels)
     if labels != "auto":
-        raise ValueError(
-            f"labels={labels!r} names a key of a file; {str(name_or_path)!r} has its own labels, leave it at 'auto'"
+        raise Misuse(
+            "labels", labels, f"names a key of a file; {str(name_or_path)!r} has its own labels, leave it at 'auto'"
         )
     if is_path:
         return _read_directory(Path(name_or_path))
@@ -109,8 +109,8 @@ def _archive(file: BinaryIO, path: Path) -> Any:
 def _check_kind(path: Path) -> None:
     if not path.exists():
         raise FileNotFoundError(
-            f"{path} does not exist; give one of {', '.join(map(repr, NAMES))} or the path of an .npz file, "
-            "of a directory of images or of the binary files of CIFAR"
+            f"{path} does not exist; give one of {', '.join(map(repr, NAMES))} or the path of an .npz file, of a "
+            "directory of images or of the binary files of CIFAR"
         )
     with path.open("rb") as file:
         magic = file.read(6)
@@ -127,8 +127,7 @@ def _read_directory(path: Path) -> tuple[str, Tensor, Tensor]:
     if not any(files.values()):
         raise ValueError(
             f"{path} holds no images; expected {path}/CLASS/*.png, one folder per class, with files "
-            f"{', '.join(IMAGE_SUFFIXES)}, "
-            f"or the binary files of {' or '.join(layout.name for layout in CIFAR)}"
+            f"{', '.join(IMAGE_SUFFIXES)}, or the binary files of {' or '.join(layout.name for layout in CIFAR)}"
         )
     for name, found in files.items():
         if not found:
@@ -176,7 +175,7 @@ def _images(array: np.ndarray, path: Path) -> Tensor:
         kind = "integer" if top == 255 else "floating-point"
         raise ValueError(
             f"{path}: {kind} images lie in {array.min():g}..{array.max():g}; expected 0..{top} (rescale them, or give "
-            f"other inputs to Problem)"
+            "other inputs to Problem)"
         )
     images = torch.from_numpy(array.astype(np.float64)) / top
     return images if images.ndim == 4 else images[:, None]

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from meanfield import storage
+from meanfield.validation import Misuse
 
 FORMAT = "meanfield training state 1"
 
@@ -36,10 +37,10 @@ class StateFile:
     def __init__(self, path: str | Path, settings: Mapping[str, Any]) -> None:
         self.path, self.settings = Path(path), json.loads(json.dumps(settings))
         if self.path.suffix != storage.TENSORS:
-            raise ValueError(f"state={str(path)!r} must end in {storage.TENSORS}")
+            raise Misuse("state", str(path), f"must end in {storage.TENSORS}")
         if not self.path.parent.is_dir():
-            raise ValueError(
-                f"state={str(path)!r} lies in a directory that does not exist: create {self.path.parent} first"
+            raise Misuse(
+                "state", str(path), f"lies in a directory that does not exist: create {self.path.parent} first"
             )
 
     def save(self, tensors: Mapping[str, Tensor], figures: Mapping[str, Any]) -> None:
@@ -58,9 +59,11 @@ class StateFile:
         for name, here in self.settings.items():
             there = body["settings"].get(name)
             if there != here:
-                raise ValueError(
-                    f"state={str(self.path)!r} is of another run: its {name} is {there!r}, here {here!r}; "
-                    "repeat the arguments of that run, give another path or delete the file"
+                raise Misuse(
+                    "state",
+                    str(self.path),
+                    f"is of another run: its {name} is {there!r}, here {here!r}; repeat the arguments of that run, "
+                    "give another path or delete the file",
                 )
         return tensors, body["figures"]
 
@@ -70,18 +73,19 @@ class StateFile:
         try:
             tensors = storage.load_tensors(self.path)
         except ValueError as error:
-            raise ValueError(f"state={str(self.path)!r} is damaged: {error}; delete it to start anew") from error
+            raise Misuse("state", str(self.path), f"is damaged: {error}; delete it to start anew") from error
         with safe_open(self.path, "pt") as file:
             metadata = file.metadata() or {}
         if not {"body", "sha256"} <= set(metadata):
-            raise ValueError(f"state={str(self.path)!r} is not the state of a training run; give another path")
+            raise Misuse("state", str(self.path), "is not the state of a training run; give another path")
         if metadata["sha256"] != _checksum(metadata["body"], tensors):
-            raise ValueError(f"state={str(self.path)!r} is damaged: its checksum does not fit; delete it to start anew")
+            raise Misuse("state", str(self.path), "is damaged: its checksum does not fit; delete it to start anew")
         body = json.loads(metadata["body"])
         if body["format"] != FORMAT:
-            raise ValueError(
-                f"state={str(self.path)!r} has the format {body['format']!r}, expected {FORMAT!r}; delete it to start "
-                f"anew"
+            raise Misuse(
+                "state",
+                str(self.path),
+                f"has the format {body['format']!r}, expected {FORMAT!r}; delete it to start anew",
             )
         return tensors, body
 

@@ -19,6 +19,7 @@ from torch.nn import functional
 from meanfield import validation
 from meanfield.finite.checkpoints import StateFile, digest, ended
 from meanfield.finite.recipes import Recipe, increasing_epochs, regulariser
+from meanfield.validation import Misuse
 
 CROP_DIVISOR = 8  # a crop moves by up to side // 8 pixels: the usual 4 at 32x32
 STATUS_TEXTS = {
@@ -57,8 +58,8 @@ class Fitted:
     def at(self, epoch: int) -> nn.Module:
         """The network at a checkpoint, a copy of its own, in eval mode."""
         if epoch not in self.checkpoints:
-            raise ValueError(
-                f"epoch={epoch!r} was not kept: choose one of {sorted(self.checkpoints)} or name it in checkpoints="
+            raise Misuse(
+                "epoch", epoch, f"was not kept: choose one of {sorted(self.checkpoints)} or name it in checkpoints="
             )
         network = copy.deepcopy(self.network)
         network.load_state_dict(self.checkpoints[epoch])
@@ -97,7 +98,7 @@ def fit(
         raise ValueError(f"augment=True needs inputs of shape (N, C, H, W), not {tuple(inputs.shape)}")
     kept = increasing_epochs(checkpoints, "checkpoints", 0)
     if kept and kept[-1] > recipe.epochs:
-        raise ValueError(f"checkpoints={kept} go beyond the {recipe.epochs} epochs of the recipe")
+        raise Misuse("checkpoints", kept, f"go beyond the {recipe.epochs} epochs of the recipe")
     run = _Run(network, inputs, labels, recipe, validation.integer(seed, "seed", minimum=0), kept)
     file = None if state is None else StateFile(state, run.settings)
     run.restore(None if file is None else file.load())
@@ -141,7 +142,7 @@ def _check_data(network: nn.Module, inputs: Tensor, labels: Tensor) -> None:
     if not inputs.is_floating_point() or inputs.ndim < 2 or len(inputs) == 0:
         raise ValueError(
             f"inputs has dtype {inputs.dtype} and shape {tuple(inputs.shape)}; expected floating-point images (N, "
-            f"...), N >= 1"
+            "...), N >= 1"
         )
     if labels.dtype != torch.int64:
         raise ValueError(
@@ -157,7 +158,7 @@ def _check_kind(network: nn.Module, inputs: Tensor) -> None:
     if first.dtype != inputs.dtype or first.device != inputs.device:
         raise ValueError(
             f"inputs are {inputs.dtype} on {inputs.device}, the network is {first.dtype} on {first.device}; convert "
-            f"one with .to(...)"
+            "one with .to(...)"
         )
 
 

@@ -13,8 +13,8 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from meanfield.architecture import Architecture
-from meanfield.finite.network import SCALINGS, VARIANCE_GAINS, FiniteCNN
+from meanfield.architecture import ACTIVATIONS, Architecture
+from meanfield.finite.network import SCALINGS, FiniteCNN
 
 BLOCK_ENTRIES = 2**20  # of features and patches at a time: 8 MiB in float64
 PAIR_ENTRIES = 2**17  # of pairs of patches at a time: 1 MiB, which stays in the cache (three times as fast as 32 MiB)
@@ -77,13 +77,13 @@ def _check_covered(architecture: Architecture) -> None:
     if architecture.depth != 1:
         raise ValueError(
             f"architecture has {architecture.depth} layers; the limit is in closed form for one layer, see "
-            f"kernel.empirical"
+            "kernel.empirical"
         )
     layer = architecture.layers[0]
     if layer.activation != "relu":
         raise ValueError(
             f"layers[0] has activation={layer.activation!r}; the limit is in closed form for 'relu', see "
-            f"kernel.empirical"
+            "kernel.empirical"
         )
     if layer.pooling == "max":
         raise ValueError(
@@ -177,7 +177,7 @@ def _pair_kernel(architecture: Architecture, left: Tensor, right: Tensor) -> Ten
     cosine = (left @ right.T / norms.masked_fill(blank, 1)).clamp_(-1, 1)
     complement = math.pi - cosine.arccos()
     features = norms * ((1 - cosine.square()).sqrt_() + complement * cosine)
-    features *= VARIANCE_GAINS["relu"] / (2 * math.pi * channels * layer.offsets)
+    features *= ACTIVATIONS["relu"].gain / (2 * math.pi * channels * layer.offsets)
     slopes = complement.masked_fill_(blank, 0) / (2 * math.pi)  # a blank patch has g = 0, and the derivative 0 there
     amount = architecture.readout_positions if architecture.readout == "flatten" else 1
     return features + amount * slopes * (norms * cosine / channels + float(layer.bias))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from meanfield import measures, starts, validation
-from meanfield.architecture import Architecture, Conv
+from meanfield.architecture import ACTIVATIONS, Architecture, Conv
 from meanfield.network import MASS_TOLERANCE, ParticleNetwork
 from meanfield.starts import normal
 
@@ -20,14 +20,6 @@ SCALINGS: dict[str, Callable[[int], float]] = {
     "standard": lambda channels: 1.0,
     "mup": lambda channels: 1.0,
 }
-MODULES: dict[str, type[nn.Module]] = {
-    "relu": nn.ReLU,
-    "tanh": nn.Tanh,
-    "softplus": nn.Softplus,
-    "gelu": nn.GELU,
-    "identity": nn.Identity,
-}
-VARIANCE_GAINS = {"relu": 2.0, "gelu": 2.0}  # He et al. 2015, eq. (10); 1 elsewhere
 
 
 class FiniteCNN(nn.Module):
@@ -91,9 +83,8 @@ class FiniteCNN(nn.Module):
         """He et al. 2015, eq. (10): s(m) w has the variance gain / fan-in."""
         kernels = []
         for layer, shape in zip(architecture.layers, architecture.kernel_shapes(widths)):
-            deviation = math.sqrt(VARIANCE_GAINS.get(layer.activation, 1.0) / (shape[1] * layer.offsets)) / SCALINGS[
-                scaling
-            ](shape[1])
+            variance = ACTIVATIONS[layer.activation].gain / (shape[1] * layer.offsets)
+            deviation = math.sqrt(variance) / SCALINGS[scaling](shape[1])
             kernels.append(normal(shape, generator, like) * deviation)
         readout = normal(architecture.readout_shape(widths[-1]), generator, like)
         flattened = architecture.readout_positions if architecture.readout == "flatten" else 1
@@ -113,7 +104,7 @@ class FiniteCNN(nn.Module):
             if spread > MASS_TOLERANCE[network.dtype]:
                 raise ValueError(
                     f"masses[{layer}] are not uniform (up to {spread:.2g} relative); a finite network has equal "
-                    f"channels: draw one with finite.sample"
+                    "channels: draw one with finite.sample"
                 )
         finite = cls(network.architecture, network.kernels, network.readout, network.biases, scaling)
         with torch.no_grad():
@@ -212,7 +203,7 @@ def _modules(layer: Conv, number: int, weight: Tensor, bias: Tensor | None) -> d
     conv.load_state_dict({"weight": weight} | ({} if bias is None else {"bias": bias}))
     pools = {"average": nn.AvgPool2d, "max": nn.MaxPool2d}
     pool = {f"pool{number}": pools[layer.pooling](layer.pool_size)} if layer.pooling in pools else {}
-    return {f"conv{number}": conv, f"{layer.activation}{number}": MODULES[layer.activation](), **pool}
+    return {f"conv{number}": conv, f"{layer.activation}{number}": ACTIVATIONS[layer.activation].module(), **pool}
 
 
 def _linear(weight: Tensor) -> nn.Module:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from meanfield import validation
+from meanfield.validation import Misuse
 
 PENALTIES = ("none", "l12", "l2")
 L12_STRENGTHS = (0.5, 1.0, 2.0, 4.0, 8.0, 10.0)  # those of the grafting experiment of Gu et al. 2020
@@ -85,12 +86,12 @@ class Recipe:
             object.__setattr__(self, name, check(getattr(self, name), name))
         object.__setattr__(self, "milestones", increasing_epochs(self.milestones, "milestones", 1))
         if validation.nonnegative(self.momentum, "momentum") >= 1:
-            raise ValueError(f"momentum={self.momentum!r} must be at least 0 and less than 1")
+            raise Misuse("momentum", self.momentum, "must be at least 0 and less than 1")
         object.__setattr__(self, "momentum", float(self.momentum))
         if validation.one_of(self.penalty, PENALTIES, "penalty") == "none" and self.strength:
-            raise ValueError(f"strength={self.strength:g} needs a penalty: 'l12' or 'l2', not 'none'")
+            raise Misuse("strength", self.strength, "needs a penalty: 'l12' or 'l2', not 'none'")
         if not isinstance(self.augment, bool):
-            raise ValueError(f"augment={self.augment!r} must be True or False")
+            raise Misuse("augment", self.augment, "must be True or False")
 
     @classmethod
     def authors(cls, penalty: str = "none", strength: float = 0.0) -> Recipe:
@@ -129,8 +130,8 @@ class Recipe:
 def increasing_epochs(value: Any, argument: str, minimum: int) -> tuple[int, ...]:
     """Increasing epochs."""
     if isinstance(value, (str, bytes)) or not isinstance(value, Iterable):
-        raise ValueError(f"{argument}={value!r} must be a sequence of epochs")
+        raise Misuse(argument, value, "must be a sequence of epochs")
     found = tuple(validation.integer(entry, argument, minimum) for entry in value)
     if any(later <= earlier for earlier, later in itertools.pairwise(found)):
-        raise ValueError(f"{argument}={found} must be increasing epochs")
+        raise Misuse(argument, found, "must be increasing epochs")
     return found

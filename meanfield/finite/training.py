@@ -23,8 +23,9 @@ from meanfield.finite.network import SCALINGS, FiniteCNN
 from meanfield.network import ParticleNetwork
 from meanfield.problem import Problem, project_bounds
 from meanfield.starts import normal
+from meanfield.validation import Misuse
 
-OPTIMISERS: dict[str, type[torch.optim.Optimizer]] = {"adam": torch.optim.Adam, "sgd": torch.optim.SGD}
+OPTIMISERS: dict[str, Callable[..., torch.optim.Optimizer]] = {"adam": torch.optim.Adam, "sgd": torch.optim.SGD}
 LEARNING_RATES = {
     ("adam", "mean_field"): 5e-2,
     ("adam", "ntk"): 3e-2,
@@ -146,7 +147,7 @@ def log_spaced_times(first: float, last: float, count: int) -> tuple[float, ...]
         validation.integer(count, "count", minimum=2),
     )
     if last <= first:
-        raise ValueError(f"last={last:g} must be greater than first={first:g}")
+        raise Misuse("last", last, f"must be greater than first={first:g}")
     return (*(first * (last / first) ** (k / (count - 1)) for k in range(count - 1)), last)
 
 
@@ -175,9 +176,11 @@ class _Settings:
         self.shape = SCHEDULES[validation.one_of(schedule, SCHEDULES, "schedule")]
         self.noise = validation.nonnegative(noise, "noise")
         if self.noise and (optimiser, scaling) != ("sgd", "mean_field"):
-            raise ValueError(
-                f"noise={noise!r} needs optimiser='sgd' and scaling='mean_field', not {optimiser!r} and {scaling!r}: "
-                "only there is it the temperature of the particle flow"
+            raise Misuse(
+                "noise",
+                noise,
+                f"needs optimiser='sgd' and scaling='mean_field', not {optimiser!r} and {scaling!r}: only there is it "
+                "the temperature of the particle flow",
             )
         times = _increasing(checkpoints)
         self.checkpoints = _checkpoint_steps(times, self)
@@ -199,10 +202,10 @@ class _Settings:
 
 def _increasing(times: Sequence[float]) -> list[float]:
     if isinstance(times, str) or not isinstance(times, Iterable):
-        raise ValueError(f"checkpoints={times!r} must be a sequence of flow times")
+        raise Misuse("checkpoints", times, "must be a sequence of flow times")
     found = [validation.nonnegative(moment, "checkpoints") for moment in times]
     if any(later <= earlier for earlier, later in itertools.pairwise(found)):
-        raise ValueError(f"checkpoints={tuple(found)} must be increasing flow times")
+        raise Misuse("checkpoints", tuple(found), "must be increasing flow times")
     return found
 
 
@@ -214,10 +217,11 @@ def _checkpoint_steps(times: Sequence[float], settings: _Settings) -> list[tuple
     # 0.1 + 0.1 + 0.1 is not 3 * 0.1: without the tolerance an exact multiple of the rate could miss its step
     found = [bisect.bisect_left(reached, moment * (1 - TIME_TOLERANCE)) for moment in times]
     if found[-1] > settings.steps:
-        raise ValueError(
-            f"checkpoints={tuple(times)} go beyond the total flow time {reached[-1]:.6g} of the {settings.steps} "
-            f"steps: "
-            f"choose times up to it, more steps or a larger learning_rate than {settings.peak:g}"
+        raise Misuse(
+            "checkpoints",
+            tuple(times),
+            f"go beyond the total flow time {reached[-1]:.6g} of the {settings.steps} steps: choose times up to it, "
+            f"more steps or a larger learning_rate than {settings.peak:g}",
         )
     return [(step, reached[step]) for step in found]
 
@@ -394,9 +398,8 @@ def _optimiser(network: FiniteCNN, settings: _Settings) -> torch.optim.Optimizer
     factors = layer_rates(network, settings.described["optimiser"])
     for name, parameter in network.named_parameters():
         groups.setdefault(factors[name], []).append(parameter)
-    return settings.optimiser(
-        [{"params": found, "factor": factor} for factor, found in groups.items()], lr=settings.peak
-    )  # type: ignore[call-arg]
+    tuned = [{"params": found, "factor": factor} for factor, found in groups.items()]
+    return settings.optimiser(tuned, lr=settings.peak)
 
 
 def _step(run: _Run) -> None:
@@ -469,7 +472,7 @@ def _start(
     if not isinstance(start, (ParticleNetwork, FiniteCNN)):
         raise TypeError(f"start must be 'random', a ParticleNetwork or a FiniteCNN, not {type(start).__name__}")
     if start.widths != widths:
-        raise ValueError(f"widths={widths} differ from those of start, {start.widths}")
+        raise Misuse("widths", widths, f"differ from those of start, {start.widths}")
     particles = start.particles() if isinstance(start, FiniteCNN) else start
     problem.require_feasible(particles)
     return FiniteCNN.from_particles(particles, scaling)
@@ -482,9 +485,9 @@ class _Batches:
 
     def __init__(self, count: int, batch_size: int | None, shuffle: bool, generator: torch.Generator) -> None:
         if not isinstance(shuffle, bool):
-            raise ValueError(f"shuffle={shuffle!r} must be True or False")
+            raise Misuse("shuffle", shuffle, "must be True or False")
         if batch_size is not None and validation.integer(batch_size, "batch_size") > count:
-            raise ValueError(f"batch_size={batch_size} is more than the {count} images; use None for all of them")
+            raise Misuse("batch_size", batch_size, f"is more than the {count} images; use None for all of them")
         self.size = None if batch_size is None else int(batch_size)
         self.shuffle, self.generator = shuffle, generator
         self.order, self.position = torch.arange(count), count  # as if an epoch had just ended

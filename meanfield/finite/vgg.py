@@ -15,6 +15,7 @@ from torch.nn.utils import skip_init
 
 from meanfield import validation
 from meanfield.starts import normal
+from meanfield.validation import Misuse
 
 # convolutions per stage: Simonyan & Zisserman 2015, table 1, columns A, B and D; 8, one convolution a stage, is not in
 # it
@@ -57,7 +58,7 @@ def vgg(
     1 / fan-in for the last layer, biases zero.  The global random numbers are not touched.
     """
     if validation.integer(depth, "depth") not in VGG_STAGES:
-        raise ValueError(f"depth={depth!r} must be one of {', '.join(map(str, VGG_STAGES))}")
+        raise Misuse("depth", depth, f"must be one of {', '.join(map(str, VGG_STAGES))}")
     shape, classes = _image_shape(input_shape), validation.integer(classes, "classes", minimum=2)
     widths = _all_integers(hidden, "hidden")
     rate, inside = _probability(dropout), validation.one_of(fan_in, FAN_INS, "fan_in") == "inside"
@@ -161,10 +162,10 @@ def residual(
     """
     shape, classes = _image_shape(input_shape), validation.integer(classes, "classes", minimum=2)
     if not isinstance(batch_norm, bool):
-        raise ValueError(f"batch_norm={batch_norm!r} must be True or False")
+        raise Misuse("batch_norm", batch_norm, "must be True or False")
     counts = _all_integers(blocks, "blocks")
     if not counts:
-        raise ValueError(f"blocks={blocks!r} must hold one integer per stage, at least one")
+        raise Misuse("blocks", blocks, "must hold one integer per stage, at least one")
     channels = validation.integer(width, "width")
     layers = OrderedDict[str, nn.Module](
         conv1=_convolution(shape[0], channels, 3, generator, dtype, bias=not batch_norm)
@@ -223,18 +224,18 @@ def _norm(channels: int, batch_norm: bool, dtype: torch.dtype) -> nn.Module:
 def _image_shape(value: Any) -> tuple[int, int, int]:
     entries = _all_integers(value, "input_shape")
     if len(entries) != 3:
-        raise ValueError(f"input_shape={value!r} must be three integers (C, H, W)")
+        raise Misuse("input_shape", value, "must be three integers (C, H, W)")
     channels, height, width = entries
     return channels, height, width
 
 
 def _all_integers(value: Any, argument: str) -> tuple[int, ...]:
     if isinstance(value, (str, bytes)) or not isinstance(value, Iterable):
-        raise ValueError(f"{argument}={value!r} must be a sequence of integers")
+        raise Misuse(argument, value, "must be a sequence of integers")
     return tuple(validation.integer(entry, argument) for entry in value)
 
 
 def _probability(value: Any) -> float:
     if validation.nonnegative(value, "dropout") >= 1:
-        raise ValueError(f"dropout={value!r} must be at least 0 and less than 1")
+        raise Misuse("dropout", value, "must be at least 0 and less than 1")
     return float(value)

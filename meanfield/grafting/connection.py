@@ -117,7 +117,7 @@ def own(module: nn.Module, signal: Tensor) -> nn.Conv2d | nn.Linear:
     if isinstance(module, CHANNELS_FIRST) or signal.ndim not in (2, 3, 4):
         raise ValueError(
             f"layer is a {type(module).__name__} on {tuple(signal.shape)}: only maps (N, C, H, W) and vectors (N, D), "
-            f"(N, T, D) can be connected"
+            "(N, T, D) can be connected"
         )
     channels = signal.shape[1] if signal.ndim == 4 else signal.shape[-1]
     identity = torch.eye(channels).to(signal)

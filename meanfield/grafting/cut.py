@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from meanfield.validation import Misuse
+
 
 class Below(nn.Module):
     """inputs -> the tensor that enters `layer` of a network; what comes after it is not run.
@@ -117,7 +119,7 @@ def find(network: nn.Module, layer: str, argument: str) -> nn.Module:
         return network.get_submodule(layer)
     near = ", ".join(map(repr, difflib.get_close_matches(layer, names, n=3) or names[:8]))
     there = f"there are {near} ({len(names)} in all)" if names else "it has none, put it into an nn.Sequential"
-    raise ValueError(f"{argument}={layer!r} is not a module of the network; {there}")
+    raise Misuse(argument, layer, f"is not a module of the network; {there}")
 
 
 def check(network: nn.Module, layer: str, inputs: Tensor, argument: str, *, entering: bool) -> None:
@@ -145,11 +147,12 @@ def check(network: nn.Module, layer: str, inputs: Tensor, argument: str, *, ente
     with torch.no_grad():
         linked = linked or not torch.equal(first, output(1 - 2 * leaf.detach()))
     if linked:
-        raise ValueError(
-            f"{argument}={layer!r} is no cut of the network: its output depends on its inputs on a way around this "
-            f"layer, as along the shortcut of a "
-            "residual block; name the block as a whole (a 1x1 convolution in front of it is fitted) or a layer "
-            "outside of it"
+        raise Misuse(
+            argument,
+            layer,
+            "is no cut of the network: its output depends on its inputs on a way around this layer, as along the "
+            "shortcut of a residual block; name the block as a whole (a 1x1 convolution in front of it is fitted) or "
+            "a layer outside of it",
         )
 
 
@@ -166,13 +169,14 @@ def called_once(network: nn.Module, layer: str, inputs: Tensor, argument: str) -
     finally:
         handle.remove()
     if len(calls) != 1:
-        raise ValueError(
-            f"{argument}={layer!r} is called {len(calls)} times in one pass; a cut needs a layer that is called once"
+        raise Misuse(
+            argument, layer, f"is called {len(calls)} times in one pass; a cut needs a layer that is called once"
         )
     if calls[0] != (1, 0):
-        raise ValueError(
-            f"{argument}={layer!r} does not take one tensor by position and nothing else; name a module that does, "
-            f"such as a block around it"
+        raise Misuse(
+            argument,
+            layer,
+            "does not take one tensor by position and nothing else; name a module that does, such as a block around it",
         )
 
 

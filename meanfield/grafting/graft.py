@@ -21,6 +21,7 @@ from meanfield import validation
 from meanfield.grafting import cut
 from meanfield.grafting.connection import Connection, is_linear, own, widened
 from meanfield.grafting.least_squares import error, moments
+from meanfield.validation import Misuse
 
 METHODS = ("least_squares", "transport", "match", "adam")
 IMAGES = 256  # that pass through the networks at a time, where inputs are a tensor
@@ -168,7 +169,7 @@ class Junction:
             if (batch.dtype, batch.device, batch.shape[1:]) != (first.dtype, first.device, first.shape[1:]):
                 raise ValueError(
                     f"inputs begin with {_described(first)} and go on with {_described(batch)}; give one tensor or "
-                    f"batches of a kind"
+                    "batches of a kind"
                 )
             found.add(batch)
             progress(len(batch))
@@ -199,7 +200,7 @@ class Junction:
         """See the function `graft`; seconds count from the making of the junction."""
         validation.one_of(method, METHODS, "method")
         if validation.nonnegative(ridge, "ridge") and method != "least_squares":
-            raise ValueError(f"ridge={ridge!r} is of least squares; method={method!r} has none")
+            raise Misuse("ridge", ridge, f"is of least squares; method={method!r} has none")
         self._require_inputs()
         rank = None
         if method == "least_squares":
@@ -250,7 +251,7 @@ class Junction:
         if costs.shape[0] != costs.shape[1]:
             raise ValueError(
                 f"method='match' needs equal widths; {costs.shape[0]} features below and {costs.shape[1]} above: use "
-                f"'transport'"
+                "'transport'"
             )
         rows, columns = linear_sum_assignment(costs.cpu().numpy())
         plan = torch.zeros_like(costs)
@@ -304,7 +305,7 @@ def frozen(network: nn.Module, argument: str) -> nn.Module:
     except RuntimeError as error:
         raise ValueError(
             f"{argument} cannot be copied ({error}); remove what its modules keep from a pass, such as the old "
-            f"weight_norm"
+            "weight_norm"
         ) from error
     return copied.eval().requires_grad_(False)
 
@@ -376,10 +377,11 @@ def _connection(owned: Connection, here: Tensor, there: Tensor, layer: str, lowe
         return Connection(widened(owned.layer, here[0].numel()), flat=True)
     if isinstance(owned.layer, nn.Linear) and here.shape[:-1] == there.shape[:-1]:
         return Connection(widened(owned.layer, here.shape[-1]))
-    raise ValueError(
-        f"lower_layer={lower_layer!r} receives {tuple(here.shape[1:])} per input and layer={layer!r} of upper "
-        f"{tuple(there.shape[1:])}: "
-        "maps connect to maps, and vectors or flattened maps to vectors"
+    raise Misuse(
+        "lower_layer",
+        lower_layer,
+        f"receives {tuple(here.shape[1:])} per input and layer={layer!r} of upper {tuple(there.shape[1:])}: maps "
+        "connect to maps, and vectors or flattened maps to vectors",
     )
 
 

@@ -1,51 +1,107 @@
-"""How a page is written: its look, figures and tables, strict JSON."""
+"""How a page is written: a record of sections, turned into one HTML file of the house's look by a template.
+
+Text is escaped wherever it comes from; what is HTML already is a `Markup`.
+"""
 
 from __future__ import annotations
 
 import base64
-import json
-import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, is_dataclass
-from html import escape
-from importlib.resources import files
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from string import Template
 from typing import Any
 
-from meanfield import storage
-from meanfield.pages import plotting
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from meanfield.storage import to_json, write_atomically
 
 Results = dict[str, Any]
+Item = "str | Markup | Figure | Table | Note | Verbatim | Details"
 
 
-def to_json(results: Results) -> str:
-    """Strict JSON: NaN and infinities become null, dataclasses objects."""
-    return json.dumps(_strict(results), indent=2, allow_nan=False) + "\n"
+@dataclass(frozen=True)
+class Figure:
+    """The picture of that name, drawn for the page, and what to see in it."""
+
+    name: str
+    caption: str
+    wide: bool = False
+    kind: str = "figure"
 
 
-def _strict(value: Any) -> Any:
-    if is_dataclass(value) and not isinstance(value, type):
-        return _strict(asdict(value))
-    if isinstance(value, dict):
-        return {str(key): _strict(entry) for key, entry in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_strict(entry) for entry in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+@dataclass(frozen=True)
+class Table:
+    """Plain values, None as an empty cell; `text` names the columns of prose, which may break into lines."""
+
+    head: Sequence[str | Markup]
+    rows: Sequence[Sequence[Any]]
+    text: Collection[int] = ()
+    kind: str = "table"
 
 
-def publish(
-    directory: str | Path, name: str, drawn: Mapping[str, Any], found: Any, page: Callable[[dict[str, bytes]], str]
-) -> Path:
-    """Write figures (name -> Figure) as PNG, `found` as summary.json and the page that is made of the pictures;
-    returns the page's path.
-    """
-    directory = Path(directory)
-    figures = {each: plotting.png(picture) for each, picture in drawn.items()}
-    for each, content in figures.items():
-        storage.write_atomically(directory / f"{each}.png", content)
-    storage.write_atomically(directory / "summary.json", to_json(found))
-    return storage.write_atomically(directory / name, page(figures))
+@dataclass(frozen=True)
+class Note:
+    """A paragraph that must not be missed; `word` is set in bold in front of it."""
+
+    word: str
+    text: str
+    kind: str = "note"
+
+
+@dataclass(frozen=True)
+class Verbatim:
+    """Text that keeps its lines, such as what a program printed."""
+
+    text: str
+    kind: str = "verbatim"
+
+
+@dataclass(frozen=True)
+class Details:
+    """A table that is folded away until it is asked for."""
+
+    summary: str
+    table: Table
+    kind: str = "details"
+
+
+@dataclass(frozen=True)
+class Section:
+    """A heading and what stands under it, in order: paragraphs (text), figures, tables, notes."""
+
+    title: str
+    items: Sequence[Any]
+    id: str = ""
+
+
+@dataclass(frozen=True)
+class Page:
+    """A title, a sentence that says what was found, sections, and what made it (see `bench.provenance`)."""
+
+    title: str
+    claim: str | Markup
+    sections: Sequence[Section]
+    made: Mapping[str, Any]
+    remark: str = "The tables are the CSV files beside this page."
+
+
+@cache
+def _template() -> Any:
+    environment = Environment(
+        loader=PackageLoader("meanfield.pages"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template("page.html")
+
+
+def render(page: Page, images: Mapping[str, str]) -> str:
+    """The page; images: name -> address of the picture (see `inline`)."""
+    return _template().render(page=page, images=images)
 
 
 def inline(image: bytes) -> str:
@@ -53,33 +109,13 @@ def inline(image: bytes) -> str:
     return "data:image/png;base64," + base64.b64encode(image).decode()
 
 
-def assemble(title: str, claim: str, sections: Iterable[str], footer: str) -> str:
-    """A page of the house's look from pieces of HTML."""
-    template = Template(files("meanfield.pages").joinpath("templates/page.html").read_text(encoding="utf-8"))
-    inside = "\n".join(f"<section>{section}</section>" for section in sections)
-    return template.substitute(title=title, claim=claim, sections=inside, footer=footer)
+def publish(page: Page, directory: str | Path, name: str, drawn: Mapping[str, Any], found: Mapping[str, Any]) -> Path:
+    """Write pictures (name -> matplotlib Figure) as PNG, `found` as summary.json and name.html; returns the page."""
+    from meanfield.pages import plotting
 
-
-def figure(images: dict[str, str], name: str, caption: str, *, wide: bool = False) -> str:
-    kind = ' class="wide"' if wide else ""
-    return (
-        f'<figure{kind}><img src="{images[name]}" '
-        f'alt="{escape(caption)}"><figcaption>{escape(caption)}</figcaption></figure>'
-    )
-
-
-def table(head: Sequence[str], rows: Iterable[Sequence[str]], *, text: bool = False) -> str:
-    """Cells are HTML already."""
-    cell = '<td class="text">' if text else "<td>"
-    body = "".join("<tr>" + "".join(f"{cell}{entry}</td>" for entry in row) + "</tr>" for row in rows)
-    return (
-        f"<div "
-        f'class="scroll"><table><thead><tr>{"".join(f"<th>{name}</th>" for name in head)}</tr></thead><tbody>{body}</tbody></table></div>'
-    )
-
-
-def plain_table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """A table of plain values, None as an empty cell."""
-    return table(
-        [escape(each) for each in head], [["" if cell is None else escape(str(cell)) for cell in row] for row in rows]
-    )
+    directory, pictures = Path(directory), {each: plotting.png(figure) for each, figure in drawn.items()}
+    text = render(page, {each: inline(content) for each, content in pictures.items()})
+    for each, content in pictures.items():
+        write_atomically(directory / f"{each}.png", content)
+    write_atomically(directory / "summary.json", to_json({"made": page.made, **found}))
+    return write_atomically(directory / f"{name}.html", text)

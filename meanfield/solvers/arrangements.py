@@ -52,9 +52,9 @@ def solve(problem: Problem) -> Solution:
     meet.
 
     The problem has one ReLU layer without or with average pooling, an averaged readout of one output, positive input
-    and readout penalties, no input bound, the squared or the logistic loss, and kernels of at most three entries (all
-    channels and the bias, if any, counted).  ValueError names what is not so.  `gap` is that of the convex program on
-    the support of the answer.
+    and readout penalties, no input bound, any loss of one output, and kernels of at most three entries (all channels
+    and the bias, if any, counted).  ValueError names what is not so.  `gap` is that of the convex program on the
+    support of the answer.
     """
     began = time.perf_counter()
     _require_exact_case(problem)
@@ -105,7 +105,7 @@ def _require_exact_case(problem: Problem) -> None:
         (
             arch.outputs > 1,
             f"outputs={arch.outputs}: the penalty is then a nuclear norm per cell, which is not solved here; use one "
-            f"output",
+            "output",
         ),
         (
             penalty.input == 0,
@@ -122,8 +122,7 @@ def _require_exact_case(problem: Problem) -> None:
         (
             entries > largest,
             f"kernel_size={conv.kernel_size} has {entries} entries with channels and bias; patterns are listed for at "
-            f"most {largest}: "
-            "for larger kernels `certificates.search_features` bounds the optimum by a search",
+            f"most {largest}: for larger kernels `certificates.search_features` bounds the optimum by a search",
         ),
     )
     for refused, text in refusals:
@@ -328,10 +327,8 @@ class _ConeProgram:
 
     def _loss(self) -> Any:
         problem = self.layer.problem
-        targets = problem.targets[:, 0].numpy()
-        if problem.loss.name == "squared":
-            return 0.5 * cp.sum_squares(self.output - targets) / len(targets)
-        return cp.sum(cp.logistic(-cp.multiply(targets, self.output))) / len(targets)
+        output = cp.reshape(self.output, (-1, 1), order="C")
+        return problem.loss.cvxpy_sum(cp, output, problem.targets.numpy()) / len(problem.targets)
 
     def solve(self) -> str:
         """Run CLARABEL, twice if it returns no point, and say how it ended; accuracy is judged by the bound."""

@@ -123,14 +123,8 @@ class _Model:
         self.problem = cp.Problem(cp.Minimize(objective), self.constraints)
 
     def _loss(self) -> Any:
-        problem = self.program.problem
-        output, targets = self._output(), _numpy(problem.targets)
-        if problem.loss.name == "squared":
-            return 0.5 * cp.sum_squares(output - targets) / len(targets)
-        if problem.loss.name == "logistic":
-            return cp.sum(cp.logistic(-cp.multiply(targets, output))) / len(targets)
-        chosen = np.eye(output.shape[1])[targets]
-        return (cp.sum(cp.log_sum_exp(output, axis=1)) - cp.sum(cp.multiply(chosen, output))) / len(targets)
+        problem, output = self.program.problem, self._output()
+        return problem.loss.cvxpy_sum(cp, output, _numpy(problem.targets)) / len(problem.targets)
 
     def _output(self) -> Any:
         return _numpy(self.program.readout_features.flatten(1)) @ self.readout

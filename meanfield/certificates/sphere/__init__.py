@@ -23,7 +23,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from meanfield.certificates.sphere.arrangement import MAX_PLANES, maximise_arrangement, maximise_line
+from meanfield.certificates.sphere.arrangement import listable, maximise_arrangement, maximise_line
 from meanfield.certificates.sphere.branching import maximise_branching
 from meanfield.certificates.sphere.response import Found, Response, reduced
 from meanfield.validation import finite, nonnegative, positive, shaped
@@ -74,12 +74,12 @@ def maximise(
 
 def _found(response: Response, starts: Tensor, deadline: float, tolerance: float) -> Found:
     """By the arrangement where that is listed, by branch and bound where it is not or does not meet the tolerance."""
-    dimension, outputs = response.linear.shape
+    dimension = response.linear.shape[0]
     if dimension == 0:
         return Found(0.0, 0.0, response.linear.new_zeros(0), "arrangement", 0)
     if dimension == 1:
         return maximise_line(response)
-    if outputs > 1 or len(response.rows) > MAX_PLANES.get(dimension, -1):
+    if not listable(response):
         return maximise_branching(response, starts, deadline, tolerance)
     listed = maximise_arrangement(response)
     if listed.upper <= (1 + tolerance) * listed.lower + response.rounding:

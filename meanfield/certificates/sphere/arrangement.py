@@ -33,6 +33,12 @@ MAX_PLANES = {2: 3000, 3: 250}
 ROW_ROUNDING = 64 * torch.finfo(torch.float64).eps
 
 
+def listable(response: Response) -> bool:
+    """Whether there is one output and the planes are few enough to be listed."""
+    dimension, outputs = response.linear.shape
+    return outputs == 1 and len(response.rows) <= MAX_PLANES.get(dimension, -1)
+
+
 def maximise_line(response: Response) -> Found:
     """Exact in one dimension, for any number of outputs."""
     ends = response.linear.new_tensor([[1.0], [-1.0]])

@@ -1,1 +1,3 @@
-"""Do networks from different starts learn the same features?"""
+"""Measure whether networks from different starts learn the same features."""
+
+COMMAND = "graft"

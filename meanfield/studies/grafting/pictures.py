@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import product
 from typing import Any
 
 import numpy as np
 
-from meanfield.bench.sweep import Row, Rows, groups, select
+from meanfield.bench.sweep import Row, Rows, Tables, groups, select
 from meanfield.pages import plotting
 from meanfield.pages.plotting import Band
 from meanfield.studies.grafting import summary
@@ -45,37 +45,16 @@ TRAJECTORY = {
 }
 
 
-def pictures(tables: Mapping[str, Rows]) -> dict[str, Any]:
-    """Name -> Figure, for the tables there are."""
-    makers: dict[str, tuple[str, Callable[[Rows], Any]]] = {
-        "profiles": ("starts", _profiles),
-        "methods": ("starts", _methods),
-        "later": ("starts", _later),
-        "l2": ("l2", _profiles),
-        **{
-            f"trajectory_{kind}": ("trajectory", lambda rows, kind=kind: _trajectory_picture(rows, kind))
-            for kind in TRAJECTORY
-        },
-        "ridge": ("trajectory", _ridge_picture),
-        "epochs": ("epochs", _epochs_picture),
-        "across": ("across", _across_picture),
-        "strengths": ("strengths", lambda rows: _settings_picture(rows, "strength")),
-        "widths": ("widths", lambda rows: _settings_picture(rows, "width")),
-        "classes": ("classes", lambda rows: _classes_picture(rows, tables.get("starts", ()))),
-    }
-    drawn = {name: make(tables[part]) for name, (part, make) in makers.items() if tables.get(part)}
-    return {name: each for name, each in drawn.items() if each is not None}
+def starts(tables: Tables) -> Any:
+    return _profiles(tables["starts"])
 
 
-def _profiles(rows: Rows) -> Any:
-    found = summary.starts(select(rows, method="least_squares"))
-    shown = {"relative_accuracy": "accuracy of the graft / of its host", "output_error": "relative error at the output"}
-    panels = {title: _bands(found, name, ("trained", *CONTROLS)) for name, title in shown.items()}
-    return plotting.bands(panels, "connecting layer", log=[shown["output_error"]])
+def l2(tables: Tables) -> Any:
+    return _profiles(tables["l2"])
 
 
-def _methods(rows: Rows) -> Any:
-    found = summary.starts(rows)
+def methods(tables: Tables) -> Any:
+    found = summary.starts(tables["starts"])
     kinds = [method for method in METHODS if select(found, method=method)]
     panels = {
         METHODS[method]: _bands(select(found, method=method), "error", ("trained", *CONTROLS, "rotated"))
@@ -84,24 +63,12 @@ def _methods(rows: Rows) -> Any:
     return plotting.bands(panels, "connecting layer", "relative error at the connection", log=list(panels), shared=True)
 
 
-def _bands(found: Rows, name: str, arms: Iterable[str]) -> list[Band]:
-    shown = {arm: sorted(select(found, arm=arm), key=lambda row: row["position"]) for arm in arms}
-    return [
-        Band(
-            NAMES[arm],
-            [row["layer"] for row in each],
-            *([getattr(row[name], end) for row in each] for end in ("value", "low", "high")),
-        )
-        for arm, each in shown.items()
-        if each
-    ]
-
-
-def _classes_picture(rows: Rows, starts: Rows) -> Any:
-    known = summary.class_errors(rows)
+def classes(tables: Tables) -> Any:
+    known = summary.class_errors(tables["classes"])
     ends = ([getattr(row["error"], end) for row in known] for end in ("value", "low", "high"))
     label = Band("the label alone", [row["layer"] for row in known], *ends)
-    grafts = _bands(summary.starts(select(starts, method="least_squares")), "error", ("trained", "untrained"))
+    squares = summary.starts(select(tables.get("starts", ()), method="least_squares"))
+    grafts = _bands(squares, "error", ("trained", "untrained"))
     return plotting.bands(
         {"least squares": [*grafts, label]},
         "connecting layer",
@@ -110,7 +77,8 @@ def _classes_picture(rows: Rows, starts: Rows) -> Any:
     )
 
 
-def _later(rows: Rows) -> Any:
+def later(tables: Tables) -> Any:
+    rows = tables["starts"]
     layers, maps = layers_upwards(rows, "layer"), {}
     for arm in ("trained", *CONTROLS):
         cells = [
@@ -124,8 +92,9 @@ def _later(rows: Rows) -> Any:
     return plotting.heat_maps(maps, layers, "layer of the measurement", "connecting layer", "relative error", log=True)
 
 
-def _trajectory_picture(rows: Rows, kind: str) -> Any:
-    method, name, label = TRAJECTORY[kind]
+def trajectory(tables: Tables, of: str) -> Any:
+    """of: a name in TRAJECTORY."""
+    rows, (method, name, label) = tables["trajectory"], TRAJECTORY[of]
     epochs, maps = sorted({row["lower_epoch"] for row in rows}), {}
     for layer, arm in product(layers_upwards(rows, "layer"), ("trained", "permuted_labels", "self")):
         if there := select(rows, method=method, layer=layer, arm=arm):
@@ -136,26 +105,26 @@ def _trajectory_picture(rows: Rows, kind: str) -> Any:
     return plotting.heat_maps(maps, names, "epoch of the host", "epoch of the donor", label, log=True, lowest=lowest)
 
 
-def _ridge_picture(rows: Rows) -> Any:
+def ridge(tables: Tables) -> Any:
     """The contrast, drawn: what the epochs of donor and host each for themselves leave of the distance; None for too
     few epochs.
     """
-    rows = [row for row in rows if row["lower_epoch"] and row["upper_epoch"]]
-    deepest, epochs, maps = layers_upwards(rows, "layer")[-1], sorted({row["lower_epoch"] for row in rows}), {}
+    epochs, maps = summary.after_start(tables["trajectory"]), {}
+    if len(epochs) < 2:
+        return None
+    rows = [row for row in tables["trajectory"] if row["lower_epoch"] and row["upper_epoch"]]
+    deepest = layers_upwards(rows, "layer")[-1]
     for arm, (method, name, _) in product(("trained", "permuted_labels"), TRAJECTORY.values()):
         if there := select(rows, method=method, layer=deepest, arm=arm):
             logs = np.log(_matrix(there, "lower_epoch", "upper_epoch", epochs, epochs, name))
             left = logs - logs.mean(0, keepdims=True) - logs.mean(1, keepdims=True) + logs.mean()
             maps[f"{kind({'figure': name, 'method': method})},\n{NAMES[arm]}"] = np.exp(left)
     names, label = list(map(str, epochs)), f"factor beyond both epochs' own, {deepest}"
-    return (
-        plotting.heat_maps(maps, names, "epoch of the host", "epoch of the donor", label, log=True)
-        if len(epochs) > 1
-        else None
-    )
+    return plotting.heat_maps(maps, names, "epoch of the host", "epoch of the donor", label, log=True)
 
 
-def _epochs_picture(rows: Rows) -> Any:
+def epochs(tables: Tables) -> Any:
+    rows = tables["epochs"]
     layers, epochs, maps = layers_upwards(rows, "layer"), sorted({row["epoch"] for row in rows}), {}
     for moving, arm in product(("lower", "upper"), ("trained", "permuted_labels")):
         if there := select(rows, moving=moving, arm=arm):
@@ -167,7 +136,8 @@ def _epochs_picture(rows: Rows) -> Any:
     )
 
 
-def _across_picture(rows: Rows) -> Any:
+def across(tables: Tables) -> Any:
+    rows = tables["across"]
     below, above = layers_upwards(rows, "lower_layer"), layers_upwards(rows, "layer")
     maps = {
         NAMES[arm]: _matrix(each, "lower_layer", "layer", below, above, "output_error")
@@ -178,26 +148,66 @@ def _across_picture(rows: Rows) -> Any:
     )
 
 
-def _settings_picture(rows: Rows, name: str) -> Any:
-    """A panel per method and arm; a start does not know its strength, so that there untrained
-    donors are one more line.
-    """
-    found = summary.matrix(rows, f"lower_{name}", f"upper_{name}")
-    own = name == "width"
-    places = sorted({row[f"upper_{name}"] for row in found})
-    lines = places if own else [*(["untrained"] if select(found, arm="untrained") else []), *places]
-    maps = {}
-    for (method, arm), each in groups(found, "method", *(["arm"] if own else ["method"])).items():
-        placed = [
-            {**row, "below": row[f"lower_{name}"] if own or row["arm"] == "trained" else "untrained"} for row in each
-        ]
-        title = f"{METHODS[method]}, {arm}" if own else METHODS[method]
-        maps[title] = _matrix(placed, "below", f"upper_{name}", lines, places, "output_error")
-    ticks, texts = ([f"{each:g}" if not isinstance(each, str) else each for each in ends] for ends in (places, lines))
-    ends = (f"{name} of the host", f"{name} of the donor")
+def strengths(tables: Tables) -> Any:
+    """A panel per method; a start does not know its strength, so that untrained donors are one more line."""
+    found = [
+        {**row, "below": "untrained" if row["arm"] == "untrained" else row["lower_strength"]}
+        for row in summary.matrix(tables["strengths"], "lower_strength", "upper_strength")
+    ]
+    places = sorted({row["upper_strength"] for row in found})
+    lines = [*(["untrained"] if select(found, arm="untrained") else []), *places]
+    maps = {
+        METHODS[method]: _matrix(each, "below", "upper_strength", lines, places, "output_error")
+        for (method,), each in groups(found, "method").items()
+    }
+    return _crossed("strength", maps, lines, places)
+
+
+def widths(tables: Tables) -> Any:
+    """A panel per method and arm."""
+    found = summary.matrix(tables["widths"], "lower_width", "upper_width")
+    places = sorted({row["upper_width"] for row in found})
+    maps = {
+        f"{METHODS[method]}, {arm}": _matrix(each, "lower_width", "upper_width", places, places, "output_error")
+        for (method, arm), each in groups(found, "method", "arm").items()
+    }
+    return _crossed("width", maps, places, places)
+
+
+def _crossed(name: str, maps: Mapping[str, np.ndarray], lines: Sequence[Any], columns: Sequence[Any]) -> Any:
+    """Matrices of a setting of the donor (lines) and of the host (columns)."""
+    texts, ticks = ([each if isinstance(each, str) else f"{each:g}" for each in ends] for ends in (lines, columns))
     return plotting.heat_maps(
-        maps, ticks, *ends, "mean relative error at the output", rows=texts, log=True, numbers=True, columns=2
+        maps,
+        ticks,
+        f"{name} of the host",
+        f"{name} of the donor",
+        "mean relative error at the output",
+        rows=texts,
+        log=True,
+        numbers=True,
+        columns=2,
     )
+
+
+def _profiles(rows: Rows) -> Any:
+    found = summary.starts(select(rows, method="least_squares"))
+    shown = {"relative_accuracy": "accuracy of the graft / of its host", "output_error": "relative error at the output"}
+    panels = {title: _bands(found, name, ("trained", *CONTROLS)) for name, title in shown.items()}
+    return plotting.bands(panels, "connecting layer", log=[shown["output_error"]])
+
+
+def _bands(found: Rows, name: str, arms: Iterable[str]) -> list[Band]:
+    shown = {arm: sorted(select(found, arm=arm), key=lambda row: row["position"]) for arm in arms}
+    return [
+        Band(
+            NAMES[arm],
+            [row["layer"] for row in each],
+            *([getattr(row[name], end) for row in each] for end in ("value", "low", "high")),
+        )
+        for arm, each in shown.items()
+        if each
+    ]
 
 
 def _matrix(rows: Rows, down: str, across: str, lines: Sequence[Any], columns: Sequence[Any], name: str) -> np.ndarray:

@@ -1,70 +1,92 @@
-"""The grafting study: which pairs of networks it joins, how that is run, and what the tables say; `meanfield graft`
-writes its page.
+"""The cells of the grafting study, part by part: plan(base, sizes, seed).
 
-Parts: "starts" (one penalty, different starts), "classes" (what the label alone says of the hosts), "strengths" of the
-penalty, "l2" in its place, "across" layers, "epochs" (one network at an epoch, the other one trained), "trajectory"
-(both at any epoch), "widths", and "procedures" (least squares against the authors' Adam).  "train" trains what the
-others need.
+`base` says which images, network and recipe; a size says how many epochs and which of them are kept.  `train` makes the
+cells of the networks that all the others need.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
-from pathlib import Path
 from typing import Any
 
-from meanfield.bench import sweep
 from meanfield.bench.classifiers import Classifier, layers_of
-from meanfield.bench.sweep import Cell, Tables
-from meanfield.studies.grafting import measure as grafting
+from meanfield.bench.sweep import Cell
 
-PARTS = ("starts", "classes", "strengths", "l2", "across", "epochs", "trajectory", "widths", "procedures")
 ARMS = ("trained", "untrained", "permuted_labels", "rotated", "self")
+METHODS = ("least_squares", "transport")
 L2_STRENGTH = 5e-4 * 16  # the middle one of the authors'
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Sizes:
-    """How much of everything: "default" takes under three minutes on two cores for digits, "full" half an hour and has
-    every part.
+    """How much of everything: "quick" shows that it runs, "default" takes under three minutes on two cores for digits,
+    "full" half an hour and has every part, "authors" is meant for CIFAR and a GPU.
+
+    pairs: of "starts", "classes" and "trajectory".  inside: pairs of "across" and "epochs", which need no further
+        networks.  others: pairs of "l2", "strengths" and "widths".
+    strengths: in units of the classifier's.  factors: of the width.
+    layers: of the matrices epoch x epoch; those that the network has, or one in its middle.
+    procedures: pairs; a layer takes the authors' procedure some twenty seconds.
     """
 
     epochs: int
     checkpoints: tuple[int, ...]
-    pairs: int  # of "starts" and "trajectory"
-    inside: int  # pairs of "across" and "epochs", which need no further networks
-    others: int  # pairs of "strengths", "l2" and "widths"
-    strengths: tuple[float, ...]  # in units of the classifier's
-    factors: tuple[float, ...]  # of the width
-    layers: tuple[str, ...]  # of the matrices epoch x epoch; those that the network has, or one in its middle
-    procedures: int  # pairs; a layer takes the authors' procedure some twenty seconds
+    pairs: int
+    inside: int
+    others: int
+    strengths: tuple[float, ...]
+    factors: tuple[float, ...]
+    layers: tuple[str, ...]
+    procedures: int
 
 
 SIZES = {
-    "quick": Sizes(2, (0, 1, 2), 2, 1, 1, (1.0, 4.0), (0.5, 1.0), ("conv4",), 0),
-    "default": Sizes(20, (0, 1, 3, 8, 20), 5, 1, 0, (), (), ("conv6",), 0),
+    "quick": Sizes(
+        epochs=2,
+        checkpoints=(0, 1, 2),
+        pairs=2,
+        inside=1,
+        others=1,
+        strengths=(1.0, 4.0),
+        factors=(0.5, 1.0),
+        layers=("conv4",),
+        procedures=0,
+    ),
+    "default": Sizes(
+        epochs=20,
+        checkpoints=(0, 1, 3, 8, 20),
+        pairs=5,
+        inside=1,
+        others=0,
+        strengths=(),
+        factors=(),
+        layers=("conv6",),
+        procedures=0,
+    ),
     "full": Sizes(
-        30, (0, 1, 2, 4, 8, 15, 30), 6, 3, 3, (0.5, 1.0, 2.0, 4.0, 8.0), (0.5, 1.0, 2.0), ("conv4", "conv6", "conv8"), 1
+        epochs=30,
+        checkpoints=(0, 1, 2, 4, 8, 15, 30),
+        pairs=6,
+        inside=3,
+        others=3,
+        strengths=(0.5, 1.0, 2.0, 4.0, 8.0),
+        factors=(0.5, 1.0, 2.0),
+        layers=("conv4", "conv6", "conv8"),
+        procedures=1,
     ),
     "authors": Sizes(
-        200,
-        (0, 1, 2, 5, 8, 10, 20, 50, 100, 200),
-        5,
-        2,
-        2,
-        (0.5, 1.0, 2.0, 4.0, 8.0, 10.0),
-        (0.5, 1.0),
-        ("conv4", "conv7", "conv10", "conv13"),
-        1,
+        epochs=200,
+        checkpoints=(0, 1, 2, 5, 8, 10, 20, 50, 100, 200),
+        pairs=5,
+        inside=2,
+        others=2,
+        strengths=(0.5, 1.0, 2.0, 4.0, 8.0, 10.0),
+        factors=(0.5, 1.0),
+        layers=("conv4", "conv7", "conv10", "conv13"),
+        procedures=1,
     ),
-}
-MEASURES: dict[str, sweep.Measure] = {
-    **dict.fromkeys(PARTS, grafting.pair),
-    "train": grafting.train,
-    "classes": grafting.classes,
-    "procedures": grafting.procedures,
 }
 
 
@@ -73,35 +95,85 @@ def prepared(base: Classifier, sizes: Sizes) -> Classifier:
     return base.variant(epochs=sizes.epochs, checkpoints=sizes.checkpoints)
 
 
-def plan(base: Classifier, sizes: Sizes, seed: int = 0, parts: Sequence[str] = PARTS) -> dict[str, list[Cell]]:
-    """The cells of the wanted parts; networks that they need are those of "train", which is always there and first."""
+def train(cells: Sequence[Cell]) -> list[Cell]:
+    """The networks that the cells need after their start, each once, in the order of first need."""
+    ends = [(cell[end], cell[f"{end}_epoch"]) for cell in cells for end in ("lower", "upper")]
+    wanted = dict.fromkeys(Classifier.from_dict(settings) for settings, epoch in ends if epoch)
+    return [each.to_dict() for each in wanted]
+
+
+def starts(base: Classifier, sizes: Sizes, seed: int) -> list[Cell]:
+    return _grafts(prepared(base, sizes), sizes.pairs, seed, ARMS, METHODS)
+
+
+def classes(base: Classifier, sizes: Sizes, seed: int) -> list[Cell]:
+    """Of the hosts; there is no donor."""
+    base, cells = prepared(base, sizes), []
+    for number in range(sizes.pairs):
+        _, host = _pair(base, seed, number)
+        cells.append(_cell(base, host, host, names={"pair": number}))
+    return cells
+
+
+def l2(base: Classifier, sizes: Sizes, seed: int) -> list[Cell]:
+    base = prepared(base, sizes).variant(penalty="l2", strength=L2_STRENGTH)
+    return _grafts(base, sizes.others, seed, ("trained", "untrained", "permuted_labels"))
+
+
+def trajectory(base: Classifier, sizes: Sizes, seed: int) -> list[Cell]:
+    """Both ends at any epoch."""
+    base, cells = prepared(base, sizes), []
+    names = layers_of(base.start())
+    layers = [name for name in sizes.layers if name in names] or [names[len(names) // 2]]
+    for number, arm, below, above in product(
+        range(sizes.pairs), ("trained", "permuted_labels", "self"), base.checkpoints, base.checkpoints
+    ):
+        if arm == "self" and number >= sizes.inside:
+            continue
+        made = _graft(base, seed, number, arm, METHODS, layers)
+        cells.append({**made, "lower_epoch": below, "upper_epoch": above})
+    return cells
+
+
+def epochs(base: Classifier, sizes: Sizes, seed: int) -> list[Cell]:
+    """One end at an epoch, the other one trained; the donor at epoch 0 is the untrained control."""
+    base, cells = prepared(base, sizes), []
+    for number, arm, end, epoch in product(
+        range(sizes.inside), ("trained", "permuted_labels"), ("lower", "upper"), base.checkpoints
+    ):
+        made = _graft(base, seed, number, arm)
+        names = {**made["names"], "moving": end, "epoch": epoch}
+        cells.append({**made, f"{end}_epoch": epoch, "names": names})
+    return cells
+
+
+def across(base: Classifier, sizes: Sizes, seed: int) -> list[Cell]:
+    return _grafts(prepared(base, sizes), sizes.inside, seed, ("trained", "untrained"), connections="across")
+
+
+def strengths(base: Classifier, sizes: Sizes, seed: int) -> list[Cell]:
+    """A start does not know its penalty: untrained donors have the first strength alone."""
+    if base.penalty == "none":
+        return []
+    base, cells = prepared(base, sizes), []
+    every = [base.strength * factor for factor in sizes.strengths]
+    for arm, lower in (("trained", every), ("untrained", every[:1])):
+        for number, below, above in product(range(sizes.others), lower, every):
+            cells.append(_crossed(_graft(base, seed, number, arm), "strength", below, above))
+    return cells
+
+
+def widths(base: Classifier, sizes: Sizes, seed: int) -> list[Cell]:
+    base, cells = prepared(base, sizes), []
+    every = [max(1, round(base.width * factor)) for factor in sizes.factors]
+    for number, arm, below, above in product(range(sizes.others), ("trained", "untrained"), every, every):
+        cells.append(_crossed(_graft(base, seed, number, arm, METHODS), "width", below, above))
+    return cells
+
+
+def procedures(base: Classifier, sizes: Sizes, seed: int) -> list[Cell]:
     base = prepared(base, sizes)
-    makers: dict[str, Callable[[], list[Cell]]] = {
-        "starts": lambda: _starts(base, sizes.pairs, seed, ARMS, ("least_squares", "transport")),
-        "classes": lambda: [
-            _cell(base, *2 * _pair(base, seed, number)[1:], names={"pair": number}) for number in range(sizes.pairs)
-        ],
-        "strengths": lambda: _strengths(base, sizes, seed) if base.penalty != "none" else [],
-        "l2": lambda: _starts(
-            base.variant(penalty="l2", strength=L2_STRENGTH),
-            sizes.others,
-            seed,
-            ("trained", "untrained", "permuted_labels"),
-        ),
-        "across": lambda: _starts(base, sizes.inside, seed, ("trained", "untrained"), connections="across"),
-        "epochs": lambda: _epochs(base, sizes, seed),
-        "trajectory": lambda: _trajectory(base, sizes, seed),
-        "widths": lambda: _widths(base, sizes, seed),
-        "procedures": lambda: [
-            _cell(base, *_pair(base, seed, number), names={"pair": number}) for number in range(sizes.procedures)
-        ],
-    }
-    found = {part: makers[part]() for part in makers if part in parts}
-    ends = [
-        (cell[end], cell[f"{end}_epoch"]) for cells in found.values() for cell in cells for end in ("lower", "upper")
-    ]
-    wanted = {Classifier.from_dict(settings): None for settings, epoch in ends if epoch}
-    return {"train": [each.to_dict() for each in wanted], **{part: cells for part, cells in found.items() if cells}}
+    return [_cell(base, *_pair(base, seed, number), names={"pair": number}) for number in range(sizes.procedures)]
 
 
 def _pair(base: Classifier, seed: int, number: int) -> tuple[Classifier, Classifier]:
@@ -120,110 +192,42 @@ def _cell(base: Classifier, lower: Classifier, upper: Classifier, **changes: Any
     return {"lower": lower.to_dict(), "upper": upper.to_dict(), **settings, **changes}
 
 
-def _arm(base: Classifier, seed: int, number: int, arm: str, methods: Sequence[str], **changes: Any) -> Cell:
+def _graft(
+    base: Classifier,
+    seed: int,
+    number: int,
+    arm: str,
+    methods: Sequence[str] = ("least_squares",),
+    connections: Any = "same",
+) -> Cell:
     """A pair in which the donor is as the arm says."""
     lower, upper = _pair(base, seed, number)
     donor = {"permuted_labels": lower.variant(labels="permuted"), "self": upper}.get(arm, lower)
-    epoch = 0 if arm == "untrained" else base.epochs
-    names = {"pair": number, "arm": arm, **changes.pop("names", {})}
     return _cell(
-        base, donor, upper, lower_epoch=epoch, rotated=arm == "rotated", methods=list(methods), names=names, **changes
+        base,
+        donor,
+        upper,
+        lower_epoch=0 if arm == "untrained" else base.epochs,
+        connections=connections,
+        methods=list(methods),
+        rotated=arm == "rotated",
+        names={"pair": number, "arm": arm},
     )
 
 
-def _starts(
+def _grafts(
     base: Classifier,
     pairs: int,
     seed: int,
     arms: Sequence[str],
     methods: Sequence[str] = ("least_squares",),
-    connections: str = "same",
+    connections: Any = "same",
 ) -> list[Cell]:
-    return [_arm(base, seed, number, arm, methods, connections=connections) for number in range(pairs) for arm in arms]
+    return [_graft(base, seed, number, arm, methods, connections) for number in range(pairs) for arm in arms]
 
 
-def _strengths(base: Classifier, sizes: Sizes, seed: int) -> list[Cell]:
-    cells, strengths = [], [base.strength * factor for factor in sizes.strengths]
-    for number, below, above in product(range(sizes.others), strengths, strengths):
-        lower, upper = _pair(base, seed, number)
-        names = {"pair": number, "arm": "trained", "lower_strength": below, "upper_strength": above}
-        cells.append(_cell(base, lower.variant(strength=below), upper.variant(strength=above), names=names))
-    for number, above in product(range(sizes.others), strengths):  # a start does not know its penalty
-        lower, upper = _pair(base, seed, number)
-        names = {"pair": number, "arm": "untrained", "lower_strength": strengths[0], "upper_strength": above}
-        cells.append(
-            _cell(base, lower.variant(strength=strengths[0]), upper.variant(strength=above), lower_epoch=0, names=names)
-        )
-    return cells
-
-
-def _epochs(base: Classifier, sizes: Sizes, seed: int) -> list[Cell]:
-    """One end at an epoch, the other one trained; the donor at epoch 0 is the untrained control."""
-    cells = []
-    for number, arm, end, epoch in product(
-        range(sizes.inside), ("trained", "permuted_labels"), ("lower", "upper"), base.checkpoints
-    ):
-        lower, upper = _pair(base, seed, number)
-        donor = lower.variant(labels="permuted") if arm == "permuted_labels" else lower
-        names = {"pair": number, "arm": arm, "moving": end, "epoch": epoch}
-        cells.append(_cell(base, donor, upper, **{f"{end}_epoch": epoch}, names=names))
-    return cells
-
-
-def _trajectory(base: Classifier, sizes: Sizes, seed: int) -> list[Cell]:
-    cells, names = [], layers_of(base.start())
-    layers = [name for name in sizes.layers if name in names] or [names[len(names) // 2]]
-    for number, arm, below, above in product(
-        range(sizes.pairs), ("trained", "permuted_labels", "self"), base.checkpoints, base.checkpoints
-    ):
-        if arm == "self" and number >= sizes.inside:
-            continue
-        made = _arm(base, seed, number, arm, ("least_squares", "transport"), connections=layers)
-        cells.append({**made, "lower_epoch": below, "upper_epoch": above})
-    return cells
-
-
-def _widths(base: Classifier, sizes: Sizes, seed: int) -> list[Cell]:
-    cells = []
-    widths = [max(1, round(base.width * factor)) for factor in sizes.factors]
-    for number, arm, below, above in product(range(sizes.others), ("trained", "untrained"), widths, widths):
-        lower, upper = _pair(base, seed, number)
-        names = {"pair": number, "arm": arm, "lower_width": below, "upper_width": above}
-        epoch = 0 if arm == "untrained" else base.epochs
-        methods = ["least_squares", "transport"]
-        cells.append(
-            _cell(
-                base,
-                lower.variant(width=below),
-                upper.variant(width=above),
-                lower_epoch=epoch,
-                methods=methods,
-                names=names,
-            )
-        )
-    return cells
-
-
-def run(
-    base: Classifier,
-    sizes: Sizes,
-    directory: str | Path,
-    *,
-    parts: Sequence[str] = PARTS,
-    seed: int = 0,
-    jobs: int = 1,
-    backend: str = "loky",
-    announce: Callable[[str, Cell, bool], None] = lambda part, cell, kept: None,
-) -> Tables:
-    """Rows of every part; networks in `directory`/networks, finished cells in `directory`/cells, a CSV table of each
-    part.
-
-    Cells name a digest of the images: a file of the same name with other images is another study.
-    """
-    digest, store = base.images().digest, Path(directory) / "networks"
-    chosen = {
-        part: [{**cell, "images": digest} for cell in cells] for part, cells in plan(base, sizes, seed, parts).items()
-    }
-    return sweep.study(
-        chosen, MEASURES, directory, jobs=jobs, backend=backend, announce=announce, places={"store": str(store)}
-    )
+def _crossed(graft: Cell, field: str, below: Any, above: Any) -> Cell:
+    """The graft with donor and host that have values of their own in a field, which the rows name."""
+    names = {**graft["names"], f"lower_{field}": below, f"upper_{field}": above}
+    lower, upper = {**graft["lower"], field: below}, {**graft["upper"], field: above}
+    return {**graft, "lower": lower, "upper": upper, "names": names}

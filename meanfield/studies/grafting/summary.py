@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from itertools import combinations, product
 from statistics import fmean
 from typing import Any
@@ -15,22 +15,6 @@ from meanfield.bench.sweep import Row, Rows, groups, select
 
 ROUNDING = 1e-30  # relative squared errors below it, of grafts on themselves, are drawn there
 FIGURES = ("mmd", "sliced_wasserstein", "cka", "mean_difference", "log_variance_ratio")
-CONTRASTS = ("error", "mmd")
-
-
-def summary(tables: Mapping[str, Rows]) -> dict[str, Any]:
-    """The figures that the study is for, from whichever tables there are."""
-    makers: dict[str, Callable[[Rows], Any]] = {
-        "starts": starts,
-        "l2": starts,
-        "strengths": lambda rows: matrix(rows, "lower_strength", "upper_strength"),
-        "widths": lambda rows: matrix(rows, "lower_width", "upper_width"),
-        "classes": class_errors,
-        "trajectory": contrasts,
-        "procedures": procedures,
-    }
-    found = {part: make(tables[part]) for part, make in makers.items() if part in tables}
-    return {**found, "correlations": correlations(tables["starts"])} if "starts" in tables else found
 
 
 def relative_accuracy(row: Row) -> float:
@@ -90,6 +74,11 @@ def matrix(rows: Rows, lower: str, upper: str) -> list[Row]:
         }
         found.append({"arm": arm, "method": method, lower: below, upper: above, **figures})
     return found
+
+
+def after_start(rows: Rows) -> list[int]:
+    """The epochs at which both ends are taken, the start left out; a ridge needs two."""
+    return sorted({row["lower_epoch"] for row in rows if row["lower_epoch"] and row["upper_epoch"]})
 
 
 def contrasts(rows: Rows) -> list[Row]:

@@ -1,1 +1,1 @@
-"""The report of one solve."""
+"""Train a continuous CNN on real images, certify it, and write a report."""

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import math
-import platform
 import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
 from torch import Tensor
 
-import meanfield
 from meanfield import finite, measures, solvers, starts
 from meanfield.convex.program import ConvexProgram
 from meanfield.data import Dataset
@@ -23,7 +20,6 @@ from meanfield.network import ParticleNetwork
 from meanfield.problem import Problem
 from meanfield.solvers.solution import Solution
 
-PACKAGES = ("torch", "numpy", "scipy", "cvxpy", "clarabel", "matplotlib", "scikit-learn", "safetensors")
 REFERENCE_LIMIT = 66 * 34 * 400  # M_{l-1} M_l (images x positions), the largest product that cvxpy is given
 SAMPLED_WIDTHS, DRAWS = (8, 16, 32, 64, 128, 256), 20
 TRAINED_WIDTHS, TRAINED_SEEDS, TRAINED_RATE = (4, 8, 16, 32), 2, 0.2
@@ -37,7 +33,7 @@ class Run:
     """A solved problem with what it came from; the subject of a report.
 
     training, held_out: the images (held_out None where all were trained on).  start: the network before the first
-    round.  settings: what the user asked for, JSON-ready.  warnings: texts to repeat in the report.
+    round.  made: what made it, as JSON (`bench.provenance.Provenance`).  warnings: texts to repeat in the report.
     """
 
     problem: Problem
@@ -45,10 +41,9 @@ class Run:
     held_out: Dataset | None
     start: ParticleNetwork
     solution: Solution
-    settings: dict[str, Any]
+    made: dict[str, Any]
+    seed: int
     warnings: list[str] = field(default_factory=list)
-    seed: int = 0
-    tolerance: float = 1e-4
     trained_steps: int = 1500
     segment_steps: int = 300
     budget: float = 40.0  # seconds for training finite networks
@@ -66,17 +61,17 @@ def gather(run: Run, announce: Callable[[str], None] = lambda text: None) -> dic
         ("finite", "finite networks", _finite),
         ("segment", "the line between two solutions", _segment),
     ]
-    results: dict[str, Any] = {
-        "settings": run.settings,
-        "seed": run.seed,
-        "versions": versions(),
-        "warnings": run.warnings,
-    }
+    results = heading(run)
     for name, text, measure in sections:
         announce(text)
         with _quiet():
             results[name] = measure(run)
     return results
+
+
+def heading(run: Run) -> dict[str, Any]:
+    """What every JSON file of a solve begins with."""
+    return {"made": run.made, "warnings": run.warnings}
 
 
 @contextmanager
@@ -85,16 +80,6 @@ def _quiet() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="the infimum over all measures")
         yield
-
-
-def versions() -> dict[str, str]:
-    found = {"meanfield": meanfield.__version__, "python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "not installed"
-    return found
 
 
 def solution_figures(problem: Problem, solution: Solution) -> dict[str, Any]:
@@ -191,7 +176,7 @@ def _judged(run: Run, data: Dataset, keep_images: bool = False) -> dict[str, Any
     inputs = data.inputs[:HELD_OUT_MOST].to(run.problem.inputs)
     indices = data.indices[: len(inputs)]
     output = run.solution.network(inputs).double().cpu()
-    predicted = (output[:, 0] <= 0).long() if output.shape[1] == 1 else output.argmax(1)
+    predicted = run.problem.loss.predict(output)
     right = predicted == indices
     found = {
         "count": len(inputs),

@@ -1,1 +1,1 @@
-"""How networks of finite width approach the continuous one."""
+"""Measure how finite networks approach the continuous one."""

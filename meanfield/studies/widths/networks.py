@@ -19,6 +19,7 @@ from meanfield import finite, solvers, starts
 from meanfield.bench.sweep import Cell, Row
 from meanfield.bench.task import Task
 from meanfield.data import Dataset
+from meanfield.losses import Loss
 from meanfield.network import ParticleNetwork
 from meanfield.problem import Problem
 from meanfield.solvers import main_job
@@ -121,7 +122,7 @@ def _against(problem: Problem, held_out: Dataset, network: ParticleNetwork, exac
     found = {
         "squared_error": float((output - exact.output)[:, :count].square().sum(2).mean()),
         "excess": float(torch.vmap(objective)(output[:, :count], *masses).mean()),
-        "accuracy": accuracy(output[:, count:].flatten(0, 1), held_out, len(masses[0])),
+        "accuracy": accuracy(problem.loss, output[:, count:].flatten(0, 1), held_out, len(masses[0])),
     }
     for layer, (drawn, true, p) in enumerate(zip(features, exact.features, network.masses)):
         if layer:
@@ -129,10 +130,9 @@ def _against(problem: Problem, held_out: Dataset, network: ParticleNetwork, exac
     return found
 
 
-def accuracy(output: Tensor, images: Dataset, repeats: int = 1) -> float:
+def accuracy(loss: Loss, output: Tensor, images: Dataset, repeats: int = 1) -> float:
     """Share of images classified rightly; output (repeats N, K)."""
-    guess = (output[:, 0] < 0).long() if output.shape[1] == 1 else output.argmax(1)
-    return float((guess.cpu() == images.indices.repeat(repeats)).double().mean())
+    return float((loss.predict(output).cpu() == images.indices.repeat(repeats)).double().mean())
 
 
 def limit(cell: Cell) -> list[Row]:
@@ -181,7 +181,7 @@ def trained(cell: Cell) -> list[Row]:
     else:
         ended = _flowed(problem, cell["width"], cell["seed"], cell["steps"])
         network = ended.network
-    judged = accuracy(network(held_out.inputs.to(problem.inputs)), held_out)
+    judged = accuracy(problem.loss, network(held_out.inputs.to(problem.inputs)), held_out)
     figures = {"value": ended.value, "accuracy": judged, "status": ended.status}
     return [{**_named(task), "masses": cell["masses"], "width": cell["width"], "seed": cell["seed"], **figures}]
 

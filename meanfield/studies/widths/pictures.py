@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from meanfield.bench.rates import Slope
-from meanfield.bench.sweep import Rows, groups, select
+from meanfield.bench.sweep import Rows, Tables, groups, select
 from meanfield.pages import plotting
 from meanfield.pages.plotting import Curve
 from meanfield.studies.widths import summary
@@ -27,23 +27,8 @@ ARMS = {
 }
 
 
-def pictures(tables: Mapping[str, Rows]) -> dict[str, Any]:
-    """Name -> Figure, for the tables there are."""
-    makers = {
-        "sampled": ("sampled", _sampled_picture),
-        "trained": ("trained", _trained_picture),
-        "trajectories": ("trajectories", _trajectory_picture),
-        "times": ("trajectories", _times_picture),
-        "seeds": ("gallery", _seeds_picture),
-        "distributions": ("statistics", _distribution_picture),
-        "coordinates": ("coordinates", _coordinate_picture),
-        "kernel": ("kernel", _kernel_picture),
-    }
-    context = dict(tables)
-    return {name: make(context[part], context) for name, (part, make) in makers.items() if context.get(part)}
-
-
-def _sampled_picture(rows: Rows, _: Mapping[str, Rows]) -> Any:
+def sampled(tables: Tables) -> Any:
+    rows = tables["sampled"]
     panels = {}
     for (depth,), each in groups(rows, "depth").items():
         panels[f"L = {depth}"] = [
@@ -57,7 +42,8 @@ def _sampled_picture(rows: Rows, _: Mapping[str, Rows]) -> Any:
     return plotting.rates(panels, "E |F_m - F|^2", guide=-1)
 
 
-def _trained_picture(rows: Rows, tables: Mapping[str, Rows]) -> Any:
+def trained(tables: Tables) -> Any:
+    rows = tables["trained"]
     best = summary.trained_shares(rows, tables.get("limit", ()))["best"]
     curves = []
     for (masses,), each in groups(rows, "masses").items():
@@ -66,7 +52,8 @@ def _trained_picture(rows: Rows, tables: Mapping[str, Rows]) -> Any:
     return plotting.rates({"trained from random starts": curves}, "(J - best) / best")
 
 
-def _trajectory_picture(rows: Rows, _: Mapping[str, Rows]) -> Any:
+def trajectories(tables: Tables) -> Any:
+    rows = tables["trajectories"]
     deepest, last = max(row["layer"] for row in rows), max(row["time"] for row in rows)
     panels = {}
     for (arm,), each in groups(select(rows, layer=deepest), "arm").items():
@@ -91,7 +78,8 @@ def _time_of_change(rows: Rows) -> float:
     return summary.most_changed(select(rows, width=widest), "mmd")
 
 
-def _times_picture(rows: Rows, _: Mapping[str, Rows]) -> Any:
+def times(tables: Tables) -> Any:
+    rows = tables["trajectories"]
     crossed = select(rows, kind="cross", arm="mean_field")
     times = sorted({row["time"] for row in crossed})
     maps = {
@@ -108,7 +96,8 @@ def _times_picture(rows: Rows, _: Mapping[str, Rows]) -> Any:
     )
 
 
-def _seeds_picture(rows: Rows, _: Mapping[str, Rows]) -> Any:
+def seeds(tables: Tables) -> Any:
+    rows = tables["gallery"]
     seeds = sorted({row["seed"] for row in rows})
     maps = {
         f"width {width}": _matrix(each, "seed", "other_seed", seeds) for (width,), each in groups(rows, "width").items()
@@ -123,7 +112,8 @@ def _matrix(rows: Rows, first: str, second: str, places: Sequence[Any]) -> np.nd
     return found
 
 
-def _distribution_picture(rows: Rows, _: Mapping[str, Rows]) -> Any:
+def distributions(tables: Tables) -> Any:
+    rows = tables["statistics"]
     last = max(row["time"] for row in rows)
     panels = {}
     for (what, layer), each in groups(select(rows, time=last), "of", "layer").items():
@@ -135,7 +125,8 @@ def _distribution_picture(rows: Rows, _: Mapping[str, Rows]) -> Any:
     return plotting.distributions(ordered, [q / 100 for q in QUANTILES])
 
 
-def _coordinate_picture(rows: Rows, _: Mapping[str, Rows]) -> Any:
+def coordinates(tables: Tables) -> Any:
+    rows = tables["coordinates"]
     last = max(row["step"] for row in rows)
     panels = {}
     for (scaling, optimiser), each in groups(select(rows, step=last), "scaling", "optimiser").items():
@@ -150,7 +141,8 @@ def _coordinate_picture(rows: Rows, _: Mapping[str, Rows]) -> Any:
     return plotting.rates(panels, f"mean change, {last} steps")
 
 
-def _kernel_picture(rows: Rows, _: Mapping[str, Rows]) -> Any:
+def kernel(tables: Tables) -> Any:
+    rows = tables["kernel"]
     fitted = summary.rate(rows, "relative_error", "median")
     return plotting.rates(
         {"one ReLU layer": [Curve(labelled("empirical kernel", fitted), samples(rows, "relative_error"))]},

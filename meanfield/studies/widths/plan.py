@@ -1,23 +1,18 @@
-"""The width study: which cells it has, how they are run, and what the tables say; `meanfield widths` writes its page.
+"""The cells of the width study, part by part: plan(task, sizes, seed).
 
-Parts: "sampled" and "trained" networks against the continuous one, "trajectories" of feature measures with their
-"statistics", "coordinates" of the parameterisations side by side, and the tangent "kernel" of one layer.
+`task` says which images in which type; each part takes the size that it can afford.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import product
-from pathlib import Path
 from typing import Any
 
-from meanfield.bench import sweep
-from meanfield.bench.sweep import Cell, Tables, product_of
+from meanfield.bench.sweep import Cell, product_of
 from meanfield.bench.task import Task
-from meanfield.studies.widths import coordinates, trajectories
-from meanfield.studies.widths import networks as widths
-from meanfield.studies.widths.trajectories import TIMES
+from meanfield.studies.widths.trajectories import ARMS, TIMES
 
 RATE = 0.5
 WIDE = 256
@@ -25,11 +20,9 @@ WIDE = 256
 COORDINATE_STEPS = 16
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Sizes:
-    """How much of everything: "quick" shows that it runs, "default" takes under ten minutes on two
-    cores, "full" hours.
-    """
+    """How much of everything: "quick" takes a minute, "default" under ten minutes on two cores, "full" hours."""
 
     depths: tuple[int, ...]
     sampled_widths: tuple[int, ...]
@@ -50,105 +43,64 @@ class Sizes:
 
 
 SIZES = {
-    "quick": Sizes((1, 2), (64, 256), 60, 20, (8, 16), 2, 60, 1, 1, (8, 16), 2, (8,), (16, 64), 1, (16, 64), 3),
+    "quick": Sizes(
+        depths=(1, 2),
+        sampled_widths=(64, 256),
+        draws=60,
+        control_draws=20,
+        trained_widths=(8, 16),
+        trained_seeds=2,
+        trained_steps=60,
+        limit_seeds=1,
+        limit_rounds=1,
+        trajectory_widths=(8, 16),
+        pairs=2,
+        noisy_widths=(8,),
+        coordinate_widths=(16, 64),
+        coordinate_seeds=1,
+        kernel_widths=(16, 64),
+        kernel_seeds=3,
+    ),
     "default": Sizes(
-        (1, 2, 3),
-        (64, 128, 256, 512, 1024),
-        1000,
-        100,
-        (8, 16, 32, 64, 128),
-        6,
-        800,
-        2,
-        3,
-        (16, 32, 64, 128, 256, 768),
-        5,
-        (32, 128),
-        (32, 128, 512),
-        3,
-        (16, 64, 256, 1024),
-        12,
+        depths=(1, 2, 3),
+        sampled_widths=(64, 128, 256, 512, 1024),
+        draws=1000,
+        control_draws=100,
+        trained_widths=(8, 16, 32, 64, 128),
+        trained_seeds=6,
+        trained_steps=800,
+        limit_seeds=2,
+        limit_rounds=3,
+        trajectory_widths=(16, 32, 64, 128, 256, 768),
+        pairs=5,
+        noisy_widths=(32, 128),
+        coordinate_widths=(32, 128, 512),
+        coordinate_seeds=3,
+        kernel_widths=(16, 64, 256, 1024),
+        kernel_seeds=12,
     ),
     "full": Sizes(
-        (1, 2, 3),
-        (64, 128, 256, 512, 1024),
-        4000,
-        400,
-        (8, 16, 32, 64, 128, 256),
-        20,
-        3000,
-        4,
-        6,
-        (16, 32, 64, 128, 256, 512, 1024, 1536),
-        12,
-        (32, 128, 512),
-        (32, 128, 512, 2048),
-        8,
-        (16, 64, 256, 1024, 4096),
-        40,
+        depths=(1, 2, 3),
+        sampled_widths=(64, 128, 256, 512, 1024),
+        draws=4000,
+        control_draws=400,
+        trained_widths=(8, 16, 32, 64, 128, 256),
+        trained_seeds=20,
+        trained_steps=3000,
+        limit_seeds=4,
+        limit_rounds=6,
+        trajectory_widths=(16, 32, 64, 128, 256, 512, 1024, 1536),
+        pairs=12,
+        noisy_widths=(32, 128, 512),
+        coordinate_widths=(32, 128, 512, 2048),
+        coordinate_seeds=8,
+        kernel_widths=(16, 64, 256, 1024, 4096),
+        kernel_seeds=40,
     ),
 }
-PARTS = ("sampled", "limit", "trained", "trajectories", "statistics", "gallery", "coordinates", "kernel")
-MEASURES: dict[str, sweep.Measure] = {
-    "sampled": widths.sampled,
-    "limit": widths.limit,
-    "trained": widths.trained,
-    "trajectories": trajectories.pair,
-    "statistics": trajectories.statistics,
-    "gallery": trajectories.gallery,
-    "coordinates": coordinates.check,
-    "kernel": widths.kernel,
-}
 
 
-def plan(task: Task, sizes: Sizes, seed: int = 0) -> dict[str, list[Cell]]:
-    """The cells of every part.  `task` says which images in which type; each part takes the size that it can afford."""
-    small = task.variant(depth=2, source_penalty=3e-3, readout_penalty=5e-3, input_penalty=2e-3, **_smaller(task))
-    # a third of the time; distances are taken in float64
-    deep = task.variant(depth=3, dtype="float32", **_smaller(task))
-    # whose gradients would mask the loss's
-    bare = deep.variant(source_penalty=0.0, readout_penalty=0.0, input_penalty=0.0)
-    return {
-        "sampled": _sampled(task, sizes, seed),
-        "limit": _cells(
-            small,
-            seed=_seeds(seed, sizes.limit_seeds),
-            width=[16],
-            rounds=[sizes.limit_rounds],
-            steps=[sizes.trained_steps],
-        ),
-        "trained": _cells(
-            small,
-            masses=["fixed", "free"],
-            width=sizes.trained_widths,
-            seed=_seeds(seed, sizes.trained_seeds),
-            steps=[sizes.trained_steps],
-        ),
-        "trajectories": list(_pairs(deep, sizes)),
-        "statistics": _trained_along(
-            deep, arm=["mean_field"], width=sizes.trajectory_widths[:-1:2], seed=range(min(4, sizes.pairs))
-        ),
-        "gallery": _trained_along(deep, arm=["mean_field"], width=sizes.trajectory_widths[1:-1:2], seeds=[sizes.pairs]),
-        "coordinates": _cells(
-            bare,
-            scaling=["mean_field", "mup", "ntk", "standard"],
-            optimiser=["sgd", "adam"],
-            width=sizes.coordinate_widths,
-            seed=_seeds(seed, sizes.coordinate_seeds),
-            steps=[COORDINATE_STEPS],
-        ),
-        "kernel": _cells(
-            task.variant(pool=1, samples=20), width=sizes.kernel_widths, seed=_seeds(seed, sizes.kernel_seeds)
-        ),
-    }
-
-
-def _smaller(task: Task) -> dict[str, int]:
-    """Digits at 2x2 pixels: training is what costs."""
-    return {"pool": 2 * task.pool, "samples": max(2, task.samples // 2)}
-
-
-def _sampled(task: Task, sizes: Sizes, seed: int) -> list[Cell]:
+def sampled(task: Task, sizes: Sizes, seed: int) -> list[Cell]:
     cells = []
     for depth, activation, sampling in product(sizes.depths, ("tanh", "relu"), ("masses", "uniform")):
         draws = sizes.draws if sampling == "masses" else sizes.control_draws
@@ -157,18 +109,71 @@ def _sampled(task: Task, sizes: Sizes, seed: int) -> list[Cell]:
     return cells
 
 
-def _pairs(task: Task, sizes: Sizes) -> Iterable[Cell]:
+def limit(task: Task, sizes: Sizes, seed: int) -> list[Cell]:
+    seeds = _seeds(seed, sizes.limit_seeds)
+    return _cells(_small(task), seed=seeds, width=[16], rounds=[sizes.limit_rounds], steps=[sizes.trained_steps])
+
+
+def trained(task: Task, sizes: Sizes, seed: int) -> list[Cell]:
+    seeds, masses = _seeds(seed, sizes.trained_seeds), ["fixed", "free"]
+    return _cells(_small(task), masses=masses, width=sizes.trained_widths, seed=seeds, steps=[sizes.trained_steps])
+
+
+def trajectories(task: Task, sizes: Sizes, seed: int) -> list[Cell]:
     """Wide networks in fewer pairs; the widest have none of twice their width."""
-    for arm in trajectories.ARMS:
+    cells = []
+    for arm in ARMS:
         noisy = arm in ("shuffled_batches", "fixed_batches", "noise")
         for width in sizes.noisy_widths if noisy else sizes.trajectory_widths:
             pairs = sizes.pairs if width <= WIDE else max(2, sizes.pairs // 2)
             doubled = arm == "mean_field" and 2 * width <= max(WIDE, sizes.trajectory_widths[-2])
-            yield from _trained_along(task, arm=[arm], width=[width], number=range(pairs), doubled=[doubled])
+            cells += _along(task, arm=[arm], width=[width], number=range(pairs), doubled=[doubled])
+    return cells
 
 
-def _trained_along(task: Task, **lists: Iterable[Any]) -> list[Cell]:
-    return _cells(task, **lists, rate=[RATE], times=[TIMES])
+def statistics(task: Task, sizes: Sizes, seed: int) -> list[Cell]:
+    widths, seeds = sizes.trajectory_widths[:-1:2], range(min(4, sizes.pairs))
+    return _along(task, arm=["mean_field"], width=widths, seed=seeds)
+
+
+def gallery(task: Task, sizes: Sizes, seed: int) -> list[Cell]:
+    return _along(task, arm=["mean_field"], width=sizes.trajectory_widths[1:-1:2], seeds=[sizes.pairs])
+
+
+def coordinates(task: Task, sizes: Sizes, seed: int) -> list[Cell]:
+    """Without penalties, whose gradients would mask the loss's."""
+    return _cells(
+        _deep(task).variant(source_penalty=0.0, readout_penalty=0.0, input_penalty=0.0),
+        scaling=["mean_field", "mup", "ntk", "standard"],
+        optimiser=["sgd", "adam"],
+        width=sizes.coordinate_widths,
+        seed=_seeds(seed, sizes.coordinate_seeds),
+        steps=[COORDINATE_STEPS],
+    )
+
+
+def kernel(task: Task, sizes: Sizes, seed: int) -> list[Cell]:
+    seeds = _seeds(seed, sizes.kernel_seeds)
+    return _cells(task.variant(pool=1, samples=20), width=sizes.kernel_widths, seed=seeds)
+
+
+def _small(task: Task) -> Task:
+    penalties = {"source_penalty": 3e-3, "readout_penalty": 5e-3, "input_penalty": 2e-3}
+    return _smaller(task).variant(depth=2, **penalties)
+
+
+def _deep(task: Task) -> Task:
+    """In float32, which takes a third of the time; distances are taken in float64."""
+    return _smaller(task).variant(depth=3, dtype="float32")
+
+
+def _smaller(task: Task) -> Task:
+    """Digits at 2x2 pixels: training is what costs."""
+    return task.variant(pool=2 * task.pool, samples=max(2, task.samples // 2))
+
+
+def _along(task: Task, **lists: Iterable[Any]) -> list[Cell]:
+    return _cells(_deep(task), **lists, rate=[RATE], times=[TIMES])
 
 
 def _cells(task: Task, **lists: Iterable[Any]) -> list[Cell]:
@@ -177,27 +182,3 @@ def _cells(task: Task, **lists: Iterable[Any]) -> list[Cell]:
 
 def _seeds(first: int, count: int) -> range:
     return range(first, first + count)
-
-
-def run(
-    task: Task,
-    sizes: Sizes,
-    directory: str | Path | None = None,
-    *,
-    parts: Sequence[str] = PARTS,
-    seed: int = 0,
-    jobs: int = 1,
-    backend: str = "loky",
-    announce: Callable[[str, Cell, bool], None] = lambda part, cell, kept: None,
-) -> Tables:
-    """Rows of every part, from cells kept in `directory`/cells, and a CSV table of each part in `directory`.
-
-    Cells name a digest of the images: a file of the same name with other images is another study.
-    """
-    digest = task.digest()
-    chosen = {
-        part: [{**cell, "images": digest} for cell in cells]
-        for part, cells in plan(task, sizes, seed).items()
-        if part in parts
-    }
-    return sweep.study(chosen, MEASURES, directory, jobs=jobs, backend=backend, announce=announce)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from itertools import product
 from statistics import fmean, median
 from typing import Any
@@ -23,18 +22,6 @@ def rate(rows: Rows, figure: str, statistic: str = "mean") -> Slope | None:
     """Fitted over all widths of the rows; None for one width."""
     by_width = samples(rows, figure)
     return slope(list(by_width), list(by_width.values()), statistic=statistic) if len(by_width) > 1 else None
-
-
-def summary(tables: Mapping[str, Rows]) -> dict[str, Any]:
-    """The figures that the study is for, from whichever tables there are."""
-    makers = {
-        "sampled": sampled_rates,
-        "trained": lambda rows: trained_shares(rows, tables.get("limit", ())),
-        "trajectories": trajectory_rates,
-        "coordinates": coordinate_slopes,
-        "kernel": lambda rows: {"slope": rate(rows, "relative_error", "median")},
-    }
-    return {part: make(tables[part]) for part, make in makers.items() if part in tables}
 
 
 def sampled_rates(rows: Rows) -> list[Row]:

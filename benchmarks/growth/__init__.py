@@ -1,0 +1,1 @@
+"""Measure how the splitting's time per iteration grows with particles, images and positions."""

@@ -1,0 +1,1 @@
+"""Compare the main job with known optima, over several seeds."""

@@ -1,0 +1,123 @@
+"""The benchmarks' pictures: proven gap against CPU time, and time per iteration against size."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+from meanfield.pages.plotting import BLUE, GREEN, RED
+
+SMALLEST_GAP = 1e-9  # smaller ones are drawn here
+LOOKS = {"splitting": (BLUE, "o"), "CLARABEL": (RED, "s"), "SCS": (GREEN, "^")}  # colour, marker
+GAP_LABEL = "proven relative gap"
+
+
+def solve(found: dict[str, Any]) -> Figure:
+    """One panel per case: the splitting's gap along its run, cvxpy's over its tolerances, hollow with compile time
+    added.
+    """
+    cases = found["cases"]
+    figure, grid = _panels(len(cases))
+    for axes, case in zip(grid, cases):
+        _gap_panel(axes, case)
+    grid[0].set_ylabel(GAP_LABEL)
+    named = {text: handle for axes in grid for handle, text in zip(*axes.get_legend_handles_labels())}
+    columns = min(len(named), 2 * len(grid))
+    figure.legend(
+        list(named.values()), list(named), loc="outside lower center", ncols=columns, frameon=False, fontsize=8
+    )
+    return figure
+
+
+def _gap_panel(axes: Axes, case: dict[str, Any]) -> None:
+    for name in dict.fromkeys(run["contender"] for run in case["runs"]):
+        runs = [
+            run
+            for run in case["runs"]
+            if run["contender"] == name and run.get("relative_gap") is not None and run["feasible"]
+        ]
+        if name == "splitting":
+            _draw_history(axes, runs)
+        elif runs:
+            _draw_sweep(axes, name, runs)
+    axes.set(xscale="log", yscale="log", xlabel="CPU seconds, one thread", title=case["name"])
+    axes.set_ylim(bottom=SMALLEST_GAP / 3)
+    _label_axes(axes)
+    axes.grid(alpha=0.3)
+
+
+def _label_axes(axes: Axes) -> None:
+    """Seconds as plain numbers, at 1, 2 and 5 of every decade; the gap that stands for smaller ones marked so."""
+    axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda seconds, _: f"{seconds:g}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.yaxis.set_major_formatter(
+        FuncFormatter(lambda gap, _: ("≤ " if gap < 1.01 * SMALLEST_GAP else "") + f"{gap:.0e}")
+    )
+
+
+def _draw_history(axes: Axes, runs: list[dict[str, Any]]) -> None:
+    color, marker = LOOKS["splitting"]
+    rows = runs[-1]["history"] if runs else []
+    times = [row.get("cpu_seconds", row["seconds"]) for row in rows]
+    gaps = [max(row["gap"] / abs(row["value"]), SMALLEST_GAP) for row in rows]
+    axes.plot(times, gaps, color=color, label="splitting, along one run", linewidth=1.6)
+    times, gaps = _ends(runs)
+    axes.plot(times, gaps, marker, color=color, label="splitting, stopped at a tolerance")
+
+
+def _draw_sweep(axes: Axes, name: str, runs: list[dict[str, Any]]) -> None:
+    color, marker = LOOKS[name]
+    times, gaps = _ends(runs)
+    axes.plot(times, gaps, f"{marker}-", color=color, label=f"{name}, solve")
+    total = [run["cpu_seconds"] + run["compile_cpu_seconds"] for run in runs]
+    axes.plot(total, gaps, f"{marker}:", color=color, mfc="none", alpha=0.7, label=f"{name}, with cvxpy's compilation")
+
+
+def _ends(runs: list[dict[str, Any]]) -> tuple[list[float], list[float]]:
+    """CPU seconds of runs, and the gaps that they proved."""
+    return [run["cpu_seconds"] for run in runs], [max(run["relative_gap"], SMALLEST_GAP) for run in runs]
+
+
+def growth(found: dict[str, Any]) -> Figure:
+    """One panel per sweep: time of an iteration and of its two products against size."""
+    sweeps = found["sweeps"]
+    figure, grid = _panels(len(sweeps))
+    for axes, (name, sweep) in zip(grid, sweeps.items()):
+        _growth_panel(axes, name, sweep)
+    grid[0].set_ylabel("CPU milliseconds, one thread")
+    return figure
+
+
+def _growth_panel(axes: Axes, name: str, sweep: dict[str, Any]) -> None:
+    rows = [row for row in sweep["rows"] if "failed" not in row]
+    sizes = [row["size"] for row in rows]
+    for key, text, style, color in (
+        ("iteration_seconds", "an iteration", "o-", BLUE),
+        ("products_seconds", "its two products", "s--", RED),
+    ):
+        fit = sweep["exponents"][key]
+        slope = "" if fit["slope"] is None else f", exponent {fit['slope']:.2f}"
+        axes.plot(sizes, [1e3 * row[key] for row in rows], style, color=color, label=text + slope)
+    axes.set(xscale="log", yscale="log", xlabel=_SIZE_LABELS[name], title=f"growth with {name}")
+    ticks = sorted(set(sizes))
+    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.set_xticks([], minor=True)
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False, fontsize=8)
+
+
+_SIZE_LABELS = {
+    "particles": "particles of layer 1 (half as many in layer 2)",
+    "images": "images",
+    "positions": "positions of an image",
+}
+
+
+def _panels(count: int) -> tuple[Figure, list[Axes]]:
+    """Side by side, on one axis of times or gaps."""
+    figure = Figure(figsize=(4.8 * count, 4.2), layout="constrained")
+    return figure, list(figure.subplots(1, count, squeeze=False, sharey=True)[0])

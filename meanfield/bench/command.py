@@ -1,0 +1,247 @@
+"""One dialect of commands: how a command line is read, what is refused in one line, how a study is run from it."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import os
+import pkgutil
+import sys
+import typing
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+from cyclopts import App, CycloptsError, Parameter
+
+from meanfield import __version__
+from meanfield.bench.options import FLAT, OUTPUT, WORK, Jobs, Out, Quiet, Seed, Settings, choice, flag, option, spelled
+from meanfield.validation import Misuse
+
+if TYPE_CHECKING:
+    from meanfield.bench.study import Study
+    from meanfield.bench.sweep import Cell, Tables
+
+INTERRUPTED, MISUSE = 130, 2
+BACKENDS = ("loky", "threading", "dask", "ray")
+
+
+def application(name: str, text: str) -> App:
+    return App(
+        name=name,
+        help=text,
+        version=f"{name.split()[-1]} {__version__}",
+        default_parameter=Parameter(negative_iterable=()),
+    )
+
+
+def register(app: App, name: str, package: ModuleType, *, complete: bool) -> None:
+    """The command of a study's package; without `complete` its name and first line only, which cost no import.
+
+    package: its first line of documentation says what the command does; its module `command` has the function
+    command(options: a subclass of Settings) and, for a study of parts, STUDY.
+    """
+    if not complete:
+        app.command(lambda: None, name=name, help=str(package.__doc__).splitlines()[0])
+        return
+    module = importlib.import_module(f"{package.__name__}.command")
+    text, study = inspect.getdoc(module.command) or "", getattr(module, "STUDY", None)
+    if study is not None:
+        text += f"\n\nParts: {', '.join(study.parts)}. Sizes: {', '.join(study.sizes)}."
+    app.command(_flat(module.command), name=name, help=text)
+
+
+def single(name: str, command: Callable[[Any], None]) -> App:
+    """The application whose one command is command(options: a subclass of Settings), with its documentation."""
+    app = application(name, inspect.getdoc(command) or "")
+    app.default(_flat(command))
+    for word in (*app.help_flags, *app.version_flags):
+        app[word].show = False  # cyclopts lists them as commands, and there are none
+    return app
+
+
+def _flat(command: Callable[[Any], None]) -> Callable[..., None]:
+    """The command with every field of its settings as an option."""
+    kind = typing.get_type_hints(command)["options"]
+
+    # inherited fields are annotated in the words of their own modules
+    kind.__init__.__annotations__ = typing.get_type_hints(kind, include_extras=True)
+
+    def run(options: Settings = kind()) -> None:  # noqa: B008 - frozen
+        command(options)
+
+    run.__annotations__["options"] = Annotated[kind, FLAT]
+    return run
+
+
+def launch(name: str, text: str, home: ModuleType, arguments: Sequence[str] | None = None) -> None:
+    """The entry point of a program whose commands are the packages in `home`, each as `register` wants it.
+
+    Heavy imports wait until a command is asked for.
+    """
+    words = sys.argv[1:] if arguments is None else list(arguments)
+    with one_line_errors():
+        app = application(name, text)
+        for found in sorted(each.name for each in pkgutil.iter_modules(home.__path__) if each.ispkg):
+            package = importlib.import_module(f"{home.__name__}.{found}")
+            called = getattr(package, "COMMAND", found)
+            register(app, called, package, complete=[called] == words[:1])
+        main(app, words)
+
+
+def main(app: App, arguments: Sequence[str] | None = None) -> Any:
+    """Read a command line and do what it says; what is refused is told in one line, with exit code 2."""
+    with one_line_errors():
+        command, bound, _ = app.parse_args(arguments, exit_on_error=False, print_error=False)
+        return command(*bound.args, **bound.kwargs)
+
+
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """The end of a program that was stopped or that refuses."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        interrupted()
+    except Misuse as error:
+        value = repr(error.value) if isinstance(error.value, str) else spelled(error.value)
+        given = "" if error.value is True else f"={value}"  # a flag is given without its value
+        refuse(f"--{error.argument.replace('_', '-')}{given} {error.remedy}")
+    except (CycloptsError, ValueError, TypeError, OSError, ImportError) as error:
+        refuse(str(error))
+
+
+def refuse(text: str) -> NoReturn:
+    stop(f"error: {' '.join(text.split())}", MISUSE)
+
+
+def stop(text: str, code: int) -> NoReturn:
+    print(text, file=sys.stderr)
+    raise SystemExit(code)
+
+
+def interrupted(out: Path | None = None) -> NoReturn:
+    """The end after Ctrl-C; out: where finished work is kept."""
+    kept = f"; what was finished is in {out}, and the same command goes on from there"
+    stop("stopped" + (" before there was anything to keep" if out is None else kept), INTERRUPTED)
+
+
+def writable(out: Path) -> Path:
+    """Refuse before the work begins."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        probe = out / f".meanfield-{os.getpid()}"
+        probe.touch(exist_ok=False)
+        probe.unlink()
+    except OSError as error:
+        raise Misuse(
+            "out", str(out), f"cannot be written to ({error.strerror}); give a directory that you may write in"
+        ) from None
+    return out
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudyOptions(Settings):
+    """What every study can be asked for."""
+
+    part: Annotated[
+        tuple[str, ...], option("Only this part; may be given again. Without it: all.", WORK, show_default=False)
+    ] = ()
+    size: Annotated[str, option("How much of everything: quick shows that it runs.", WORK)] = "default"
+    seed: Seed = 0
+    jobs: Jobs = 2
+    backend: Annotated[
+        str,
+        option(
+            "Where joblib runs them: loky (processes of this machine), threading, dask or ray; the last two need "
+            "their packages and, for a cluster, a connected client.",
+            WORK,
+        ),
+        choice(BACKENDS),
+    ] = "loky"
+    out: Out = None
+    report: Annotated[
+        bool, flag("Write the page and its pictures, as by default, or leave them.", OUTPUT, "--no-report")
+    ] = True
+    quiet: Quiet = False
+
+
+def run_study(study: Study, options: StudyOptions, subject: Any, *program: str) -> Path | None:
+    """Measure what is asked for, under a bar of progress, and write the tables and the page; returns the page.
+
+    What is finished is kept: the same command goes on where it was stopped.
+    """
+    from meanfield.bench.provenance import Provenance
+    from meanfield.validation import one_of
+
+    sizes = study.sizes[one_of(options.size, study.sizes, "size")]
+    plan = study.plan(subject, sizes, options.seed, options.part)
+    out = writable(options.out or Path("runs") / study.name)
+    made = Provenance(options.command_line(*program), options.to_dict())
+    work = {"seed": options.seed, "parts": options.part, "jobs": options.jobs, "backend": options.backend, "made": made}
+    try:
+        tables = _measure(
+            plan, lambda announce: study.run(subject, sizes, out, announce=announce, **work), out, options.quiet
+        )
+        page = study.write(tables, out, made) if options.report else None
+    except KeyboardInterrupt:
+        interrupted(out)
+    if page is not None:
+        print(f"page: {page}")
+    return page
+
+
+def _measure(
+    plan: Mapping[str, Sequence[Cell]],
+    run: Callable[[Callable[[str, Cell, bool], None]], Tables],
+    out: Path,
+    quiet: bool,
+) -> Tables:
+    """Run under a bar of progress over the cells, and say which tables there are."""
+    with counted(sum(map(len, plan.values())), quiet) as announce:
+        tables = run(lambda part, cell, known: announce(part, known))
+    print(f"tables: {', '.join(f'{part}.csv' for part in tables)} in {out}")
+    return tables
+
+
+@contextmanager
+def counted(total: int, quiet: bool) -> Iterator[Callable[[str, bool], None]]:
+    """A bar of progress over cells, moved on by announce(description, kept), which this hands out; at the end it says
+    how many were there already.
+    """
+    kept = []
+    with progress(quiet) as bars:
+        bar = bars.add_task("cells", total=total)
+
+        def announce(description: str, known: bool) -> None:
+            kept.append(known)
+            bars.update(bar, advance=1, description=description)
+
+        yield announce
+    if sum(kept):
+        print(f"{sum(kept)} of {total} cells were there already", file=sys.stderr)
+
+
+def progress(quiet: bool = False) -> Any:
+    """Bars on the error stream: what is done, time spent and left."""
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    return Progress(*columns, console=Console(stderr=True), disable=quiet)

@@ -1,0 +1,73 @@
+"""What made a result: the command line, what the whole library says, the versions that it stood on."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import meanfield
+
+PACKAGES = ("torch", "numpy", "scipy", "cvxpy", "clarabel", "matplotlib", "scikit-learn", "safetensors")
+SOURCES = (".py", ".html")
+
+
+def digest(paths: Iterable[Path]) -> str:
+    """Of the contents of files, in the order given."""
+    found = hashlib.sha256()
+    for path in paths:
+        content = path.read_bytes()
+        found.update(len(content).to_bytes(8, "big") + content)
+    return found.hexdigest()[:16]
+
+
+def sources(directory: Path) -> list[Path]:
+    """All code below a directory, in the order of the paths below it."""
+    return sorted(path for path in directory.rglob("*") if path.suffix in SOURCES)
+
+
+def library() -> str:
+    """The digest of the whole library: a result that was kept counts as long as this stays."""
+    return package("meanfield")
+
+
+@cache
+def package(module: str) -> str:
+    """The digest of all code of the package that a module belongs to, or of its file where it belongs to none."""
+    top = sys.modules[module.split(".")[0]]
+    found = [sources(Path(each)) for each in getattr(top, "__path__", ())] or [[Path(str(top.__file__))]]
+    return digest(path for each in found for path in each)
+
+
+def versions(packages: Iterable[str] = PACKAGES) -> dict[str, str]:
+    found = {"meanfield": meanfield.__version__, "python": platform.python_version()}
+    for package in packages:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """What every page, JSON file and table says of itself.
+
+    command: the whole command line, quoted for a shell.  settings: every setting of it, defaults as well.
+    """
+
+    command: str
+    settings: dict[str, Any]
+    library: str = field(default_factory=library)
+    versions: dict[str, str] = field(default_factory=versions)
+
+    def lines(self) -> list[str]:
+        """For a page's footer or the head of a table."""
+        used = ", ".join(f"{name} {number}" for name, number in self.versions.items())
+        return [f"Made by: {self.command}", f"Library: {self.library}; {used}"]

@@ -1,0 +1,127 @@
+"""A study in one record: its parts, how much of them, and what is said of them; run, summed up and written here.
+
+A part is entered once, in the record of its study: which cells it has, what measures one, which figures, pictures and
+sections its rows give.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from meanfield.bench import sweep
+from meanfield.bench.provenance import Provenance
+from meanfield.bench.sweep import Cell, Measure, Tables
+from meanfield.pages import html
+from meanfield.pages.html import Section
+from meanfield.validation import one_of
+
+Found = Mapping[str, Any]  # name of a figure -> what it is
+
+
+@dataclass(frozen=True)
+class Part:
+    """One question of a study.
+
+    cells(subject, sizes, seed): what is to be measured.  measure: a cell -> its rows.
+    figures, pictures: name -> function of all tables; a picture may be None.
+    sections: functions of (figures, tables) that give a section of the page each.
+    """
+
+    cells: Callable[..., Sequence[Cell]]
+    measure: Measure
+    figures: Mapping[str, Callable[[Tables], Any]] = field(default_factory=dict)
+    pictures: Mapping[str, Callable[[Tables], Any]] = field(default_factory=dict)
+    sections: Sequence[Callable[[Found, Tables], Section]] = ()
+
+
+@dataclass(frozen=True)
+class Study:
+    """Parts in the order of the page, sizes by name, and what the page says as a whole.
+
+    name: of its page, and of its directory under runs/.  claim(figures): the sentence at the head of the page.
+    groundwork: parts measured before the others, whose cells are made from all cells of these, as cells(cells).
+    common(subject): entries of every cell, such as a digest of the images.  places(directory): further arguments of the
+        measures, on which no row depends.  closing: sections at the end of the page.
+    """
+
+    name: str
+    title: str
+    parts: Mapping[str, Part]
+    sizes: Mapping[str, Any]
+    claim: Callable[[Found], str]
+    groundwork: Mapping[str, Part] = field(default_factory=dict)
+    common: Callable[[Any], Cell] = lambda subject: {}
+    places: Callable[[Path], Mapping[str, str]] = lambda directory: {}
+    closing: Sequence[Section] = ()
+
+    def plan(self, subject: Any, sizes: Any, seed: int = 0, parts: Sequence[str] = ()) -> dict[str, list[Cell]]:
+        """The cells of the wanted parts (default: all), groundwork first; parts without cells are left out."""
+        wanted = [one_of(part, self.parts, "part") for part in parts] or list(self.parts)
+        found = {part: list(self.parts[part].cells(subject, sizes, seed)) for part in self.parts if part in wanted}
+        every = [cell for cells in found.values() for cell in cells]
+        first = {part: list(each.cells(every)) for part, each in self.groundwork.items()}
+        return {part: cells for part, cells in {**first, **found}.items() if cells}
+
+    def run(
+        self,
+        subject: Any,
+        sizes: Any,
+        directory: str | Path | None = None,
+        *,
+        seed: int = 0,
+        parts: Sequence[str] = (),
+        made: Provenance | None = None,
+        announce: Callable[[str, Cell, bool], None] = lambda part, cell, kept: None,
+        **options: Any,
+    ) -> Tables:
+        """Rows of every part; finished cells are kept in `directory`/cells, and each part gets a CSV table there.
+
+        options: jobs and backend of `sweep.run`.
+        """
+        directory, common = None if directory is None else Path(directory), self.common(subject)
+        tables: Tables = {}
+        for part, cells in self.plan(subject, sizes, seed, parts).items():
+            tables[part] = sweep.run(
+                self._all[part].measure,
+                [{**cell, **common} for cell in cells],
+                None if directory is None else directory / "cells",
+                announce=lambda cell, kept, part=part: announce(part, cell, kept),
+                places={} if directory is None else self.places(directory),
+                **options,
+            )
+            if directory is not None:
+                sweep.write_table(tables[part], directory / f"{part}.csv", made)
+        return tables
+
+    @property
+    def _all(self) -> dict[str, Part]:
+        return {**self.groundwork, **self.parts}
+
+    def summary(self, tables: Tables) -> dict[str, Any]:
+        """The figures that the study is for, from whichever tables there are."""
+        return {name: make(tables) for part in self._there(tables) for name, make in part.figures.items()}
+
+    def pictures(self, tables: Tables) -> dict[str, Any]:
+        """Name -> Figure, for the tables there are."""
+        drawn = {name: draw(tables) for part in self._there(tables) for name, draw in part.pictures.items()}
+        return {name: picture for name, picture in drawn.items() if picture is not None}
+
+    def write(self, tables: Tables, directory: str | Path, made: Provenance) -> Path:
+        """Write the page, its pictures as PNG and summary.json; returns the page."""
+        tables = {part: rows for part, rows in tables.items() if rows}
+        found = self.summary(tables)
+        page = self.page(found, tables, made)
+        return html.publish(page, directory, self.name, self.pictures(tables), found)
+
+    def page(self, found: Found, tables: Tables, made: Provenance) -> html.Page:
+        """The sections of the parts that there are, groundwork after the others."""
+        groundwork = [each for name, each in self.groundwork.items() if tables.get(name)]
+        there = [each for each in self._there(tables) if each not in groundwork] + groundwork
+        sections = [write(found, tables) for part in there for write in part.sections]
+        return html.Page(self.title, self.claim(found), [*sections, *self.closing], asdict(made))
+
+    def _there(self, tables: Tables) -> list[Part]:
+        return [part for name, part in self._all.items() if tables.get(name)]

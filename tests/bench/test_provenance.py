@@ -1,0 +1,43 @@
+import importlib
+import json
+from dataclasses import asdict
+
+from meanfield.bench import provenance
+
+
+def test_a_digest_follows_contents_and_where_one_file_ends(tmp_path):
+    for name, text in (("a", "xy"), ("b", "z"), ("c", "x"), ("d", "yz")):
+        (tmp_path / name).write_text(text)
+    of = lambda *names: provenance.digest(tmp_path / name for name in names)  # noqa: E731
+    assert of("a", "b") == of("a", "b")
+    assert len({of("a", "b"), of("b", "a"), of("c", "d"), of("a")}) == 4
+
+
+def test_the_library_is_every_source_and_template_of_it():
+    named = {path.name for path in provenance.sources(provenance.Path(provenance.meanfield.__file__).parent)}
+    assert {"kernel.py", "page.html", "__init__.py"} <= named
+    assert not any(name.endswith(".pyc") for name in named)
+
+
+def test_a_package_counts_as_a_whole_and_a_script_as_its_file(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "parcel").mkdir()
+    for name in ("__init__", "one", "two"):
+        (tmp_path / "parcel" / f"{name}.py").write_text(f"# {name}\n")
+    (tmp_path / "script.py").write_text("# alone\n")
+    for name in ("parcel.one", "script"):
+        importlib.import_module(name)
+
+    first = provenance.package("parcel.one")
+    provenance.package.cache_clear()
+    (tmp_path / "parcel" / "two.py").write_text("# changed\n")
+    assert provenance.package("parcel.one") != first
+    assert provenance.package("script") == provenance.digest([tmp_path / "script.py"])
+
+
+def test_it_says_what_made_a_result():
+    made = provenance.Provenance("meanfield widths --seed=3", {"seed": 3})
+    assert json.loads(json.dumps(asdict(made)))["settings"] == {"seed": 3}
+    assert made.lines()[0] == "Made by: meanfield widths --seed=3"
+    assert made.library in made.lines()[1]
+    assert f"torch {made.versions['torch']}" in made.lines()[1]

@@ -1,0 +1,186 @@
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import meanfield
+from meanfield.bench import provenance, sweep
+from meanfield.bench.provenance import Provenance
+
+CALLS = []
+
+
+def squares(cell):
+    CALLS.append(cell["n"])
+    return [{"n": cell["n"], "square": cell["n"] ** 2, "third": cell["n"] / 3}, {"n": cell["n"], "extra": "a,b"}]
+
+
+def slow(cell):
+    time.sleep(0.05)
+    return [{"n": cell["n"], "value": 1 / (cell["n"] + 3)}]
+
+
+def cells(count):
+    return [{"n": n, "widths": [n, 2]} for n in range(count)]
+
+
+def test_rows_come_in_the_order_of_the_cells_whatever_runs_them():
+    expected = [row for cell in cells(7) for row in squares(cell)]
+    assert sweep.run(squares, cells(7)) == expected
+    assert sweep.run(squares, cells(7), jobs=3, backend="threading") == expected
+
+
+def test_finished_cells_are_not_measured_again(tmp_path):
+    CALLS.clear()
+    first = sweep.run(squares, cells(3), tmp_path, backend="sequential")
+    heard = []
+    second = sweep.run(
+        squares, cells(5), tmp_path, backend="sequential", announce=lambda cell, kept: heard.append((cell["n"], kept))
+    )
+    assert CALLS == [0, 1, 2, 3, 4]
+    assert second[: len(first)] == first
+    assert sorted(heard) == [(0, True), (1, True), (2, True), (3, False), (4, False)]
+
+
+def noted(cell, place):
+    return [{"n": cell["n"], "there": Path(place).is_dir()}]
+
+
+def test_places_are_handed_on_and_rows_do_not_depend_on_them(tmp_path):
+    options = {"backend": "sequential", "places": {"place": str(tmp_path)}}
+    assert sweep.run(noted, cells(2), tmp_path, **options) == [{"n": 0, "there": True}, {"n": 1, "there": True}]
+    assert sweep.run(noted, cells(1), tmp_path, backend="sequential", places={"place": "gone"}) == [
+        {"n": 0, "there": True}
+    ]
+
+
+def test_a_change_anywhere_in_the_library_measures_anew(tmp_path, monkeypatch):
+    """With the kernel in finite/kernel.py doubled, kept cells used to come back unchanged."""
+    CALLS.clear()
+    sweep.run(squares, cells(1), tmp_path, backend="sequential")
+    library = tmp_path / "copy" / "meanfield"
+    shutil.copytree(Path(meanfield.__file__).parent, library, ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setattr(meanfield, "__path__", [str(library)])
+    provenance.package.cache_clear()
+    sweep.run(squares, cells(1), tmp_path, backend="sequential")
+    assert CALLS == [0]  # an equal library elsewhere is the same library
+    kernel = library / "finite" / "kernel.py"
+    kernel.write_text(kernel.read_text().replace("return ", "return 2 * ", 1))
+    provenance.package.cache_clear()
+    sweep.run(squares, cells(1), tmp_path, backend="sequential")
+    provenance.package.cache_clear()
+    assert CALLS == [0, 0]
+
+
+def test_sources_stand_for_the_package_of_a_measure(tmp_path):
+    CALLS.clear()
+    source = tmp_path / "source"
+    for text in ("a", "a", "b"):
+        source.write_text(text)
+        sweep.run(squares, cells(1), tmp_path / "cells", backend="sequential", sources=lambda cell: [source])
+    assert CALLS == [0, 0]
+
+
+def test_rows_are_chosen_and_grouped():
+    rows = sweep.product_of({"fixed": 1}, a=[1, 2], b=["x", "y"])
+    assert [(row["fixed"], row["a"], row["b"]) for row in rows] == [(1, 1, "x"), (1, 1, "y"), (1, 2, "x"), (1, 2, "y")]
+    assert sweep.select(rows, a=2, b="y") == rows[3:]
+    assert sweep.groups(rows, "b") == {("x",): rows[::2], ("y",): rows[1::2]}
+
+
+def test_another_cell_or_measure_is_not_taken_for_it(tmp_path):
+    CALLS.clear()
+    sweep.run(squares, cells(1), tmp_path, backend="sequential")
+    sweep.run(squares, [{"n": 0, "widths": [0, 3]}], tmp_path, backend="sequential")
+    assert CALLS == [0, 0]
+    assert sweep.run(slow, cells(1), tmp_path, backend="sequential") == [{"n": 0, "value": 1 / 3}]
+
+
+def test_a_damaged_cell_is_named(tmp_path):
+    sweep.run(squares, cells(1), tmp_path, backend="sequential")
+    (path,) = tmp_path.glob("*.json")
+    path.write_text(path.read_text()[:20])
+    with pytest.raises(ValueError, match=path.name):
+        sweep.run(squares, cells(1), tmp_path, backend="sequential")
+
+
+def test_a_table_has_every_column_and_floats_to_the_last_bit(tmp_path):
+    path = sweep.write_table(sweep.run(squares, cells(2)), tmp_path / "table.csv")
+    assert path.read_text().splitlines() == [
+        "n,square,third,extra",
+        "0,0,0.0,",
+        '0,,,"a,b"',
+        f"1,1,{1 / 3!r},",
+        '1,,,"a,b"',
+    ]
+
+
+def test_a_table_says_what_made_it(tmp_path):
+    made = Provenance("meanfield widths '--data=a b'", {})
+    lines = sweep.write_table(squares({"n": 1}), tmp_path / "table.csv", made).read_text().splitlines()
+    assert lines[0] == f"# Made by: {made.command}"
+    assert made.library in lines[1]
+    assert lines[2] == "n,square,third,extra"
+
+
+SCRIPT = """
+import sys
+sys.path.insert(0, {tests!r})
+from meanfield.bench import sweep
+from test_sweep import slow, cells
+rows = sweep.run(slow, cells(30), {directory!r}, jobs=2, backend={backend!r})
+sweep.write_table(rows, {table!r})
+"""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="kills a process group")
+def test_killed_again_and_again_and_resumed_the_table_is_the_same(tmp_path):
+    whole = sweep.write_table(sweep.run(slow, cells(30)), tmp_path / "whole.csv")
+    table, directory = tmp_path / "table.csv", tmp_path / "cells"
+    text = SCRIPT.format(
+        tests=str(Path(__file__).parent), directory=str(directory), table=str(table), backend="threading"
+    )
+    chance, done = random.Random(0), []
+    for _ in range(3):
+        process = subprocess.Popen(
+            [sys.executable, "-c", text], start_new_session=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+        )
+        _wait_for_more_cells(process, directory, len(done), chance.randint(1, 4))
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        kept = list(directory.glob("*.json"))
+        assert len(kept) >= len(done)
+        done = kept
+    assert not table.exists()
+    subprocess.run([sys.executable, "-c", text], check=True)
+    assert table.read_bytes() == whole.read_bytes()
+    assert len(list(directory.glob("*.json"))) == 30
+
+
+def _wait_for_more_cells(process, directory, before, more):
+    """Until `more` cells are finished, plus a moment, so that the kill comes at no particular place."""
+    while process.poll() is None and len(list(directory.glob("*.json"))) < before + more:
+        time.sleep(0.01)
+    assert process.poll() is None, "the sweep ended before it was killed"
+
+
+def test_dask_runs_the_same_sweep(tmp_path):
+    distributed = pytest.importorskip("distributed")
+    with (
+        distributed.LocalCluster(n_workers=1, threads_per_worker=1, processes=False, dashboard_address=None) as cluster,
+        distributed.Client(cluster),
+    ):
+        assert sweep.run(slow, cells(3), tmp_path, jobs=1, backend="dask") == sweep.run(slow, cells(3))
+
+
+def test_rows_that_are_not_lasting_are_measured_again(tmp_path):
+    CALLS.clear()
+    options = {"backend": "sequential", "lasting": lambda rows: rows[0]["n"] != 1}
+    assert sweep.run(squares, cells(3), tmp_path, **options) == sweep.run(squares, cells(3), tmp_path, **options)
+    assert CALLS == [0, 1, 2, 1]

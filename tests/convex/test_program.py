@@ -1,0 +1,379 @@
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import reference as slow
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import architectures, cases, costly, normal, random_inputs, random_masses, random_network
+
+import meanfield as mf
+from meanfield.convex.repopulation import ProgramPoint
+from meanfield.solvers import splitting
+
+deep = architectures(depths=(2, 3))
+roomy = architectures(depths=(2,), sides=(2, 3), poolings=("none", "average"))
+
+
+def random_point(program, seed):
+    """Any point with positive masses; it meets no constraint."""
+    point = program.point(program.frozen).map(lambda t: normal(t.shape, seed))
+    return replace(point, masses=tuple(random_masses(len(p), seed + k) for k, p in enumerate(point.masses)))
+
+
+def feasible_neighbour(program, point, seed):
+    """A feasible point with other masses, the bounds left aside: kernels follow their target's
+    mass, readout is free.
+    """
+    masses = tuple(random_masses(len(p), seed + k) for k, p in enumerate(point.masses))
+    ratios = [new / old for new, old in zip(masses[1:], point.masses[1:])]
+    kernels = tuple(W * ratio[:, None, None, None] for W, ratio in zip(point.kernels, ratios))
+    biases = tuple(None if b is None else b * ratio for b, ratio in zip(point.biases, ratios))
+    return ProgramPoint(masses, kernels, normal(point.readout.shape, seed), biases)
+
+
+@given(cases())
+def test_value_matches_the_explicit_sums_at_any_point(case):
+    program = case.freeze
+    point = random_point(program, case.seed)
+    assert program.value(point).item() == pytest.approx(slow.program_value(program, point), rel=1e-11)
+    assert program.value(point) == sum(program.terms(point))
+
+
+@given(cases(archs=deep))
+def test_residual_matches_the_explicit_sums_at_any_point(case):
+    program = case.freeze
+    point = random_point(program, case.seed)
+    for layer in range(1, program.depth):
+        np.testing.assert_allclose(
+            program.residual(point, layer), slow.realisation_residual(program, point, layer), atol=1e-11
+        )
+
+
+@given(cases(archs=deep))
+def test_design_has_one_column_per_source_and_offset_and_one_for_the_bias(case):
+    program = case.freeze
+    point = random_point(program, case.seed)
+    for layer in range(1, program.depth):
+        W, bias = point.kernels[layer - 1].flatten(1), point.biases[layer - 1]
+        columns = W if bias is None else torch.cat([W, bias[:, None]], 1)
+        moved = program.design(layer).rows() @ columns.T - point.masses[layer] * program.preactivations[layer].movedim(
+            1, 3
+        ).flatten(0, 2)
+        torch.testing.assert_close(
+            moved, program.residual(point, layer).movedim(1, 3).flatten(0, 2), rtol=1e-11, atol=1e-11
+        )
+
+
+@given(cases(archs=deep))
+def test_basis_is_computed_once(case):
+    program = case.freeze
+    assert all(program.basis(layer) is program.basis(layer) for layer in range(1, program.depth))
+
+
+@given(cases(), st.floats(0, 1))
+def test_value_is_jointly_convex_along_any_segment(case, t):
+    program = case.freeze
+    first, second = random_point(program, case.seed), random_point(program, case.seed + 100)
+    line = (1 - t) * program.value(first) + t * program.value(second)
+    assert program.value(first.combine(second, t)) <= line * (1 + 1e-12)
+
+
+@given(cases(archs=deep, bounds=(None,)), st.floats(0, 1))
+def test_feasible_points_form_a_convex_set(case, t):
+    program = case.freeze
+    first = program.point(case.network)
+    second = feasible_neighbour(program, first, case.seed)
+    middle = first.combine(second, t)
+    assert max(program.violation(first), program.violation(second), program.violation(middle)) < 1e-12
+    line = (1 - t) * program.value(first) + t * program.value(second)
+    assert program.value(middle) <= line * (1 + 1e-12)
+    assert case.problem.value(program.network(middle)).item() == pytest.approx(program.value(middle).item(), rel=1e-10)
+
+
+@costly(12)
+@given(cases(archs=roomy, max_width=3))
+def test_value_is_convex_between_the_network_and_the_optimum(case):
+    program = case.freeze
+    start, end = program.point(case.network), slow.solve(program).point
+    values = [program.value(start.combine(end, t)).item() for t in np.linspace(0, 1, 9)]
+    assert (np.diff(values, 2) >= -1e-12 * max(values)).all()
+    assert values[-1] <= values[0] * (1 + 1e-7)
+
+
+@given(cases(archs=deep, bounds=(None,), zero_mass=(True,), max_width=3))
+def test_perspectives_at_zero_mass(case):
+    program = case.freeze
+    point = program.point(case.network)
+    assert program.value(point).isfinite()
+    readout = point.readout.clone()
+    readout[:, -1] += 1e-9
+    massless = float(point.masses[-1][-1]) == 0
+    assert program.value(replace(point, readout=readout)).isfinite() == (not massless)
+    kernels = (point.kernels[0].clone(), *point.kernels[1:])
+    kernels[0][:, -1] += 1e-9
+    massless = float(point.masses[0][-1]) == 0
+    assert program.value(replace(point, kernels=kernels)).isfinite() == (not massless)
+
+
+def test_terms_of_zero_strength_count_nothing_even_at_zero_mass():
+    arch = mf.Architecture((1, 3, 3), (mf.Conv(2), mf.Conv(2)))
+    network = random_network(arch, (3, 3), 0, zero_mass=True)
+    penalty = mf.Penalty(source=0, readout=0, input=0)
+    program = mf.ConvexProgram.freeze(
+        mf.Problem(arch, random_inputs(arch, 3, 0), [0.0, 1.0, 2.0], penalty=penalty), network
+    )
+    point = program.point(network).map(lambda t: t + 0.1 if t.ndim != 1 else t)
+    assert program.terms(point)[1:] == (0, 0, 0)
+
+
+PLAIN = mf.Architecture((1, 4, 4), (mf.Conv(2, activation="tanh", bias=True), mf.Conv(2, bias=True)), outputs=2)
+
+
+def bounded_program(norm="l2", slack=1.2, width=(3, 3), count=4):
+    network = random_network(PLAIN, width, 1)
+    free = mf.Problem(
+        PLAIN,
+        random_inputs(PLAIN, count, 1),
+        normal((count, 2), 3),
+        penalty=mf.Penalty(kernel_norm=norm, amplitude_bound=1.0),
+    )
+    reached = free.bounds(network)[0][1]
+    penalty = mf.Penalty(kernel_norm=norm, amplitude_bound=slack * reached)
+    return mf.ConvexProgram.freeze(mf.Problem(PLAIN, free.inputs, free.targets, penalty=penalty), network)
+
+
+def edited(tensor, index, change):
+    tensor = tensor.clone()
+    tensor[index] += change
+    return tensor
+
+
+def test_violation_of_the_mass_sum():
+    program = bounded_program()
+    point = program.point(program.frozen)
+    for layer in (0, 1):
+        masses = tuple(edited(p, 0, 1e-4) if k == layer else p for k, p in enumerate(point.masses))
+        assert program.violation(replace(point, masses=masses)) >= 1e-4 * (1 - 1e-9)
+
+
+def test_violation_of_a_negative_mass():
+    program = bounded_program()
+    point = program.point(program.frozen)
+    first = point.masses[0]
+    moved = edited(edited(first, 0, -first[0] - 1e-4), 1, first[0] + 1e-4)
+    assert program.violation(replace(point, masses=(moved, point.masses[1]))) == pytest.approx(3e-4, rel=1e-9)
+
+
+def test_violation_of_the_realisation_is_relative_to_the_flow():
+    program = bounded_program()
+    point = program.point(program.frozen)
+    moved = replace(point, biases=(edited(point.biases[0], 1, 1e-4),))
+    scale = (point.masses[1][None, :, None, None] * program.preactivations[1]).abs().max().item()
+    assert program.violation(moved) == pytest.approx(1e-4 / scale, rel=1e-8)
+    kernels = (edited(point.kernels[0], (1, 2, 0, 1), 1e-3),)
+    expected = 1e-3 * program.features[0][:, 2].abs().max().item() / scale
+    assert 0.1 * expected < program.violation(replace(point, kernels=kernels)) <= expected * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("norm", ["l2", "l1"])
+def test_violation_of_the_amplitude_bound(norm):
+    program = bounded_program(norm)
+    point, bound = program.point(program.frozen), program.problem.penalty.amplitude_bound
+    assert program.violation(point) < 1e-12
+    tight = replace(program.problem.penalty, amplitude_bound=bound / 1.2 / 1.001)
+    problem = mf.Problem(PLAIN, program.problem.inputs, program.problem.targets, penalty=tight)
+    tightened = replace(program, problem=problem)
+    p = point.masses[1]
+    amounts = torch.stack([program.problem.penalty.norms(point.kernels[0]).sum(1), point.biases[0].abs()])
+    excess = ((amounts - tight.amplitude_bound * p) / (tight.amplitude_bound * p.max())).max().item()
+    assert 0 < excess < 1e-2
+    assert tightened.violation(point) == pytest.approx(excess, rel=1e-9)
+
+
+def test_violation_of_the_bias_bound():
+    arch = mf.Architecture((1, 4, 4), (mf.Conv(2), mf.Conv(2, bias=True)))
+    network = random_network(arch, (3, 2), 1)
+    small = mf.ParticleNetwork(
+        arch, network.masses, [network.kernels[0], 1e-3 * network.kernels[1]], network.readout, network.biases
+    )
+    bound = network.biases[1].abs().max().item()
+    problem = mf.Problem(arch, random_inputs(arch, 2, 1), [0.0, 1.0], penalty=mf.Penalty(amplitude_bound=bound))
+    program = mf.ConvexProgram.freeze(problem, small)
+    assert program.violation(program.point(small)) < 1e-12
+    tight = replace(
+        program,
+        problem=mf.Problem(arch, problem.inputs, problem.targets, penalty=mf.Penalty(amplitude_bound=bound / 1.01)),
+    )
+    assert tight.violation(program.point(small)) > 1e-3
+
+
+@pytest.mark.parametrize("part", ["masses", "kernels", "biases"])
+def test_violation_of_a_point_that_is_not_a_number_is_not_a_number(part):
+    program = bounded_program()
+    point = program.point(program.frozen)
+    spoilt = tuple(tensor * torch.nan for tensor in getattr(point, part))
+    assert math.isnan(program.violation(replace(point, **{part: spoilt})))
+
+
+@given(cases(archs=roomy, bounds=(None,), zero_mass=(False, True)), st.floats(1e-8, 1e-3))
+def test_restore_returns_a_perturbed_point_to_the_constraints(case, size):
+    program = case.freeze
+    point = program.point(case.network)
+    noise = lambda t: t + size * t.abs().max() * torch.where(t != 0, normal(t.shape, case.seed + 5), 0.0)  # noqa: E731
+    perturbed = point.map(noise)
+    # masses whose sum differs from one by a common factor need no new feature directions
+    perturbed = replace(perturbed, masses=tuple((1 + size) * p for p in point.masses))
+    restored = program.restore(perturbed)
+    assert program.violation(restored) < 1e-10
+    assert all(torch.equal(a > 0, b > 0) for a, b in zip(restored.masses, point.masses))
+    assert all(p.sum().item() == pytest.approx(1, abs=1e-14) for p in restored.masses)
+    for W, target, source in zip(restored.kernels, restored.masses[1:], restored.masses[:-1]):
+        assert not bool(W[target == 0].any())
+        assert not bool(W[:, source == 0].any())
+    torch.testing.assert_close(restored.readout, perturbed.readout, rtol=0, atol=0)
+
+
+@given(cases(archs=roomy, bounds=(None,)))
+def test_restore_leaves_a_feasible_point_alone(case):
+    program = case.freeze
+    point = program.point(case.network)
+    restored = program.restore(point)
+    for got, expected in zip(
+        (*restored.masses, *restored.kernels, restored.readout), (*point.masses, *point.kernels, point.readout)
+    ):
+        torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-9)
+
+
+def test_restore_clips_negative_masses():
+    program = bounded_program(width=(40, 3))
+    point = program.point(program.frozen)
+    masses = (edited(point.masses[0], 0, -point.masses[0][0] - 1e-6), point.masses[1])
+    restored = program.restore(replace(point, masses=masses))
+    assert restored.masses[0][0] == 0
+    assert not bool(restored.kernels[0][:, 0].any())
+    assert program.violation(restored) < 1e-10
+
+
+@given(cases())
+def test_network_of_the_point_is_the_frozen_network(case):
+    program = case.freeze
+    back = program.network(program.point(case.network))
+    for got, expected in zip(back.tensors(), case.network.tensors(), strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-13, atol=1e-13)
+    torch.testing.assert_close(
+        program.output(program.point(case.network)), case.network(case.problem.inputs), rtol=1e-11, atol=1e-12
+    )
+
+
+@given(cases())
+def test_feature_costs_are_the_input_penalties(case):
+    expected = [case.problem.penalty.input * slow.input_cost(case.network, i) for i in range(case.network.widths[0])]
+    np.testing.assert_allclose(case.freeze.feature_costs, expected, rtol=1e-13)
+
+
+def test_freezing_cuts_the_graph():
+    network = bounded_program().frozen.map(lambda t: t.clone().requires_grad_())
+    problem = mf.Problem(PLAIN, random_inputs(PLAIN, 4, 1), normal((4, 2), 3))
+    program = mf.ConvexProgram.freeze(problem, network)
+    assert not any(t.requires_grad for t in (*program.features, *program.preactivations, *program.frozen.tensors()))
+    assert not program.point(network).readout.requires_grad
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_dtype_and_device_are_kept(dtype, device):
+    program = bounded_program().to(dtype=dtype, device=device)
+    point = program.restore(program.point(program.frozen))
+    tensors = [*program.features, program.feature_costs, program.design(1).rows(), program.value(point), *point.masses]
+    tensors += [
+        program.basis(1).right,
+        program.basis(1).preimage,
+        *point.kernels,
+        point.readout,
+        *program.network(point).tensors(),
+    ]
+    assert {(t.dtype, t.device.type) for t in tensors} == {(dtype, device.type)}
+    assert program.violation(point) < (1e-4 if dtype == torch.float32 else 1e-11)
+
+
+def test_freeze_refuses_a_network_beyond_a_bound():
+    program = bounded_program()
+    problem = mf.Problem(
+        PLAIN, program.problem.inputs, program.problem.targets, penalty=mf.Penalty(amplitude_bound=1e-3)
+    )
+    with pytest.raises(ValueError, match=r"amplitude_bound=0.001 makes the network infeasible"):
+        mf.ConvexProgram.freeze(problem, program.frozen)
+
+
+def test_point_refuses_other_widths():
+    program = bounded_program()
+    with pytest.raises(
+        ValueError, match=r"the network has widths \(2, 2\); the program froze the features of widths \(3, 3\)"
+    ):
+        program.point(random_network(PLAIN, (2, 2), 0))
+
+
+@pytest.mark.parametrize("changed", [0, 1])
+def test_point_refuses_other_features(changed):
+    program = bounded_program()
+    network = program.frozen
+    kernels = [1.1 * w if k == changed else w for k, w in enumerate(network.kernels)]
+    other = mf.ParticleNetwork(PLAIN, network.masses, kernels, network.readout, network.biases)
+    with pytest.raises(ValueError, match="the network's features differ from the frozen ones"):
+        program.point(other)
+
+
+def test_point_refuses_another_first_bias():
+    program = bounded_program()
+    network = program.frozen
+    other = mf.ParticleNetwork(
+        PLAIN, network.masses, network.kernels, network.readout, [network.biases[0] + 1, network.biases[1]]
+    )
+    with pytest.raises(ValueError, match="the network's features differ from the frozen ones"):
+        program.point(other)
+
+
+def test_point_accepts_the_same_features_with_other_readout_and_masses():
+    program = bounded_program()
+    network = program.frozen
+    masses = [network.masses[0], network.masses[1].flip(0)]
+    other = mf.ParticleNetwork(PLAIN, masses, network.kernels, 2 * network.readout, network.biases)
+    point = program.point(other)
+    assert program.value(point).item() == pytest.approx(program.problem.value(other).item(), rel=1e-12)
+
+
+def test_dead_features_are_harmless():
+    """All ReLU features zero: no direction in the basis, no violation."""
+    arch = mf.Architecture((1, 3, 3), (mf.Conv(2), mf.Conv(2)))
+    network = random_network(arch, (2, 2), 0)
+    dead = mf.ParticleNetwork(arch, network.masses, [-network.kernels[0].abs(), network.kernels[1]], network.readout)
+    program = mf.ConvexProgram.freeze(mf.Problem(arch, random_inputs(arch, 3, 0).abs(), [0.0, 1.0, 2.0]), dead)
+    point = program.restore(program.point(dead))
+    assert program.basis(1).rank == 0
+    assert program.violation(point) == 0
+    assert math.isfinite(program.value(point))
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_program_with_candidates_starts_at_the_network_and_gains(bias):
+    arch = mf.Architecture((1, 3, 4), tuple(mf.Conv(2, activation="tanh", bias=bias) for _ in range(2)))
+    problem = mf.Problem(
+        arch, random_inputs(arch, 3, 0), normal((3, 1), 1), penalty=mf.Penalty(source=1e-4, readout=1e-3, input=1e-4)
+    )
+    network, others = random_network(arch, (3, 2), 0), random_network(arch, (2, 3), 1)
+    alone, joined = (
+        mf.ConvexProgram.freeze(problem, network),
+        mf.ConvexProgram.with_candidates(problem, network, others),
+    )
+    start = joined.point(joined.frozen)
+    assert joined.value(start).item() == pytest.approx(problem.value(network).item(), rel=1e-12)
+    assert joined.violation(start) < 1e-10
+    assert joined.widths == (5, 5)
+    for layer in range(2):
+        expected = others.responses(problem.inputs).preactivations[layer]
+        torch.testing.assert_close(joined.preactivations[layer][:, network.widths[layer] :], expected)
+    few, many = splitting.solve(alone, 1e-4), splitting.solve(joined, 1e-4)
+    assert many.value < few.value - few.gap - many.gap
+    assert problem.value(many.network).item() == pytest.approx(many.value, rel=1e-6)

@@ -1,0 +1,196 @@
+"""Folders of images: order, modes, kinds of files, and a clear error for every kind of bad folder."""
+
+import numpy as np
+import pytest
+import torch
+from image_files import grey, save
+from PIL import Image
+from sklearn.datasets import load_digits
+
+from meanfield import data
+from meanfield.data import folders
+
+
+class TestDirectory:
+    def values(self, found):
+        return (found.inputs[:, 0, 0, 0] * 255).round().int().tolist()
+
+    def test_alphabetical_classes_one_image_of_each_in_turn(self, folder):
+        for source in (folder, str(folder), f"{folder}/"):
+            found = data.load(source)
+            assert (found.name, found.classes, found.input_shape) == ("pets", (0, 1), (1, 3, 4))
+            assert found.labels.tolist() == [0, 1, 0, 1, 0]
+            assert self.values(found) == [10, 20, 11, 21, 12]
+        train, test = data.load(folder, samples=2).split()
+        assert train.labels.tolist() == [0, 1]
+        assert len(test) == 3
+
+    def test_the_current_directory_has_its_own_name(self, folder, monkeypatch):
+        monkeypatch.chdir(folder)
+        assert data.load(".").name == "pets"
+        assert data.load("cat/..").name == "pets"
+
+    def test_integer_names_are_the_labels(self, tmp_path):
+        for label in (-1, 9, 10):
+            save(tmp_path / str(label) / "a.pgm", grey(label + 1))
+        found = data.load(tmp_path)
+        assert found.labels.tolist() == [-1, 9, 10]
+        assert self.values(found) == [0, 10, 11]
+        save(tmp_path / "x" / "a.pgm", grey(7))
+        assert data.load(tmp_path).labels.tolist() == [0, 1, 2, 3]
+        assert self.values(data.load(tmp_path)) == [0, 11, 10, 7]  # "-1", "10", "9", "x"
+
+    def test_colour_pixels_exactly(self, tmp_path, rng):
+        pixels = rng.integers(0, 256, (2, 5, 4, 3))
+        for name, image in zip("ab", pixels):
+            save(tmp_path / name / "image.png", image)
+        found = data.load(tmp_path)
+        assert found.inputs.dtype == torch.float64
+        np.testing.assert_allclose(found.inputs.numpy(), pixels.transpose(0, 3, 1, 2) / 255, rtol=0, atol=1e-16)
+
+    @pytest.mark.parametrize("suffix", ["png", "jpg", "jpeg", "bmp", "ppm", "pgm", "tif", "tiff", "webp", "PNG"])
+    def test_kinds_of_files(self, tmp_path, suffix):
+        colour = suffix in ("ppm", "webp")  # webp has no grey
+        for name, value in (("a", 40), ("b", 200)):
+            save(tmp_path / name / f"1.{suffix}", grey(value, (8, 8, 3) if colour else (8, 8)))
+        found = data.load(tmp_path)
+        assert found.input_shape == (3 if colour else 1, 8, 8)
+        np.testing.assert_allclose(found.inputs[:, 0, 4, 4].numpy() * 255, [40, 200], atol=2)
+
+    def test_bits_are_grey_and_palettes_are_colour(self, tmp_path):
+        for name in "ab":
+            (tmp_path / "bits" / name).mkdir(parents=True)
+            (tmp_path / "palette" / name).mkdir(parents=True)
+            Image.fromarray(np.eye(4, dtype=bool)).save(tmp_path / "bits" / name / "1.png")
+            Image.fromarray(np.full((4, 4, 3), 51, np.uint8)).quantize(2).save(tmp_path / "palette" / name / "1.png")
+        np.testing.assert_array_equal(data.load(tmp_path / "bits").inputs[1, 0].numpy(), np.eye(4))
+        palette = data.load(tmp_path / "palette").inputs
+        assert palette.shape == (2, 3, 4, 4)
+        np.testing.assert_allclose(palette.numpy(), 0.2, atol=1e-12)
+
+    def test_nested_folders_hidden_and_other_files(self, folder):
+        save(folder / "dog" / "big" / "old" / "z.png", grey(30))
+        for hidden in ("dog/.hidden.png", "dog/.cache/1.png", ".git/1.png", "stray.png"):
+            save(folder / hidden, grey(99))
+        (folder / "dog" / "notes.txt").write_text("no image")
+        (folder / "dog" / "folder.png").mkdir()
+        assert self.values(data.load(folder)) == [10, 20, 11, 21, 12, 30]
+
+    def test_a_name_of_the_library_comes_before_a_directory(self, tmp_path, monkeypatch):
+        (tmp_path / "digits").mkdir()
+        monkeypatch.chdir(tmp_path)
+        assert len(data.load("digits", samples=20)) == 20
+
+    def test_the_same_as_scikit_learn_digits_from_a_file(self, tmp_path):
+        source = load_digits()
+        for index in range(30):
+            save(tmp_path / str(source.target[index]) / f"{index:02}.png", source.images[index] * 15)
+        found = data.load(tmp_path, classes=(3, 5))
+        expected = data.load("digits", classes=(3, 5), samples=len(found))
+        totals = [entry.inputs.sum((1, 2, 3)).sort().values for entry in (found, expected)]
+        torch.testing.assert_close(totals[0], totals[1] * 240 / 255, rtol=1e-12, atol=0)
+
+
+class TestBadDirectories:
+    def test_sizes_and_modes_must_agree(self, folder):
+        save(folder / "dog" / "3.png", grey(1, (5, 4)))
+        message = r"share one size and mode: .*0.png is grey of shape \(1, 3, 4\), .*3.png is grey of shape \(1, 5, 4\)"
+        with pytest.raises(ValueError, match=message):
+            data.load(folder)
+        save(folder / "dog" / "3.png", grey(1, (3, 4, 3)))
+        with pytest.raises(
+            ValueError,
+            match=r"cat/0.png is grey of shape \(1, 3, 4\), .*dog/3.png is colour of shape \(3, 3, 4\); resize or",
+        ):
+            data.load(folder)
+
+    def test_no_images(self, tmp_path):
+        for make in (lambda: None, lambda: save(tmp_path / "a.png", grey(1)), lambda: (tmp_path / "cat").mkdir()):
+            make()
+            with pytest.raises(
+                ValueError,
+                match=r"holds no images; expected .*/CLASS/\*.png, one folder per class, with files .png, .jpg",
+            ):
+                data.load(tmp_path)
+
+    def test_an_empty_class(self, folder):
+        (folder / "emu").mkdir()
+        (folder / "emu" / "1.gif").write_bytes(b"GIF89a")
+        with pytest.raises(
+            ValueError, match=r"pets: the class folder 'emu' holds no images; remove it or add files .png"
+        ):
+            data.load(folder)
+
+    def test_one_class(self, tmp_path):
+        save(tmp_path / "cat" / "1.png", grey(1))
+        with pytest.raises(ValueError, match=r"one class only \(0\) is chosen"):
+            data.load(tmp_path)
+
+    def test_one_integer_twice(self, tmp_path):
+        for name in ("1", "01"):
+            save(tmp_path / name / "1.png", grey(1))
+        with pytest.raises(ValueError, match=r"the class folders '01', '1' name one integer twice"):
+            data.load(tmp_path)
+
+    def test_label_key(self, folder):
+        with pytest.raises(ValueError, match=r"labels='parity' names a key of a file; '.*pets' has its own labels"):
+            data.load(folder, labels="parity")
+
+    @pytest.mark.parametrize("suffix", ["png", "jpg", "bmp", "ppm", "tif", "webp"])
+    def test_a_truncated_image_is_a_named_error_unless_no_pixel_is_lost(self, folder, rng, suffix):
+        path = save(folder / "dog" / f"whole.{suffix}", rng.integers(0, 256, (3, 4, 3)))
+        whole, pixels = path.read_bytes(), folders.decode([path])
+        errors: list[str] = []
+        for length in range(0, len(whole), 5):
+            path.write_bytes(whole[:length])
+            try:
+                np.testing.assert_array_equal(folders.decode([path]), pixels)
+            except ValueError as error:
+                errors.append(str(error))
+        assert len(errors) > len(whole) / 5 * 0.4
+        assert all(error.startswith(f"{path} is a damaged image or no image") for error in errors)
+
+    def test_other_contents_under_an_image_name(self, folder, tmp_path):
+        Image.fromarray(np.zeros((3, 4), np.uint8)).save(tmp_path / "real.gif")
+        for content in (
+            b"",
+            b"hello",
+            b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 3 4\n",
+            (tmp_path / "real.gif").read_bytes(),
+        ):
+            (folder / "dog" / "fake.png").write_bytes(content)
+            with pytest.raises(ValueError, match=r"dog/fake.png is a damaged image or no image"):
+                data.load(folder)
+
+    @pytest.mark.parametrize(
+        ("mode", "size", "message"),
+        [
+            (
+                "RGBA",
+                (4, 3),
+                r"has mode 'RGBA'; images must be one frame of 8-bit grey or RGB without transparency, convert it",
+            ),
+            ("LA", (4, 3), "has mode 'LA'"),
+            ("I;16", (4, 3), "has mode 'I;16'"),
+        ],
+    )
+    def test_modes(self, folder, mode, size, message):
+        Image.new(mode, size).save(folder / "dog" / "z.png")
+        with pytest.raises(ValueError, match=rf"z.png {message}"):
+            data.load(folder)
+
+    def test_transparency_and_frames(self, folder):
+        Image.new("L", (4, 3)).save(folder / "dog" / "z.png", transparency=0)
+        with pytest.raises(ValueError, match=r"z.png has transparency"):
+            data.load(folder)
+        frames = [Image.new("L", (4, 3), value) for value in (1, 2)]
+        frames[0].save(folder / "dog" / "z.png", save_all=True, append_images=frames[1:])
+        with pytest.raises(ValueError, match=r"z.png has 2 frames"):
+            data.load(folder)
+
+    @pytest.mark.parametrize("limit", [11, 5])
+    def test_decompression_bombs(self, folder, monkeypatch, limit):
+        """12 pixels: Pillow warns above its limit and raises above twice its limit."""
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
+        with pytest.raises(ValueError, match=r"cat/0.png is too large to be decoded safely"):
+            data.load(folder)

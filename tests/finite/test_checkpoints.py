@@ -1,0 +1,129 @@
+"""The state of a run on disk: whose it is, whether it is whole, and when it goes."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from strategies import normal
+
+from meanfield import storage
+from meanfield.finite import checkpoints
+from meanfield.finite.checkpoints import StateFile, digest
+
+SETTINGS = {"steps": 5, "widths": (4, 3), "rate": 0.1}
+TENSORS = {"weight": normal((3, 2), 0), "count": torch.arange(3), "single": normal((2,), 1).float()}
+FIGURES = {"value": 1 / 3, "history": [{"step": 0}]}
+
+
+@pytest.fixture
+def state(tmp_path):
+    found = StateFile(tmp_path / "run.safetensors", SETTINGS)
+    found.save(TENSORS, FIGURES)
+    return found
+
+
+def test_a_digest_follows_entries_shapes_dtypes_and_order():
+    a, b = normal((2, 3), 0), normal((3,), 1)
+    same = digest([a, b])
+    assert digest([a.clone(), b.clone()]) == same
+    assert digest([a.T.contiguous().T, b]) == same  # memory layout is no entry
+    moved = a.clone()
+    moved[1, 2] = torch.nextafter(moved[1, 2], moved[1, 2] + 1)
+    others = [[moved, b], [b, a], [a.reshape(3, 2), b], [a.float(), b], [a], [a, b, b], [a.view(torch.int64), b]]
+    assert len({same, *map(digest, others)}) == len(others) + 1
+    assert len(same) == 64
+
+
+def test_what_is_saved_comes_back_to_the_bit(state):
+    tensors, figures = state.load()
+    assert tensors.keys() == TENSORS.keys()
+    assert all(torch.equal(tensors[name], kept) for name, kept in TENSORS.items())
+    assert [tensors[name].dtype for name in TENSORS] == [torch.float64, torch.int64, torch.float32]
+    assert figures == FIGURES
+    state.save({"weight": TENSORS["weight"] + 1}, {"value": 2.0})
+    tensors, figures = state.load()
+    assert list(tensors) == ["weight"]
+    assert figures == {"value": 2.0}
+
+
+def test_settings_are_compared_as_json(state):
+    """A tuple is a list; another value of any setting is another run, whose file stays."""
+    assert StateFile(state.path, {**SETTINGS, "widths": [4, 3]}).load() is not None
+    for changed in ({"steps": 6}, {"rate": 0.1 + 2**-56}, {"new": 1}):
+        (name,) = changed
+        with pytest.raises(ValueError, match=rf"is of another run: its {name} is .*, here .*; repeat the arguments"):
+            StateFile(state.path, {**SETTINGS, **changed}).load()
+    assert state.load() is not None
+
+
+def test_without_a_file_there_is_no_state(state):
+    state.remove()
+    assert state.load() is None
+    state.remove()
+
+
+def test_a_file_that_was_changed_is_refused(state):
+    whole = state.path.read_bytes()
+    for length in range(0, len(whole), 61):
+        state.path.write_bytes(whole[:length])
+        with pytest.raises(ValueError, match=r"run.safetensors' is damaged"):
+            state.load()
+    for position in (len(whole) - 1, len(whole) - 40):  # entries of tensors
+        state.path.write_bytes(whole[:position] + bytes([whole[position] ^ 1]) + whole[position + 1 :])
+        with pytest.raises(ValueError, match="its checksum does not fit; delete it to start anew"):
+            state.load()
+    state.path.write_bytes(whole.replace(b'\\"step\\": 0', b'\\"step\\": 1'))
+    assert state.path.read_bytes() != whole
+    with pytest.raises(ValueError, match="its checksum does not fit"):
+        state.load()
+
+
+def test_tensors_that_were_exchanged_are_refused(state):
+    from safetensors import safe_open
+
+    with safe_open(state.path, "pt") as file:
+        metadata = file.metadata()
+    tensors = load_file(state.path)
+    for changed in ({"weight": tensors["weight"].T.reshape(3, 2)}, {"weight": tensors["weight"].reshape(2, 3)}):
+        save_file({**tensors, **changed}, state.path, metadata)
+        with pytest.raises(ValueError, match="its checksum does not fit"):
+            state.load()
+    renamed = {"weights" if name == "weight" else name: tensor for name, tensor in tensors.items()}  # in the same order
+    save_file(renamed, state.path, metadata)
+    with pytest.raises(ValueError, match="its checksum does not fit"):
+        state.load()
+
+
+def test_other_files_of_tensors_and_other_formats_are_refused(state):
+    storage.save_tensors(TENSORS, state.path)
+    with pytest.raises(ValueError, match="is not the state of a training run; give another path"):
+        state.load()
+    stored = {name: TENSORS[name] for name in sorted(TENSORS)}
+    body = json.dumps({"format": "meanfield training state 0", "settings": {}, "figures": {}})
+    save_file(stored, state.path, {"body": body, "sha256": checkpoints._checksum(body, stored)})
+    with pytest.raises(ValueError, match="has the format 'meanfield training state 0', expected 'meanfield training"):
+        state.load()
+
+
+def test_paths(tmp_path):
+    with pytest.raises(ValueError, match=r"state='.*run.pt' must end in .safetensors"):
+        StateFile(tmp_path / "run.pt", {})
+    with pytest.raises(ValueError, match=r"state='.*' lies in a directory that does not exist: create .*none first"):
+        StateFile(tmp_path / "none" / "run.safetensors", {})
+
+
+def test_the_file_goes_unless_the_run_can_go_on(state):
+    def interrupted():
+        raise KeyboardInterrupt
+
+    def failed():
+        raise RuntimeError("no")
+
+    assert checkpoints.ended(state, interrupted) == "interrupted"
+    with pytest.raises(RuntimeError):
+        checkpoints.ended(state, failed)
+    assert state.path.exists()
+    assert checkpoints.ended(state, lambda: "completed") == "completed"
+    assert not state.path.exists()
+    assert checkpoints.ended(None, lambda: "diverged") == "diverged"

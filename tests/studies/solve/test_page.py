@@ -1,0 +1,76 @@
+import html
+import json
+import re
+import shlex
+
+import pytest
+from command_line import run
+
+from meanfield import Problem, data
+from meanfield.storage import load_network
+from meanfield.studies.solve import measure as findings
+
+FIGURES = ("values", "gaps", "populations", "kernels", "images", "predictions", "finite", "segment")
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    out = tmp_path_factory.mktemp("report")
+    patch = pytest.MonkeyPatch()
+    patch.setattr(findings, "TRAINED_WIDTHS", (4,))
+    patch.setattr(findings, "SAMPLED_WIDTHS", (4, 8))
+    result = run("solve", "--widths=6,4", "--samples=6", "--rounds=1", "--flow-steps=20", "--out", out, "--quiet")
+    patch.undo()
+    assert result.exit_code == 0, result.stderr
+    return out
+
+
+def test_page_is_self_contained_and_holds_every_figure(directory):
+    text = (directory / "report.html").read_text()
+    assert text.count("data:image/png;base64,") == len(FIGURES)
+    assert not re.search(r"https?://|src=.(?!data:)|<script|<link", text)
+    assert all((directory / f"{name}.png").stat().st_size > 1000 for name in FIGURES)
+    assert not list(directory.glob(".*"))
+
+
+def test_results_agree_with_the_saved_network(directory):
+    results = json.loads((directory / "results.json").read_text())
+    network, images = load_network(directory), data.load("digits", classes=(3, 5), samples=6, pool=2)
+    problem = Problem(network.architecture, images.inputs, images.targets("squared"))
+    assert float(problem.value(network)) == pytest.approx(results["solution"]["value"], abs=1e-8)
+    assert results["segment"]["midpoint_violation"]["program"] <= 1e-12
+
+
+def test_every_file_says_what_made_it_and_that_gives_the_same_figures(directory, tmp_path, monkeypatch):
+    """A page used to drop most options of the run that made it."""
+    monkeypatch.setattr(findings, "TRAINED_WIDTHS", ())
+    monkeypatch.setattr(findings, "SAMPLED_WIDTHS", (4,))
+    results = json.loads((directory / "results.json").read_text())
+    command, library = results["made"]["command"], results["made"]["library"]
+    assert html.escape(command) in (directory / "report.html").read_text()
+    assert json.loads((directory / "network.json").read_text())["made"]["library"] == library
+    words = [word for word in shlex.split(command)[1:] if not word.startswith("--out")]
+    assert run(*words, "--out", tmp_path).exit_code == 0
+    again = json.loads((tmp_path / "results.json").read_text())
+    assert again["made"]["library"] == library
+    for name in ("solution", "rounds", "populations", "kernels"):
+        assert timeless(again[name]) == timeless(results[name])
+
+
+def timeless(value):
+    """Without the seconds."""
+    if isinstance(value, dict):
+        return {key: timeless(each) for key, each in value.items() if key != "seconds"}
+    return [timeless(each) for each in value] if isinstance(value, list) else value
+
+
+def test_damaged_files_are_named(directory, tmp_path):
+    (tmp_path / "network.json").write_bytes((directory / "network.json").read_bytes())
+    with pytest.raises(FileNotFoundError, match=r"network\.safetensors does not exist"):
+        load_network(tmp_path)
+    (tmp_path / "network.safetensors").write_bytes((directory / "network.safetensors").read_bytes()[:100])
+    with pytest.raises(ValueError, match="perhaps truncated"):
+        load_network(tmp_path)
+    (tmp_path / "network.json").write_text("{")
+    with pytest.raises(ValueError, match="is not JSON"):
+        load_network(tmp_path)

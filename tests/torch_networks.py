@@ -1,0 +1,83 @@
+"""Networks of torch modules as users write them, for grafting."""
+
+from __future__ import annotations
+
+import torch
+from strategies import normal, seeded
+from torch import Tensor, nn
+from torch.nn import functional
+
+IMAGES = normal((150, 2, 12, 12), 0)
+
+
+def filled(network: nn.Module, seed: int, dtype: torch.dtype = torch.float64) -> nn.Module:
+    """Every parameter drawn anew, of a size that keeps features of order one."""
+    network = network.to(dtype)
+    generator = seeded(seed)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            scale = parameter[0].numel() ** -0.5 if parameter.ndim > 1 else 0.3
+            parameter.copy_(scale * torch.randn(parameter.shape, generator=generator, dtype=dtype))
+    return network
+
+
+def plain(width: int, seed: int, dtype: torch.dtype = torch.float64) -> nn.Sequential:
+    """Strides, dilation, two kinds of pooling, a layer without bias, an activation in place and one shared."""
+    shared = nn.Tanh()
+    network = nn.Sequential(
+        nn.Conv2d(2, width, 3, padding=1),
+        shared,
+        nn.MaxPool2d(2),
+        nn.Conv2d(width, width + 1, 3, stride=2, padding="valid"),
+        nn.ReLU(inplace=True),
+        nn.Conv2d(width + 1, width, (2, 3), padding="same", dilation=(1, 2), bias=False),
+        shared,
+        nn.AvgPool2d(2, stride=1),
+        nn.Conv2d(width, 3, 2, padding=1, padding_mode="circular"),
+        nn.Flatten(),
+        nn.Linear(12, 5),
+        nn.ReLU(),
+        nn.Linear(5, 4),
+    )
+    return filled(network, seed, dtype)  # type: ignore[return-value]
+
+
+class Block(nn.Module):
+    def __init__(self, channels: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, outputs, 3, stride, 1, bias=False)
+        self.bn1, self.bn2 = nn.BatchNorm2d(outputs), nn.BatchNorm2d(outputs)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
+        self.down = nn.Conv2d(channels, outputs, 1, stride, bias=False) if stride > 1 or channels != outputs else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        branch = self.bn2(self.conv2(functional.relu(self.bn1(self.conv1(x)), inplace=True)))
+        return functional.relu(branch + (x if self.down is None else self.down(x)))
+
+
+class Residual(nn.Module):
+    """As a user would write it: functions between modules, a shortcut in every block, batch norm,
+    a layer called twice.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(2, width, 3, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(width)
+        self.stage1 = nn.Sequential(Block(width, width, 1), Block(width, width, 1))
+        self.stage2 = nn.Sequential(Block(width, 2 * width, 2))
+        self.scale = nn.Identity()
+        self.head = nn.Linear(2 * width, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stage2(self.stage1(functional.relu(self.norm(self.stem(x)))))
+        x = self.scale(self.scale(functional.adaptive_avg_pool2d(x, 1)))
+        return self.head(torch.flatten(x, 1))
+
+
+def residual(width: int, seed: int) -> Residual:
+    network = filled(Residual(width), seed)
+    network.train()
+    with torch.no_grad():
+        network(normal((64, 2, 12, 12), seed + 50))  # running statistics that are not the default
+    return network  # type: ignore[return-value]
