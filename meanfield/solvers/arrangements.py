@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +26,7 @@ from scipy import sparse
 from torch import Tensor
 
 from meanfield import certificates
-from meanfield.certificates import Multipliers
+from meanfield.certificates import Multipliers, concave
 from meanfield.convex import patterns
 from meanfield.convex.patterns import Arrangement
 from meanfield.convex.program import ConvexProgram
@@ -189,7 +188,7 @@ class _Layer:
         limit = min(self.price / largest, 2.0) if largest > 0 else 2.0
         loss, count = self.problem.loss, len(r)
         dual = count * torch.as_tensor(r)[:, None]
-        value, scale = _concave_maximum(lambda s: -float(loss.conjugate(s * dual, self.problem.targets).mean()), limit)
+        scale, value = concave.maximum(lambda s: -float(loss.conjugate(s * dual, self.problem.targets).mean()), limit)
         return value, scale * r
 
 
@@ -209,20 +208,6 @@ def _patches(problem: Problem) -> Tensor:
     geometry = arch.geometry[0]
     height, width = (kept * size for kept, size in zip(geometry.pooled, conv.pool_size))  # type: ignore[arg-type]
     return rows.unflatten(1, geometry.output)[:, :height, :width].flatten(1, 2)
-
-
-def _concave_maximum(function: Callable[[float], float], limit: float) -> tuple[float, float]:
-    """Largest value of a concave function on [0, limit], -inf allowed towards the right, and where: a grid, refined
-    around its best.
-    """
-    low, high, best = 0.0, limit, (-np.inf, 0.0)
-    for _ in range(12):
-        grid = np.linspace(low, high, 13)
-        values = [function(s) for s in grid]
-        index = int(np.argmax(values))
-        best = max(best, (values[index], float(grid[index])))
-        low, high = grid[max(index - 1, 0)], grid[min(index + 1, len(grid) - 1)]
-    return best
 
 
 @dataclass(frozen=True, eq=False)
