@@ -19,10 +19,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from meanfield.certificates import concave
 from meanfield.convex.program import ConvexProgram
 from meanfield.convex.repopulation import ProgramPoint
-
-GOLDEN = 0.5 * (5**0.5 - 1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,7 +101,7 @@ def dual_value(program: ConvexProgram, multipliers: Multipliers) -> float:
     # kappa takes a search over several layers: one around that would cost too much
     if dual.bounded and dual.amplitude is None and program.depth > 2:
         return max(dual.value(0.0), dual.value(1.0))
-    return max(dual.value(1.0), _golden_maximum(dual.value, 0.0, 2.0))
+    return max(dual.value(1.0), concave.maximum(dual.value, 2.0)[1])
 
 
 @dataclass(frozen=True, eq=False)
@@ -222,24 +221,6 @@ def _square_over(amounts: Tensor, strength: float) -> Tensor:
     return torch.where(amounts <= 1e-10, 0.0, torch.inf)
 
 
-def _golden_maximum(function: Callable[[float], float], low: float, high: float, steps: int = 60) -> float:
-    """Largest value seen by golden-section search of a concave function (-inf allowed at the right end)."""
-    left, right = high - GOLDEN * (high - low), low + GOLDEN * (high - low)
-    at_left, at_right = function(left), function(right)
-    best = max(function(low), at_left, at_right)
-    for _ in range(steps):
-        if at_left >= at_right:
-            high, right, at_right = right, left, at_left
-            left = high - GOLDEN * (high - low)
-            at_left = function(left)
-        else:
-            low, left, at_left = left, right, at_right
-            right = low + GOLDEN * (high - low)
-            at_right = function(right)
-        best = max(best, at_left, at_right)
-    return best
-
-
 def _least_total(total: Callable[[list[float]], float], count: int) -> float:
     """Least total over offsets in [0, 1]^count, one coordinate after the other (exact for one)."""
     offsets, best = [1.0] * count, total([1.0] * count)
@@ -249,19 +230,6 @@ def _least_total(total: Callable[[list[float]], float], count: int) -> float:
             def along(x: float, index: int = index) -> float:
                 return -total([*offsets[:index], x, *offsets[index + 1 :]])
 
-            offsets[index], found = _golden_argmax(along)
+            offsets[index], found = concave.maximum(along, 1.0)
             best = min(best, -found)
     return best
-
-
-def _golden_argmax(function: Callable[[float], float]) -> tuple[float, float]:
-    trace: list[tuple[float, float]] = []
-
-    def traced(x: float) -> float:
-        trace.append((function(x), x))
-        return trace[-1][0]
-
-    _golden_maximum(traced, 0.0, 1.0, steps=40)
-    traced(1.0)
-    value, where = max(trace)
-    return where, value

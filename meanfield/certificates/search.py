@@ -22,12 +22,12 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from scipy.optimize import minimize, minimize_scalar
+from scipy.optimize import minimize
 from torch import Tensor
 
 from meanfield import validation
 from meanfield.architecture import ACTIVATIONS, Architecture
-from meanfield.certificates import sphere
+from meanfield.certificates import concave, sphere
 from meanfield.certificates.compositions import Compositions, joined, own_features, with_tensors, zeros_like
 from meanfield.losses import Loss
 from meanfield.network import ParticleNetwork
@@ -228,7 +228,7 @@ class _Search:
     def _best_multipliers(self, scale: float, mu: Sequence[float]) -> tuple[float, list[float], float]:
         if self.depth == 1:
             limit = self._homogeneous_limit() if self.homogeneous else self.scale_limit
-            best = _maximum(lambda s: self._bound(s, []), limit)
+            best = concave.maximum(lambda s: self._bound(s, []), limit)
             return best[0], [], best[1]
         return self._best_prices(scale, list(mu))
 
@@ -422,14 +422,6 @@ def _largest_scale(loss: Loss) -> float:
     return 2.0 if loss.supercoercive else 1.0
 
 
-def _maximum(function, limit: float) -> tuple[float, float]:
-    """(where, value) of the maximum of a concave function over [0, limit], the ends included."""
-    answer = minimize_scalar(
-        lambda s: -function(float(s)), bounds=(0.0, limit), method="bounded", options={"xatol": 1e-12 * limit}
-    )
-    return max(((float(s), function(float(s))) for s in (answer.x, limit, 0.0)), key=lambda pair: pair[1])
-
-
 def _rigorous(
     problem: Problem, output: Tensor, network: ParticleNetwork | None, seconds: float
 ) -> dict[str, float | str | None]:
@@ -461,7 +453,7 @@ def _rigorous(
     limit = 2 * math.sqrt(penalty.input * penalty.readout) / max(found.upper, 1e-300)
     count = len(output)
     value = lambda s: -float(problem.loss.conjugate(count * s * output, problem.targets).mean())  # noqa: E731
-    best = _maximum(value, min(limit, _largest_scale(problem.loss)))
+    best = concave.maximum(value, min(limit, _largest_scale(problem.loss)))
     return {
         "rigorous_bound": best[1],
         "rigorous_kind": f"{found.method}, max |q| between {found.lower:.6g} and {found.upper:.6g}",

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +26,7 @@ from scipy import sparse
 from torch import Tensor
 
 from meanfield import certificates
-from meanfield.certificates import Multipliers
+from meanfield.certificates import Multipliers, concave
 from meanfield.convex import patterns
 from meanfield.convex.patterns import Arrangement
 from meanfield.convex.program import ConvexProgram
@@ -45,7 +44,6 @@ OPTIMAL_GAP = 1e-6  # beyond this relative gap to the bound the answer is called
 # of the total variation; what the interior-point method leaves on idle cells
 DROPPED_SHARES = (0.0, 1e-9, 1e-8, 1e-7, 1e-6, 1e-5)
 MERGED_ANGLE = 1e-4  # between atoms of one sign that may be one
-BLOCK = 10_000_000  # entries of cells turned into numbers at a time, to bound memory
 
 
 def solve(problem: Problem) -> Solution:
@@ -167,19 +165,12 @@ class _Layer:
 
     def responses(self, r: np.ndarray) -> np.ndarray:
         """The vectors c with q(z) = sum_n r_n F_n(z) = <c_k, z> on cell k: (cells, d)."""
-        arrangement = self.arrangement
-        rows = (r @ (self.along + self.against))[:, None] * arrangement.normals
-        step = BLOCK // max(len(rows), 1) + 1
-        blocks = [
-            arrangement.cells[start : start + step].astype(float) @ rows
-            for start in range(0, len(arrangement.cells), step)
-        ]
-        return np.concatenate(blocks) - (r @ self.against) @ arrangement.normals
+        rows = (r @ (self.along + self.against))[:, None] * self.arrangement.normals
+        return self.arrangement.active_sums(rows) - (r @ self.against) @ self.arrangement.normals
 
     def peaks(self, r: np.ndarray) -> np.ndarray:
         """max of q and of -q over the unit vectors of every cell, (2, cells)."""
-        linear = self.responses(r)
-        return np.stack([self.arrangement.maxima(linear), self.arrangement.maxima(-linear)])
+        return self.arrangement.maxima(self.responses(r))
 
     def gradient(self, output: np.ndarray) -> np.ndarray:
         """r = d (mean loss) / d F, (N,)."""
@@ -197,7 +188,7 @@ class _Layer:
         limit = min(self.price / largest, 2.0) if largest > 0 else 2.0
         loss, count = self.problem.loss, len(r)
         dual = count * torch.as_tensor(r)[:, None]
-        value, scale = _concave_maximum(lambda s: -float(loss.conjugate(s * dual, self.problem.targets).mean()), limit)
+        scale, value = concave.maximum(lambda s: -float(loss.conjugate(s * dual, self.problem.targets).mean()), limit)
         return value, scale * r
 
 
@@ -217,20 +208,6 @@ def _patches(problem: Problem) -> Tensor:
     geometry = arch.geometry[0]
     height, width = (kept * size for kept, size in zip(geometry.pooled, conv.pool_size))  # type: ignore[arg-type]
     return rows.unflatten(1, geometry.output)[:, :height, :width].flatten(1, 2)
-
-
-def _concave_maximum(function: Callable[[float], float], limit: float) -> tuple[float, float]:
-    """Largest value of a concave function on [0, limit], -inf allowed towards the right, and where: a grid, refined
-    around its best.
-    """
-    low, high, best = 0.0, limit, (-np.inf, 0.0)
-    for _ in range(12):
-        grid = np.linspace(low, high, 13)
-        values = [function(s) for s in grid]
-        index = int(np.argmax(values))
-        best = max(best, (values[index], float(grid[index])))
-        low, high = grid[max(index - 1, 0)], grid[min(index + 1, len(grid) - 1)]
-    return best
 
 
 @dataclass(frozen=True, eq=False)

@@ -134,7 +134,8 @@ def test_maxima_over_cells_are_projections(seed, d, n):
     rows = normal((n, d), seed)
     arrangement = patterns.arrangement(rows)
     linear = normal((len(arrangement.cells), d), seed + 1).numpy()
-    maxima = arrangement.maxima(linear)
+    maxima, opposite = arrangement.maxima(linear)
+    assert np.array_equal(opposite, arrangement.maxima(-linear)[0])
     for vector, cell, found in zip(linear, arrangement.cells, maxima):
         signed = np.where(cell, 1.0, -1.0)[:, None] * arrangement.normals
         projected = nnls(-signed.T, vector)[1] if len(signed) else np.linalg.norm(vector)
@@ -147,6 +148,77 @@ def test_maxima_over_cells_are_projections(seed, d, n):
     units = (points / points.norm(dim=1, keepdim=True)).numpy()
     where = np.array([owner[tuple(row)] for row in (units @ arrangement.normals.T > 0).tolist()])
     assert ((units * linear[where]).sum(1) <= maxima[where] + 1e-12).all()
+
+
+@given(seeds, st.integers(2, 3), st.integers(0, 8))
+def test_the_maximum_over_a_cell_is_at_a_candidate(seed, d, n):
+    arrangement = patterns.arrangement(normal((n, d), seed))
+    linear = normal((len(arrangement.cells), d), seed + 1).numpy()
+    for number, (vector, cell, maximum) in enumerate(zip(linear, arrangement.cells, arrangement.maxima(linear)[0])):
+        points = arrangement.candidates(number, vector)
+        points = points[np.linalg.norm(points, axis=1) > 0]
+        points /= np.linalg.norm(points, axis=1, keepdims=True)
+        inside = (np.where(cell, 1.0, -1.0) * (points @ arrangement.normals.T) >= -1e-12).all(1)
+        assert (points[inside] @ vector).max(initial=-np.inf if n > 1 else 0.0) == pytest.approx(maximum, rel=1e-9)
+
+
+@given(seeds, st.integers(1, 3), st.integers(0, 12), st.integers(1, 50))
+def test_active_sums_add_what_is_above(seed, d, n, block):
+    arrangement = patterns.arrangement(normal((n, d), seed))
+    vectors = normal((len(arrangement.normals), 2), seed + 1).numpy()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(patterns, "BLOCK", block)
+        found = arrangement.active_sums(vectors)
+    assert found.shape == (len(arrangement.cells), 2)
+    for cell, total in zip(arrangement.cells, found):
+        assert total == pytest.approx(vectors[cell].sum(0), abs=1e-12)
+
+
+def test_blocks_do_not_change_the_cells(monkeypatch):
+    rows = torch.randint(-2, 3, (25, 3), generator=torch.Generator().manual_seed(0)).double()
+    whole = patterns.arrangement(rows)
+    monkeypatch.setattr(patterns, "BLOCK", 100)
+    parts = patterns.arrangement(rows)
+    assert np.array_equal(whole.cells, parts.cells)
+    assert np.array_equal(whole.facet_cell, parts.facet_cell)
+    assert np.array_equal(whole.facet_middle, parts.facet_middle)
+
+
+@pytest.mark.parametrize("bytes_", [1, 7, 8, 9, 20])
+def test_distinct_rows_of_bytes(bytes_):
+    packed = np.random.default_rng(0).choice(np.array([0, 1, 255], dtype=np.uint8), (300, bytes_))
+    packed[100:200] = packed[:100]
+    packed[200:] = np.where(np.arange(bytes_) == bytes_ - 1, packed[200:], 7)
+    distinct, number = patterns._distinct_rows(packed)
+    expected, owner = np.unique(packed, axis=0, return_inverse=True)
+    assert np.array_equal(distinct, expected)
+    assert np.array_equal(number, owner.reshape(-1))
+
+
+@pytest.mark.parametrize(("width", "cells", "dropped"), [(1e-9, 8, 0.0), (1e-12, 6, 2**0.5 * 1e-12)])
+def test_what_narrow_pieces_leave_out_is_said(width, cells, dropped):
+    """Three planes meet pairwise at points `width` apart: of the triangles between them the sides are the pieces."""
+    found = patterns.arrangement(torch.tensor([[1.0, 0, 0], [0, 1.0, 0], [1.0, 1.0, width]], dtype=torch.float64))
+    assert len(found.cells) == cells
+    assert found.dropped == pytest.approx(dropped, rel=1e-3)
+
+
+def test_pieces_beside_false_cells_count_as_dropped(monkeypatch):
+    rows = normal((5, 3), 0)
+    assert patterns.arrangement(rows).dropped == 0
+    kept = patterns._hold_their_facets
+
+    def without_first(*arguments):
+        return kept(*arguments) & (np.arange(len(arguments[1])) > 0)
+
+    monkeypatch.setattr(patterns, "_hold_their_facets", without_first)
+    found = patterns.arrangement(rows)
+    monkeypatch.undo()
+    whole = patterns.arrangement(rows)
+    of_first = whole.facet_cell == 0
+    angles = 2 * np.arccos(whole.facet_reach[of_first])
+    assert len(found.cells) == len(whole.cells) - 1
+    assert found.dropped == pytest.approx(angles.max())
 
 
 def test_neighbours_differ_in_the_facets_row():

@@ -18,14 +18,14 @@ of a trained network, they are bounded in pairs by how far apart they are.
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from meanfield.certificates.sphere.arrangement import listable, maximise_arrangement, maximise_line
 from meanfield.certificates.sphere.branching import maximise_branching
-from meanfield.certificates.sphere.response import Found, reduced
+from meanfield.certificates.sphere.response import Found, Response, reduced
 from meanfield.validation import finite, nonnegative, positive, shaped
 
 
@@ -49,9 +49,10 @@ def maximise(
 ) -> SphereMaximum:
     """Bounds of max_{|z| = 1} |W^T relu(A z)| for patches A (n, d) and weights W (n, C), in float64.
 
-    One output and up to three dimensions (of the row space of A) are solved exactly, beyond MAX_PLANES and for nearly
-    equal planes by branch and bound like anything else: until upper <= (1 + tolerance) lower up to rounding or
-    `max_seconds` have passed (looked at between batches; the set-up is not interrupted).  The bounds hold at any time.
+    One output and up to three dimensions (of the row space of A) are solved exactly.  Beyond MAX_PLANES, and where
+    nearly equal planes leave more open than `tolerance`, it is branch and bound as for anything else: until upper <=
+    (1 + tolerance) lower up to rounding or `max_seconds` have passed (looked at between batches; the set-up is not
+    interrupted).  The bounds hold at any time.
     start (k, d) or (d,): directions to try first.  The answer is in the units of W times those of A.
     Raises TypeError for what is no tensor, ValueError for shapes that do not fit and entries that are not finite.
     """
@@ -60,15 +61,8 @@ def maximise(
     deadline = began + positive(max_seconds, "max_seconds")
     tolerance = nonnegative(tolerance, "tolerance")
     response = reduced(A.double(), W.double())
-    dimension, outputs = response.linear.shape
-    if dimension == 0:
-        found = Found(0.0, 0.0, response.linear.new_zeros(0), "arrangement", 0)
-    elif dimension == 1:
-        found = maximise_line(response)
-    elif outputs == 1 and listable(response.rows):
-        found = maximise_arrangement(response)
-    else:
-        found = maximise_branching(response, starts @ response.basis, deadline, tolerance)
+    dimension = response.linear.shape[0]
+    found = _found(response, starts @ response.basis, deadline, tolerance)
     argmax = (
         response.basis @ found.argmax
         if dimension
@@ -76,6 +70,22 @@ def maximise(
     )
     upper = max(found.upper, found.lower) + response.rounding
     return SphereMaximum(found.lower, upper, argmax, found.method, found.cells, time.perf_counter() - began)
+
+
+def _found(response: Response, starts: Tensor, deadline: float, tolerance: float) -> Found:
+    """By the arrangement where that is listed, by branch and bound where it is not or does not meet the tolerance."""
+    dimension = response.linear.shape[0]
+    if dimension == 0:
+        return Found(0.0, 0.0, response.linear.new_zeros(0), "arrangement", 0)
+    if dimension == 1:
+        return maximise_line(response)
+    if not listable(response):
+        return maximise_branching(response, starts, deadline, tolerance)
+    listed = maximise_arrangement(response)
+    if listed.upper <= (1 + tolerance) * listed.lower + response.rounding:
+        return listed
+    found = maximise_branching(response, torch.cat([listed.argmax[None], starts]), deadline, tolerance)
+    return replace(found, upper=min(found.upper, listed.upper))
 
 
 def _checked(A: Tensor, W: Tensor, start: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:

@@ -6,7 +6,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import costly, normal, seeded, seeds
 
-from meanfield.certificates.sphere import arrangement, branching, maximise
+from meanfield.certificates import sphere
+from meanfield.certificates.sphere import arrangement, maximise
+from meanfield.certificates.sphere.arrangement import maximise_arrangement
+from meanfield.certificates.sphere.response import Found, Response
+from meanfield.convex import patterns
 
 ROUNDING = 1e-10
 
@@ -28,6 +32,20 @@ def best_seen(A, W, count=20_000, seed=0):
         noise = torch.randn(30, *kept.shape, generator=random, dtype=torch.float64)
         directions = torch.cat([kept, unit(kept + 0.7**step * noise).flatten(0, 1)])
     return float(lengths(A, W, directions).max())
+
+
+def at_corners(A, W):
+    """The largest response where two planes meet, beside it, and on the way up from there by gradients."""
+    first, second = torch.triu_indices(len(A), len(A), 1)
+    corners = torch.linalg.cross(A[first], A[second]) if A.shape[1] == 3 else torch.stack([-A[:, 1], A[:, 0]], 1)
+    corners = unit(torch.cat([corners, -corners]))
+    points = torch.cat([unit(corners + 10.0**-k * normal(corners.shape, k)) for k in (2, 5, 8, 12)] + [corners])
+    best = lengths(A, W, points).max()
+    for _ in range(10):
+        values = points @ A.T
+        points = unit(((values > 0) * W[:, 0]) @ A * (values.clamp_min(0) @ W).sign())
+        best = torch.maximum(best, lengths(A, W, points).max())
+    return float(best)
 
 
 def check(A, W, *, gap=None, **options):
@@ -135,6 +153,146 @@ def test_routes_agree(dimension, count, seed):
     assert bounded.lower == pytest.approx(exact.lower, rel=1e-8)
 
 
+def crossing_planes(kind, dimension, seed):
+    """Rows whose planes share lines, nearly do, are nearly equal, or have nothing special about them."""
+    random = seeded(seed)
+    count = int(torch.randint(3, 25, (), generator=random))
+    noise = 10.0 ** -float(torch.randint(4, 15, (), generator=random))
+    rows = normal((count, dimension), seed)
+    whole = torch.randint(-2, 3, (count, dimension), generator=random).double()
+    pencil = torch.cat([rows * torch.tensor([noise, 1.0, 1.0][:dimension]), normal((2, dimension), seed + 1)])
+    return {
+        "general": rows,
+        "integer": whole,
+        "nearly integer": whole + noise * rows,
+        "nearly equal": torch.cat([rows, rows.flip(0) + noise * normal((count, dimension), seed + 2)]),
+        "through one line": pencil,
+        "bytes": torch.randint(245, 256, (count, dimension), generator=random).double(),
+        "of many lengths": rows * 10 ** (3 * normal((count, 1), seed + 3)),
+    }[kind]
+
+
+def cancelling(A, kind, seed):
+    """Rows and weights: at random, of one size, opposite rows that nearly cancel, or what five features leave."""
+    w = normal((len(A), 1), seed)
+    if kind == "one size":
+        return A, w.sign()
+    if kind == "opposite":
+        return torch.cat([A, -A]), torch.cat([w, 1e-3 * normal((len(A), 1), seed + 1) - w])
+    if kind == "residual":
+        features = (unit(A) @ normal((A.shape[1], 5), seed + 1)).relu()
+        w = w - features @ torch.linalg.lstsq(features, w, rcond=1e-9, driver="gelsd").solution
+    return A, w
+
+
+@pytest.mark.parametrize("dimension", [2, 3])
+@pytest.mark.parametrize(
+    "kind", ["general", "integer", "nearly integer", "nearly equal", "through one line", "bytes", "of many lengths"]
+)
+@given(seeds, st.sampled_from(["random", "one size", "opposite", "residual"]), st.sampled_from([1.0, 1e-60, 1e60]))
+@costly(8)
+def test_no_direction_exceeds_the_listed_maximum(kind, dimension, seed, weights, size):
+    A, W = cancelling(crossing_planes(kind, dimension, seed), weights, seed)
+    best = size * max(best_seen(A, W, 2_000), at_corners(A, W))
+    listed, found = (maximise(size * A, W, tolerance=tolerance) for tolerance in (1e30, 1e-9))
+    assert listed.method == "arrangement"
+    for each in (listed, found):
+        assert each.upper >= best
+        assert each.upper >= each.lower
+    rounding = 1e-12 * size * float(A.norm(dim=1) @ W[:, 0].abs())
+    assert found.lower >= best * (1 - 1e-6) - rounding
+    assert found.upper <= found.lower * (1 + 2e-9) + rounding
+
+
+def listed(rows, weights, linear=None):
+    """The arrangement's answer for unit rows as they are, not merged, without the slack for rounding."""
+    rows, weights = torch.tensor(rows, dtype=torch.float64), torch.tensor(weights, dtype=torch.float64)[:, None]
+    linear = torch.tensor([0.0] * rows.shape[1] if linear is None else linear, dtype=torch.float64)[:, None]
+    return maximise_arrangement(Response(rows, weights, linear, torch.eye(rows.shape[1]).double(), 0.0))
+
+
+def at(angle):
+    return [math.cos(angle), math.sin(angle)]
+
+
+def test_opposite_rows_of_one_plane():
+    found = listed([at(0.3), at(0.3 + math.pi + 1e-12)], [1.0, 3.0])
+    assert found.lower == pytest.approx(3)
+    assert found.upper == pytest.approx(3, rel=1e-11)
+    assert found.argmax.tolist() == pytest.approx(at(0.3 + math.pi))
+
+
+def test_planes_that_count_as_one_enter_the_bound(monkeypatch):
+    """|b z| / 100 + relu(c z) with its top between the kinks of b and of an idle a, which count as one."""
+    right = math.pi / 2
+    monkeypatch.setattr(patterns, "TOLERANCE", 0.1)
+    found = listed([at(right), at(right + 0.08), at(right + 0.08 + math.pi), at(0.04)], [1e-9, 0.01, 0.01, 1.0])
+    assert found.upper >= 1 + 0.01 * math.sin(0.04)
+    assert found.upper == pytest.approx(1, abs=0.02 * 0.08 + 0.001)
+
+
+def test_dropped_pieces_enter_the_bound(monkeypatch):
+    """2 relu(z_3) - |z_1| - |z_2| has its maximum 2 where two planes meet, among four idle planes within 0.002."""
+    slanted = [[math.cos(t), math.sin(t), 0.001 * s] for t, s in zip((0.5, 1.0, 2.1, 2.6), (1, -1, 1, -1))]
+    rows = torch.cat([torch.eye(3), -torch.eye(3)[:2], torch.nn.functional.normalize(torch.tensor(slanted), dim=1)])
+    monkeypatch.setattr(patterns, "TOLERANCE", 0.01)
+    found = listed(rows.tolist(), [-1.0, -1.0, 2.0, -1.0, -1.0, 1e-9, 1e-9, 1e-9, 1e-9])
+    assert found.lower < 1.9995
+    assert 2 <= found.upper < 2.05
+
+
+def corner(count, width, seed):
+    """m relu(z_3) - sum of m values |a_i z| / 2: the maximum is a corner, among m that are about `width` apart."""
+    turns = math.pi * torch.linspace(0, 1, count + 1, dtype=torch.float64)[1:] + seed
+    planes = torch.stack([turns.cos(), turns.sin(), width * normal((count,), seed)], 1)
+    A = torch.cat([torch.eye(3, dtype=torch.float64)[2:], planes, -planes])
+    return A, torch.cat([torch.tensor([float(count)]), torch.full((2 * count,), -0.5)]).double()[:, None]
+
+
+@pytest.mark.parametrize("tolerance", [0.003, 0.03, 0.1])
+def test_what_the_arrangement_leaves_out_enters_the_bound(tolerance, monkeypatch):
+    """With so large a tolerance pieces are dropped where the maximum lies."""
+    instances = [corner(3 + seed % 6, width, seed) for seed in range(12) for width in (0.01, 0.03)]
+    best = [max(maximise(A, W).lower, at_corners(A, W)) for A, W in instances]
+    monkeypatch.setattr(patterns, "TOLERANCE", tolerance)
+    for (A, W), least in zip(instances, best):
+        assert maximise(A, W, tolerance=1e30).upper >= least
+
+
+def test_branch_and_bound_goes_on_where_the_arrangement_leaves_too_much_open(monkeypatch):
+    A, W = corner(5, 0.01, 0)
+    exact = maximise(A, W)
+    assert exact.method == "arrangement"
+    monkeypatch.setattr(patterns, "TOLERANCE", 0.003)
+    coarse = maximise(A, W, tolerance=1e30)
+    assert coarse.upper > exact.upper * (1 + 1e-6)
+    assert maximise(A, W, tolerance=coarse.upper / coarse.lower - 1).method == "arrangement"
+    finer = maximise(A, W)
+    assert finer.method == "branch and bound"
+    assert exact.upper * (1 - 1e-12) <= finer.upper <= exact.upper * (1 + 2e-9)
+    vague = Found(0.5, math.inf, exact.argmax, "branch and bound", 1)
+    monkeypatch.setattr(sphere, "maximise_branching", lambda *_: vague)
+    assert maximise(A, W).upper == coarse.upper
+
+
+@pytest.mark.parametrize("angle", [1e-2, 1e-8])
+def test_nearly_equal_planes_leave_chords_of_cells_unlisted(angle):
+    """(n / 2) pi ROW_ROUNDING / sin(least angle)."""
+    rows = torch.tensor([[1.0, 0, 0], [0, 1.0, 0], [0, 0, 1.0], [*at(angle), 0]], dtype=torch.float64)
+    found = patterns.arrangement(rows)
+    expected = 2 * math.pi * arrangement.ROW_ROUNDING / math.sin(angle)
+    assert arrangement._unlisted(found) == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize(("angle", "method"), [(1e-7, "arrangement"), (1e-10, "branch and bound")])
+def test_how_equal_planes_may_be(angle, method):
+    A = torch.tensor([[1.0, 0, 0], [0, 1.0, 0], [0, 0, 1.0], [*at(angle), 0]], dtype=torch.float64)
+    found = maximise(A, torch.ones(4, 1, dtype=torch.float64))
+    assert found.method == method
+    assert found.upper >= float(A.sum(0).norm())
+    assert found.upper == pytest.approx(float(A.sum(0).norm()), rel=2e-9)
+
+
 @pytest.mark.parametrize(("dimension", "count"), [(4, 12), (5, 8), (6, 6)])
 def test_branch_and_bound_converges(dimension, count):
     check(normal((count, dimension), 11), normal((count, 1), 12), gap=1e-3, tolerance=1e-3, max_seconds=20)
@@ -178,7 +336,7 @@ def test_more_time_does_not_loosen():
 
 
 def test_open_cells_are_limited(monkeypatch):
-    monkeypatch.setattr(branching, "MAX_OPEN", 100)
+    monkeypatch.setattr("meanfield.certificates.sphere.branching.MAX_OPEN", 100)
     found = check(normal((40, 7), 41), normal((40, 1), 42))
     assert found.cells < 1000
 
@@ -217,10 +375,11 @@ def test_integer_rows_share_many_planes_and_corners(by_branching):
     assert bounded.upper == pytest.approx(exact.upper, rel=1e-7)
 
 
-def test_nearly_equal_planes_are_left_to_branch_and_bound():
+@pytest.mark.parametrize(("noise", "method"), [(1e-9, "arrangement"), (3e-11, "branch and bound")])
+def test_nearly_equal_planes_are_left_to_branch_and_bound(noise, method):
     A = normal((6, 3), 57)
-    A = torch.cat([A, A + 1e-9 * normal((6, 3), 58)])
-    assert check(A, normal((12, 1), 59), gap=1e-6, tolerance=1e-7).method == "branch and bound"
+    A = torch.cat([A, A + noise * normal((6, 3), 58)])
+    assert check(A, normal((12, 1), 59), gap=1e-6, tolerance=1e-7).method == method
 
 
 @pytest.mark.parametrize(
