@@ -16,7 +16,7 @@ from rich.table import Table
 from benchmarks import PROGRAM, machine
 from benchmarks.options import BenchmarkOptions
 from meanfield.bench.command import writable
-from meanfield.bench.provenance import PACKAGES, Provenance, versions
+from meanfield.bench.provenance import PACKAGES, Provenance, library, versions
 from meanfield.pages.plotting import png
 from meanfield.storage import to_json, write_atomically
 from meanfield.validation import Misuse
@@ -40,9 +40,8 @@ def run_benchmark(
     """
     target = None if options.out is None else destination(options.out, name)
     said, shown = (_console(file, options.quiet) for file in (sys.stderr, sys.stdout))
-    made = Provenance(
-        options.command_line(*shlex.split(PROGRAM), name), options.to_dict(), versions=versions((*PACKAGES, *PEERS))
-    )
+    command = options.command_line(*shlex.split(PROGRAM), name)
+    made = Provenance(command, options.to_dict(), library("benchmarks"), versions((*PACKAGES, *PEERS)))
     frame = {"benchmark": name, "made": asdict(made), "machine": machine.description()}
     found = frame | run(options, lambda line: _plainly(said, line))
     for table in tables(found):

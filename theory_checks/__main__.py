@@ -94,7 +94,7 @@ def _measure(chosen: Sequence[Claim], options: Options) -> list[Record]:
 
 
 def _tell(console: Console, records: Sequence[Record], options: Options) -> None:
-    from meanfield.bench.provenance import Provenance
+    from meanfield.bench.provenance import Provenance, library
     from theory_checks import page
 
     if not options.quiet:
@@ -102,7 +102,7 @@ def _tell(console: Console, records: Sequence[Record], options: Options) -> None
     for line in page.failures(records):
         console.print(line, style="bold red", markup=False)
     if options.out is not None:
-        made = Provenance(options.command_line(*PROGRAM), options.to_dict())
+        made = Provenance(options.command_line(*PROGRAM), options.to_dict(), library("theory_checks"))
         print(f"page: {page.write(records, options.out, made)}")
 
 

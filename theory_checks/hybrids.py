@@ -117,11 +117,9 @@ def _interpolated(pair: Pair, share: float, generator: torch.Generator) -> mf.Pa
 def _unfitted(pair: Pair, share: float, generator: torch.Generator) -> mf.ParticleNetwork:
     """Channels drawn as for the hybrid, each with its own kernels, slot by slot, whoever the slots below belong to."""
     first, second = pair.networks
-    kernels = []
-    for layer, width in enumerate(first.widths):
-        chosen = torch.randperm(width, generator=generator)[: round(share * width)]
-        kernels.append(second.kernels[layer].index_copy(0, chosen, first.kernels[layer][chosen]))
-    readout = second.readout.index_copy(1, chosen, first.readout[:, chosen])
+    drawn = [torch.randperm(width, generator=generator)[: round(share * width)] for width in first.widths]
+    kernels = [b.index_copy(0, chosen, a[chosen]) for a, b, chosen in zip(first.kernels, second.kernels, drawn)]
+    readout = second.readout.index_copy(1, drawn[-1], first.readout[:, drawn[-1]])
     return mf.ParticleNetwork(first.architecture, first.masses, kernels, readout)
 
 

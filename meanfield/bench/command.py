@@ -125,8 +125,9 @@ def stop(text: str, code: int) -> NoReturn:
 
 def interrupted(out: Path | None = None) -> NoReturn:
     """The end after Ctrl-C; out: where finished work is kept."""
-    kept = f"; what was finished is in {out}, and the same command goes on from there"
-    stop("stopped" + (" before there was anything to keep" if out is None else kept), INTERRUPTED)
+    if out is None:
+        stop("stopped before there was anything to keep", INTERRUPTED)
+    stop(f"stopped; what was finished is in {out}, and the same command goes on from there", INTERRUPTED)
 
 
 def writable(out: Path) -> Path:
