@@ -7,7 +7,7 @@ import torch
 from strategies import seeded
 
 import meanfield as mf
-from benchmarks import optima
+from benchmarks.optima import measure as optima
 from meanfield import starts
 from meanfield.solvers import alternating
 from meanfield.solvers.solution import STATUS_TEXTS
