@@ -78,18 +78,27 @@ InputBound = Annotated[
 
 
 @dataclass(frozen=True, kw_only=True)
-class Task(Settings):
-    """Images of some classes, `depth` equal convolutions of odd kernel size, padded to keep the image size, and J.
-
-    data, classes, samples, pool: as in `data.load`.  The other fields are those of Conv, Architecture, Problem and
-    Penalty.  Plain values throughout: a Task travels as JSON and is equal where its values are.
-    """
+class Images(Settings):
+    """Which images; as in `data.load`."""
 
     data: Data = "digits"
     classes: Classes = (3, 5)
     samples: Samples = 16
     pool: Pool = 2
-    depth: Annotated[int, at_least(1)] = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machine(Settings):
+    """In which numbers, and where."""
+
+    dtype: Dtype = "float64"
+    device: Device = "cpu"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Learning(Images, Machine):
+    """Images, what all layers have in common, and J: the fields of Conv, Architecture, Problem and Penalty."""
+
     activation: Activation = "tanh"
     kernel_size: KernelSize = 3
     stride: Stride = 1
@@ -102,8 +111,16 @@ class Task(Settings):
     kernel_norm: KernelNorm = "l2"
     amplitude_bound: AmplitudeBound = None
     input_bound: InputBound = None
-    dtype: Dtype = "float64"
-    device: Device = "cpu"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task(Learning):
+    """Images of some classes, `depth` equal convolutions of odd kernel size, padded to keep the image size, and J.
+
+    Plain values throughout: a Task travels as JSON and is equal where its values are.
+    """
+
+    depth: Annotated[int, at_least(1)] = 2
 
     def bounded(self) -> Task:
         """With both bounds, under which a minimum exists for every activation."""

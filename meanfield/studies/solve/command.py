@@ -21,17 +21,10 @@ from meanfield.bench.options import (
     MODEL,
     OUTPUT,
     WORK,
-    Classes,
-    Data,
-    Device,
-    Dtype,
     MaxSeconds,
     Out,
-    Pool,
     Quiet,
-    Samples,
     Seed,
-    Settings,
     at_least,
     flag,
     listing,
@@ -39,21 +32,7 @@ from meanfield.bench.options import (
     positive_integers,
 )
 from meanfield.bench.provenance import Provenance
-from meanfield.bench.task import (
-    Activation,
-    AmplitudeBound,
-    InputBound,
-    InputPenalty,
-    KernelNorm,
-    KernelSize,
-    Loss,
-    Pooling,
-    Readout,
-    ReadoutPenalty,
-    SourcePenalty,
-    Stride,
-    Task,
-)
+from meanfield.bench.task import Learning, Task
 from meanfield.data import Dataset
 from meanfield.problem import Problem
 from meanfield.solvers import alternating
@@ -63,28 +42,12 @@ from meanfield.validation import positive
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(Settings):
-    data: Data = "digits"
-    classes: Classes = (3, 5)
-    samples: Samples = 16
-    pool: Pool = 2
+class Options(Learning):
     widths: Annotated[
         tuple[int, ...],
         listing("Particles per layer, separated by commas; as many layers as numbers.", MODEL),
         positive_integers,
     ] = (64, 32)
-    activation: Activation = "tanh"
-    kernel_size: KernelSize = 3
-    stride: Stride = 1
-    pooling: Pooling = "none"
-    readout: Readout = "average"
-    loss: Loss = "squared"
-    source_penalty: SourcePenalty = 3e-4
-    readout_penalty: ReadoutPenalty = 3e-3
-    input_penalty: InputPenalty = 3e-4
-    kernel_norm: KernelNorm = "l2"
-    amplitude_bound: AmplitudeBound = None
-    input_bound: InputBound = None
     seed: Seed = 0
     rounds: Annotated[
         int, option("At most this many rounds, each a particle flow and a convex program.", WORK), at_least(1)
@@ -105,8 +68,6 @@ class Options(Settings):
         at_least(0),
     ] = 0
     max_seconds: MaxSeconds = None
-    dtype: Dtype = "float64"
-    device: Device = "cpu"
     out: Out = None
     json: Annotated[
         bool, flag("Print the results as one JSON object on standard output, and nothing else there.", OUTPUT)

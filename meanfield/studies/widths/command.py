@@ -5,19 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from meanfield.bench.command import StudyOptions, run_study
-from meanfield.bench.options import Classes, Data, Device, Dtype, Pool, Samples
-from meanfield.bench.task import Task
+from meanfield.bench.task import Images, Machine, Task
 from meanfield.studies.widths.study import STUDY
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(StudyOptions):
-    data: Data = "digits"
-    classes: Classes = (3, 5)
-    samples: Samples = 16
-    pool: Pool = 2
-    dtype: Dtype = "float64"
-    device: Device = "cpu"
+class Options(StudyOptions, Images, Machine):
+    """What the width study can be asked for."""
 
 
 def command(options: Options = Options()) -> None:
