@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from meanfield import validation
-from meanfield.network import MASS_TOLERANCE, ParticleNetwork
+from meanfield.network import MASS_TOLERANCE, ParticleNetwork, along_axis
 from meanfield.penalties import input_norms
 from meanfield.starts import normal
 from meanfield.validation import Misuse
@@ -128,7 +128,7 @@ def balance(network: ParticleNetwork, input_strength: float, readout_strength: f
     norms, sizes, amounts = (each[amounts > 0] for each in (norms, sizes, amounts))
     total, ratio = amounts.sum(), (readout_strength / input_strength) ** 0.25
     masses, stretch, squeeze = amounts / total, ratio * total.sqrt() / norms, total.sqrt() / ratio / sizes
-    bias, readout = live.biases[0], live.readout * squeeze.reshape(1, -1, *[1] * (live.readout.ndim - 2))
+    bias, readout = live.biases[0], live.readout * along_axis(squeeze, live.readout, 1)
     kernels = live.kernels[0] * stretch[:, None, None, None]
     return ParticleNetwork(
         network.architecture, [masses / masses.sum()], [kernels], readout, [None if bias is None else bias * stretch]
@@ -197,4 +197,4 @@ def _perturb(tensor: Tensor, rows: Tensor, noise: float, generator: torch.Genera
     chosen = tensor[rows]
     scale = noise * chosen.flatten(1).square().mean(1).sqrt() if tensor.ndim > 1 else noise * chosen.abs()
     draw = normal(chosen.shape, generator, tensor)
-    return tensor.index_copy(0, rows, chosen + draw * scale.reshape(-1, *[1] * (tensor.ndim - 1)))
+    return tensor.index_copy(0, rows, chosen + draw * along_axis(scale, tensor, 0))

@@ -157,18 +157,19 @@ class ParticleNetwork:
     def read(self, features: Tensor) -> Tensor:
         """F = sum_j p_j <u_j, f_j>, (N, M_L, H, W) -> (N, K)."""
         read = self.architecture.readout_features(features)
-        weights = self.readout * (self.masses[-1] if self.readout.ndim == 2 else self.masses[-1][:, None])
+        weights = self.readout * along_axis(self.masses[-1], self.readout, 1)
         return read.flatten(1) @ weights.flatten(1).T
 
     def features(self, inputs: Tensor) -> list[Tensor]:
         """f^l on inputs (N, C_0, H, W), one tensor (N, M_l, H'', W'') per layer."""
-        return self.responses(self._accept(inputs)).features
+        return self.responses(self.check_inputs(inputs)).features
 
     def __call__(self, inputs: Tensor) -> Tensor:
         """F on inputs (N, C_0, H, W) -> (N, K)."""
-        return self.responses(self._accept(inputs)).output
+        return self.responses(self.check_inputs(inputs)).output
 
-    def _accept(self, inputs: Tensor) -> Tensor:
+    def check_inputs(self, inputs: Tensor) -> Tensor:
+        """The inputs as they are; ValueError unless shape, dtype and device are those of the network."""
         self.architecture.check_inputs(inputs)
         if inputs.dtype != self.dtype or inputs.device != self.device:
             raise ValueError(
@@ -180,6 +181,11 @@ class ParticleNetwork:
     def amplitudes(self, layer: int, norms: Tensor) -> Tensor:
         """int |w(z', z)| d rho(z') of every feature of `layer` (counted from 0, >= 1), from |w_ij| (M_l, M_{l-1})."""
         return norms @ self.masses[layer - 1]
+
+
+def along_axis(vector: Tensor, like: Tensor, axis: int) -> Tensor:
+    """A vector (M,) in the shape that broadcasts it along one axis of `like`: one factor per particle, say."""
+    return vector.reshape([-1 if index == axis else 1 for index in range(like.ndim)])
 
 
 def _describe(value: object) -> str:

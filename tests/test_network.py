@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from strategies import architectures, normal, random_inputs, random_network, seeds
 
 import meanfield as mf
+from meanfield.network import along_axis
 
 ARCH = mf.Architecture((2, 3, 3), (mf.Conv(2, bias=True), mf.Conv(2)), outputs=2)
 
@@ -172,3 +173,11 @@ def test_inputs_of_another_shape_or_dtype_are_refused():
         network(torch.zeros(1, 1, 3, 3))
     with pytest.raises(ValueError, match=r"inputs are torch.float32 on cpu, the network is torch.float64"):
         network.features(torch.zeros(1, 2, 3, 3))
+
+
+@pytest.mark.parametrize(("shape", "axis"), [((3, 2), 0), ((4, 3), 1), ((4, 3, 5), 1), ((2, 5, 4, 3), 3), ((3,), 0)])
+def test_a_vector_along_one_axis(shape, axis):
+    vector, tensor = torch.arange(1.0, 4.0), normal(shape, 0).float()
+    scaled = tensor * along_axis(vector, tensor, axis)
+    for index in range(3):
+        assert torch.equal(scaled.select(axis, index), tensor.select(axis, index) * (index + 1))

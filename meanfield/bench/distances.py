@@ -82,7 +82,7 @@ class FeatureMeasure:
         depth = particles.architecture.depth
         if integer(layer, "layer", minimum=0) >= depth:
             raise Misuse("layer", layer, f"is not one of the {depth} layers; they are counted from 0")
-        responses = particles.responses(particles._accept(inputs))
+        responses = particles.responses(particles.check_inputs(inputs))
         maps = responses.preactivations if preactivations else responses.features  # (N, M, H, W) per layer
         return cls(maps[layer].transpose(0, 1).flatten(1), particles.masses[layer])
 

@@ -30,7 +30,7 @@ from meanfield.architecture import ACTIVATIONS, Architecture
 from meanfield.certificates import concave, sphere
 from meanfield.certificates.compositions import Compositions, joined, own_features, with_tensors, zeros_like
 from meanfield.losses import Loss
-from meanfield.network import ParticleNetwork
+from meanfield.network import ParticleNetwork, along_axis
 from meanfield.problem import Problem
 from meanfield.starts import normal
 
@@ -335,9 +335,7 @@ class _Search:
             scores = self._merit(current, scale, mu, level)
             better = scores.detach() > top
             top = torch.where(better, scores.detach(), top)
-            best = [
-                torch.where(better.view(-1, *[1] * (t.ndim - 1)), t.detach(), b) for t, b in zip(leaves, best or leaves)
-            ]
+            best = [torch.where(along_axis(better, t, 0), t.detach(), b) for t, b in zip(leaves, best or leaves)]
             optimiser.zero_grad()
             (-scores.sum()).backward()
             optimiser.step()

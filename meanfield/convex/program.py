@@ -13,7 +13,7 @@ from meanfield import measures
 from meanfield.convex import repopulation
 from meanfield.convex.basis import ConstraintBasis, Design
 from meanfield.convex.repopulation import ProgramPoint
-from meanfield.network import ParticleNetwork
+from meanfield.network import ParticleNetwork, along_axis
 from meanfield.penalties import perspective
 from meanfield.problem import Problem, Terms
 
@@ -194,7 +194,7 @@ class ConvexProgram:
             kernels[layer - 1] = kernels[layer - 1] * carry
             bias = biases[layer - 1]
             biases[layer - 1] = None if bias is None else bias * alive[layer]
-        readout = point.readout * alive[-1].reshape(1, -1, *[1] * (point.readout.ndim - 2))
+        readout = point.readout * along_axis(alive[-1], point.readout, 1)
         restored = ProgramPoint(masses, tuple(kernels), readout, tuple(biases))
         for layer in range(1, self.depth):
             restored = self._restore_layer(restored, layer)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from meanfield.network import ParticleNetwork
+from meanfield.network import ParticleNetwork, along_axis
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,11 +69,6 @@ class ProgramPoint:
         )
 
 
-def _per_particle(masses: Tensor, like: Tensor) -> Tensor:
-    """Masses (M,) broadcast along the second dimension of a readout (K, M) or (K, M, positions)."""
-    return masses.reshape(1, -1, *[1] * (like.ndim - 2))
-
-
 def to_program(network: ParticleNetwork) -> ProgramPoint:
     """The program variables of a network: the same value, the same features (exact)."""
     p = network.masses
@@ -82,7 +77,7 @@ def to_program(network: ParticleNetwork) -> ProgramPoint:
         for w, target, source in zip(network.kernels[1:], p[1:], p[:-1])
     )
     biases = tuple(None if b is None else b * target for b, target in zip(network.biases[1:], p[1:]))
-    return ProgramPoint(p, kernels, network.readout * _per_particle(p[-1], network.readout), biases)
+    return ProgramPoint(p, kernels, network.readout * along_axis(p[-1], network.readout, 1), biases)
 
 
 def to_network(point: ProgramPoint, frozen: ParticleNetwork) -> ParticleNetwork:
@@ -94,5 +89,5 @@ def to_network(point: ProgramPoint, frozen: ParticleNetwork) -> ParticleNetwork:
         kernels.append(W[rows][:, columns] / (target[:, None, None, None] * source[None, :, None, None]))
     biases = [None if frozen.biases[0] is None else frozen.biases[0][keep[0]]]
     biases += [None if b is None else b[rows] / target for b, target, rows in zip(point.biases, p[1:], keep[1:])]
-    readout = point.readout[:, keep[-1]] / _per_particle(p[-1], point.readout)
+    readout = point.readout[:, keep[-1]] / along_axis(p[-1], point.readout, 1)
     return ParticleNetwork(frozen.architecture, p, kernels, readout, biases)

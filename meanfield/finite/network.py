@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from meanfield import measures, starts, validation
 from meanfield.architecture import ACTIVATIONS, Architecture, Conv
-from meanfield.network import MASS_TOLERANCE, ParticleNetwork
+from meanfield.network import MASS_TOLERANCE, ParticleNetwork, along_axis
 from meanfield.starts import normal
 
 SCALINGS: dict[str, Callable[[int], float]] = {
@@ -180,7 +180,7 @@ def sequential(network: ParticleNetwork | FiniteCNN) -> nn.Sequential:
     average = particles.architecture.readout == "average"
     positions = particles.architecture.readout_positions
     children |= {"average": nn.AdaptiveAvgPool2d(1)} if average else {}
-    weighted = particles.readout * particles.masses[-1].reshape(-1, *[1] * (particles.readout.ndim - 2))
+    weighted = particles.readout * along_axis(particles.masses[-1], particles.readout, 1)
     children |= {
         "flatten": nn.Flatten(),
         "readout": _linear((weighted if average else weighted / positions).flatten(1)),

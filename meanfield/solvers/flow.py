@@ -24,7 +24,7 @@ from torch import Tensor
 
 from meanfield import certificates, validation
 from meanfield.convex.program import ConvexProgram
-from meanfield.network import ParticleNetwork
+from meanfield.network import ParticleNetwork, along_axis
 from meanfield.penalties import shrinkage_root
 from meanfield.problem import Problem, Terms, project_bounds
 from meanfield.solvers.solution import Solution, message
@@ -93,7 +93,7 @@ def _tangent(network: ParticleNetwork, gradients: list[Tensor], masses: bool) ->
         for kernel, target, source in zip(kernels, p, (None, *p[:-1]))
     ]
     biases = [None if bias is None else -rest.pop(0) / target for bias, target in zip(network.biases, p)]
-    return Tangent(rates, kernels, -readout / p[-1].reshape(1, -1, *[1] * (readout.ndim - 2)), biases)
+    return Tangent(rates, kernels, -readout / along_axis(p[-1], readout, 1), biases)
 
 
 def advance(
@@ -162,10 +162,6 @@ class Descent(Protocol):
         """Whether to accept, given the change of J; also adapts the step."""
         ...
 
-    def exhausted(self, network: ParticleNetwork) -> bool:
-        """After a rejected step: whether there is no shorter one to try."""
-        ...
-
 
 @dataclass
 class GradientDescent:
@@ -193,9 +189,6 @@ class GradientDescent:
         if self.adaptive:  # the error is of first order in the step
             self.step *= min(1.5, max(0.3, 0.9 * DISSIPATION_ERROR / max(error, 1e-12)))
         return accepted
-
-    def exhausted(self, network: ParticleNetwork) -> bool:
-        return self.step < torch.finfo(network.dtype).eps
 
 
 @dataclass
@@ -229,9 +222,6 @@ class PreconditionedDescent:
 
     def judge(self, network: ParticleNetwork, moved: ParticleNetwork, change: float) -> bool:
         return math.isfinite(change)
-
-    def exhausted(self, network: ParticleNetwork) -> bool:
-        return True
 
 
 def solve(
@@ -345,9 +335,7 @@ def _follow(
             new_terms, new_flow = velocity(batch, moved, masses)
             if method.judge(network, moved, float(new_terms.total() - terms.total())):
                 network, terms, flow = moved, new_terms, new_flow
-            elif (
-                isinstance(method, GradientDescent) and method.step < torch.finfo(network.dtype).eps
-            ) or not isinstance(method, GradientDescent):
+            elif not isinstance(method, GradientDescent) or method.step < torch.finfo(network.dtype).eps:
                 return "stalled"
     except KeyboardInterrupt:
         return "interrupted"

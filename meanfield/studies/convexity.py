@@ -30,6 +30,7 @@ from torch import Tensor
 from meanfield import storage
 from meanfield.convex.program import ConvexProgram
 from meanfield.convex.repopulation import ProgramPoint
+from meanfield.network import along_axis
 from meanfield.validation import integer
 
 Function = Callable[[Tensor], Tensor]
@@ -364,7 +365,7 @@ class ProgramVariables:
             for w, p, q in zip(frozen.kernels[1:], masses, masses[1:])
         )
         biases = tuple(None if b is None else b * q for b, q in zip(frozen.biases[1:], masses[1:]))
-        last = masses[-1].reshape(1, -1, *[1] * (template.readout.ndim - 2))
+        last = along_axis(masses[-1], template.readout, 1)
         readout = draw(template.readout.shape) * last * frozen.readout.abs().mean()
         return self.program.restore(ProgramPoint(masses, kernels, readout, biases)).vector()
 

@@ -24,6 +24,7 @@ from meanfield.finite import evaluate
 from meanfield.grafting import Graft, Junction, layer_errors
 from meanfield.grafting.cut import Below
 from meanfield.grafting.errors import Discrepancy
+from meanfield.network import along_axis
 
 PROBES, PROJECTIONS = 100, 200
 BATCH = 250  # images
@@ -159,7 +160,7 @@ def _class_error(network: nn.Module, images: Images) -> float:
         sums = found.new_zeros(images.classes, *found.shape[1:]) if sums is None else sums
         sums.index_add_(0, labels, found)
     assert sums is not None
-    means, left = sums / counts.reshape(-1, *[1] * (sums.ndim - 1)), Discrepancy()
+    means, left = sums / along_axis(counts, sums, 0), Discrepancy()
     for inputs, labels in zip(images.held_out.split(BATCH), images.held_out_labels.split(BATCH)):
         left.add(means[labels], network(inputs))
     return left.relative
