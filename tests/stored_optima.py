@@ -1,4 +1,6 @@
-"""Problems of tests/data with the optima that an independently written cvxpy formulation has (README.md)."""
+"""Problems whose optimum is known: those of tests/data, from an independently written cvxpy formulation (README.md),
+and one ReLU layer, whose optimum over all measures is a finite cone program over 174 activation patterns.
+"""
 
 import json
 from pathlib import Path
@@ -10,6 +12,7 @@ import meanfield as mf
 
 DATA = Path(__file__).parent / "data"
 TRUTH = {"relu_squared": (0.4602987431011591, 1e-6), "tanh_softmax_l1": (1.08029868, 5e-6)}
+EXACT_ONE_LAYER = 0.32012158137
 
 
 def stored_case(name):
@@ -32,3 +35,9 @@ def stored_case(name):
     )
     network = mf.ParticleNetwork(arch, [tensors[f"mass{layer}"] for layer in range(depth)], kernels, tensors["readout"])
     return mf.Problem(arch, tensors["inputs"], tensors["targets"], settings_["loss"], penalty), network, settings_
+
+
+def one_layer_problem():
+    digits = mf.data.load("digits", classes=(3, 5), samples=12, pool=2)
+    arch = mf.Architecture(digits.input_shape, (mf.Conv((1, 2), activation="relu"),))
+    return mf.Problem(arch, digits.inputs, digits.targets("squared"), penalty=mf.Penalty(input=2e-3, readout=2e-3))

@@ -8,16 +8,15 @@ import reference as slow
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from stored_optima import EXACT_ONE_LAYER, one_layer_problem
 from strategies import architectures, cases, normal, random_inputs, random_network, random_targets, seeded, seeds
 
 import meanfield as mf
-from benchmarks.optima import measure as optima
 from meanfield import measures, starts
 from meanfield.certificates import compositions, search_features
 from meanfield.problem import project_bounds
 from meanfield.solvers import arrangements, flow, splitting
 
-EXACT = optima.EXACT_ONE_LAYER
 PLANTED = mf.Architecture((1, 4, 4), (mf.Conv(2, activation="tanh", padding=1), mf.Conv(2, activation="tanh")))
 WEAK = mf.Penalty(source=1e-4, readout=1e-3, input=1e-4)
 QUICK = {"starts": 10, "steps": 12, "rounds": 2}
@@ -188,7 +187,7 @@ def test_own_features_give_the_value_at_the_optimum_of_their_program(depth, loss
 
 @pytest.fixture(scope="module")
 def exact():
-    problem = optima.one_layer_problem()
+    problem = one_layer_problem()
     return problem, arrangements.solve(problem)
 
 
@@ -196,10 +195,10 @@ def exact():
 def test_optimal_multipliers_give_the_exact_optimum(exact, with_network):
     problem, solution = exact
     found = search_features(problem, solution.multipliers.output, solution.network if with_network else None)
-    assert EXACT - 1e-5 <= found.rigorous_bound <= EXACT + 1e-9
+    assert EXACT_ONE_LAYER - 1e-5 <= found.rigorous_bound <= EXACT_ONE_LAYER + 1e-9
     assert found.bound >= found.rigorous_bound - 1e-12
     # own features reach the supremum, a search comes close
-    assert found.bound <= EXACT + (1e-9 if with_network else 1e-5)
+    assert found.bound <= EXACT_ONE_LAYER + (1e-9 if with_network else 1e-5)
     assert "arrangement" in found.rigorous_kind
 
 
@@ -220,8 +219,8 @@ def test_multipliers_of_poor_networks_stay_below_the_exact_optimum(exact, steps)
     start = starts.start(problem.architecture, (4,), problem.inputs, seeded(steps))
     network = flow.solve(problem, start, steps=steps).network
     found = search_features(problem, gradient(problem, network), network, seed=steps)
-    assert 0 < found.rigorous_bound <= EXACT + 1e-9
-    assert found.bound <= EXACT + 1e-9
+    assert 0 < found.rigorous_bound <= EXACT_ONE_LAYER + 1e-9
+    assert found.bound <= EXACT_ONE_LAYER + 1e-9
     assert found.bound >= found.rigorous_bound - 1e-12
 
 

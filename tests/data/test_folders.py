@@ -123,7 +123,7 @@ class TestBadDirectories:
 
     def test_one_class(self, tmp_path):
         save(tmp_path / "cat" / "1.png", grey(1))
-        with pytest.raises(ValueError, match=r"one class only \(0\) is chosen"):
+        with pytest.raises(ValueError, match=r"classes=\(0,\) is one class only of test_one_class0"):
             data.load(tmp_path)
 
     def test_one_integer_twice(self, tmp_path):

@@ -180,7 +180,7 @@ class TestBadFiles:
                 "labels contain 0.5; labels are classes and must be integers",
             ),
             ({"targets": np.array([0, 1, 0, 1, 0, np.nan])}, "labels contain nan"),
-            ({"targets": np.full(6, 4)}, r"one class only \(4\) is chosen"),
+            ({"targets": np.full(6, 4)}, r"classes=\(4,\) is one class only of a.npz"),
         ],
     )
     def test_contents(self, tmp_path, arrays, change, message):

@@ -116,7 +116,7 @@ class TestRecipe:
             ({"milestones": 3}, "milestones=3 must be a sequence of epochs"),
             ({"milestones": (4, 4)}, r"milestones=\(4, 4\) must be increasing epochs"),
             ({"penalty": "l1"}, "penalty='l1' is unknown"),
-            ({"strength": 1}, "strength=1 needs a penalty: 'l12' or 'l2'"),
+            ({"strength": 1}, "strength=1.0 needs a penalty: 'l12' or 'l2'"),
             ({"augment": "yes"}, "augment='yes' must be True or False"),
         ],
     )

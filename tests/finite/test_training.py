@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from stored_optima import EXACT_ONE_LAYER, one_layer_problem
 from strategies import seeded
 
 import meanfield as mf
@@ -13,8 +14,6 @@ from meanfield.finite import FiniteCNN, train
 from meanfield.finite import training as module
 
 SCALINGS = ("mean_field", "ntk", "standard", "mup")
-# infinite-width optimum of `one_layer`, by the finite cone program over activation patterns
-EXACT_ONE_LAYER = 0.32012158137
 
 
 def make_problem(*, bias=True, loss="squared", count=7, dtype=torch.float64, **penalty):
@@ -49,14 +48,6 @@ def digits(widths=None, **settings):
         mf.Architecture(found.input_shape, (conv, conv)), found.inputs, found.targets("squared"), penalty=mf.Penalty()
     )
     return problem if widths is None else train(problem, widths, **settings)
-
-
-def one_layer():
-    found = data.load("digits", classes=(3, 5), samples=12, pool=2)
-    arch = mf.Architecture(found.input_shape, (mf.Conv((1, 2)),))
-    return mf.Problem(
-        arch, found.inputs, found.targets("squared"), penalty=mf.Penalty(source=0, readout=2e-3, input=2e-3)
-    )
 
 
 def make_run(problem, network, *, optimiser="sgd", rate=1e-3, noise=0.0, batch_size=None, shuffle=False, seed=0):
@@ -300,7 +291,7 @@ class TestCheckpoints:
         ("arguments", "message"),
         [
             ((0.0, 1.0, 3), "first=0.0 must be greater than 0"),
-            ((1.0, 1.0, 3), "last=1 must be greater than first=1"),
+            ((1.0, 1.0, 3), "last=1.0 must be greater than first=1"),
             ((1.0, 2.0, 1), "count=1 must be an integer of at least 2"),
         ],
     )
@@ -661,7 +652,7 @@ class TestKnownOptima:
         """Nothing may lie below the optimum over all measures; 64 channels end close to it; 2 channels can be caught
         far above (seed 0).
         """
-        problem = one_layer()
+        problem = one_layer_problem()
         wide = [train(problem, (64,), seed, steps=800, learning_rate=0.1).value - EXACT_ONE_LAYER for seed in (0, 1)]
         assert all(-1e-10 < excess < 1e-3 for excess in wide)
         narrow = train(problem, (2,), 0, steps=800, learning_rate=0.1).value - EXACT_ONE_LAYER

@@ -4,10 +4,10 @@ from itertools import pairwise
 
 import pytest
 import torch
+from stored_optima import EXACT_ONE_LAYER, one_layer_problem
 from strategies import seeded
 
 import meanfield as mf
-from benchmarks.optima import measure as optima
 from meanfield import starts
 from meanfield.solvers import alternating
 from meanfield.solvers.solution import STATUS_TEXTS
@@ -194,11 +194,11 @@ def test_a_flow_that_lowers_nothing_cannot_end_the_run_and_is_slowed_down(monkey
 
 
 def test_growth_takes_a_poor_support_to_the_exact_optimum_and_claims_only_what_is_proven():
-    problem = optima.one_layer_problem()
+    problem = one_layer_problem()
     solution = mf.solve(problem, (2,), rounds=12, grow=4, flow_steps=20, tolerance=1e-3)
     values = [row[key] for row in solution.history for key in ("flow_value", "value")]
     assert all(after <= before * (1 + 1e-12) for before, after in pairwise(values))
-    exact = optima.EXACT_ONE_LAYER
+    exact = EXACT_ONE_LAYER
     assert exact - 1e-9 <= solution.value <= exact * (1 + 1e-3)
     assert solution.status == "search_converged"
     assert "best of" in solution.message

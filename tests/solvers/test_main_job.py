@@ -1,9 +1,9 @@
 """The main job: starts inside the bounds, repeats itself, and reaches the exact one-layer optimum."""
 
 import pytest
+from stored_optima import EXACT_ONE_LAYER, one_layer_problem
 
 import meanfield as mf
-from benchmarks.optima import measure as optima
 
 
 def tiny(**bounds):
@@ -30,7 +30,7 @@ def test_the_main_job_repeats_itself():
 
 @pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 5))])
 def test_one_layer_relu_reaches_the_exact_optimum_over_all_measures(seed):
-    problem = optima.one_layer_problem()
+    problem = one_layer_problem()
     solution = mf.solve(problem, widths=(64,), seed=seed)
-    assert -1e-9 <= solution.value - optima.EXACT_ONE_LAYER <= 1e-4
+    assert -1e-9 <= solution.value - EXACT_ONE_LAYER <= 1e-4
     assert solution.value == pytest.approx(problem.value(solution.network).item(), abs=1e-9)
