@@ -1,6 +1,8 @@
+import html
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -136,6 +138,26 @@ def test_a_width_study_leaves_tables_and_a_page_and_goes_on_where_it_stopped(tmp
     assert "21 of 22 cells were there already" in second.stderr
     assert {name: rows(tmp_path / f"{name}.csv") for name in tables} == tables
     assert removed.exists()
+
+
+def test_what_a_page_says_made_it_gives_the_same_figures(tmp_path):
+    """A page used to name neither classes nor samples nor the images."""
+    digits = data.load("digits", classes=(0, 1), samples=40)
+    np.savez(tmp_path / "zeros & ones.npz", x=digits.inputs.numpy(), y=digits.labels.numpy())
+    options = ["--data", tmp_path / "zeros & ones.npz", "--classes", "1,0", "--samples", "8", "--part", "kernel"]
+    assert run("widths", "--size", "quick", "--jobs", "1", *options, "--out", tmp_path / "first").exit_code == 0
+    page = (tmp_path / "first" / "widths.html").read_text()
+    stated = html.unescape(re.search("Made by <code>(.*?)</code>", page)[1])
+    program, *words = shlex.split(stated)
+    words = [word for word in words if not word.startswith("--out=")]
+    assert program == "meanfield"
+    assert run(*words, "--out", tmp_path / "second").exit_code == 0
+    assert rows(tmp_path / "second" / "kernel.csv") == rows(tmp_path / "first" / "kernel.csv")
+    others = [
+        word for word in words if not word.startswith("--data=")
+    ]  # other digits: the figures do follow the images
+    assert run(*others, "--out", tmp_path / "third", "--no-report").exit_code == 0
+    assert rows(tmp_path / "third" / "kernel.csv") != rows(tmp_path / "first" / "kernel.csv")
 
 
 def rows(table):

@@ -54,18 +54,17 @@ def run(
     `sources(cell)` in its place) and the version of torch are the same.  Rows that are not `lasting`, such as those of
     a failure, are not kept.  announce(cell, kept) is called once for every cell, kept where it was there already.
     """
-    paths = [None] * len(cells) if directory is None else _paths(Path(directory), measure, cells, sources)
+    keeper = None if directory is None else _Keeper(Path(directory), measure, sources)
     found: dict[int, list[Row]] = {}
-    for index, (cell, path) in enumerate(zip(cells, paths)):
-        rows = None if path is None else _stored(path)
+    for index, cell in enumerate(cells):
+        rows = None if keeper is None else keeper.stored(cell)
         if rows is not None:
             found[index] = rows
             announce(cell, True)
     waiting = [(index, cell) for index, cell in enumerate(cells) if index not in found]
     for index, rows in _measured(measure, waiting, integer(jobs, "jobs"), backend, places or {}):
-        path = paths[index]
-        if path is not None and lasting(rows):
-            write_atomically(path, json.dumps({"cell": cells[index], "rows": rows}) + "\n")
+        if keeper is not None and lasting(rows):
+            keeper.keep(cells[index], rows)
         found[index] = json.loads(json.dumps(rows))  # as it will be read back
         announce(cells[index], False)
     return [row for index in range(len(cells)) for row in found[index]]
@@ -109,31 +108,39 @@ def _one(measure: Measure, index: int, cell: Cell, places: Mapping[str, str]) ->
     return index, measure(cell, **places)
 
 
-def _paths(
-    directory: Path, measure: Measure, cells: Sequence[Cell], sources: Callable[[Cell], Iterable[Path]] | None
-) -> list[Path]:
-    """Where the rows of each cell are kept: a name made from everything that they depend on."""
-    directory.mkdir(parents=True, exist_ok=True)
-    made_by = {"measure": f"{measure.__module__}:{measure.__qualname__}", "library": provenance.library()}
-    made_by |= {"torch": torch.__version__}
-    found = []
-    for cell in cells:
-        outside = provenance.package(measure.__module__) if sources is None else provenance.digest(sources(cell))
-        named = json.dumps({**made_by, "outside": outside, "cell": cell}, sort_keys=True)
-        found.append(directory / f"{hashlib.sha256(named.encode()).hexdigest()[:24]}.json")
-    return found
+class _Keeper:
+    """Finished cells in a directory, a file each, named by everything that its rows depend on."""
 
+    def __init__(
+        self, directory: Path, measure: Measure, sources: Callable[[Cell], Iterable[Path]] | None = None
+    ) -> None:
+        directory.mkdir(parents=True, exist_ok=True)
+        self.directory, self.sources = directory, sources
+        self.measure = f"{measure.__module__}:{measure.__qualname__}"
 
-def _stored(path: Path) -> list[Row] | None:
-    if not path.exists():
-        return None
-    try:
-        record = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise ValueError(
-            f"{path} is not JSON ({error}); it was not written by a sweep or was changed: delete it"
-        ) from error
-    return record["rows"]
+    def made_by(self, cell: Cell) -> dict[str, str]:
+        package = self.measure.split(":")[0]
+        code = provenance.package(package) if self.sources is None else provenance.digest(self.sources(cell))
+        return {"measure": self.measure, "code": code, "library": provenance.library(), "torch": torch.__version__}
+
+    def path(self, cell: Cell) -> Path:
+        named = json.dumps({**self.made_by(cell), "cell": cell}, sort_keys=True)
+        return self.directory / f"{hashlib.sha256(named.encode()).hexdigest()[:24]}.json"
+
+    def keep(self, cell: Cell, rows: list[Row]) -> None:
+        record = {"made_by": self.made_by(cell), "cell": cell, "rows": rows}
+        write_atomically(self.path(cell), json.dumps(record) + "\n")
+
+    def stored(self, cell: Cell) -> list[Row] | None:
+        path = self.path(cell)
+        if not path.exists():
+            return None
+        try:
+            return json.loads(path.read_bytes())["rows"]
+        except ValueError as error:
+            raise ValueError(
+                f"{path} is not JSON ({error}); it was not written by a sweep or was changed: delete it"
+            ) from error
 
 
 def write_table(rows: Iterable[Row], path: str | Path, made: Provenance | None = None) -> Path:
