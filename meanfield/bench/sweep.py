@@ -22,7 +22,7 @@ from joblib import Parallel, delayed, parallel_config
 from meanfield.bench import provenance
 from meanfield.bench.provenance import Provenance
 from meanfield.storage import write_atomically
-from meanfield.validation import integer
+from meanfield.validation import Misuse, integer
 
 Cell = dict[str, Any]
 Row = dict[str, Any]
@@ -114,7 +114,7 @@ def _paths(
 ) -> list[Path]:
     """Where the rows of each cell are kept: a name made from everything that they depend on."""
     directory.mkdir(parents=True, exist_ok=True)
-    made_by = {"measure": f"{measure.__module__}:{measure.__qualname__}", "library": provenance.library()}
+    made_by = {"measure": _named(measure), "library": provenance.library()}
     made_by |= {"torch": torch.__version__}
     found = []
     for cell in cells:
@@ -122,6 +122,14 @@ def _paths(
         named = json.dumps({**made_by, "outside": outside, "cell": cell}, sort_keys=True)
         found.append(directory / f"{hashlib.sha256(named.encode()).hexdigest()[:24]}.json")
     return found
+
+
+def _named(measure: Measure) -> str:
+    """Of lambdas and of functions inside functions there may be several by one name."""
+    module, name = getattr(measure, "__module__", None), getattr(measure, "__qualname__", "<none>")
+    if module is None or "<" in name:
+        raise Misuse("measure", measure, "must be a function of a module, for its cells are kept under its name")
+    return f"{module}:{name}"
 
 
 def _stored(path: Path) -> list[Row] | None:
