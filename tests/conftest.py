@@ -31,7 +31,6 @@ SLOW = {
         )
     ),
     "test_a_fresh_process_answers_and_a_failure_says_why",
-    "test_command_writes_its_figures",
     "test_ctrl_c_keeps_the_best_network",
     "test_growth_command",
     "test_solve_command",
