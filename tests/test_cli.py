@@ -92,6 +92,21 @@ def test_no_command_costs_an_import_before_it_is_asked_for():
     assert all(name in done.stdout for name in ("solve", "widths", "graft"))
 
 
+@pytest.mark.skipif(os.name == "nt", reason="closes a pipe")
+def test_a_reader_that_has_gone_is_no_misuse():
+    code = "from meanfield.bench.command import one_line_errors\n"
+    code += "with one_line_errors(): raise BrokenPipeError"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
+@pytest.mark.parametrize("program", ["theory_checks.__main__", "benchmarks.__main__"])
+def test_help_of_the_other_programs_costs_no_torch(program):
+    code = f"import sys, atexit; from {program} import main; atexit.register(lambda: print('torch' in sys.modules)); "
+    done = subprocess.run([sys.executable, "-c", code + "main(['--help'])"], capture_output=True, text=True)
+    assert done.stdout.split()[-1] == "False", done.stderr
+
+
 def test_ctrl_c_keeps_the_best_network(tmp_path):
     command = [
         sys.executable,

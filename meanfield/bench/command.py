@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from meanfield.bench.study import Study
     from meanfield.bench.sweep import Cell, Tables
 
-INTERRUPTED, MISUSE = 130, 2
+INTERRUPTED, UNREAD, MISUSE = 130, 141, 2
 BACKENDS = ("loky", "threading", "dask", "ray")
 
 
@@ -96,7 +96,9 @@ def main(app: App, arguments: Sequence[str] | None = None) -> Any:
     """Read a command line and do what it says; what is refused is told in one line, with exit code 2."""
     with one_line_errors():
         command, bound, _ = app.parse_args(arguments, exit_on_error=False, print_error=False)
-        return command(*bound.args, **bound.kwargs)
+        done = command(*bound.args, **bound.kwargs)
+        sys.stdout.flush()
+        return done
 
 
 @contextmanager
@@ -110,6 +112,9 @@ def one_line_errors() -> Iterator[None]:
         value = repr(error.value) if isinstance(error.value, str) else spelled(error.value)
         given = "" if error.value is True else f"={value}"  # a flag is given without its value
         refuse(f"--{error.argument.replace('_', '-')}{given} {error.remedy}")
+    except BrokenPipeError:  # the reader has what it wanted, as `head` does; no misuse
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(UNREAD) from None
     except (CycloptsError, ValueError, TypeError, OSError, ImportError) as error:
         refuse(str(error))
 

@@ -12,6 +12,7 @@ import typing
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cache, partial
+from numbers import Integral
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Self, Union
@@ -24,6 +25,7 @@ PANELS = ("Data", "Network", "Objective", "Work", "Output")
 DATA, MODEL, OBJECTIVE, WORK, OUTPUT = (Group(name, sort_key=place) for place, name in enumerate(PANELS))
 FLAT = Parameter(name="*")  # of a command's one argument: the fields of its settings are the options
 DTYPES = ("float64", "float32")
+MAX_SEED = 2**62
 Rule = Callable[[Any, str], Any]  # (value, name of the field) -> the value as it is kept, or Misuse
 
 
@@ -60,9 +62,25 @@ def positive_integers(value: Any, argument: str) -> tuple[int, ...]:
 
 def labels(value: Any, argument: str) -> tuple[int, ...]:
     """Two at least."""
-    whole = isinstance(value, tuple) and all(isinstance(each, int) and not isinstance(each, bool) for each in value)
+    whole = isinstance(value, tuple) and all(
+        isinstance(each, Integral) and not isinstance(each, bool) for each in value
+    )
     if not whole or len(value) < 2:
         raise Misuse(argument, value, "must be two classes at least, such as 3,5")
+    return tuple(map(int, value))
+
+
+def seed(value: Any, argument: str) -> int:
+    """Small enough for torch's generators, after the sums and doublings by which others are made of it."""
+    if integer(value, argument, minimum=0) >= MAX_SEED:
+        raise Misuse(argument, value, f"must be less than {MAX_SEED}")
+    return int(value)
+
+
+def source(value: Any, argument: str) -> str:
+    """Of images."""
+    if not isinstance(value, str) or not value:
+        raise Misuse(argument, value, "must be the name of a data set or the path of a file or directory")
     return value
 
 
@@ -75,7 +93,9 @@ def path(value: Any, argument: str) -> Path:
 
 def device(value: Any, argument: str) -> str:
     """One that torch can use now."""
-    import torch
+    if value == "cpu":
+        return value
+    import torch  # a second, which help and the default do not need
 
     one_of(str(value).split(":")[0], ("cpu", "cuda"), argument)
     if str(value).startswith("cuda") and not torch.cuda.is_available():
@@ -216,6 +236,7 @@ Data = Annotated[
         "with a folder of images per class or the binary files of CIFAR.",
         DATA,
     ),
+    source,
 ]
 Classes = Annotated[
     tuple[int, ...] | None,
@@ -232,7 +253,7 @@ Samples = Annotated[
 Pool = Annotated[
     int, option("Average images over windows of N x N pixels first; 1 leaves them as they are.", DATA), at_least(1)
 ]
-Seed = Annotated[int, option("Seed of everything that is drawn.", WORK), at_least(0)]
+Seed = Annotated[int, option("Seed of everything that is drawn.", WORK), seed]
 Jobs = Annotated[int, option("How many pieces of work are measured at a time, one thread each.", WORK), at_least(1)]
 MaxSeconds = Annotated[
     float | None,

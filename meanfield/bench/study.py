@@ -7,8 +7,10 @@ sections its rows give.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from meanfield.bench import sweep
@@ -78,22 +80,24 @@ class Study:
         **options: Any,
     ) -> Tables:
         """Rows of every part; finished cells are kept in `directory`/cells, and each part gets a CSV table there.
+        Without it nothing is kept; what the measures write by the way goes to a directory for this call.
 
         options: jobs and backend of `sweep.run`.
         """
         directory, common = None if directory is None else Path(directory), self.common(subject)
         tables: Tables = {}
-        for part, cells in self.plan(subject, sizes, seed, parts).items():
-            tables[part] = sweep.run(
-                self._all[part].measure,
-                [{**cell, **common} for cell in cells],
-                None if directory is None else directory / "cells",
-                announce=lambda cell, kept, part=part: announce(part, cell, kept),
-                places={} if directory is None else self.places(directory),
-                **options,
-            )
-            if directory is not None:
-                sweep.write_table(tables[part], directory / f"{part}.csv", made)
+        with TemporaryDirectory() if directory is None else nullcontext(directory) as place:
+            for part, cells in self.plan(subject, sizes, seed, parts).items():
+                tables[part] = sweep.run(
+                    self._all[part].measure,
+                    [{**cell, **common} for cell in cells],
+                    None if directory is None else directory / "cells",
+                    announce=lambda cell, kept, part=part: announce(part, cell, kept),
+                    places=self.places(Path(place)),
+                    **options,
+                )
+                if directory is not None:
+                    sweep.write_table(tables[part], directory / f"{part}.csv", made)
         return tables
 
     @property

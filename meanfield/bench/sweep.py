@@ -22,7 +22,7 @@ from joblib import Parallel, delayed, parallel_config
 from meanfield.bench import provenance
 from meanfield.bench.provenance import Provenance
 from meanfield.storage import write_atomically
-from meanfield.validation import integer
+from meanfield.validation import Misuse, integer
 
 Cell = dict[str, Any]
 Row = dict[str, Any]
@@ -114,9 +114,9 @@ class _Keeper:
     def __init__(
         self, directory: Path, measure: Measure, sources: Callable[[Cell], Iterable[Path]] | None = None
     ) -> None:
+        self.measure = _named(measure)
         directory.mkdir(parents=True, exist_ok=True)
         self.directory, self.sources = directory, sources
-        self.measure = f"{measure.__module__}:{measure.__qualname__}"
 
     def made_by(self, cell: Cell) -> dict[str, str]:
         package = self.measure.split(":")[0]
@@ -141,6 +141,14 @@ class _Keeper:
             raise ValueError(
                 f"{path} is not JSON ({error}); it was not written by a sweep or was changed: delete it"
             ) from error
+
+
+def _named(measure: Measure) -> str:
+    """Of lambdas and of functions inside functions there may be several by one name."""
+    module, name = getattr(measure, "__module__", None), getattr(measure, "__qualname__", "<none>")
+    if module is None or "<" in name:
+        raise Misuse("measure", measure, "must be a function of a module, for its cells are kept under its name")
+    return f"{module}:{name}"
 
 
 def write_table(rows: Iterable[Row], path: str | Path, made: Provenance | None = None) -> Path:

@@ -131,10 +131,13 @@ class Task(Learning):
         return _load(self.data, self.classes, self.samples, self.pool, stamp(self.data))
 
     def digest(self) -> str:
-        """Of the images and their labels, so that a file that was changed is not taken for the same."""
-        images = self.images()
-        content = sha256(images.inputs.numpy().tobytes())
-        content.update(images.labels.numpy().tobytes())
+        """Of all images of these classes and their labels, so that a file that was changed is not taken for the same:
+        those held out as well and at full size, since a study takes more of them, and larger ones, than its task.
+        """
+        self.images()  # refuses a selection that these images do not allow
+        images = load(self.data, classes=self.classes)
+        content = sha256(images.inputs.contiguous().numpy().data)
+        content.update(images.labels.contiguous().numpy().data)
         return content.hexdigest()[:16]
 
     def architecture(self, images: Dataset) -> Architecture:

@@ -18,7 +18,6 @@ from markupsafe import Markup
 from meanfield.storage import to_json, write_atomically
 
 Results = dict[str, Any]
-Item = "str | Markup | Figure | Table | Note | Verbatim | Details"
 
 
 @dataclass(frozen=True)

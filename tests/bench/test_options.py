@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
+import numpy as np
 import pytest
 from cyclopts import Parameter
 from hypothesis import given
@@ -21,6 +22,8 @@ class Asked(Settings):
     kind: Annotated[str, option("Which.", WORK), choice(("one", "two"))] = "one"
     widths: Annotated[tuple[int, ...], listing("Widths.", WORK), options.positive_integers] = (4, 2)
     classes: options.Classes = (3, 5)
+    data: options.Data = "digits"
+    seed: options.Seed = 0
     gaps: Annotated[tuple[float, ...] | None, listing("Gaps.", WORK)] = None
     dtypes: Annotated[tuple[str, ...], listing("Types.", WORK)] = ("float32",)
     part: Annotated[tuple[str, ...], option("Parts.", WORK)] = ()
@@ -75,6 +78,7 @@ def test_fields_of_other_settings_are_left_alone():
 
 def test_values_are_kept_as_their_rules_return_them():
     asked = Asked(rate=2, widths=[3, 1], out="here")
+    assert Asked(classes=(np.int64(3), np.int64(1))).classes == (3, 1)
     assert isinstance(asked.rate, float)
     assert (asked.widths, asked.out) == ((3, 1), Path("here"))
     assert hash(asked) == hash(Asked(rate=2.0, widths=(3, 1), out=Path("here")))
@@ -94,6 +98,9 @@ def test_values_are_kept_as_their_rules_return_them():
         ({"widths": (3, 0)}, "at least 1"),
         ({"widths": "12"}, "sequence of integers"),
         ({"classes": (3,)}, "two classes"),
+        ({"data": ""}, "name of a data set"),
+        ({"seed": -1}, "at least 0"),
+        ({"seed": 2**62}, "less than"),
         ({"part": "sampled"}, "of type tuple"),
         ({"report": 1}, "of type bool"),
         ({"out": ""}, "path"),

@@ -71,6 +71,12 @@ def test_rows_carry_what_is_common_and_cells_are_kept(study, tmp_path):
     assert again["high"][0]["mark"] == "y"
 
 
+def test_without_a_directory_nothing_is_kept_and_measures_have_places_all_the_same(study):
+    (row,) = study.run("x", 1, parts=["low"], backend="sequential")["low"]
+    assert row["places"]
+    assert row["square"] == 0
+
+
 def test_tables_and_pages_say_what_made_them(study, tmp_path):
     made = Provenance("toys --seed=1 '<a b>'", {"seed": 1})
     page = study.write(study.run("x", 2, tmp_path, made=made, backend="sequential"), tmp_path, made)

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ import pytest
 import meanfield
 from meanfield.bench import provenance, sweep
 from meanfield.bench.provenance import Provenance
+from meanfield.validation import Misuse
 
 CALLS = []
 
@@ -85,6 +87,14 @@ def test_sources_stand_for_the_package_of_a_measure(tmp_path):
         source.write_text(text)
         sweep.run(squares, cells(1), tmp_path / "cells", backend="sequential", sources=lambda cell: [source])
     assert CALLS == [0, 0]
+
+
+@pytest.mark.parametrize("measure", [lambda cell: [], partial(squares)])
+def test_measures_that_share_a_name_are_refused_where_cells_are_kept(measure, tmp_path):
+    """Two lambdas of a module used to be given each other's cells."""
+    sweep.run(measure, cells(1))
+    with pytest.raises(Misuse, match=r"measure=.*must be a function of a module"):
+        sweep.run(measure, cells(1), tmp_path)
 
 
 def test_rows_are_chosen_and_grouped():

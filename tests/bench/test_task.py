@@ -38,6 +38,20 @@ def test_the_digest_follows_the_images(tmp_path):
     assert task.digest() != first
 
 
+@pytest.mark.parametrize("pixel", [(0, 0, 1), (3, 1, 1)], ids=["inside a window", "held out"])
+def test_the_digest_follows_what_the_task_itself_does_not_see(pixel, tmp_path):
+    """A study takes images that its task holds out, and at other sizes."""
+    path = tmp_path / "images.npz"
+    task = Task(data=str(path), classes=None, samples=2, pool=2)
+    digests = set()
+    for place in ((0, 0, 0), pixel):
+        images = np.zeros((4, 2, 2))
+        images[place] = 1
+        np.savez(path, inputs=images, targets=np.array([0, 1, 0, 1]))
+        digests.add(task.digest())
+    assert len(digests) == 2
+
+
 def test_an_unknown_dtype_is_refused():
     with pytest.raises(ValueError, match="dtype='half'"):
         Task(dtype="half")

@@ -182,7 +182,7 @@ def test_flow_command(tmp_path, monkeypatch):
     assert found["training"]["held_out_images"] == 1797 - 20
     assert "held out" in ended.stdout
     assert flow_step.Options.from_dict(found["made"]["settings"]) == TINY.variant(out=tmp_path)
-    assert found["made"]["library"] == provenance.library()
+    assert found["made"]["library"] == provenance.library("benchmarks")
     assert found["machine"]["cores"] >= 1
 
 

@@ -260,7 +260,7 @@ def test_the_command_on_the_page_gives_the_same_statistics(tmp_path, capsys):
     words = shlex.split(unescape(re.search("Made by <code>(.*?)</code>", (out / "index.html").read_text())[1]))
     assert words[:3] == ["python", "-m", "theory_checks"]
     assert shlex.split(results["made"]["command"]) == words
-    assert results["made"]["library"] == provenance.library()
+    assert results["made"]["library"] == provenance.library("theory_checks")
     assert Options.from_dict(results["made"]["settings"]).command_line(*words[:3]) == shlex.join(words)
 
     for path in (out / "cells").iterdir():

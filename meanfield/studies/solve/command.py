@@ -125,6 +125,8 @@ def _warn(problem: Problem) -> list[str]:
 
 
 def _solve(options: Options, images: Dataset, problem: Problem, said: list[str], watch: Progress) -> Run:
+    # before the work: the digest is of what runs, whatever is edited in the meantime
+    made = asdict(Provenance(options.command_line("meanfield", "solve"), options.to_dict()))
     start = starts.draw(problem, options.widths, torch.Generator().manual_seed(options.seed), "low_rank")
     with warnings.catch_warnings(), _interrupts_wait(watch):
         warnings.filterwarnings("ignore", message="the infimum over all measures")
@@ -140,7 +142,6 @@ def _solve(options: Options, images: Dataset, problem: Problem, said: list[str],
             callback=watch,
         )
     training, held_out = images.split() if images.rest is not None else (images, None)
-    made = asdict(Provenance(options.command_line("meanfield", "solve"), options.to_dict()))
     return Run(problem, training, held_out, start, solution, made, options.seed, said)
 
 

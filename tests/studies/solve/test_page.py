@@ -8,7 +8,7 @@ from command_line import run
 
 from meanfield import Problem, data
 from meanfield.storage import load_network
-from meanfield.studies.solve import measure as findings
+from meanfield.studies.solve import measure
 
 FIGURES = ("values", "gaps", "populations", "kernels", "images", "predictions", "finite", "segment")
 
@@ -17,8 +17,8 @@ FIGURES = ("values", "gaps", "populations", "kernels", "images", "predictions", 
 def directory(tmp_path_factory):
     out = tmp_path_factory.mktemp("report")
     patch = pytest.MonkeyPatch()
-    patch.setattr(findings, "TRAINED_WIDTHS", (4,))
-    patch.setattr(findings, "SAMPLED_WIDTHS", (4, 8))
+    patch.setattr(measure, "TRAINED_WIDTHS", (4,))
+    patch.setattr(measure, "SAMPLED_WIDTHS", (4, 8))
     result = run("solve", "--widths=6,4", "--samples=6", "--rounds=1", "--flow-steps=20", "--out", out, "--quiet")
     patch.undo()
     assert result.exit_code == 0, result.stderr
@@ -43,8 +43,8 @@ def test_results_agree_with_the_saved_network(directory):
 
 def test_every_file_says_what_made_it_and_that_gives_the_same_figures(directory, tmp_path, monkeypatch):
     """A page used to drop most options of the run that made it."""
-    monkeypatch.setattr(findings, "TRAINED_WIDTHS", ())
-    monkeypatch.setattr(findings, "SAMPLED_WIDTHS", (4,))
+    monkeypatch.setattr(measure, "TRAINED_WIDTHS", ())
+    monkeypatch.setattr(measure, "SAMPLED_WIDTHS", (4,))
     results = json.loads((directory / "results.json").read_text())
     command, library = results["made"]["command"], results["made"]["library"]
     assert html.escape(command) in (directory / "report.html").read_text()
