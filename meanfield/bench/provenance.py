@@ -39,9 +39,15 @@ def library(*others: str) -> str:
 
 @cache
 def package(module: str) -> str:
-    """The digest of all code of the package that a module belongs to, or of its file where it belongs to none."""
-    top = sys.modules[module.split(".")[0]]
-    found = [sources(Path(each)) for each in getattr(top, "__path__", ())] or [[Path(str(top.__file__))]]
+    """The digest of all code of the package that a module belongs to, or of its file where it belongs to none.
+
+    A module that lies elsewhere, as in a folder that was added to a package's path, brings the code of its own folder.
+    """
+    top, own = sys.modules[module.split(".")[0]], Path(str(sys.modules[module].__file__)).absolute()
+    homes = [Path(each).absolute() for each in getattr(top, "__path__", ())]
+    if homes and module != top.__name__ and not any(own.is_relative_to(home) for home in homes):
+        homes.append(own.parent)
+    found = [sources(home) for home in homes] or [[own]]
     return digest(path for each in found for path in each)
 
 

@@ -159,7 +159,8 @@ def write_table(rows: Iterable[Row], path: str | Path, made: Provenance | None =
     rows = list(rows)
     columns = list(dict.fromkeys(key for row in rows for key in row))
     text = io.StringIO(newline="")
-    text.writelines(f"# {line}\n" for line in (made.lines() if made is not None else ()))
+    said = made.lines() if made is not None else ()
+    text.writelines(f"# {line}\n" for each in said for line in each.splitlines())  # a quoted name may have several
     writer = csv.DictWriter(text, columns, lineterminator="\n")
     writer.writeheader()
     writer.writerows(

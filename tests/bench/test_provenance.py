@@ -35,6 +35,24 @@ def test_a_package_counts_as_a_whole_and_a_script_as_its_file(tmp_path, monkeypa
     assert provenance.package("script") == provenance.digest([tmp_path / "script.py"])
 
 
+def test_a_folder_added_to_the_path_of_a_package_counts_as_well(tmp_path, monkeypatch):
+    """Cells of a study added so used to stay whatever became of its measure."""
+    monkeypatch.syspath_prepend(str(tmp_path))
+    for folder in ("crate", "added"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "__init__.py").write_text("")
+    measure = tmp_path / "added" / "measured.py"
+    measure.write_text("# one\n")
+    crate = importlib.import_module("crate")
+    crate.__path__.append(str(tmp_path / "added"))
+    importlib.import_module("crate.measured")
+    crate.__path__.remove(str(tmp_path / "added"))  # of a folder below, the package itself does not know
+    first = provenance.package("crate.measured")
+    provenance.package.cache_clear()
+    measure.write_text("# two\n")
+    assert provenance.package("crate.measured") != first
+
+
 def test_it_says_what_made_a_result():
     made = provenance.Provenance("meanfield widths --seed=3", {"seed": 3})
     assert json.loads(json.dumps(asdict(made)))["settings"] == {"seed": 3}

@@ -137,6 +137,8 @@ def test_a_table_says_what_made_it(tmp_path):
     assert lines[0] == f"# Made by: {made.command}"
     assert made.library in lines[1]
     assert lines[2] == "n,square,third,extra"
+    broken = sweep.write_table([{"n": 1}], tmp_path / "table.csv", Provenance("meanfield '--data=a\nb'", {}))
+    assert [line[:2] for line in broken.read_text().splitlines()] == ["# ", "# ", "# ", "n", "1"]
 
 
 SCRIPT = """
