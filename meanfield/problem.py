@@ -33,8 +33,7 @@ class Problem:
 
     inputs (N, C_0, H, W), float32 or float64 (integers become float64); targets as the loss takes them: (N,) or (N, K)
     for the squared and the logistic loss (labels -1, 1), integer classes (N,) for softmax.  Arrays are accepted and
-    converted.
-    Fang et al. 2019 and Gu et al. 2020 with r(t) = t^2.
+    converted. Fang et al. 2019 and Gu et al. 2020 with r(t) = t^2.
     """
 
     def __init__(

@@ -145,7 +145,7 @@ class Classifier(Settings):
 
     def _path(self, store: str | Path) -> Path:
         named = {**self.to_dict(), "images": self.images().digest}
-        named |= {"library": provenance.library(), "torch": torch.__version__}
+        named |= {"library": provenance.library(), "versions": provenance.versions(provenance.NUMERICAL)}
         return Path(store) / f"{sha256(json.dumps(named, sort_keys=True).encode()).hexdigest()[:24]}{storage.TENSORS}"
 
 

@@ -185,6 +185,8 @@ def run_study(study: Study, options: StudyOptions, subject: Any, *program: str) 
 
     sizes = study.sizes[one_of(options.size, study.sizes, "size")]
     plan = study.plan(subject, sizes, options.seed, options.part)
+    if not plan:
+        raise Misuse("part", options.part, f"has nothing to measure at --size={options.size}; take a larger one")
     out = writable(options.out or Path("runs") / study.name)
     made = Provenance(options.command_line(*program), options.to_dict())
     work = {"seed": options.seed, "parts": options.part, "jobs": options.jobs, "backend": options.backend, "made": made}

@@ -14,7 +14,8 @@ from typing import Any
 
 import meanfield
 
-PACKAGES = ("torch", "numpy", "scipy", "cvxpy", "clarabel", "matplotlib", "scikit-learn", "safetensors")
+NUMERICAL = ("torch", "numpy", "scipy", "cvxpy", "clarabel", "POT", "scikit-learn")  # what figures come from
+PACKAGES = (*NUMERICAL, "matplotlib", "safetensors")
 SOURCES = (".py", ".html")
 
 
@@ -52,13 +53,16 @@ def package(module: str) -> str:
 
 
 def versions(packages: Iterable[str] = PACKAGES) -> dict[str, str]:
-    found = {"meanfield": meanfield.__version__, "python": platform.python_version()}
-    for package in packages:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "not installed"
-    return found
+    own = {"meanfield": meanfield.__version__, "python": platform.python_version()}
+    return {**own, **{package: _version(package) for package in packages}}
+
+
+@cache
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
 
 
 @dataclass(frozen=True)

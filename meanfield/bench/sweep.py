@@ -51,8 +51,9 @@ def run(
 
     With `directory` every finished cell is a file there, written whole or not at all; a later call with the same
     directory takes it from there if the cell, the whole library, the package of the measure (or the files
-    `sources(cell)` in its place) and the version of torch are the same.  Rows that are not `lasting`, such as those of
-    a failure, are not kept.  announce(cell, kept) is called once for every cell, kept where it was there already.
+    `sources(cell)` in its place) and the versions of what it computes with are the same.  Rows that are not `lasting`,
+    such as those of a failure, are not kept.  announce(cell, kept) is called once for every cell, kept where it was
+    there already.
     """
     keeper = None if directory is None else _Keeper(Path(directory), measure, sources)
     found: dict[int, list[Row]] = {}
@@ -118,10 +119,11 @@ class _Keeper:
         directory.mkdir(parents=True, exist_ok=True)
         self.directory, self.sources = directory, sources
 
-    def made_by(self, cell: Cell) -> dict[str, str]:
+    def made_by(self, cell: Cell) -> dict[str, Any]:
         package = self.measure.split(":")[0]
         code = provenance.package(package) if self.sources is None else provenance.digest(self.sources(cell))
-        return {"measure": self.measure, "code": code, "library": provenance.library(), "torch": torch.__version__}
+        versions = provenance.versions(provenance.NUMERICAL)
+        return {"measure": self.measure, "code": code, "library": provenance.library(), "versions": versions}
 
     def path(self, cell: Cell) -> Path:
         named = json.dumps({**self.made_by(cell), "cell": cell}, sort_keys=True)

@@ -50,7 +50,8 @@ def test_every_setting_is_another_network(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("module", "name", "other"), [(provenance, "library", lambda: "another library"), (torch, "__version__", "0.0")]
+    ("module", "name", "other"),
+    [(provenance, "library", lambda: "another library"), (provenance, "versions", lambda packages: {"torch": "0.0"})],
 )
 def test_another_library_or_torch_trains_anew(tmp_path, monkeypatch, module, name, other):
     TINY.at(2, tmp_path)

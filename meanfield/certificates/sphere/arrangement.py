@@ -6,12 +6,11 @@ the terms below, however close the planes are:
 On a plane.  A facet carries the pattern evaluated at its middle.  Between its computed ends a row of another sign is at
 most ROW_ROUNDING: the angle at which its plane crosses is known up to that over the sine of the planes' angle.  So
 q <= M + rounding on every listed facet, and on dropped pieces q exceeds that by no more than its Lipschitz constant
-times their angle.
-In a listed cell.  The maximum over it lies at its gradient, where M counts it, or on a plane.
-In a cell that is not listed.  Every facet lies in dropped pieces or where other rows are below ROW_ROUNDING, hence is
+times their angle. In a listed cell.  The maximum over it lies at its gradient, where M counts it, or on a plane. In a
+cell that is not listed.  Every facet lies in dropped pieces or where other rows are below ROW_ROUNDING, hence is
 shorter than pi ROW_ROUNDING / sin(least angle of two planes) + dropped; n of them allow no chord longer than delta,
-half their sum.  A point of a chord is mu_1 x_1 + mu_2 x_2 for its ends x on planes, with mu_1 + mu_2 at most
-1 / cos(delta / 2), and q is linear along it: q is larger than on planes by that factor, 1 + delta^2 / 8, at most.
+half their sum.  A point of a chord is mu_1 x_1 + mu_2 x_2 for its ends x on planes, with mu_1 + mu_2 at most 1 /
+cos(delta / 2), and q is linear along it: q is larger than on planes by that factor, 1 + delta^2 / 8, at most.
 """
 
 from __future__ import annotations
