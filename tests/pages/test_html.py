@@ -31,7 +31,7 @@ def test_text_is_escaped_and_markup_is_not():
 def test_a_table_shows_values_as_they_are_and_none_as_nothing():
     table = Table(["name <x>", "value"], [["a&b", 1.5], [None, Markup("<b>0</b>")]], text=(0,))
     for text in (html.render(page(table), {}), html.render(page(Details("more", table)), {})):
-        assert re.findall(r"<th.*?>(.*?)</th>", text) == ["name &lt;x&gt;", "value"]
+        assert re.findall(r"<th(?: [^>]*)?>(.*?)</th>", text) == ["name &lt;x&gt;", "value"]
         assert re.findall(r"<td(.*?)>(.*?)</td>", text) == [
             (' class="text"', "a&amp;b"),
             ("", "1.5"),
