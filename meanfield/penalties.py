@@ -8,6 +8,7 @@ shrinks atoms without turning them.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -177,3 +178,120 @@ def cone_projection(
     atoms = penalty.atoms(kernels)
     theta = shrinkage_root(atoms, 1.0, 1.0, (1, 2), level=bound * center, mass=torch.full_like(center, bound * slope))
     return penalty.shrink(kernels, theta, atoms), (masses + slope * theta.flatten()).clamp_min(0)
+
+
+def inflow_projection(
+    kernels: Tensor,
+    logits: Tensor,
+    targets: Tensor,
+    penalty: Penalty,
+    bound: float,
+    kernel_steps: Tensor | float,
+    mass_steps: Tensor | float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Projection on {sum_i |w_ij| p_i <= bound for every j, sum_i p_i = 1}, jointly in kernels w and source masses p.
+
+    kernels (targets, sources, kh, kw); logits (sources,), logarithms of masses whose sum is free; targets (targets,),
+    masses that are kept; kernel_steps (targets, sources) and mass_steps (sources,), or numbers.  The distance is that
+    of the particle flow, every part over the step length that it was moved with:
+
+        sum_i KL(p_i | exp(logits_i)) / mass_steps_i + sum_ij p_i targets_j |w_ij - .|^2 / (2 kernel_steps_ij)
+
+    where KL(p | q) = p log(p / q) - p + q is dp^2 / (2 p) to second order.  Distance and bound are convex in (p, p w).
+    The solution shrinks w_ij by kernel_steps_ij kappa_j and has
+
+        p_i = exp(logits_i - mass_steps_i (nu + sum_j targets_j e_ij(kappa_j))),
+
+    with e_ij the Moreau envelope of kappa_j |.| at w_ij and nu such that masses sum to one; kappa >= 0 maximises the
+    concave dual, whose slope in kappa_j is targets_j (sum_i |w_ij| p_i - bound).  Returns w, p and kappa (targets,),
+    the multipliers of sum_i |W_ij| <= bound p_j in the convex program.  The bound holds up to rounding.
+    """
+    by_kernel, by_source = (torch.as_tensor(steps).to(kernels) for steps in (kernel_steps, mass_steps))
+    dual = _InflowDual(penalty.atoms(kernels), logits, targets, bound, by_kernel[..., None], by_source)
+    kappa, masses = dual.maximiser()
+    return penalty.shrink(kernels, dual.kernel_steps * kappa[:, None, None]), masses, kappa
+
+
+class _Inflow(NamedTuple):
+    """At one kappa: masses (sources,), atoms left (targets, sources, atoms), norms (targets, sources), slopes
+    (targets,) of the dual over the target masses, sum_i |w_ij| p_i - bound.
+    """
+
+    masses: Tensor
+    left: Tensor
+    norms: Tensor
+    slopes: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class _InflowDual:
+    """The dual of `inflow_projection`, maximised by Newton steps on the multipliers that are free to move."""
+
+    atoms: Tensor
+    logits: Tensor
+    targets: Tensor
+    bound: float
+    kernel_steps: Tensor
+    mass_steps: Tensor
+
+    def maximiser(self) -> tuple[Tensor, Tensor]:
+        """kappa and the masses that belong to it; as far as it got where numbers are not finite."""
+        kappa = torch.zeros_like(self.targets)
+        now = self.at(kappa)
+        for _ in range(ROOT_STEPS):
+            free = (kappa > 0) | (now.slopes > 0)
+            # rounding leaves this much of terms of this size
+            rounding = 8 * torch.finfo(kappa.dtype).eps * (now.slopes + 2 * self.bound)
+            if bool((~free | (now.slopes.abs() <= rounding)).all()):
+                break
+            step = self._newton(now, free)
+            if not bool(step.isfinite().all()):
+                break
+            kappa, now = self._climb(kappa, now, step)
+        return kappa, now.masses
+
+    def at(self, kappa: Tensor) -> _Inflow:
+        # an atom x shrinks by steps * pull; its envelope is kappa (x - steps pull) + steps pull^2 / 2
+        tiny = torch.finfo(kappa.dtype).tiny
+        pull = torch.minimum(kappa[:, None, None], self.atoms / self.kernel_steps.clamp_min(tiny))
+        left = (self.atoms - self.kernel_steps * kappa[:, None, None]).clamp_min(0)
+        envelopes = (kappa[:, None, None] * left + self.kernel_steps * pull.square() / 2).sum(2)
+        masses = self._normalised(self.logits - self.mass_steps * (self.targets @ envelopes))
+        norms = left.sum(2)
+        return _Inflow(masses, left, norms, norms @ masses - self.bound)
+
+    def _normalised(self, logits: Tensor) -> Tensor:
+        """exp(logits - mass_steps nu) with sum one: Newton on the log of the sum, convex and decreasing in nu."""
+        for _ in range(DEVICE_STEPS):
+            excess = logits.logsumexp(0)
+            masses = (logits - excess).exp()
+            if not bool(excess.abs() > 8 * torch.finfo(logits.dtype).eps):  # also for NaN
+                break
+            logits = logits - self.mass_steps * (excess / (masses @ self.mass_steps.expand_as(masses)))
+        return torch.softmax(logits, 0)
+
+    def _newton(self, now: _Inflow, free: Tensor) -> Tensor:
+        """Step of the free multipliers; slopes fall by the live atoms and by the covariance of norms over masses."""
+        weights = now.masses[:, None] * self.kernel_steps
+        fall = ((now.left > 0) * weights).sum((1, 2))
+        # nothing left of the inflow: as steep as before anything had vanished
+        fall = torch.where(fall > 0, fall, weights.expand_as(now.left).sum((1, 2)))
+        shares = now.masses * self.mass_steps
+        centred = now.norms - (now.norms @ shares / shares.sum())[:, None]
+        matrix = (torch.diag(fall) + (centred * shares) @ now.norms.T * self.targets) * (free[:, None] & free)
+        matrix = matrix + torch.diag((~free).to(matrix))
+        return torch.linalg.solve_ex(matrix, torch.where(free, now.slopes, 0.0))[0]
+
+    def _climb(self, kappa: Tensor, now: _Inflow, step: Tensor) -> tuple[Tensor, _Inflow]:
+        """Along the step, cut at kappa >= 0, halved until the dual's slope along it has not turned by more than
+        half.
+        """
+        moved, then = kappa, now
+        for _ in range(DEVICE_STEPS):
+            moved = (kappa + step).clamp_min(0)
+            then = self.at(moved)
+            before, after = ((moved - kappa) * self.targets @ point.slopes for point in (now, then))
+            if bool(after >= -0.5 * before.abs()):
+                break
+            step = step / 2
+        return moved, then

@@ -12,7 +12,14 @@ from scipy import optimize
 from strategies import NORMS, normal, random_masses, seeded, seeds
 
 from meanfield import Penalty
-from meanfield.penalties import cone_projection, input_norms, perspective, row_prox, shrinkage_root
+from meanfield.penalties import (
+    cone_projection,
+    inflow_projection,
+    input_norms,
+    perspective,
+    row_prox,
+    shrinkage_root,
+)
 
 norms = st.sampled_from(NORMS)
 strengths = st.sampled_from([1e-3, 0.3, 10.0])
@@ -259,6 +266,79 @@ def test_cone_projection_keeps_points_of_the_cone(point, norm):
     torch.testing.assert_close(p, masses, rtol=1e-15, atol=0)
 
 
+@st.composite
+def inflows(draw):
+    """Kernels, some of them zero, logits of masses that do not sum to one, target masses, a bound that most features
+    exceed and step lengths: uneven ones, or the same number twice.
+    """
+    shape, seed = draw(shapes), draw(seeds)
+    kernels = normal(shape, seed) * (torch.rand(shape[:2], generator=seeded(seed)) < 0.8)[:, :, None, None]
+    logits = random_masses(shape[1], seed + 1).log() + 0.3 * normal(shape[1:2], seed + 2)
+    length = draw(st.sampled_from([1e-2, 0.3, 3.0]))
+    uneven = normal(shape[:2], seed + 3).exp() * length, normal(shape[1:2], seed + 4).exp() * length
+    steps = draw(st.sampled_from([uneven, (length, length)]))
+    return kernels, logits, random_masses(shape[0], seed + 5), draw(st.sampled_from([0.1, 0.5, 2.0])), steps
+
+
+def inflow_distance(kernels, logits, targets, steps, moved, masses):
+    """The distance that `inflow_projection` makes smallest, in loops."""
+    kernel_steps, mass_steps = (step if isinstance(step, float) else step.tolist() for step in steps)
+    total = 0.0
+    for i, p in enumerate(masses.tolist()):
+        start = math.exp(float(logits[i]))
+        total += (p * math.log(p / start) - p + start) / (
+            mass_steps if isinstance(mass_steps, float) else mass_steps[i]
+        )
+        for j, target in enumerate(targets.tolist()):
+            step = kernel_steps if isinstance(kernel_steps, float) else kernel_steps[j][i]
+            total += p * target * float((moved - kernels)[j, i].square().sum()) / (2 * step)
+    return total
+
+
+@settings(max_examples=40, deadline=None)
+@given(inflows(), norms)
+def test_inflow_projection_is_the_nearest_point_within_the_bound(case, norm):
+    kernels, logits, targets, bound, steps = case
+    penalty = Penalty(kernel_norm=norm)
+    moved, masses, kappa = inflow_projection(kernels, logits, targets, penalty, bound, *steps)
+    excess = penalty.norms(moved) @ masses - bound
+    size = 16 * torch.finfo(torch.float64).eps * (bound + float((penalty.norms(kernels) @ masses).max()))
+    assert bool((excess <= size).all())
+    assert bool((kappa >= 0).all())
+    assert bool(((kappa == 0) | (excess.abs() <= size)).all())  # complementary
+    assert masses.sum().item() == pytest.approx(1, abs=1e-14)
+    # in (p, p w) the program is convex: cvxpy's answer is the least distance
+    count, sources = kernels.shape[:2]
+    p, flows = (
+        cp.Variable(sources),
+        [[cp.Variable(kernels[0, 0].numel()) for _ in range(sources)] for _ in range(count)],
+    )
+    inverse = [
+        torch.as_tensor(1 / step, dtype=torch.float64).expand(shape)
+        for step, shape in zip(steps, ((count, sources), (sources,)))
+    ]
+    cost = cp.sum(cp.multiply(inverse[1].numpy(), cp.kl_div(p, logits.exp().numpy())))
+    for j in range(count):
+        for i in range(sources):
+            weight = float(targets[j] * inverse[0][j, i]) / 2
+            cost += weight * cp.quad_over_lin(flows[j][i] - p[i] * kernels[j, i].flatten().numpy(), p[i])
+    order = 2 if norm == "l2" else 1
+    within = [sum(cp.norm(flow, order) for flow in row) <= bound for row in flows]
+    optimum = cp.Problem(cp.Minimize(cost), [cp.sum(p) == 1, *within]).solve(solver="CLARABEL")
+    assert inflow_distance(kernels, logits, targets, steps, moved, masses) == pytest.approx(optimum, rel=1e-5, abs=1e-6)
+
+
+@given(inflows(), norms)
+def test_inflow_projection_keeps_what_is_within_the_bound(case, norm):
+    kernels, logits, targets, _, steps = case
+    penalty, masses = Penalty(kernel_norm=norm), torch.softmax(logits, 0)
+    bound = 1.001 * (penalty.norms(kernels) @ masses).max().item() + 1e-3
+    moved, kept, kappa = inflow_projection(kernels, masses.log(), targets, penalty, bound, *steps)
+    assert torch.equal(moved, kernels)
+    torch.testing.assert_close(kept, masses, rtol=1e-13, atol=0)
+    assert not kappa.any()
+
+
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("seed", range(4))
 def test_float32_proximal_maps_agree_with_float64(norm, seed, device):
@@ -269,6 +349,9 @@ def test_float32_proximal_maps_agree_with_float64(norm, seed, device):
     rough = row_prox(*single, penalty, 0.3, 1.0, 2.0)[:2]
     exact += cone_projection(kernels.transpose(0, 1), masses, penalty, 1.5, 1.0, 2.0)
     rough += cone_projection(single[0].transpose(0, 1), single[1], penalty, 1.5, 1.0, 2.0)
+    targets = random_masses(5, seed)
+    exact += inflow_projection(kernels, masses, targets, penalty, 0.5, 0.3, 0.2)
+    rough += inflow_projection(*single, targets.to(single[0]), penalty, 0.5, 0.3, 0.2)
     for got, expected in zip(rough, exact):
         assert got.dtype == torch.float32
         assert got.device.type == device.type

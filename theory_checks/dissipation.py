@@ -45,7 +45,7 @@ def _times_masses(network: mf.ParticleNetwork, move: Tangent, power: float) -> T
 def _euler(problem: mf.Problem, network: mf.ParticleNetwork, step: float, rescaling: Rescaling) -> mf.ParticleNetwork:
     """One explicit Euler step, proximal in the source penalty."""
     move = rescaling(network, flow.velocity(problem, network)[1])
-    return flow.advance(problem, network, move.map(lambda v: step * v), [step] * (problem.architecture.depth - 1))
+    return flow.advance(problem, network, move.map(lambda v: step * v), step)
 
 
 # --- the identity ---------------------------------------------------------------------------------------------------

@@ -7,7 +7,9 @@
 squared speed in the metric, which is how the integrator of descent="gradient" is tested and its step adapted.  Plain
 Euler is a tool for trajectories; descent="preconditioned" takes the same velocities, scaled by running moments as in
 Adam (Kingma & Ba 2015), to get to the limit.  Both treat the kernel norm by its proximal map, so that kernels vanish
-exactly, and keep the bounds by projection.
+exactly, and keep the bounds by projection in the metric: sum_i |w_ij| p_i <= B adds -kappa_j w_ij / |w_ij| to dw_ij/dt
+and -p_i (a_i - sum_k p_k a_k) with a_i = sum_j kappa_j p_j |w_ij| to dp_i/dt, for the multipliers kappa_j >= 0 of
+section 5 of the theory (`penalties.inflow_projection`).
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -25,7 +27,7 @@ from torch import Tensor
 from meanfield import certificates, validation
 from meanfield.convex.program import ConvexProgram
 from meanfield.network import ParticleNetwork, along_axis
-from meanfield.penalties import shrinkage_root
+from meanfield.penalties import inflow_projection, input_norms, shrinkage_root
 from meanfield.problem import Problem, Terms, project_bounds
 from meanfield.solvers.solution import Solution, message
 
@@ -96,21 +98,29 @@ def _tangent(network: ParticleNetwork, gradients: list[Tensor], masses: bool) ->
     return Tangent(rates, kernels, -readout / along_axis(p[-1], readout, 1), biases)
 
 
-def advance(
-    problem: Problem, network: ParticleNetwork, move: Tangent, slopes: Sequence[Tensor | float]
-) -> ParticleNetwork:
-    """Move a network: masses p exp(rate) renormalised, then the proximal map of the source penalty, then the bounds.
+def advance(problem: Problem, network: ParticleNetwork, move: Tangent, steps: Tangent | float) -> ParticleNetwork:
+    """Move a network, then the proximal map of the source penalty and the projection on simplex and bounds.
 
-    slopes[l-1] is the step length of the kernels of layer l >= 1, a number or (M_l, M_{l-1}), that turns the penalty's
-    pull 2 lambda_s s_i into a shrinkage.
+    Masses become p exp(rate) before their sum is made one.  steps are the step lengths that made the move of the
+    velocities, a number or one per entry (per kernel on layers >= 1): they turn the penalty's pull 2 lambda_s s_i into
+    a shrinkage and are the scale of the metric in which the amplitude bound is projected on.
     """
-    masses = [p if rate is None else torch.softmax(p.log() + rate, 0) for p, rate in zip(network.masses, move.masses)]
+    logits = [p if rate is None else p.log() + rate for p, rate in zip(network.masses, move.masses)]
+    masses = [p if rate is None else torch.softmax(p, 0) for p, rate in zip(logits, move.masses)]
     kernels = [w + step for w, step in zip(network.kernels, move.kernels)]
-    for layer in range(1, len(kernels)):
-        kernels[layer] = _source_prox(problem, kernels[layer], masses[layer], slopes[layer - 1])
+    bound = problem.penalty.amplitude_bound
+    # from the last layer on: a bound changes the masses of its sources, the targets of the layer before
+    for layer in reversed(range(1, len(kernels))):
+        lengths = steps.kernels[layer][:, :, 0, 0] if isinstance(steps, Tangent) else steps
+        kernels[layer] = _source_prox(problem, kernels[layer], masses[layer], lengths)
+        rates = steps.masses[layer - 1] if isinstance(steps, Tangent) else steps
+        if bound is not None and rates is not None and move.masses[layer - 1] is not None:
+            kernels[layer], masses[layer - 1], _ = inflow_projection(
+                kernels[layer], logits[layer - 1], masses[layer], problem.penalty, bound, lengths, rates
+            )
     biases = [None if b is None or step is None else b + step for b, step in zip(network.biases, move.biases)]
     moved = ParticleNetwork.unchecked(network.architecture, masses, kernels, network.readout + move.readout, biases)
-    return project_bounds(problem, moved)
+    return project_bounds(problem, moved)  # with moving masses only rounding is left of the amplitude bound
 
 
 def _source_prox(problem: Problem, kernels: Tensor, target: Tensor, steps: Tensor | float) -> Tensor:
@@ -148,7 +158,7 @@ def metric_speed(problem: Problem, network: ParticleNetwork, flow: Tangent) -> f
 
 
 def _euler(problem: Problem, network: ParticleNetwork, flow: Tangent, step: float) -> ParticleNetwork:
-    return advance(problem, network, flow.map(lambda v: step * v), [step] * (problem.architecture.depth - 1))
+    return advance(problem, network, flow.map(lambda v: step * v), step)
 
 
 class Descent(Protocol):
@@ -193,7 +203,9 @@ class GradientDescent:
 
 @dataclass
 class PreconditionedDescent:
-    """Adam's moments on the flow's velocities; one second moment per kernel (i, j) keeps the proximal map exact."""
+    """Adam's moments on the flow's velocities.  Proximal maps and projections use the metric that its steps scale, in
+    which a point is at rest just where the flow is; not so the bounds where masses are kept.
+    """
 
     problem: Problem
     rate: float
@@ -207,18 +219,29 @@ class PreconditionedDescent:
     def propose(self, network: ParticleNetwork, flow: Tangent) -> ParticleNetwork:
         self.count += 1
         b1, b2 = self.betas
-        squares = Tangent(
-            [None if v is None else v.square() for v in flow.masses],
-            [flow.kernels[0].square(), *(v.square().mean((2, 3), keepdim=True) for v in flow.kernels[1:])],
-            flow.readout.square(),
-            [None if v is None else v.square() for v in flow.biases],
-        )
+        squares = self._squares(flow)
         self.first = flow if self.first is None else self.first.map(lambda m, v: b1 * m + (1 - b1) * v, flow)
         self.second = squares if self.second is None else self.second.map(lambda m, v: b2 * m + (1 - b2) * v, squares)
         rate = self.rate * 0.5 * (1 + math.cos(math.pi * min(1.0, self.count / self.total)))
         steps = self.second.map(lambda m: rate / (m.sqrt() + 1e-12))
         move = self.first.map(lambda m, s: m * s, steps)
-        return advance(self.problem, network, move, [s[:, :, 0, 0] for s in steps.kernels[1:]])
+        return advance(self.problem, network, move, steps)
+
+    def _squares(self, flow: Tangent) -> Tangent:
+        """Squared velocities, one per set of entries that a penalty or a bound moves together: the means over
+        kernels (i, j), and over (z_i, b_i) where an input bound is on and masses move.
+        """
+        first, bias = flow.kernels[0].square(), flow.biases[0]
+        biases = [None if v is None else v.square() for v in flow.biases]
+        if self.problem.penalty.input_bound is not None and flow.masses[0] is not None:
+            joint = input_norms(flow.kernels[0], bias).square() / (first[0].numel() + (bias is not None))
+            first, biases[0] = joint[:, None, None, None], None if bias is None else joint
+        return Tangent(
+            [None if v is None else v.square() for v in flow.masses],
+            [first, *(v.square().mean((2, 3), keepdim=True) for v in flow.kernels[1:])],
+            flow.readout.square(),
+            biases,
+        )
 
     def judge(self, network: ParticleNetwork, moved: ParticleNetwork, change: float) -> bool:
         return math.isfinite(change)

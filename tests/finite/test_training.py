@@ -12,6 +12,8 @@ import meanfield as mf
 from meanfield import data, starts
 from meanfield.finite import FiniteCNN, train
 from meanfield.finite import training as module
+from meanfield.penalties import input_norms
+from meanfield.solvers import flow
 
 SCALINGS = ("mean_field", "ntk", "standard", "mup")
 
@@ -116,6 +118,52 @@ class TestSteps:
         module._step(make_run(problem, moved, rate=rate))
         for after, before in zip(moved.parameters(), start.parameters(), strict=True):
             torch.testing.assert_close(after.detach(), (before - rate * before.grad).detach(), rtol=1e-12, atol=1e-14)
+
+    def on_the_bounds(self, **penalty):
+        """A problem with bounds and a network on all of them, large targets so that it presses outward."""
+        free = make_problem(**penalty)
+        start = random_network(free, (3, 4), seed=2)
+        particles = start.particles()
+        inner = float(input_norms(particles.kernels[0], particles.biases[0]).min()) / 2
+        reached = particles.amplitudes(1, free.penalty.norms(particles.kernels[1]))
+        # every kernel sum is cut, and biases beyond the bound are
+        bounds = {"amplitude_bound": 0.7 * float(reached.min()), "input_bound": inner}
+        problem = make_problem(**penalty, **bounds)
+        problem.targets = 10 * problem.targets
+        module._project(start, problem)
+        return problem, start
+
+    def check_held(self, problem, start, end):
+        """Some features stay on every bound, those of the input, of kernel sums and of biases."""
+        penalty = problem.penalty
+        for network in (start, end):
+            inner = input_norms(network.kernels[0], network.biases[0]) / penalty.input_bound
+            sums = network.amplitudes(1, penalty.norms(network.kernels[1])) / penalty.amplitude_bound
+            for reached in (inner, sums, network.biases[1].abs() / penalty.amplitude_bound):
+                assert bool((reached >= 1 - 1e-12).any())
+
+    def test_an_sgd_step_on_the_bounds_is_the_flows(self):
+        """No source penalty: the flow takes its proximal map, training its gradient."""
+        problem, start = self.on_the_bounds(source=0.0)
+        particles, moved = start.particles(), copy.deepcopy(start)
+        _, moving = flow.velocity(problem, particles, masses=False)
+        expected = flow.advance(problem, particles, moving.map(lambda v: 1e-3 * v), 1e-3)
+        module._step(make_run(problem, moved, rate=1e-3))
+        torch.testing.assert_close(moved.particles().tensors(), expected.tensors(), rtol=1e-12, atol=1e-14)
+
+    def test_sgd_on_the_bounds_dissipates_its_squared_speed(self):
+        problem, start = self.on_the_bounds()
+        particles, errors = start.particles(), []
+        for rate in (1e-3, 1e-4):
+            moved = copy.deepcopy(start)
+            module._step(make_run(problem, moved, rate=rate))
+            end = moved.particles()
+            assert problem.excess(end) <= 1e-14
+            self.check_held(problem, particles, end)
+            change = float((problem.terms(end).total() - problem.terms(particles).total()).detach())
+            errors.append(1 + change * rate / float(flow.squared_distance(particles, end).detach()))
+        # an error of first order, so a tenth; what is left is of second order
+        assert abs(errors[1] - errors[0] / 10) <= 0.02 * abs(errors[0])
 
     @pytest.mark.parametrize("optimiser", ["sgd", "adam"])
     @pytest.mark.parametrize("scaling", SCALINGS)
