@@ -7,8 +7,9 @@ import torch
 from strategies import seeded
 
 import meanfield as mf
-from benchmarks import optima
-from meanfield import starts
+from benchmarks.optima import measure as optima
+from meanfield import certificates, starts
+from meanfield.certificates import UnseenFeatures
 from meanfield.solvers import alternating
 from meanfield.solvers.solution import STATUS_TEXTS
 
@@ -209,3 +210,16 @@ def test_growth_takes_a_poor_support_to_the_exact_optimum_and_claims_only_what_i
         assert all(0 <= index < row["widths"][-1] for index in row["kept"] if row["accepted"])
     assert solution.history[0]["added"] == 0
     assert sum(len(row["kept"]) for row in solution.history) > 0
+
+
+def test_a_bound_above_the_value_raises_an_alarm_and_ends_no_run(monkeypatch):
+    """A search that missed everything: its bound is twice J."""
+    problem, network = tiny()
+    value = problem.value(network).item()
+    blind = UnseenFeatures(2 * value, 7)
+    monkeypatch.setattr(certificates, "search_features", lambda *_, **__: blind)
+    solution = alternating.solve(problem, network, grow=2, **{**OPTIONS, "tolerance": 1e-2})
+    assert solution.status == "max_rounds"
+    assert len(solution.history) == OPTIONS["rounds"]
+    assert all(row["search_bound"] == 2 * value for row in solution.history)  # not clamped
+    assert f"WARNING: 3 of 3 searches gave bounds above this value, up to {2 * value:.8g}" in solution.message
