@@ -3,7 +3,7 @@
 import pytest
 
 import meanfield as mf
-from benchmarks import optima
+from benchmarks.optima import measure as optima
 
 
 def tiny(**bounds):
