@@ -55,6 +55,10 @@ class Loss(ABC):
     def cvxpy_sum(self, cp: Any, outputs: Any, targets: np.ndarray) -> Any:
         """sum_n loss(F_n, y_n) in atoms of cvxpy, the module `cp`; outputs is an affine expression (N, K)."""
 
+    def unit(self, targets: Tensor) -> float:
+        """A size b > 0 of targets with loss(F, y) = b^2 loss(F / b, y / b); 1 where targets are labels."""
+        return 1.0
+
     def outputs_for(self, classes: int) -> int:
         """K, the outputs that tell so many classes apart."""
         return 1 if classes == 2 else classes
@@ -119,6 +123,9 @@ class SquaredLoss(Loss):
 
     def feasible(self, dual: Tensor, targets: Tensor) -> Tensor:
         return dual
+
+    def unit(self, targets: Tensor) -> float:
+        return float(targets.abs().max()) or 1.0
 
     def prox(self, center: Tensor, targets: Tensor, weight: float) -> Tensor:
         return (targets + weight * center) / (1 + weight)
