@@ -286,8 +286,8 @@ def _finite_only(function: Function) -> Function:
         value = function(point)
         if not bool(torch.isfinite(value)):
             raise ValueError(
-                f"function is {float(value.detach()):g} at the feasible point {point.detach().tolist()}; whether it is convex "
-                "can only be judged where it is finite"
+                f"function is {float(value.detach()):g} at the feasible point {point.detach().tolist()}; whether it is "
+                "convex can only be judged where it is finite"
             )
         return value
 
