@@ -55,6 +55,10 @@ class Loss(ABC):
     def cvxpy_sum(self, cp: Any, outputs: Any, targets: np.ndarray) -> Any:
         """sum_n loss(F_n, y_n) in atoms of cvxpy, the module `cp`; outputs is an affine expression (N, K)."""
 
+    def unit(self, targets: Tensor) -> float:
+        """A size b > 0 of targets with loss(F, y) = b^2 loss(F / b, y / b); 1 where targets are labels."""
+        return 1.0
+
     def outputs_for(self, classes: int) -> int:
         """K, the outputs that tell so many classes apart."""
         return 1 if classes == 2 else classes
@@ -120,6 +124,9 @@ class SquaredLoss(Loss):
     def feasible(self, dual: Tensor, targets: Tensor) -> Tensor:
         return dual
 
+    def unit(self, targets: Tensor) -> float:
+        return float(targets.abs().max()) or 1.0
+
     def prox(self, center: Tensor, targets: Tensor, weight: float) -> Tensor:
         return (targets + weight * center) / (1 + weight)
 
@@ -157,7 +164,7 @@ class LogisticLoss(Loss):
     def conjugate(self, dual: Tensor, targets: Tensor) -> Tensor:
         """Binary negative entropy of v = -y s, +inf outside 0 <= v <= 1."""
         v = -targets * dual
-        entropy = torch.xlogy(v, v) + torch.xlogy(1 - v, 1 - v)
+        entropy = torch.xlogy(v, v) + torch.special.xlog1py(1 - v, -v)  # 1 - v alone would lose a v of 1e-20
         return torch.where((v >= 0) & (v <= 1), entropy, torch.inf).sum(1)
 
     def feasible(self, dual: Tensor, targets: Tensor) -> Tensor:
@@ -220,20 +227,27 @@ class SoftmaxLoss(Loss):
         return torch.nn.functional.cross_entropy(outputs, targets, reduction="none")
 
     def gradient(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        return outputs.softmax(1) - self._one_hot(targets, outputs)
+        return self._balanced(outputs.softmax(1), targets)
 
     def conjugate(self, dual: Tensor, targets: Tensor) -> Tensor:
-        """Negative entropy of v = s + e_y, +inf outside the simplex (checked to rounding in its sum)."""
-        v = dual + self._one_hot(targets, dual)
-        slack = 16 * v.shape[1] * torch.finfo(v.dtype).eps
-        inside = (v >= 0).all(1) & ((v.sum(1) - 1).abs() <= slack)
-        return torch.where(inside, torch.xlogy(v, v).sum(1), torch.inf)
+        """Negative entropy of v = s + e_y, +inf outside the simplex.
+
+        v_y = 1 - t for the sum t of the other entries, which -s_y has to equal up to rounding OF ITSELF: a sum of 1e-16
+        beside a t of 1e-20 is no rounding, and large outputs of a lightly penalised network would live on it.
+        """
+        others = self._others(dual, targets)
+        total = others.sum(1)
+        slack = 16 * dual.shape[1] * torch.finfo(dual.dtype).eps
+        inside = (others >= 0).all(1) & (total <= 1 + slack) & (dual.sum(1).abs() <= slack * total)
+        own = total.clamp(0, 1)
+        entropy = torch.xlogy(others, others).sum(1) + torch.special.xlog1py(1 - own, -own)
+        return torch.where(inside, entropy, torch.inf)
 
     def feasible(self, dual: Tensor, targets: Tensor) -> Tensor:
-        v = (dual + self._one_hot(targets, dual)).clamp_min(0)
-        total = v.sum(1, keepdim=True)
-        v = torch.where(total > 0, v / total, self._one_hot(targets, dual))
-        return v - self._one_hot(targets, dual)
+        others = self._others(dual, targets).clamp_min(0)
+        own = (1 + dual.gather(1, targets[:, None])).clamp_min(0)
+        total = own + others.sum(1, keepdim=True)
+        return self._balanced(torch.where(total > 0, others / total, 0.0), targets)
 
     def prox(self, center: Tensor, targets: Tensor, weight: float) -> Tensor:
         """Newton's method; the Hessian diag(v + weight) - v v^T is inverted by Sherman-Morrison."""
@@ -274,6 +288,15 @@ class SoftmaxLoss(Loss):
         return torch.where(descends[:, None], whole, shorter), torch.where(
             descends, new, self._merit(shorter, center, targets, weight)
         )
+
+    def _others(self, rows: Tensor, targets: Tensor) -> Tensor:
+        """Rows (N, K) with 0 at the own class."""
+        return rows.scatter(1, targets[:, None], 0.0)
+
+    def _balanced(self, rows: Tensor, targets: Tensor) -> Tensor:
+        """Rows with minus the sum of the others at the own class: v_y - 1 would lose what is below rounding of 1."""
+        others = self._others(rows, targets)
+        return others.scatter(1, targets[:, None], -others.sum(1, keepdim=True))
 
     def _one_hot(self, targets: Tensor, like: Tensor) -> Tensor:
         return torch.nn.functional.one_hot(targets, like.shape[1]).to(like.dtype)

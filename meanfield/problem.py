@@ -68,6 +68,10 @@ class Problem:
         """The problem on some of its images: its gradient is an unbiased estimate of the whole one's."""
         return self._with_data(self.inputs[indices], self.targets[indices])
 
+    def scaled_targets(self, unit: float) -> Problem:
+        """The problem with its targets divided by `unit`, as `Loss.unit` gives it; labels, of unit 1, stay."""
+        return self if unit == 1 else self._with_data(self.inputs, self.targets / unit)
+
     def _with_data(self, inputs: Tensor, targets: Tensor) -> Problem:
         """Without the checks: a batch may hold one class only."""
         other = object.__new__(Problem)

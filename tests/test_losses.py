@@ -1,3 +1,5 @@
+import math
+
 import cvxpy as cp
 import numpy as np
 import pytest
@@ -79,6 +81,23 @@ def test_conjugate_is_infinite_outside_its_domain(name, dual, target):
 @pytest.mark.parametrize(("dual", "target"), [([0.0], [1.0]), ([-1.0], [1.0]), ([1.0], [-1.0])])
 def test_logistic_conjugate_vanishes_at_the_ends_of_its_domain(dual, target):
     assert losses.LogisticLoss().conjugate(torch.tensor([dual]), torch.tensor([target])).item() == 0
+
+
+def test_softmax_duals_below_rounding_of_one_keep_their_sum():
+    """Of well-fitted images all entries are tiny: lost at the own class, half of |q|^2 would be missing."""
+    loss, y = losses.SoftmaxLoss(), torch.tensor([1])
+    outputs = torch.tensor([[0.0, 100.0, -3.0]], dtype=torch.float64)
+    t = math.exp(-100) + math.exp(-103)
+    for dual in (loss.gradient(outputs, y), loss.feasible(loss.gradient(outputs, y), y)):
+        torch.testing.assert_close(dual, torch.tensor([[math.exp(-100), -t, math.exp(-103)]], dtype=torch.float64),
+                                   rtol=1e-13, atol=0)  # fmt: skip
+    expected = -100 * math.exp(-100) - 103 * math.exp(-103) - t
+    assert loss.conjugate(dual, y).item() == pytest.approx(expected, rel=1e-13, abs=0)
+    unbalanced = torch.tensor([[1e-20, 0.0, 0.0]], dtype=torch.float64)
+    assert loss.conjugate(unbalanced, y).item() == torch.inf
+    assert losses.LogisticLoss().conjugate(-dual[:, :1], torch.ones(1, 1)).item() == pytest.approx(
+        -101 * math.exp(-100), rel=1e-13, abs=0
+    )
 
 
 @given(named, seeds, st.sampled_from([0.1, 1.0, 100.0]))

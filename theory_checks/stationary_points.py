@@ -132,7 +132,7 @@ def _grown_wider(setting: Setting) -> list[tuple[mf.Solution, float]]:
     """Alternations of flow, program and search from narrow starts (quick: wide ones), each with the best bound of its
     searches.
 
-    A bound that is not proven is not believed beyond the lowest J of these runs.
+    A bound above the lowest J of these runs is refuted: its search missed features, and it bounds nothing.
     """
     problem, widths, found = _two_layers(setting), WIDTHS[0] if setting.full else WIDTHS[-1], []
     for number in range(setting.either(1, 3)):
@@ -149,9 +149,17 @@ def _grown_wider(setting: Setting) -> list[tuple[mf.Solution, float]]:
             grow=NEW_FEATURES,
             seed=setting.seed + number,
         )
-        found.append((solved, max(row["search_bound"] for row in solved.history)))
-    lowest = min(solved.value for solved, _ in found)
-    return [(solved, min(bound, lowest)) for solved, bound in found]
+        found.append(solved)
+    lowest = min(solved.value for solved in found)
+    return [(solved, _unrefuted([row["search_bound"] for row in solved.history], lowest)) for solved in found]
+
+
+def _unrefuted(bounds: list[float], lowest: float) -> float:
+    """The highest bound that no network is below; RuntimeError where there is none."""
+    kept = [bound for bound in bounds if bound <= lowest]
+    if not kept:
+        raise RuntimeError(f"every bound of {bounds} lies above J = {lowest}: the searches missed features")
+    return max(kept)
 
 
 def _against_bound(setting: Setting) -> Evidence:

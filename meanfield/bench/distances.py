@@ -34,7 +34,12 @@ if TYPE_CHECKING:
 EXACT_PARTICLES = 2000  # exact transport takes about 2 s there
 SIMPLEX_PIVOTS = 10**8  # no limit in practice: Gaussian clouds of 2,000 particles need fewer than 10^5
 BANDWIDTH_MULTIPLES = (0.5, 1.0, 2.0)  # of the median distance
-COINCIDENT = 1e-13  # squared distances below this share of |x|^2 + |y|^2 are rounding of their difference
+CANCELLED = 1e-4  # a squared distance below this share of |x|^2 + |y|^2 has lost four digits in their difference
+CHUNK = 2**22  # numbers of a block of differences
+RESOLVED = 1e-4  # an optimum above this share of the unit of its costs is known to eleven digits
+LARGEST_COST = 1e8  # costs beyond, in units of the optimum, are as bad
+MASS_ROUNDING = 8 * np.finfo(float).eps  # a coupling moves less than that by rounding of the masses
+REFINEMENTS = 8  # of the unit, at one p
 CONSTANT = 32  # units of rounding of the largest value: a feature that varies by less does not vary
 
 
@@ -147,19 +152,48 @@ def _check_pair(a: FeatureMeasure, b: FeatureMeasure) -> None:
         raise ValueError(f"a is on {a.values.device} and b on {b.values.device}; move one of them")
 
 
-def _squared_distances(x: Tensor, y: Tensor) -> Tensor:
-    """|x_i - y_j|^2 / D, (M, D), (M', D) -> (M, M'); vectors that agree to 3e-7 of their spread are at distance 0."""
+def _unit(*clouds: Tensor) -> float:
+    """A power of two near the largest size: dividing by it is exact, and squares then neither under- nor overflow."""
+    size = max(float(cloud.abs().max()) for cloud in clouds)
+    return 2.0 ** math.frexp(size)[1] if 0 < size < 2.0**1022 else 1.0
+
+
+def _distances(x: Tensor, y: Tensor) -> tuple[Tensor, float]:
+    """|x_i - y_j| / sqrt(D) in a unit, and the unit: (M, D), (M', D) -> (M, M'), float; equal vectors are at 0 exactly.
+
+    The difference of squares is quick and loses what is small beside the sizes, such as all distances but an
+    outlier's: those are summed from differences.
+    """
     centre = x.mean(0)  # a common offset would be lost in the difference of squares
-    x, y = x - centre, y - centre
-    sizes = x.square().sum(1)[:, None] + y.square().sum(1)
-    squared = sizes - 2 * x @ y.T
-    return squared.where(squared > COINCIDENT * sizes, 0.0) / x.shape[1]
+    unit = _unit(x - centre, y - centre)
+    x, y, near, far = x / unit, y / unit, (x - centre) / unit, (y - centre) / unit
+    sizes = near.square().sum(1)[:, None] + far.square().sum(1)
+    squared = sizes - 2 * near @ far.T
+    rows, columns = torch.nonzero(squared <= CANCELLED * sizes, as_tuple=True)
+    step = max(1, CHUNK // x.shape[1])
+    parts = [
+        _lengths(x[i] - y[j]) for i, j in zip(rows.split(step), columns.split(step))
+    ]  # of no pair there is no part
+    lengths = squared.clamp_min(0).sqrt()
+    if parts:
+        lengths[rows, columns] = torch.cat(parts)
+    return lengths / math.sqrt(x.shape[1]), unit
+
+
+def _lengths(vectors: Tensor) -> Tensor:
+    """|v| (R, D) -> (R,), of vectors of any size."""
+    sizes = vectors.abs().amax(1)
+    sizes = sizes.where(sizes > 0, 1.0)
+    return sizes * torch.linalg.vector_norm(vectors / sizes[:, None], dim=1)
 
 
 def wasserstein(a: FeatureMeasure, b: FeatureMeasure, p: float = 2) -> float:
-    """W_p(a, b) = ( min over couplings of E (|x - y| / sqrt(D))^p )^(1/p), exact up to rounding, p >= 1.
+    """W_p(a, b) = ( min over couplings of E (|x - y| / sqrt(D))^p )^(1/p), exact up to rounding of values and masses,
+    p >= 1.
 
-    A linear program, solved by the network simplex method for any masses; at most EXACT_PARTICLES particles each.
+    A linear program, solved by the network simplex method for any masses; at most EXACT_PARTICLES particles each.  Its
+    costs are powers in units of the longest distance, and where the optimum is far below that (an outlier in both, a
+    large p) again in units of the best coupling so far, with smaller p first.
     """
     if positive(p, "p") < 1:
         raise Misuse("p", p, "must be at least 1: below, W_p is no distance")
@@ -169,12 +203,42 @@ def wasserstein(a: FeatureMeasure, b: FeatureMeasure, p: float = 2) -> float:
             raise ValueError(
                 f"{name} has {measure.size} particles, exact transport takes {EXACT_PARTICLES}; use sliced_wasserstein"
             )
+    (x, masses_x), (y, masses_y) = a.double(), b.double()
+    lengths, unit = _distances(x, y)
+    return unit * _transport(masses_x.cpu().numpy(), masses_y.cpu().numpy(), lengths.cpu().numpy(), p)
+
+
+def _transport(masses_x: np.ndarray, masses_y: np.ndarray, lengths: np.ndarray, p: float) -> float:
+    """W_p from the lengths (M, M'): couplings for p, or for 1, 2, 4, ... up to it where the first is not resolved."""
     import ot  # takes seconds to import
 
-    (x, masses_x), (y, masses_y) = a.double(), b.double()
-    cost = _squared_distances(x, y) ** (p / 2)
-    least: Any = ot.emd2(masses_x.cpu().numpy(), masses_y.cpu().numpy(), cost.cpu().numpy(), numItermax=SIMPLEX_PIVOTS)
-    return max(float(least), 0.0) ** (1 / p)
+    def coupled(size: float, power: float) -> np.ndarray:
+        costs = np.minimum(lengths / size, LARGEST_COST ** (1 / power)) ** power
+        found: Any = ot.emd(masses_x, masses_y, costs, numItermax=SIMPLEX_PIVOTS)
+        return np.where(found > MASS_ROUNDING, found, 0.0)
+
+    longest = float(lengths.max())
+    if longest == 0:
+        return 0.0
+    best = _moment(coupled(longest, p), lengths, p)
+    if best >= longest * RESOLVED ** (1 / p):
+        return best
+    for power in (*(2.0**k for k in range(1024) if 2.0**k < p), p):
+        size = longest
+        for _ in range(REFINEMENTS):
+            coupling = coupled(size, power)
+            found, before = _moment(coupling, lengths, power), size
+            best, size = min(best, _moment(coupling, lengths, p)), min(found, size)
+            if size == 0 or found >= before * RESOLVED ** (1 / power):
+                break
+    return best
+
+
+def _moment(coupling: np.ndarray, lengths: np.ndarray, p: float) -> float:
+    """(sum coupling lengths^p)^(1/p), in units of the longest length that has mass."""
+    shares, used = coupling[coupling > 0], lengths[coupling > 0]
+    longest = float(used.max())
+    return longest * float(shares @ (used / longest) ** p) ** (1 / p) if longest > 0 else 0.0
 
 
 @dataclass(frozen=True)
@@ -207,9 +271,14 @@ def sliced_wasserstein(
     """
     _check_pair(a, b)
     (x, masses_x), (y, masses_y) = a.double(), b.double()
+    centre = x.mean(0)  # would take its digits from all projections
+    unit = _unit(x - centre, y - centre)
+    x, y = (x - centre) / unit, (y - centre) / unit
     directions = _directions(a.dimension, integer(projections, "projections", minimum=2), generator, x)
     costs = _transport_on_lines(directions @ x.T, masses_x, directions @ y.T, masses_y)
-    return SlicedWasserstein(float(costs.mean()), float(costs.std()) / math.sqrt(projections))
+    return SlicedWasserstein(
+        unit * unit * float(costs.mean()), unit * unit * float(costs.std()) / math.sqrt(projections)
+    )
 
 
 def _directions(dimension: int, count: int, generator: torch.Generator, like: Tensor) -> Tensor:
@@ -263,12 +332,13 @@ def mmd(
             raise ValueError(f"{name} has mass on one particle only; an unbiased estimate needs two")
     (x, p), (y, q) = a.double(), b.double()
     points = torch.cat([x, y])
-    squared = _squared_distances(points, points)
+    lengths, unit = _distances(points, points)
     if bandwidths is None:
-        median = _median(squared, torch.cat([p, q]))
+        median = _median(lengths, unit, torch.cat([p, q]))
         bandwidths = [multiple * median for multiple in BANDWIDTH_MULTIPLES]
     scales = tuple(positive(bandwidth, "bandwidths") for bandwidth in bandwidths)
-    return MMD(scales, tuple(_discrepancy(torch.exp(squared / (-2 * scale**2)), p, q, unbiased) for scale in scales))
+    kernels = (torch.exp(-0.5 * (lengths / (scale / unit)).square()) for scale in scales)
+    return MMD(scales, tuple(_discrepancy(kernel, p, q, unbiased) for kernel in kernels))
 
 
 def _discrepancy(kernel: Tensor, p: Tensor, q: Tensor, unbiased: bool) -> float:
@@ -289,17 +359,17 @@ def median_distance(a: FeatureMeasure, b: FeatureMeasure) -> float:
     _check_pair(a, b)
     (x, p), (y, q) = a.double(), b.double()
     points = torch.cat([x, y])
-    return _median(_squared_distances(points, points), torch.cat([p, q]))
+    return _median(*_distances(points, points), torch.cat([p, q]))
 
 
-def _median(squared: Tensor, masses: Tensor) -> float:
+def _median(lengths: Tensor, unit: float, masses: Tensor) -> float:
     first, second = torch.triu_indices(len(masses), len(masses), 1, device=masses.device)
-    squared, order = squared[first, second].sort()
-    cumulated = ((masses[first] * masses[second])[order] * (squared > 0)).cumsum(0)
+    lengths, order = lengths[first, second].sort()
+    cumulated = ((masses[first] * masses[second])[order] * (lengths > 0)).cumsum(0)
     if len(cumulated) == 0 or cumulated[-1] == 0:
         return 1.0
     # one part in 10^12 keeps a tie at one half from being decided by rounding
-    return math.sqrt(float(squared[torch.searchsorted(cumulated, cumulated[-1:] * (0.5 - 1e-12))]))
+    return unit * float(lengths[torch.searchsorted(cumulated, cumulated[-1:] * (0.5 - 1e-12))])
 
 
 class Moments(NamedTuple):
@@ -316,9 +386,11 @@ def moments(measure: FeatureMeasure) -> Moments:
     """Moments of x_d with the feature x drawn by mass and the probe d uniformly: over features and probes jointly."""
     values, masses = measure.double()
     mean = masses @ values.mean(1)
-    square, fourth = (masses @ (values - mean).pow(power).mean(1) for power in (2, 4))
-    constant = square.sqrt() <= _rounding(measure.values.detach().flatten())
-    return Moments(float(mean), float(square), math.nan if constant else float(fourth / square**2 - 3))
+    unit = _unit(values - mean)
+    square, fourth = (masses @ ((values - mean) / unit).pow(power).mean(1) for power in (2, 4))
+    constant = unit * square.sqrt() <= _rounding(measure.values.detach().flatten())
+    variance = unit * unit * float(square)
+    return Moments(float(mean), variance, math.nan if constant else float(fourth / square**2 - 3))
 
 
 def linear_cka(a: FeatureMeasure, b: FeatureMeasure) -> float:
@@ -329,9 +401,44 @@ def linear_cka(a: FeatureMeasure, b: FeatureMeasure) -> float:
     an offset of each feature; not by a general linear map.  nan where a measure has only constant features.
     """
     _check_pair(a, b)
-    x, y = (_centred(measure.values) * measure.double()[1].sqrt()[:, None] for measure in (a, b))
+    x, y = _columns(a), _columns(b)
     scale = math.sqrt(_alignment(x, x) * _alignment(y, y))
     return _alignment(x, y) / scale if scale > 0 else math.nan
+
+
+def debiased_cka(a: FeatureMeasure, b: FeatureMeasure) -> float:
+    """`linear_cka` with the unbiased estimate of HSIC in place of |Y'X|^2 (Song et al. 2012, theorem 2; Nguyen et al.
+    2021, eq. 3); between -1 and 1, about 0 for independent features where the plain one tends to 1 with their number.
+
+    Unbiased for independent probes; positions of one image are not.  Invariances as there.  ValueError under 4 probes.
+    """
+    _check_pair(a, b)
+    if a.dimension < 4:
+        raise ValueError(f"a and b have {a.dimension} probe values per feature; unbiased estimates need at least 4")
+    x, y = _columns(a), _columns(b)
+    sizes = _unbiased_alignment(x, x), _unbiased_alignment(y, y)
+    rounding = 64 * x.shape[1] * torch.finfo(x.dtype).eps
+    if any(size <= rounding * _alignment(each, each) for size, each in zip(sizes, (x, y))):
+        return math.nan
+    return _unbiased_alignment(x, y) / math.sqrt(sizes[0] * sizes[1])
+
+
+def _columns(measure: FeatureMeasure) -> Tensor:
+    """sqrt(p_i) times feature i less its mean over the probes, in units of the largest, (M, D)."""
+    rows = _centred(measure.values)
+    return rows / _unit(rows) * measure.double()[1].sqrt()[:, None]
+
+
+def _unbiased_alignment(x: Tensor, y: Tensor) -> float:
+    """<K, L> + 1'K1 1'L1 / ((D-1)(D-2)) - 2 1'KL1 / (D-2) for x'x and y'y without their diagonals: D (D-3) HSIC_1.
+
+    No matrix over probes is formed.
+    """
+    count, diagonals = x.shape[1], [each.square().sum(0) for each in (x, y)]
+    first, second = (each.T @ each.sum(1) - diagonal for each, diagonal in zip((x, y), diagonals))
+    within = _alignment(x, y) - float(diagonals[0] @ diagonals[1])
+    total = float(first.sum() * second.sum()) / ((count - 1) * (count - 2))
+    return within + total - 2 * float(first @ second) / (count - 2)
 
 
 def _alignment(x: Tensor, y: Tensor) -> float:

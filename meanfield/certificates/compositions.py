@@ -81,12 +81,12 @@ class Compositions:
         """Scaled down to the problem's bounds."""
         kernels, biases, penalty = list(self.kernels), list(self.biases), problem.penalty
         if penalty.input_bound is not None:
-            shrink = (penalty.input_bound / self._input_norms().clamp_min(1e-300)).clamp_max(1)
+            shrink = (penalty.input_bound / self._input_norms()).clamp_max(1)
             kernels[0] = kernels[0] * shrink[:, :, None, None, None]
             biases[0] = None if biases[0] is None else biases[0] * shrink
         if penalty.amplitude_bound is not None:
             for index in range(1, len(kernels)):
-                amounts = flows(problem, kernels[index]).sum(2).clamp_min(1e-300)
+                amounts = flows(problem, kernels[index]).sum(2)
                 kernels[index] = (
                     kernels[index] * (penalty.amplitude_bound / amounts).clamp_max(1)[:, :, None, None, None]
                 )
@@ -188,6 +188,29 @@ def block_diagonal(blocks: Sequence[Tensor]) -> Tensor:
         whole[row : row + block.shape[0], column : column + block.shape[1]] = block
         row, column = row + block.shape[0], column + block.shape[1]
     return whole
+
+
+@dataclass(frozen=True, eq=False)
+class OwnFeatures:
+    """The features of the last layer of a network that have mass, M of them, on ALL its particles.
+
+    `Compositions` gives every feature sources of its own: M times the network.  Here all share them.
+    """
+
+    network: ParticleNetwork
+
+    def responses(self, problem: Problem, output: Tensor) -> Tensor:
+        """|q|^2 of every feature, (M,)."""
+        read = problem.architecture.readout_features(self.network.features(problem.inputs)[-1])
+        return torch.einsum("nk,nj...->jk...", output, read).flatten(1).square().sum(1)[self.network.masses[-1] > 0]
+
+    def costs(self, problem: Problem, mu: Sequence[float | Tensor]) -> Tensor:
+        """gamma_L of these realisations, (M,): sums of the flow w p of every source at its price."""
+        penalty, network = problem.penalty, self.network
+        gamma = penalty.input * input_norms(network.kernels[0], network.biases[0]).square()
+        for kernels, masses, price in zip(network.kernels[1:], network.masses, mu):
+            gamma = penalty.norms(kernels) @ (masses * 2 * (penalty.source * (price + gamma)).sqrt())
+        return gamma[network.masses[-1] > 0]
 
 
 def own_features(problem: Problem, network: ParticleNetwork, width: int) -> Compositions:

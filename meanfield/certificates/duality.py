@@ -9,10 +9,17 @@ of feature j of layers >= 2 give, for ANY values, the lower bound
 with q_j the readout's response to r, b_ij = (sum beta_j T_s f_i)_s, t_i = max_j (|b_ij|* - kappa_j)_+,
 gamma_i = lambda_1 |z_i|^2 on layer 1 and <beta_i, g_i> - B kappa_i - B |sum beta_i| on later ones.  mu is
 chosen here, kappa too unless a solver gives it, as small as they can be: no solver grades itself.
+
+Rounding.  Nothing here is compared with a fixed number.  q_j, a sum over images, is known up to c e_j with
+e_j = sum_n |r_n| |f_nj|.  To take it for less than it is, by up to that, raises the bound over a network with readouts
+U by at most c sum_j e_j |U_j| = c sum_n |r_n| sum_j |f_nj| |U_j|: r_n times the rounding of the network's own output.
+So without a readout penalty, where q_j must vanish, a q_j within that is zero and any other bounds nothing, however
+small: readouts as large as 1 / q_j cost nothing.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -22,6 +29,9 @@ from torch import Tensor
 from meanfield.certificates import concave
 from meanfield.convex.program import ConvexProgram
 from meanfield.convex.repopulation import ProgramPoint
+
+# of r between the domain of the conjugate and what no feature sees; where the two meet, a few dozen do
+PROJECTIONS = 50
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,7 +118,7 @@ def dual_value(program: ConvexProgram, multipliers: Multipliers) -> float:
 class _PricedFeatures:
     """What the dual value needs of multipliers, layer by layer, before the choice of mu and kappa.
 
-    norms[l-1] |b_ij|* (M_l, M_{l-1}); pairings[l-1] <beta_j, g_j> - B |sum beta_j| (M_l,); readout |q_j|^2 (M_L,).
+    norms[l-1] |b_ij|* (M_l, M_{l-1}); pairings[l-1] <beta_j, g_j> - B |sum beta_j| (M_l,); readout |q_j| (M_L,).
     """
 
     program: ConvexProgram
@@ -120,16 +130,15 @@ class _PricedFeatures:
 
     @classmethod
     def of(cls, program: ConvexProgram, multipliers: Multipliers) -> _PricedFeatures:
-        output = _repair_output(program, multipliers.output)
+        output, readout = _repaired_output(program, multipliers.output)
         norms, pairings = [], []
         for layer, beta in enumerate(multipliers.realisation, start=1):
             norm, pairing = _price_layer(program, layer, beta)
             norms.append(norm)
             pairings.append(pairing)
-        response = torch.einsum("nk,nj...->j...k", output, program.readout_features)
         # without a source penalty kappa_j = max_i |b_ij|* is the only choice, and the search finds it
         amplitude = multipliers.amplitude if program.problem.penalty.source > 0 else None
-        return cls(program, output, norms, pairings, response.flatten(1).square().sum(1), amplitude)
+        return cls(program, output, norms, pairings, readout, amplitude)
 
     @property
     def bounded(self) -> bool:
@@ -137,19 +146,20 @@ class _PricedFeatures:
         return self.program.depth > 1 and self.program.problem.penalty.amplitude_bound is not None
 
     def value(self, scale: float) -> float:
-        """Dual value of the multipliers times `scale` >= 0."""
+        """Dual value of the multipliers times `scale` >= 0; -inf where it overflows, which bounds nothing."""
         problem = self.program.problem
         count = len(problem.inputs)
-        conjugate = float(problem.loss.conjugate(count * scale * self.output, problem.targets).mean())
+        conjugate = float(problem.loss.conjugate(count * (scale * self.output), problem.targets).mean())
         if conjugate == torch.inf:
             return -torch.inf
         if self.bounded and self.amplitude is not None:
-            return -conjugate - self._masses_given(scale, self.amplitude)
-        if self.bounded:
-            return -conjugate - _least_total(
-                lambda offsets: self._masses_bounded(scale, offsets), self.program.depth - 1
-            )
-        return -conjugate - self._masses(scale)
+            masses = self._masses_given(scale, self.amplitude)
+        elif self.bounded:
+            masses = _least_total(lambda offsets: self._masses_bounded(scale, offsets), self.program.depth - 1)
+        else:
+            masses = self._masses(scale)
+        value = -conjugate - masses
+        return value if math.isfinite(value) else -torch.inf
 
     def _masses(self, scale: float) -> float:
         """sum_l mu_l without an amplitude bound."""
@@ -158,7 +168,7 @@ class _PricedFeatures:
             load = scale * norm.amax(0)
             total += float((_square_over(load, penalty.source) - gamma).max())
             gamma = scale * pairing
-        return total + float((_square_over(scale * self.readout.sqrt(), penalty.readout) - gamma).max())
+        return total + float((_square_over(scale * self.readout, penalty.readout) - gamma).max())
 
     def _masses_given(self, scale: float, amplitude: tuple[Tensor, ...]) -> float:
         """sum_l mu_l with the given kappa, lowered to what each mu_l then needs."""
@@ -168,7 +178,7 @@ class _PricedFeatures:
             mu = float((_square_over(load, penalty.source) - gamma).max())
             total += mu
             gamma = scale * pairing - (penalty.amplitude_bound or 0.0) * self._least_kappa(scale * norm, mu, gamma)
-        return total + float((_square_over(scale * self.readout.sqrt(), penalty.readout) - gamma).max())
+        return total + float((_square_over(scale * self.readout, penalty.readout) - gamma).max())
 
     def _least_kappa(self, norms: Tensor, mu: float, gamma: Tensor) -> Tensor:
         """kappa_j = max_i (|b_ij|* - sqrt(4 lambda_s (mu + gamma_i)))_+."""
@@ -186,7 +196,7 @@ class _PricedFeatures:
             )
             mu = least + offset * (need - least)
             gamma, total = scale * pairing - bound * self._least_kappa(scale * norm, mu, gamma), total + mu
-        return total + float((_square_over(scale * self.readout.sqrt(), penalty.readout) - gamma).max())
+        return total + float((_square_over(scale * self.readout, penalty.readout) - gamma).max())
 
 
 def _price_layer(program: ConvexProgram, layer: int, beta: Tensor) -> tuple[Tensor, Tensor]:
@@ -198,27 +208,67 @@ def _price_layer(program: ConvexProgram, layer: int, beta: Tensor) -> tuple[Tens
         beta = beta - beta.mean((1, 2), keepdim=True)
     g = program.preactivations[layer]
     shaped = beta.movedim(0, 1).reshape(g.shape)
-    norms = penalty.dual_norms(conv.correlate(program.features[layer - 1], shaped))
+    loads = conv.correlate(program.features[layer - 1], shaped)
+    sizes = _largest(loads.flatten(2))
+    norms = penalty.dual_norms(loads / sizes[..., None, None]) * sizes
     pairing = (shaped * g).sum((0, 2, 3))
     if conv.bias and penalty.amplitude_bound is not None:
         pairing = pairing - penalty.amplitude_bound * beta.sum((1, 2)).abs()
     return norms, pairing
 
 
-def _repair_output(program: ConvexProgram, output: Tensor) -> Tensor:
-    problem = program.problem
+def _repaired_output(program: ConvexProgram, output: Tensor) -> tuple[Tensor, Tensor]:
+    """r in the domain of the conjugate and |q_j| (M_L,); without a readout penalty q = 0, if need be by r = 0."""
+    problem, features = program.problem, program.readout_features
     count = len(problem.inputs)
-    if problem.penalty.readout == 0:  # q_j must vanish: drop what the features can see
-        rows = program.readout_features.flatten(1)
-        output = output - rows @ (torch.linalg.pinv(rows) @ output)
-    return problem.loss.feasible(count * output, problem.targets) / count
+    if problem.penalty.readout > 0:
+        output = problem.loss.feasible(count * output, problem.targets) / count
+        return output, _lengths(torch.einsum("nk,nj...->j...k", output, features))
+    basis = _column_space(features.flatten(1))
+    for _ in range(PROJECTIONS):
+        unseen = output - basis @ (basis.T @ output)
+        unseen = unseen - basis @ (basis.T @ unseen)  # once more: what rounding left of the first
+        # entries that are rounding of others are zero: no sum that they are in vanishes up to its own rounding
+        unseen = unseen.where(unseen.abs() > _rounding(features) * unseen.abs().amax(0), 0.0)
+        allowed = problem.loss.feasible(count * unseen, problem.targets) / count
+        q = torch.einsum("nk,nj...->j...k", allowed, features)
+        size = torch.einsum("nk,nj...->j...k", allowed.abs(), features.abs())
+        q = q.where(q.abs() > _rounding(features) * size, 0.0)
+        if not bool(q.any()):
+            return allowed, _lengths(q)
+        output = 2 * allowed - unseen  # reflected: where the two sets meet in more than a corner, this ends
+    return torch.zeros_like(output), _lengths(torch.zeros_like(q))
+
+
+def _rounding(features: Tensor) -> float:
+    """Of a sum over the rows or the columns of the readout's features (N, columns), relative to that of its sizes."""
+    return (features.shape[0] + features.flatten(1).shape[1]) * torch.finfo(features.dtype).eps
+
+
+def _column_space(rows: Tensor) -> Tensor:
+    """Orthonormal basis (N, rank) of the space of the columns, each first divided by its size: small ones count too."""
+    left, values, _ = torch.linalg.svd(rows / _largest(rows.T), full_matrices=False)
+    return left[:, values > max(rows.shape) * torch.finfo(rows.dtype).eps * values.amax()]
+
+
+def _largest(rows: Tensor) -> Tensor:
+    """Largest size along the last axis, 1 where all are zero: divided by it, squares do not vanish."""
+    sizes = rows.abs().amax(-1)
+    return sizes.where(sizes > 0, 1.0)
+
+
+def _lengths(responses: Tensor) -> Tensor:
+    """|q_j|, (M, ...) -> (M,)."""
+    flat = responses.flatten(1)
+    sizes = _largest(flat)
+    return sizes * torch.linalg.vector_norm(flat / sizes[:, None], dim=1)
 
 
 def _square_over(amounts: Tensor, strength: float) -> Tensor:
-    """amounts^2 / (4 strength); for strength 0 it is 0 where the amount is rounding, else +inf."""
+    """amounts^2 / (4 strength), for strength 0 its limit: 0 or +inf."""
     if strength > 0:
-        return amounts.square() / (4 * strength)
-    return torch.where(amounts <= 1e-10, 0.0, torch.inf)
+        return (amounts / (2 * math.sqrt(strength))).square()  # amounts^2 alone may underflow
+    return torch.where(amounts == 0, 0.0, torch.inf)
 
 
 def _least_total(total: Callable[[list[float]], float], count: int) -> float:

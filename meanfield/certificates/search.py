@@ -28,14 +28,22 @@ from torch import Tensor
 from meanfield import validation
 from meanfield.architecture import ACTIVATIONS, Architecture
 from meanfield.certificates import concave, sphere
-from meanfield.certificates.compositions import Compositions, joined, own_features, with_tensors, zeros_like
+from meanfield.certificates.compositions import (
+    Compositions,
+    OwnFeatures,
+    joined,
+    own_features,
+    with_tensors,
+    zeros_like,
+)
+from meanfield.certificates.sphere.response import unit
 from meanfield.losses import Loss
 from meanfield.network import ParticleNetwork, along_axis
 from meanfield.problem import Problem
 from meanfield.starts import normal
 
 HIDDEN = 16  # sources of a searched feature, per layer
-MOST_HIDDEN = 64  # sources that a feature of the given network keeps, the heaviest ones
+MOST_HIDDEN = 64  # sources that a feature of the given network starts a search with, the heaviest ones
 UNIT_RATE, KERNEL_RATE, FLOW_RATE = 0.05, 0.2, 0.02  # of Adam: unit kernels, first-layer kernels, flows between layers
 STEPS = {True: 60, False: 300}  # for one layer, for more
 LEAST_ROUNDS = 3
@@ -155,7 +163,9 @@ class _Search:
         self.homogeneous = free and only.homogeneous
         self.scale_limit = _largest_scale(problem.loss)
         self.tried = 0
-        # the network's own features stay in the pool as they are: no bound comes out above its value
+        # the network's own features count as they are, all of them: no bound comes out above its value
+        self.own = [] if network is None or self.homogeneous else [OwnFeatures(network.detach())]
+        # what searches start from; in the homogeneous case unit kernels, and nothing else
         self.pool = [] if network is None else [self._retracted(own_features(problem, network, self._width()))]
         recession = ACTIVATIONS[only.activation].recession
         if free and recession is not None:
@@ -185,7 +195,7 @@ class _Search:
         found = []
         for layer in range(1, self.depth):
             outflow = network.masses[layer] @ self.problem.penalty.norms(network.kernels[layer])
-            found.append(max(source * float(network.masses[layer - 1] @ outflow.square()), 1e-12))
+            found.append(source * (float(network.masses[layer - 1] @ outflow.square()) or 1.0))
         return found
 
     # ---- the bound on the pool
@@ -193,23 +203,21 @@ class _Search:
     def _conjugate(self, scale: float) -> float:
         return float(self.problem.loss.conjugate(len(self.output) * scale * self.output, self.problem.targets).mean())
 
-    def _responses(self) -> Tensor:
-        """|q|^2 of the pool at the unscaled r."""
-        return torch.cat([part.responses(self.problem, self.output) for part in self.pool])
-
-    def _worst(self, responses: Tensor, scale: float, mu: Sequence[float]) -> Tensor:
-        gamma = torch.cat([part.costs(self.problem, mu) for part in self.pool])
+    def _scores(self, parts: Sequence[Compositions | OwnFeatures], scale: float, mu: Sequence[float]) -> Tensor:
+        """|q|^2 / (4 lambda_u) - gamma of all features of some parts, one after the other."""
+        responses = torch.cat([part.responses(self.problem, self.output) for part in parts])
+        gamma = torch.cat([part.costs(self.problem, mu) for part in parts])
         return scale**2 * responses / (4 * self.problem.penalty.readout) - gamma
 
+    def _worst(self, scale: float, mu: Sequence[float]) -> float:
+        """The largest score of what is known (the feature g = 0, which costs nothing, included)."""
+        return max(float(self._scores([*self.own, *self.pool], scale, mu).max()), self._nothing(scale))
+
     def _bound(self, scale: float, mu: Sequence[float]) -> float:
-        """The lower bound with the sup over the pool (the feature g = 0, which costs nothing, is in it)."""
+        """The lower bound with the sup over what is known."""
         if self.homogeneous and scale > self._homogeneous_limit():
             return -math.inf
-        worst = (
-            0.0
-            if self.homogeneous
-            else max(float(self._worst(self._responses(), scale, mu).max()), self._nothing(scale))
-        )
+        worst = 0.0 if self.homogeneous else self._worst(scale, mu)
         return -self._conjugate(scale) - sum(mu) - worst
 
     def _nothing(self, scale: float) -> float:
@@ -219,11 +227,10 @@ class _Search:
 
     def _homogeneous_limit(self) -> float:
         """Largest scale of r for which no unit kernel of the pool gains more than it costs."""
-        largest = float(self._responses().max().sqrt())  # the pool holds unit kernels
-        return min(
-            self.scale_limit,
-            2 * math.sqrt(self.problem.penalty.input * self.problem.penalty.readout) / max(largest, 1e-300),
-        )
+        # the pool holds unit kernels
+        largest = max(float(part.responses(self.problem, self.output).max().sqrt()) for part in self.pool)
+        price = 2 * math.sqrt(self.problem.penalty.input * self.problem.penalty.readout)
+        return min(self.scale_limit, price / largest) if largest > 0 else self.scale_limit
 
     def _best_multipliers(self, scale: float, mu: Sequence[float]) -> tuple[float, list[float], float]:
         if self.depth == 1:
@@ -236,18 +243,18 @@ class _Search:
         """Maximise the bound, concave in (scale, mu), in its epigraph form; any point it ends at
         gives a valid figure.
         """
-        responses, pool = self._responses(), self.pool
-        near = self._worst(responses, scale, mu).topk(min(200, len(responses))).indices
-        kept = Compositions(pool[0].architecture, *joined(pool))[near]
-        responses = responses[near]
+        scores = self._scores(self.pool, scale, mu)
+        near = scores.topk(min(200, len(scores))).indices
+        kept = [*self.own, Compositions(self.problem.architecture, *joined(self.pool))[near]]
+        responses = torch.cat([part.responses(self.problem, self.output) for part in kept])
 
         def gaps(x: np.ndarray) -> np.ndarray:
-            gamma = kept.costs(self.problem, [float(m) for m in x[1:-1]])
+            gamma = torch.cat([part.costs(self.problem, [float(m) for m in x[1:-1]]) for part in kept])
             return (x[-1] - x[0] ** 2 * responses / (4 * self.problem.penalty.readout) + gamma).numpy(force=True)
 
-        unit = max(abs(self._bound(scale, mu)), 1e-12)
+        unit = abs(self._bound(scale, mu)) or 1.0
         objective = lambda x: (self._conjugate(float(x[0])) + float(x[1:].sum())) / unit  # noqa: E731
-        start = np.array([scale, *mu, float(self._worst(self._responses(), scale, mu).max().clamp_min(0))])
+        start = np.array([scale, *mu, self._worst(scale, mu)])
         limits = [(0.0, self.scale_limit), *[(0.0, None)] * len(mu), (0.0, None)]
         answer = minimize(
             objective,
@@ -271,7 +278,7 @@ class _Search:
         parts = []
         if self.pool:
             pool = Compositions(self.problem.architecture, *joined(self.pool))
-            order = self._worst(self._responses(), scale, mu).argsort(descending=True)
+            order = self._scores(self.pool, scale, mu).argsort(descending=True)
             parts.append(pool[order[: self.starts // 2]])
         left = self.starts - sum(map(len, parts))
         parts.append(self._drawn(left // 2, patches=True))
@@ -293,7 +300,7 @@ class _Search:
             kernels[0] = kernels[0].sign()[:, :, :1, :1, :1] * self._patches(number * widths[0]).reshape(shapes[0])
         draws = torch.rand(shapes[0][:2], generator=self.generator, dtype=torch.float64).to(inputs)
         radii = self._radius() * (RADII[0] + (RADII[1] - RADII[0]) * draws).exp()
-        kernels[0] = kernels[0] * (radii / kernels[0].flatten(2).norm(dim=2).clamp_min(1e-12))[:, :, None, None, None]
+        kernels[0] = unit(kernels[0].flatten(2)).view(shapes[0]) * radii[:, :, None, None, None]
         kernels += [normal(shape, self.generator, inputs) / shape[2] for shape in shapes[1:]]
         biases = [
             normal(k.shape[:2], self.generator, inputs) * 0.1 if layer.bias else None
@@ -311,7 +318,7 @@ class _Search:
 
     def _patches(self, number: int) -> Tensor:
         rows = self.problem.architecture.layers[0].patches(self.problem.inputs).flatten(0, 1)
-        rows = rows[rows.norm(dim=1) > 0]
+        rows = rows[(rows != 0).any(1)]
         if not len(rows):  # black images
             return normal((number, rows.shape[1]), self.generator, rows)
         return rows[torch.randint(len(rows), (number,), generator=self.generator).to(rows.device)]
@@ -319,11 +326,7 @@ class _Search:
     def _ascend(self, begun: Compositions, scale: float, mu: Sequence[float]) -> Compositions:
         """Adam on all starts at once; every start keeps the best of its path."""
         self.tried += len(begun)
-        level = (
-            0.0
-            if self.homogeneous or not self.pool
-            else max(float(self._worst(self._responses(), scale, mu).max()), 0.0)
-        )
+        level = 0.0 if self.homogeneous or not self.pool else self._worst(scale, mu)
         leaves = [t.detach().clone().requires_grad_() for t in begun.projected(self.problem).tensors()]
         rates = [UNIT_RATE if self.homogeneous else KERNEL_RATE] + [FLOW_RATE] * (len(leaves) - 1)
         optimiser = torch.optim.Adam([{"params": [leaf], "lr": rate} for leaf, rate in zip(leaves, rates)])
@@ -358,12 +361,13 @@ class _Search:
     def _retracted(self, current: Compositions) -> Compositions:
         if not self.homogeneous:
             return current.projected(self.problem)
-        norms = current._input_norms().clamp_min(1e-300)
-        bias = current.biases[0]
+        kernels, bias = current.kernels[0], current.biases[0]
+        flat = kernels.flatten(2) if bias is None else torch.cat([kernels.flatten(2), bias[..., None]], 2)
+        flat = unit(flat)
         return replace(
             current,
-            kernels=(current.kernels[0] / norms[:, :, None, None, None],),
-            biases=(None if bias is None else bias / norms,),
+            kernels=(flat[..., : kernels[0, 0].numel()].view(kernels.shape),),
+            biases=(None if bias is None else flat[..., -1],),
         )
 
     def _recession_limit(self, activation: str) -> float:
@@ -448,7 +452,7 @@ def _rigorous(
         own = network.kernels[0].flatten(1)
         own = own if network.biases[0] is None else torch.cat([own, network.biases[0][:, None]], 1)
     found = sphere.maximise(patches, weights, max_seconds=max(seconds, 2.0), start=own)
-    limit = 2 * math.sqrt(penalty.input * penalty.readout) / max(found.upper, 1e-300)
+    limit = 2 * math.sqrt(penalty.input * penalty.readout) / found.upper if found.upper > 0 else math.inf
     count = len(output)
     value = lambda s: -float(problem.loss.conjugate(count * s * output, problem.targets).mean())  # noqa: E731
     best = concave.maximum(value, min(limit, _largest_scale(problem.loss)))

@@ -50,7 +50,8 @@ def solve(
     grow > 0 adds up to that many new features after every program, the best that `certificates.search_features` finds,
     as candidates of zero mass for the next one (column generation).  Then the loop ends when J is within `tolerance` of
     the search's lower bound over all measures (best of its starts; the message says what is left otherwise), and
-    `Solution.lower_bound` is set only where a bound is proven.
+    `Solution.lower_bound` is set only where a bound is proven.  A bound above J is refuted by the network in hand: its
+    search missed features; it ends no run, and the message warns of it.
 
     flow_steps: steps of the first round's flow; later rounds take later_steps (default: half) at rates that decay by
     RATE_DECAY a round.  A flow that does not lower J proves nothing, as its program was solved a round before: the next
@@ -95,7 +96,7 @@ def solve(
             status = ended
             break
         row = run.history[-1]
-        if grow and row["value"] - row["search_bound"] <= tolerance * abs(row["value"]):
+        if grow and not run.refuted(row) and row["value"] - row["search_bound"] <= tolerance * abs(row["value"]):
             status = "search_converged"
             break
         moved = row["flow_drop"] > 0
@@ -240,6 +241,13 @@ class _Run:
         }
         return {**figures, "added": added, "kept": kept}
 
+    def refuted(self, row: dict[str, Any]) -> bool:
+        """Whether the best network is below the bound of this row's search by more than rounding of J."""
+        assert self.best is not None
+        terms = len(self.problem.inputs) + sum(self.network.widths)
+        rounding = terms * torch.finfo(self.problem.inputs.dtype).eps * abs(self.best.value)
+        return row["search_bound"] > self.best.value + rounding
+
     def _left(self) -> float:
         return self.max_seconds - (time.perf_counter() - self.began)
 
@@ -266,6 +274,12 @@ class _Run:
             detail += f"; {self.found.summary()}"
             added, kept = sum(row["added"] for row in self.history), sum(len(row["kept"]) for row in self.history)
             detail += f"; {added} features were added, {kept} of them kept mass"
+            refuted = [row["search_bound"] for row in self.history if self.refuted(row)]
+            if refuted:
+                detail += (
+                    f"; WARNING: {len(refuted)} of {len(self.history)} searches gave bounds above this value, up to "
+                    f"{max(refuted):.8g}: they missed features and bound nothing"
+                )
         return Solution(
             value=best.value,
             gap=best.gap,

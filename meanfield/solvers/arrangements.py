@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import cvxpy as cp
@@ -34,7 +34,8 @@ from meanfield.network import ParticleNetwork
 from meanfield.problem import Problem
 from meanfield.solvers.solution import Solution, message
 
-SETTINGS: dict[str, Any] = {"tol_gap_abs": 1e-9, "tol_gap_rel": 1e-9, "tol_feas": 1e-9}
+# a tenth of TARGET_GAP, which the bound has to meet; an absolute gap would end a run of small J sooner
+SETTINGS: dict[str, Any] = {"tol_gap_abs": 1e-12, "tol_gap_rel": 1e-10, "tol_feas": 1e-10}
 # its steps can fail
 SECOND_ATTEMPT: dict[str, Any] = {"static_regularization_constant": 1e-7, "max_step_fraction": 0.9, "warm_start": False}
 ALL_CELLS = 400  # up to here all cells enter at once
@@ -59,7 +60,7 @@ def solve(problem: Problem) -> Solution:
     _require_exact_case(problem)
     exact = problem.to(dtype=torch.float64, device="cpu")
     layer = _Layer.of(exact)
-    found = _generate(layer)
+    found = layer.optimum()
     network = _best_network(exact, found.atoms).to(dtype=problem.inputs.dtype, device=problem.inputs.device)
     program = ConvexProgram.freeze(problem, network)
     point = program.point(network)
@@ -153,8 +154,26 @@ class _Layer:
         along, against = (
             sparse.csr_array((sizes[rows], (image[rows], found.row_normal[rows])), shape=shape) for rows in sides
         )
-        penalty = problem.penalty
-        return cls(problem, found, along, against, 2 * (penalty.input * penalty.readout) ** 0.5)
+        price = 2 * problem.penalty.input**0.5 * problem.penalty.readout**0.5  # their product may underflow
+        return cls(problem, found, along, against, price)
+
+    def optimum(self) -> _Optimum:
+        """Found in units in which images and targets have the size 1, so that the cone solver sees no other.
+
+        With images in units of a and targets of b (1 where they are labels), nu = (b / a) nu' has the output F = b F'
+        and J = b^2 J' at the price 2 sqrt(lambda_1 lambda_u) / (a b), so r = b r'.
+        """
+        a = float((self.along + self.against).sum(1).max()) or 1.0
+        b = self.problem.loss.unit(self.problem.targets)
+        units = _Layer(
+            self.problem.scaled_targets(b), self.arrangement, self.along / a, self.against / a, self.price / a / b
+        )
+        found = _generate(units)
+        history = [{key: row[key] if key == "cells" else b * b * row[key] for key in row} for row in found.history]
+        atoms = _Atoms(found.atoms.vectors * (b / a), found.atoms.signs)
+        return replace(
+            found, atoms=atoms, bound=b * b * found.bound, multipliers=b * found.multipliers, history=history
+        )
 
     def features(self, cells: np.ndarray) -> np.ndarray:
         """The vectors c with F_n(z) = <c_nk, z> on cell k: (N, cells, d)."""

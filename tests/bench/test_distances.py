@@ -15,6 +15,7 @@ from meanfield import starts
 from meanfield.bench import distances
 from meanfield.bench.distances import (
     FeatureMeasure,
+    debiased_cka,
     linear_cka,
     median_distance,
     mmd,
@@ -217,6 +218,77 @@ def test_distances_do_not_grow_with_the_number_of_probes():
     np.testing.assert_allclose(mmd(*twice).squared, mmd(a, b).squared, rtol=1e-9)
     wide = [sliced_wasserstein(*pair, generator=seeded(0), projections=4000) for pair in (twice, (a, b))]
     assert abs(wide[0].squared - wide[1].squared) <= SIGMAS * math.hypot(wide[0].squared_error, wide[1].squared_error)
+
+
+@given(seeds, sizes, st.sampled_from([1, 2, 5, 50, 200]), st.sampled_from([1e-8, 1e-7, 3e-3, 1.0, 1e9]))
+def test_wasserstein_to_a_shift_is_the_shift_at_any_size_and_power(seed, size, p, length):
+    here = cloud(size, 3, seed)
+    for scale in (length, 1.0):  # of the cloud, as small as its shift or not
+        first = FeatureMeasure(scale * here.values, here.masses)
+        np.testing.assert_allclose(wasserstein(first, shifted(first, length), p), length, rtol=1e-7)
+
+
+@given(seeds, st.integers(1, 7), st.sampled_from([1, 2, 8, 40]), st.sampled_from([1e-150, 1e-8, 1.0, 1e200]))
+def test_wasserstein_on_the_line_sorts_at_any_size_and_power(seed, size, p, scale):
+    a, b = gaussian(size, 1, seed), gaussian(size, 1, seed + 1)
+    gaps = np.abs(np.sort(a.values.numpy(), axis=0) - np.sort(b.values.numpy(), axis=0))
+    expected = scale * gaps.max() * np.mean((gaps / gaps.max()) ** p) ** (1 / p)
+    scaled = [FeatureMeasure(scale * each.values, each.masses) for each in (a, b)]
+    np.testing.assert_allclose(wasserstein(*scaled, p), expected, rtol=1e-9)
+
+
+SCALED = {
+    "W1": lambda a, b: [wasserstein(a, b, p=1)],
+    "W2": lambda a, b: [wasserstein(a, b)],
+    "W7": lambda a, b: [wasserstein(a, b, p=7)],
+    "sliced": lambda a, b: [sliced(a, b)],
+    "median": lambda a, b: [median_distance(a, b)],
+    "bandwidths": lambda a, b: mmd(a, b).bandwidths,
+    "moments": lambda a, b: [moments(a).variance ** 0.5],
+    "split half": lambda a, b: split_half(a, wasserstein, seeded(0), 5).distances,
+    "pairs": lambda a, b: null_band([a, b, a], wasserstein).distances,
+}
+UNCHANGED = {
+    "mmd": lambda a, b: mmd(a, b).squared,
+    "cka": lambda a, b: [linear_cka(a, b)],
+    "debiased cka": lambda a, b: [debiased_cka(a, b)],
+    "kurtosis": lambda a, b: [moments(a).kurtosis],
+}
+
+
+@pytest.mark.parametrize("name", [*SCALED, *UNCHANGED])
+@given(seed=seeds, m=st.integers(2, 6), n=st.integers(2, 6), power=st.integers(-12, 12))
+def test_a_common_factor_counts_once_and_an_added_constant_not_at_all(name, seed, m, n, power):
+    pair, factor = (cloud(m, 5, seed), cloud(n, 5, seed + 2)), 10.0**power
+    figure, times = (SCALED[name], factor) if name in SCALED else (UNCHANGED[name], 1.0)
+    expected = np.array(figure(*pair))
+    scaled = figure(*(FeatureMeasure(factor * each.values, each.masses) for each in pair))
+    np.testing.assert_allclose(scaled, times * expected, rtol=1e-7, atol=1e-12 * times)
+    np.testing.assert_allclose(figure(*(shifted(each, 1e5) for each in pair)), expected, rtol=1e-6, atol=1e-9)
+
+
+def with_outlier(measure, far):
+    values = torch.cat([measure.values, torch.full((1, measure.dimension), far, dtype=torch.float64)])
+    return FeatureMeasure(values, torch.cat([0.9 * measure.masses, measure.masses.new_tensor([0.1])]))
+
+
+@given(seeds, sizes, sizes, st.sampled_from([1e3, 1e9, 1e12]), st.sampled_from([1, 2, 5]))
+def test_an_outlier_of_both_measures_hides_nothing(seed, m, n, far, p):
+    """It stays where it is: W_p^p is 0.9 of the others', MMD^2 0.81 of theirs, the median that of pairs of others."""
+    a, b = cloud(m, 3, seed), cloud(n, 3, seed + 2)
+    pair = with_outlier(a, far), with_outlier(b, far)
+    np.testing.assert_allclose(wasserstein(*pair, p), 0.9 ** (1 / p) * wasserstein(a, b, p), rtol=1e-6)
+    np.testing.assert_allclose(mmd(*pair, [0.7]).squared, 0.81 * np.array(mmd(a, b, [0.7]).squared), rtol=1e-6)
+    one_side = mmd(with_outlier(a, far), b, [0.7]).squared[0]
+    assert 0 <= one_side <= 2
+
+
+def test_mmd_of_huge_values_is_that_of_their_pattern():
+    a, b = cloud(5, 3, 0), cloud(6, 3, 2)
+    huge = [FeatureMeasure(1e200 * each.values, each.masses) for each in (a, b)]
+    np.testing.assert_allclose(mmd(*huge).squared, mmd(a, b).squared, rtol=1e-9)
+    apart = float(a.masses @ a.masses + b.masses @ b.masses)  # at bandwidth 1 no two features see each other
+    np.testing.assert_allclose(mmd(*huge, [1.0]).squared, apart, rtol=1e-12)
 
 
 # sliced transport
@@ -465,6 +537,42 @@ def test_cka_of_uncorrelated_features_is_zero_and_of_constant_ones_undefined():
     first, second = (FeatureMeasure.uniform(wave[None]) for wave in waves)
     assert linear_cka(first, second) == pytest.approx(0, abs=1e-15)
     assert math.isnan(linear_cka(first, FeatureMeasure.uniform(torch.full((2, 4), 0.1, dtype=torch.float64))))
+
+
+def slow_debiased(a, b):
+    """U-centred Gram matrices of Szekely & Rizzo 2014: <A, B> / (n (n - 3)) is the estimate of Song et al. 2012."""
+    n = a.dimension
+
+    def centred(measure):
+        gram = (measure.values.T * measure.masses).numpy() @ measure.values.numpy()
+        gram = gram - np.diag(np.diag(gram))
+        rows = gram.sum(1) / (n - 2)
+        found = gram - rows[:, None] - rows + gram.sum() / ((n - 1) * (n - 2))
+        return found - np.diag(np.diag(found))
+
+    first, second = centred(a), centred(b)
+    return (first * second).sum() / math.sqrt((first**2).sum() * (second**2).sum())
+
+
+@given(seeds, st.integers(1, 9), st.integers(1, 9), st.integers(5, 9))
+def test_debiased_cka_is_the_cosine_of_u_centred_gram_matrices(seed, m, n, dimension):
+    a, b = shifted(cloud(m, dimension, seed), 1.0), cloud(n, dimension, seed + 2)
+    np.testing.assert_allclose(debiased_cka(a, b), slow_debiased(a, b), rtol=1e-8, atol=1e-9)
+    np.testing.assert_allclose(debiased_cka(a, cloned(a)), 1, rtol=1e-9)
+
+
+def test_debiased_cka_of_independent_features_is_about_zero_and_the_plain_one_is_not():
+    """64 features on 16 probes: the plain one finds 0.8 where there is nothing."""
+    pairs = [(gaussian(64, 16, 2 * seed), gaussian(64, 16, 2 * seed + 1)) for seed in range(200)]
+    debiased = [debiased_cka(*pair) for pair in pairs]
+    assert abs(np.mean(debiased)) <= SIGMAS * np.std(debiased, ddof=1) / math.sqrt(len(pairs))
+    assert np.mean([linear_cka(*pair) for pair in pairs]) == pytest.approx(0.8, abs=0.02)
+
+
+def test_debiased_cka_needs_four_probes_and_features_that_vary():
+    with pytest.raises(ValueError, match="3 probe values per feature; unbiased estimates need at least 4"):
+        debiased_cka(gaussian(4, 3, 0), gaussian(4, 3, 1))
+    assert math.isnan(debiased_cka(gaussian(4, 6, 0), FeatureMeasure.uniform(torch.full((2, 6), 0.1).double())))
 
 
 def test_cka_never_forms_a_matrix_over_probes():

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import reference as slow
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import optimize
 from strategies import SMOOTH, architectures, cases, costly, normal, random_inputs, random_network, random_targets
 
 import meanfield as mf
@@ -280,3 +281,110 @@ def test_certificates_of_float32_points_are_float64_figures(options, device):
 
 def test_module_text_states_the_bound_that_is_evaluated():
     assert "-(1/N) sum_n loss*(N r_n) - sum_l mu_l" in certificates.duality.__doc__
+
+
+scales = st.sampled_from([1e-150, 1e-75, 1e-20, 1e-11, 1e-6, 1.0, 1e6, 1e20, 1e75, 1e150])
+strengths = st.sampled_from([0.0, 1e-150, 1e-20, 1e-6, 1.0, 1e20, 1e150])
+
+
+def scaled_case(arch, loss, seed, inputs, targets, penalty):
+    network = random_network(arch, [2] * arch.depth, seed)
+    images = inputs * random_inputs(arch, 4, seed)
+    images[0] *= (1.0, 1e-17)[seed % 2]  # one image darker than rounding of the others
+    wanted = random_targets(loss, arch.outputs, 4, seed)
+    return mf.Problem(arch, images, targets * wanted if loss == "squared" else wanted, loss, penalty), network
+
+
+def readouts_of_all_sizes(network, problem, seed):
+    """Both signs, from nothing to outputs far beyond the targets, against features of any size."""
+    features = problem.architecture.readout_features(network.features(problem.inputs)[-1])
+    unit = 1 / float(features.abs().max().clamp_min(1e-300))
+    for power in range(-6, 9, 2):
+        for sign in (1, -1):
+            for flat in (False, True):
+                drawn = normal(network.readout.shape, seed)
+                drawn = drawn.abs() if flat else drawn
+                yield mf.ParticleNetwork(
+                    network.architecture,
+                    network.masses,
+                    network.kernels,
+                    sign * min(unit * 10.0**power, 1e200) * drawn,
+                    network.biases,
+                )
+
+
+@settings(max_examples=100)
+@given(
+    architectures(depths=(1, 2), sides=(2, 3), activations=("relu", "tanh"), poolings=("none",)),
+    st.sampled_from(["squared", "logistic", "softmax"]),
+    st.integers(0, 10**6),
+    scales,
+    scales,
+    st.tuples(strengths, strengths, strengths),
+)
+def test_weak_duality_at_all_scales(arch, loss, seed, inputs, targets, penalties):
+    """No network of the same features is below the dual value, at sizes where products under- and overflow."""
+    arch = replace(arch, outputs=3) if loss == "softmax" else arch
+    source, readout, first = penalties
+    problem, network = scaled_case(
+        arch, loss, seed, inputs, targets, mf.Penalty(source=source, readout=readout, input=first)
+    )
+    program = mf.ConvexProgram.freeze(problem, network)
+    zero = network.map(torch.zeros_like).readout
+    idle = mf.ParticleNetwork(arch, network.masses, network.kernels, zero, network.biases)
+    tried = [network, idle, *readouts_of_all_sizes(network, problem, seed)]
+    values = [problem.value(each).item() for each in tried]
+    least = min(value for value in [*values, np.inf] if not np.isnan(value))
+    for each in (network, idle):
+        duals = stationary_multipliers(program, program.point(each))
+        for multipliers in (duals, duals.map(lambda t: 1e-8 * t), duals.map(lambda t, s=seed: t * normal(t.shape, s))):
+            found = dual_value(program, multipliers)
+            assert not np.isnan(found)
+            assert found <= least * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("size", [1e-150, 1e-11, 1.0])
+@pytest.mark.parametrize(("loss", "outputs"), [("squared", 1), ("logistic", 1), ("softmax", 3)])
+def test_readouts_without_penalty_use_features_of_any_size(loss, outputs, size):
+    """One feature, readouts along many directions: no bound lies above the best of them."""
+    arch = mf.Architecture((1, 2, 2), (mf.Conv(2, activation="relu"),), outputs=outputs)
+    sizes = torch.logspace(-3, 3, 60, dtype=torch.float64) / size
+    for seed in range(20):
+        network = random_network(arch, [1], seed)
+        images, wanted = size * random_inputs(arch, 4, seed), random_targets(loss, outputs, 4, seed)
+        problem = mf.Problem(arch, images, wanted, loss, mf.Penalty(readout=0.0, input=0.0))
+        feature = network.features(images)[-1].flatten()
+        outputs_of = [t * feature[:, None] * normal((outputs,), seed) for t in torch.cat([sizes, -sizes])]
+        least = min(problem.loss.value(F, problem.targets).mean().item() for F in outputs_of)
+        gradient = problem.loss.gradient(torch.zeros(4, outputs, dtype=torch.float64), problem.targets) / 4
+        found = dual_value(mf.ConvexProgram.freeze(problem, network), Multipliers(gradient, ()))
+        assert found <= least * (1 + 1e-12)
+
+
+def test_the_dual_value_without_readout_penalty_is_tight_where_the_domain_leaves_room():
+    """At the logistic optimum over one feature r is orthogonal to it and inside its domain, at any scale of images."""
+    f = torch.tensor([1.0, 2.0, -1.5, 0.7], dtype=torch.float64)
+    arch = mf.Architecture((1, 1, 1), (mf.Conv(1, activation="identity"),))
+    one = torch.ones(1, dtype=torch.float64)
+    network = mf.ParticleNetwork(arch, [one], [one.reshape(1, 1, 1, 1)], torch.zeros(1, 1, dtype=torch.float64), [None])
+    labels = torch.tensor([1.0, -1.0, 1.0, 1.0], dtype=torch.float64)
+    loss = lambda t: np.logaddexp(0, -labels.numpy() * t * f.numpy()).mean()  # noqa: E731
+    best = optimize.minimize_scalar(loss, bounds=(-5, 5), method="bounded", options={"xatol": 1e-12})
+    for size in (1e-150, 1e-11, 1.0, 1e150):
+        images = (size * f).reshape(4, 1, 1, 1)
+        problem = mf.Problem(arch, images, labels, "logistic", mf.Penalty(readout=0.0, input=0.0))
+        r = problem.loss.gradient((best.x * f)[:, None], problem.targets) / 4
+        found = dual_value(mf.ConvexProgram.freeze(problem, network), Multipliers(r, ()))
+        assert found == pytest.approx(best.fun, rel=1e-12)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_multipliers_that_are_no_numbers_bound_nothing(bad):
+    """As a solver's overflow in float32 leaves them; a gap of NaN is above no tolerance and below none."""
+    problem, network = roomy_case()
+    program = mf.ConvexProgram.freeze(problem, network)
+    good = random_multipliers(program, 0, 0.03)
+    broken = good.map(lambda t: t * bad)
+    assert dual_value(program, broken) == -np.inf
+    certificate = certify(program, program.point(network), broken, good)
+    assert certificate.dual_value == dual_value(program, good)

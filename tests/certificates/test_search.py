@@ -13,7 +13,7 @@ from strategies import architectures, cases, normal, random_inputs, random_netwo
 
 import meanfield as mf
 from meanfield import measures, starts
-from meanfield.certificates import compositions, search_features
+from meanfield.certificates import compositions, search, search_features
 from meanfield.problem import project_bounds
 from meanfield.solvers import arrangements, flow, splitting
 
@@ -122,6 +122,44 @@ def test_no_network_is_below_the_bound_on_its_own_features(case, prices, size):
             slow.array(own.responses(problem, output)) / (4 * problem.penalty.readout), gains, rtol=1e-10, atol=1e-10
         )
         np.testing.assert_allclose(slow.array(own.costs(problem, mu)), gamma, rtol=1e-10, atol=1e-10)
+
+
+@given(cases(archs=architectures(depths=(1, 2, 3), sides=(2, 4)), zero_mass=(False, True)), st.tuples(price, price))
+def test_own_features_on_all_particles_give_the_explicit_sums(case, prices):
+    problem, network = case.problem, case.network
+    mu, output = list(prices[: problem.architecture.depth - 1]), gradient(problem, network)
+    own, alive = compositions.OwnFeatures(network), slow.array(network.masses[-1]) > 0
+    gains, gamma = (each[alive] for each in gains_and_costs(problem, network, output, mu))
+    found = slow.array(own.responses(problem, output)) / (4 * problem.penalty.readout)
+    np.testing.assert_allclose(found, gains, rtol=1e-10, atol=1e-14)
+    np.testing.assert_allclose(slow.array(own.costs(problem, mu)), gamma, rtol=1e-10, atol=1e-14)
+
+
+def test_no_bound_lies_above_a_network_of_many_particles():
+    """One feature that r is made of, tight in every inequality, its source cut into 320 clones: 64 carry a fifth."""
+    arch = mf.Architecture((1, 3, 3), (mf.Conv(2, activation="tanh"), mf.Conv(2, activation="tanh")))
+    inputs = random_inputs(arch, 4, 0)
+    one, weight = torch.ones(1, dtype=torch.float64), normal((1, 1, 2, 2), 2)
+    network = mf.ParticleNetwork(arch, [one, one], [normal((1, 1, 2, 2), 1), weight], one[None], [None, None])
+    output = arch.readout_features(network.features(inputs)[-1]) / 4
+    q = 4 * output.square().sum()
+    penalty = mf.Penalty(source=1e-3, readout=1.0, input=1e-9)
+    network = with_readout(network, (-q / (2 * penalty.readout)).reshape(1, 1))
+    problem = mf.Problem(arch, inputs, network(inputs) - 4 * output, penalty=penalty)
+    many = measures.split(network, 0, 0, torch.full((320,), 1 / 320, dtype=torch.float64))
+    value = problem.value(many).item()
+    assert value == pytest.approx(problem.value(network).item(), rel=1e-12)
+    assert search_features(problem, output, many, starts=1, steps=1, rounds=1).bound == pytest.approx(value, rel=1e-12)
+
+
+@pytest.mark.parametrize("size", [1e-150, 1e-20, 1e150])
+def test_starts_from_patches_do_not_depend_on_the_size_of_images(size):
+    arch = mf.Architecture((1, 3, 3), (mf.Conv(2, activation="tanh"),))
+    drawn = []
+    for factor in (1.0, size):
+        problem = mf.Problem(arch, factor * random_inputs(arch, 4, 0), normal((4, 1), 1), penalty=WEAK)
+        drawn.append(search._Search(problem, normal((4, 1), 2), None, seeded(0), 4, 1)._drawn(6, patches=True))
+    torch.testing.assert_close(drawn[1].kernels[0], drawn[0].kernels[0], rtol=1e-12, atol=0)
 
 
 @given(architectures(sides=(2, 4), activations=("tanh", "identity")), st.sampled_from(["l2", "l1"]), seeds)

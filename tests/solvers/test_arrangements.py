@@ -299,3 +299,28 @@ def test_what_has_no_exact_optimum_is_refused(shape, strengths, text):
 
 def test_is_found_by_name_without_loading_the_others():
     assert mf.solvers.arrangements is arrangements
+
+
+@pytest.mark.parametrize(("images", "targets"), [(1e6, 1.0), (1e-2, 1e3), (1e-12, 1e-12), (1e12, 1e12), (1.0, 1e-9)])
+def test_sizes_of_images_and_targets_are_units(images, targets):
+    """F(a z x) = a F(z x): with lambda_1 a^2 and lambda_u b^2 the optimum is b^2 times that of a = b = 1."""
+    plain = one_layer()
+    penalty = mf.Penalty(input=PENALTY.input * images**2, readout=PENALTY.readout * targets**2)
+    scaled = mf.Problem(plain.architecture, images * plain.inputs, targets * plain.targets, penalty=penalty)
+    found = arrangements.solve(scaled)
+    assert found.status == "optimal"
+    assert -1e-12 <= (found.value - found.lower_bound) / found.value <= 1e-8
+    assert found.value == pytest.approx(targets**2 * certified(plain).value, rel=1e-8)
+    for row in found.history:
+        assert row["solver_value"] == pytest.approx(found.value, rel=1e-6)
+    gradient = scaled.loss.gradient(found.network(scaled.inputs), scaled.targets) / len(scaled.inputs)
+    torch.testing.assert_close(found.multipliers.output, gradient, rtol=1e-3, atol=1e-4 * targets)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(("images", "targets"), [(1e6, 1.0), (1e-2, 1e3), (1e3, 1e3)])
+def test_large_images_and_large_targets_at_fixed_penalties_are_solved(images, targets, bias):
+    """CLARABEL ended short of it at images x 1e6; x 0.01 with targets x 1000 came out far above a grid of kernels."""
+    plain = one_layer(bias=bias)
+    problem = mf.Problem(plain.architecture, images * plain.inputs, targets * plain.targets, penalty=PENALTY)
+    certified(problem, tolerance=1e-6)

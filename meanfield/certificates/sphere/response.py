@@ -106,10 +106,12 @@ def _merge_parallel(rows: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tens
 
 def unit(vectors: Tensor) -> Tensor:
     """Unit vectors along the last axis; zero vectors become the first axis."""
+    sizes = vectors.abs().amax(-1, keepdim=True)
+    vectors = vectors / sizes.where(sizes > 0, 1.0)  # squares of entries of 1e-170 would vanish
     lengths = vectors.norm(dim=-1, keepdim=True)
     first = torch.zeros_like(vectors)
     first[..., 0] = 1.0
-    return torch.where(lengths > 0, vectors / lengths.clamp_min(torch.finfo(vectors.dtype).tiny), first)
+    return torch.where(lengths > 0, vectors / lengths, first)
 
 
 def start_directions(response: Response, starts: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from meanfield.bench.classifiers import Classifier, Images, layers_of
-from meanfield.bench.distances import FeatureMeasure, linear_cka, median_distance, mmd, moments, sliced_wasserstein
+from meanfield.bench.distances import FeatureMeasure, debiased_cka, median_distance, mmd, moments, sliced_wasserstein
 from meanfield.bench.sweep import Cell, Row
 from meanfield.finite import evaluate
 from meanfield.grafting import Graft, Junction, layer_errors
@@ -234,6 +234,6 @@ def _compared(junction: Junction, probes: Tensor) -> Row:
     found |= {
         "mmd": discrepancy,
         "sliced_wasserstein": sliced / scale if scale > 0 else math.nan,
-        "cka": linear_cka(ours, theirs),
+        "cka": debiased_cka(ours, theirs),
     }
     return found

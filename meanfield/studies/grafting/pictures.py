@@ -33,7 +33,7 @@ METHODS = {"least_squares": "least squares", "transport": "transport", "adam": "
 DISTANCES = {
     "mmd": "MMD",
     "sliced_wasserstein": "sliced Wasserstein",
-    "cka": "linear CKA, a similarity",
+    "cka": "linear CKA, debiased, a similarity",
     "mean_difference": "difference of means",
     "log_variance_ratio": "ratio of variances",
 }

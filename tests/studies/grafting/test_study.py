@@ -250,7 +250,7 @@ def test_rows_say_what_grafts_do(tmp_path):
             float((ours - theirs).square().sum() / (theirs - theirs.mean(0)).square().sum()), rel=1e-4
         )
         assert row["error_linear1"] == row["output_error"]
-        assert 0 <= row["cka"] <= 1 + 1e-9
+        assert -1 - 1e-9 <= row["cka"] <= 1 + 1e-9
     assert rows[0]["upper_accuracy"] == evaluate(upper, images.held_out, images.held_out_labels).accuracy
     assert (rows[0]["lower_seed"], rows[0]["upper_seed"], rows[0]["lower_epoch"]) == (0, 1, 2)
 
