@@ -13,7 +13,11 @@ from meanfield.network import ParticleNetwork
 from meanfield.penalties import Penalty, input_norms, shrinkage_root
 from meanfield.validation import Misuse, finite
 
-BOUND_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-7}
+# The relative violation, of a bound or of any constraint of the convex program, up to which a network or a point counts
+# as feasible; solvers end at rounding.  float32: sums of 2^10 terms with one rounding each (2^-24) may be off by 6e-5.
+# float64: kernels that were kept in float32 once are off by 2^-24 = 6e-8.  J is then too low by at most this times the
+# multipliers of the bounds (times B).
+FEASIBLE = {torch.float32: 1e-4, torch.float64: 1e-7}
 
 
 class Terms(NamedTuple):
@@ -103,7 +107,7 @@ class Problem:
         """J, a 0-dimensional tensor; +inf where a bound is broken by more than rounding."""
         self._check_network(network)
         total = self.terms(network).total()
-        return total if self.excess(network) <= BOUND_TOLERANCE[network.dtype] else total + torch.inf
+        return total if self.excess(network) <= FEASIBLE[network.dtype] else total + torch.inf
 
     def excess(self, network: ParticleNetwork) -> float:
         """Largest relative excess over the bounds, 0 where they hold: max of (reached / bound - 1)."""
@@ -130,7 +134,7 @@ class Problem:
         """Refuse a network that breaks a bound, naming the bound and the value reached."""
         self._check_network(network)
         for name, reached, bound in self.bounds(network):
-            if reached > bound * (1 + BOUND_TOLERANCE[network.dtype]):
+            if reached > bound * (1 + FEASIBLE[network.dtype]):
                 raise Misuse(
                     name,
                     bound,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,13 +14,12 @@ from meanfield import measures
 from meanfield.convex import repopulation
 from meanfield.convex.basis import ConstraintBasis, Design
 from meanfield.convex.repopulation import ProgramPoint
+from meanfield.convex.restoration import BoundedRows, into_bounds, least_weighted, towards
 from meanfield.network import ParticleNetwork, along_axis
 from meanfield.penalties import perspective
-from meanfield.problem import Problem, Terms
+from meanfield.problem import FEASIBLE, Problem, Terms
 
 RESTORE_SWEEPS = 4
-# of the mean diagonal; the sweeps close what it leaves open
-RESTORE_RIDGE = {torch.float32: 1e-5, torch.float64: 1e-12}
 
 
 @dataclass(frozen=True, eq=False)
@@ -163,7 +163,7 @@ class ConvexProgram:
         """Largest violation of any constraint, relative to its own scale.
 
         Masses: |sum p - 1| and -p M.  Realisation: the largest |residual| over the largest |p_j g_j|, per layer.
-        Amplitude bound: the largest excess over B p_j, over B max p.
+        Bounds: the largest excess over B p_j, over B p_j (over B max p where p_j = 0), as `Problem.excess` has it.
         """
         found = [abs(float(p.sum()) - 1) for p in point.masses] + [-float(p.min()) * len(p) for p in point.masses]
         for layer in range(1, self.depth):
@@ -178,13 +178,28 @@ class ConvexProgram:
         if bound is None:
             return []
         reached = [self.problem.penalty.norms(point.kernels[layer - 1]).sum(1)] + ([] if bias is None else [bias.abs()])
-        return [float(((amount - bound * p) / (bound * p.max())).max()) for amount in reached]
+        return [float(((amount - bound * p) / (bound * torch.where(p > 0, p, p.max()))).max()) for amount in reached]
+
+    def admits(self, point: ProgramPoint) -> bool:
+        """Whether a solver may return the point: within `problem.FEASIBLE`, and its network's J is its value.
+
+        J takes every feature as the network computes it, so that a light feature which is off by much of itself, but by
+        little of its layer, is found out.
+        """
+        tolerance = FEASIBLE[point.readout.dtype]
+        if not self.violation(point) <= tolerance:
+            return False
+        value, judged = float(self.value(point)), float(self.problem.value(self.network(point)))
+        return abs(judged - value) <= tolerance * abs(value)
 
     def restore(self, point: ProgramPoint) -> ProgramPoint:
-        """A nearby point, on the same support, that meets the linear constraints to rounding where the support can.
+        """A nearby point, on the same support, that meets every constraint to rounding where the support can.
 
         Masses are clipped and normalised (uniform where none is left); every feature's kernels move by the least sum of
-        |dW_ij|^2 / min(p_i M, 1), so that massless features keep zero kernels and light ones move little.
+        |dW_ij|^2 / min(p_i M, 1), so that massless features keep zero kernels and light ones move little.  With an
+        amplitude bound each feature then moves inside it along its linear constraints, where its sources realise it
+        with less than B p_j; one that stays outside is mixed with its frozen kernels, where their sources have mass.
+        To the value this costs what the multipliers make of the distance, to second order at an optimum.
         """
         masses = tuple(_normalised(p.clamp_min(0)) for p in point.masses)
         alive = [(p > 0).to(p.dtype) for p in masses]
@@ -206,7 +221,7 @@ class ConvexProgram:
         scale = (source * len(source)).clamp_max(1).sqrt().repeat_interleave(conv.offsets)
         if conv.bias:
             scale = torch.cat([scale, scale.new_ones(1)])
-        solve = _least_weighted(basis.right, scale)
+        solve = least_weighted(basis.right, scale)
         kernels, biases = list(point.kernels), list(point.biases)
         for _ in range(RESTORE_SWEEPS):
             current = ProgramPoint(point.masses, tuple(kernels), point.readout, tuple(biases))
@@ -217,28 +232,46 @@ class ConvexProgram:
                 biases[layer - 1] = bias - step[:, -1]
                 step = step[:, :-1]
             kernels[layer - 1] = kernels[layer - 1] - step.reshape(kernels[layer - 1].shape)
+        bound = self.problem.penalty.amplitude_bound
+        if bound is not None:
+            rows = _joined(kernels[layer - 1], biases[layer - 1])
+            alive = torch.nonzero(target > 0).flatten()
+            unit = bound * target[alive, None]
+            rows[alive] = unit * self._bounded(layer, alive, rows[alive] / unit, solve, scale)
+            kernels[layer - 1], biases[layer - 1] = _parted(rows, kernels[layer - 1].shape, biases[layer - 1])
         return ProgramPoint(point.masses, tuple(kernels), point.readout, tuple(biases))
 
+    def _bounded(
+        self, layer: int, alive: Tensor, rows: Tensor, solve: Callable[[Tensor], Tensor], scale: Tensor
+    ) -> Tensor:
+        """Rows (W_j, B_j) / (B p_j) of the features `alive`, moved inside the bounds; their coordinates are right."""
+        kernel, bias = self.frozen.kernels[layer], self.frozen.biases[layer]
+        bounds = BoundedRows(self.problem.penalty, tuple(kernel.shape[1:]), scale, bias is not None)
+        rows = into_bounds(rows, self.basis(layer).right, solve, bounds)
+        anchors, own = self._anchors(layer)
+        anchors, own = anchors[alive], own[alive]
+        usable = own & ~(anchors[:, scale == 0] != 0).any(1) & (bounds.excess(rows) > FEASIBLE[rows.dtype])
+        return torch.where(usable[:, None], towards(rows, anchors, bounds), rows)
 
-def _least_weighted(right: Tensor, scale: Tensor) -> Callable[[Tensor], Tensor]:
-    """y (rows, rank) -> the rows x of least sum x^2 / scale^2 with x right = y, columns of scale 0 staying 0.
+    def _anchors(self, layer: int) -> tuple[Tensor, Tensor]:
+        """The frozen network's rows (w_ij p_i, b_j) / B, and which realise their g_j: those of candidates need not."""
+        source, bias, g = self.frozen.masses[layer - 1], self.frozen.biases[layer], self.preactivations[layer]
+        flows = self.frozen.kernels[layer] * source[None, :, None, None]
+        error = self.problem.architecture.layers[layer].convolve(self.features[layer - 1], flows, bias) - g
+        size = lambda maps: maps.abs().amax((0, 2, 3))  # noqa: E731
+        realised = size(error) <= FEASIBLE[g.dtype] * size(g)
+        return _joined(flows, bias) / (self.problem.penalty.amplitude_bound or math.inf), realised
 
-    A Cholesky factor of the smaller Gram matrix of the scaled basis, with a ridge that repeated use closes.
-    """
-    alive = torch.nonzero(scale > 0).flatten()
-    rows = right[alive] * scale[alive, None]  # (alive columns, rank)
-    few = rows.shape[0] < rows.shape[1]
-    gram = rows @ rows.T if few else rows.T @ rows
-    ridge = RESTORE_RIDGE[gram.dtype] * gram.diagonal().mean()
-    factor = torch.linalg.cholesky_ex(gram + ridge * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)).L
 
-    def solve(wanted: Tensor) -> Tensor:
-        step = wanted.new_zeros(len(wanted), len(scale))
-        chosen = torch.cholesky_solve(rows @ wanted.T, factor) if few else rows @ torch.cholesky_solve(wanted.T, factor)
-        step[:, alive] = chosen.T * scale[alive]
-        return step
+def _joined(kernels: Tensor, bias: Tensor | None) -> Tensor:
+    """(W_j, B_j) as rows (M_l, columns)."""
+    rows = kernels.flatten(1)
+    return rows.clone() if bias is None else torch.cat([rows, bias[:, None]], 1)
 
-    return solve
+
+def _parted(rows: Tensor, shape: torch.Size, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """What `_joined` joined."""
+    return (rows.reshape(shape), None) if bias is None else (rows[:, :-1].reshape(shape), rows[:, -1])
 
 
 def _normalised(masses: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from meanfield import certificates, validation
 from meanfield.certificates import Multipliers
 from meanfield.convex.program import ConvexProgram
 from meanfield.convex.repopulation import ProgramPoint
-from meanfield.solvers.solution import Solution, message
+from meanfield.solvers.solution import Solution, message, proven
 
 SOLVERS: dict[str, dict[str, Any]] = {
     "CLARABEL": {"tol_gap_abs": 1e-9, "tol_gap_rel": 1e-9, "tol_feas": 1e-9},
@@ -27,13 +27,16 @@ SECOND_ATTEMPT: dict[str, dict[str, Any]] = {"CLARABEL": {"static_regularization
 MASS_FLOOR = 1e-7  # interior-point solvers leave a little mass on every particle; below this share of 1/M it is dropped
 
 
-def solve(program: ConvexProgram, solver: str = "CLARABEL", **options: Any) -> Solution:
+def solve(program: ConvexProgram, solver: str = "CLARABEL", *, tolerance: float = 1e-6, **options: Any) -> Solution:
     """Solve the convex program with cvxpy; options go to the cvxpy solver (defaults in SOLVERS).
 
-    The point is cleaned (masses below MASS_FLOOR / M dropped if that does not raise the value) and restored to the
-    linear constraints; the gap comes from `certificates` with the solver's own multipliers.
+    The point is cleaned (masses below MASS_FLOOR / M dropped if that does not raise the value), restored to the
+    constraints, and returned if the program admits it and it is below the frozen network, which is returned otherwise.
+    The gap comes from `certificates` with the solver's own multipliers; the status is "optimal" where the relative gap
+    is within `tolerance`, whatever the solver says of itself.
     """
     validation.one_of(solver, SOLVERS, "solver")
+    validation.positive(tolerance, "tolerance")
     began = time.perf_counter()
     model = _Model(program.to(dtype=torch.float64, device="cpu"))
     settings = {**SOLVERS[solver], **options}
@@ -42,7 +45,7 @@ def solve(program: ConvexProgram, solver: str = "CLARABEL", **options: Any) -> S
         status = _attempt(model, solver, {**SECOND_ATTEMPT[solver], **settings})
     if model.masses[0].value is None:
         return _failed(program, f"{solver} ended as {status}", began)
-    return _certified(program, model, f"{solver} ended as {status}", status == cp.OPTIMAL, began)
+    return _certified(program, model, f"{solver} ended as {status}", tolerance, began)
 
 
 def _attempt(model: _Model, solver: str, settings: dict[str, Any]) -> str:
@@ -56,16 +59,16 @@ def _attempt(model: _Model, solver: str, settings: dict[str, Any]) -> str:
     return str(model.problem.status)
 
 
-def _certified(program: ConvexProgram, model: _Model, detail: str, optimal: bool, began: float) -> Solution:
-    exact = model.program
+def _certified(program: ConvexProgram, model: _Model, detail: str, tolerance: float, began: float) -> Solution:
     # the sign of cvxpy's equality duals differs between formulations: try both
     duals = [model.multipliers(sign) for sign in (1.0, -1.0)]
-    judged = [(certificates.certify(exact, point, *duals), point) for point in _cleaned(exact, model.point())]
-    feasible = [pair for pair in judged if pair[0].violation < 1e-7] or judged
-    certificate, point = min(feasible, key=lambda pair: pair[0].value)
-    best = max(duals, key=lambda dual: certificates.dual_value(exact, dual))
-    status = "optimal" if optimal else "inaccurate"
-    point = point.map(lambda tensor: tensor.to(program.features[0]))
+    found = model.point().map(lambda tensor: tensor.to(program.features[0]))
+    points = [program.point(program.frozen), *filter(program.admits, _cleaned(program, found))]
+    judged = [(certificates.certify(program, point, *duals), point) for point in points]
+    certificate, point = min(judged, key=lambda pair: pair[0].value)
+    best = max(duals, key=lambda dual: certificates.dual_value(model.program, dual))
+    status = "optimal" if proven(certificate, tolerance) else "inaccurate"
+    detail += f", relative gap {certificate.relative_gap:.2g}"
     return Solution(
         value=certificate.value,
         gap=certificate.gap,

@@ -53,6 +53,13 @@ class Solution:
         return self.gap / max(abs(self.value), 1e-300)
 
 
+def proven(certificate: Certificate, tolerance: float) -> bool:
+    """Whether the certificate alone makes its point optimal to a relative `tolerance`: nothing else earns the status
+    "optimal".  A gap as far below zero is no proof: it tells of rounding, or of constraints that the point breaks.
+    """
+    return abs(certificate.relative_gap) <= tolerance
+
+
 def message(status: str, detail: str = "") -> str:
     """The text of a status, with a detail in front."""
     text = STATUS_TEXTS[status]

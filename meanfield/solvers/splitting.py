@@ -33,7 +33,7 @@ from meanfield.convex.program import ConvexProgram
 from meanfield.convex.repopulation import ProgramPoint
 from meanfield.penalties import Penalty, cone_projection, row_prox
 from meanfield.solvers.acceleration import Anderson
-from meanfield.solvers.solution import Solution, message
+from meanfield.solvers.solution import Solution, message, proven
 
 Key = tuple[str, int]
 Blocks = dict[Key, Tensor]
@@ -86,7 +86,6 @@ class _Run:
     def __post_init__(self) -> None:
         self.began, self.cpu_began = time.perf_counter(), time.process_time()
         self.exact = self.program.to(dtype=torch.float64)
-        self.feasible = 1e-3 if self.program.features[0].dtype == torch.float32 else 1e-8
         self.history: list[dict[str, Any]] = []
         self.point = self.program.point(self.program.frozen)
         self.multipliers = certificates.stationary_multipliers(self.exact, self.point.map(Tensor.double))
@@ -137,7 +136,7 @@ class _Run:
             self.multipliers = multipliers
         dual = max(found.dual_value, self.certificate.dual_value)
         value, violation = self.certificate.value, self.certificate.violation
-        if found.violation <= self.feasible and found.value < value:
+        if found.value < value and self.program.admits(point):
             self.point, value, violation = point, found.value, found.violation
         self.certificate = Certificate(value, dual, value - dual, violation)
         primal, drift = self.splitting.residuals()
@@ -155,7 +154,7 @@ class _Run:
         self.history.append(row)
         if self.callback is not None:
             self.callback(row)
-        return self.certificate.relative_gap <= self.tolerance
+        return proven(self.certificate, self.tolerance)
 
     def solution(self, status: str) -> Solution:
         detail = f"relative gap {self.certificate.relative_gap:.2g}"
