@@ -237,7 +237,7 @@ def _repaired_output(program: ConvexProgram, output: Tensor) -> tuple[Tensor, Te
         if not bool(q.any()):
             return allowed, _lengths(q)
         output = 2 * allowed - unseen  # reflected: where the two sets meet in more than a corner, this ends
-    return torch.zeros_like(output), _lengths(torch.zeros_like(q))
+    return torch.zeros_like(output), output.new_zeros(features.shape[1])
 
 
 def _rounding(features: Tensor) -> float:
