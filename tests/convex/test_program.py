@@ -329,6 +329,21 @@ def test_restore_falls_back_on_the_frozen_kernels_where_nothing_else_is_inside()
     torch.testing.assert_close(found, torch.where((reached > 1)[:, None], rows, off), rtol=1e-12, atol=0)
 
 
+def test_a_source_that_lost_its_mass_gets_what_its_features_need():
+    """No source penalty: a solver leaves all the mass with one source, and the kernels of the other need some."""
+    program = bounded_program(width=(2, 3), slack=1.5)
+    point = program.point(program.frozen)
+    lost = replace(point, masses=(torch.tensor([1.0, 0.0], dtype=torch.float64), point.masses[1]))
+    restored = program.restore(lost)
+    assert not program.admits(restored)
+    found = program.admitted(lost)
+    assert program.violation(found) < 1e-10
+    share = program.violation(restored)
+    assert any(float(found.masses[0][1]) == pytest.approx(share * part / 2, rel=1e-9) for part in (1.0, 1e-2, 1e-4))
+    # an admitted point is returned as it is restored
+    assert torch.equal(program.admitted(point).vector(), program.restore(point).vector())
+
+
 @given(cases())
 def test_network_of_the_point_is_the_frozen_network(case):
     program = case.freeze

@@ -92,12 +92,16 @@ def after_a_flow(seed):
 
 
 @pytest.mark.slow
-def test_a_program_frozen_after_a_flow_is_solved_and_not_its_start_returned():
-    problem, network = after_a_flow(0)
-    solution = splitting.solve(mf.ConvexProgram.freeze(problem, network), max_iterations=2000)
-    assert solution.status == "optimal"
+@pytest.mark.parametrize("seed", [0, 4, 5])
+def test_a_program_frozen_after_a_flow_is_solved_and_not_its_start_returned(seed):
+    """Sources of mass 1e-10 realise 1e-8 to 1e-6 of the features: the splitting takes all their mass."""
+    problem, network = after_a_flow(seed)
+    solution, theirs = (
+        solve(mf.ConvexProgram.freeze(problem, network)) for solve in (splitting.solve, reference.solve)
+    )
+    assert -theirs.gap <= solution.value - theirs.value <= 2e-5 * theirs.value
     assert solution.value < 0.9 * problem.value(network).item()
-    # two of eight sources keep mass and realise the features to 2e-8: admitted, but J is the value no better than that
+    # such a support may realise its features to FEASIBLE only: J is the value no better than that
     judge(problem, solution, FEASIBLE)
 
 
