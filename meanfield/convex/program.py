@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -20,6 +20,7 @@ from meanfield.penalties import perspective
 from meanfield.problem import FEASIBLE, Problem, Terms
 
 RESTORE_SWEEPS = 4
+REVIVED_SHARES = (1.0, 1e-2, 1e-4)  # of the violation that the lack of sources leaves
 
 
 @dataclass(frozen=True, eq=False)
@@ -192,6 +193,22 @@ class ConvexProgram:
         value, judged = float(self.value(point)), float(self.problem.value(self.network(point)))
         return abs(judged - value) <= tolerance * abs(value)
 
+    def admitted(self, point: ProgramPoint) -> ProgramPoint | None:
+        """The best restored point that a solver may return, or None.
+
+        A solver can take all mass off sources that the features need a little: no restoration on this support meets
+        the constraints.  Then all features share a mass s, which costs price s + lambda_s (lack)^2 / s: convex in s, so
+        that a few shares, some powers of ten apart, find what it is worth.
+        """
+        restored = self.restore(point)
+        if self.admits(restored):
+            return restored
+        lack = self.violation(restored)
+        if not lack <= 1:
+            return None
+        revived = (self.restore(_spread(point, share * lack)) for share in REVIVED_SHARES)
+        return min(filter(self.admits, revived), key=lambda each: float(self.value(each)), default=None)
+
     def restore(self, point: ProgramPoint) -> ProgramPoint:
         """A nearby point, on the same support, that meets every constraint to rounding where the support can.
 
@@ -272,6 +289,12 @@ def _joined(kernels: Tensor, bias: Tensor | None) -> Tensor:
 def _parted(rows: Tensor, shape: torch.Size, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """What `_joined` joined."""
     return (rows.reshape(shape), None) if bias is None else (rows[:, :-1].reshape(shape), rows[:, -1])
+
+
+def _spread(point: ProgramPoint, share: float) -> ProgramPoint:
+    """The point with a share of the mass of every layer spread evenly."""
+    masses = (_normalised(p.clamp_min(0)) for p in point.masses)
+    return replace(point, masses=tuple((1 - share) * p + share / len(p) for p in masses))
 
 
 def _normalised(masses: Tensor) -> Tensor:

@@ -63,7 +63,7 @@ def _certified(program: ConvexProgram, model: _Model, detail: str, tolerance: fl
     # the sign of cvxpy's equality duals differs between formulations: try both
     duals = [model.multipliers(sign) for sign in (1.0, -1.0)]
     found = model.point().map(lambda tensor: tensor.to(program.features[0]))
-    points = [program.point(program.frozen), *filter(program.admits, _cleaned(program, found))]
+    points = [program.point(program.frozen), *_cleaned(program, found)]
     judged = [(certificates.certify(program, point, *duals), point) for point in points]
     certificate, point = min(judged, key=lambda pair: pair[0].value)
     best = max(duals, key=lambda dual: certificates.dual_value(model.program, dual))
@@ -99,9 +99,10 @@ def _failed(program: ConvexProgram, detail: str, began: float) -> Solution:
 
 
 def _cleaned(program: ConvexProgram, point: ProgramPoint) -> list[ProgramPoint]:
-    """The restored point as it is, and without its lightest particles."""
+    """The restored point as it is, and without its lightest particles, where the program admits them."""
     lighter = tuple(torch.where(p > MASS_FLOOR / len(p), p, 0.0) for p in point.masses)
-    return [program.restore(point), program.restore(replace(point, masses=lighter))]
+    found = [program.admitted(each) for each in (point, replace(point, masses=lighter))]
+    return [each for each in found if each is not None]
 
 
 class _Model:

@@ -130,13 +130,13 @@ class _Run:
 
     def check(self, iteration: int) -> bool:
         """Certify the current iterate; True once the relative gap is below the tolerance."""
-        point, multipliers = self.program.restore(self.splitting.point()), self.splitting.multipliers()
-        found = certificates.certify(self.exact, point, multipliers)
+        point, multipliers = self.program.admitted(self.splitting.point()), self.splitting.multipliers()
+        found = certificates.certify(self.exact, self.point if point is None else point, multipliers)
         if found.dual_value > self.certificate.dual_value:
             self.multipliers = multipliers
         dual = max(found.dual_value, self.certificate.dual_value)
         value, violation = self.certificate.value, self.certificate.violation
-        if found.value < value and self.program.admits(point):
+        if point is not None and found.value < value:
             self.point, value, violation = point, found.value, found.violation
         self.certificate = Certificate(value, dual, value - dual, violation)
         primal, drift = self.splitting.residuals()

@@ -255,6 +255,95 @@ def test_restore_clips_negative_masses():
     assert program.violation(restored) < 1e-10
 
 
+@given(
+    cases(archs=roomy, bounds=(1.01,), zero_mass=(False, True)),
+    st.sampled_from([1e-8, 1e-6, 1e-4, 1e-2]),
+    st.booleans(),
+)
+def test_restore_ends_inside_every_constraint(case, size, dead):
+    """Kernels beyond their bound by `size`, a hundredth inside or not realised at all: masses may be new, or gone."""
+    program = case.freeze
+    point = program.point(case.network)
+    bound = program.problem.penalty.amplitude_bound
+    masses = [random_masses(len(p), case.seed + k) * (p > 0) for k, p in enumerate(point.masses)]
+    if dead:  # a source without mass takes its anchor away, so that only the linear constraints may stay open
+        masses[0][0] = 0.0
+    masses = tuple(p / p.sum() for p in masses) if all(float(p.sum()) > 0 for p in masses) else point.masses
+    kernels = tuple(
+        (1 + size) * W / p.clamp_min(1e-300)[:, None, None, None] * q[:, None, None, None]
+        for W, p, q in zip(point.kernels, point.masses[1:], masses[1:])
+    )
+    restored = program.restore(replace(point, masses=masses, kernels=kernels))
+    alive = restored.masses[1] > 0
+    reached = program.problem.penalty.norms(restored.kernels[0]).sum(1)
+    if restored.biases[0] is not None:
+        reached = torch.maximum(reached, restored.biases[0].abs())
+    if not dead:
+        assert program.violation(restored) < 1e-10
+        assert (reached[alive] <= bound * restored.masses[1][alive] * (1 + 1e-10)).all()
+        assert program.admits(restored)
+    assert all(torch.equal(a > 0, b > 0) for a, b in zip(restored.masses, masses))
+    for W, target, source in zip(restored.kernels, restored.masses[1:], restored.masses[:-1]):
+        assert not bool(W[target == 0].any())
+        assert not bool(W[:, source == 0].any())
+
+
+def crossing_program():
+    """One tanh layer pair where the images leave some freedom, bound at what the frozen network reaches."""
+    return bounded_program(slack=1.0, width=(6, 3), count=1)
+
+
+def test_restore_brings_a_point_that_realises_its_features_back_inside_the_bound():
+    """A step along the null space that raises the amplitude by 1e-7 to 1e-3, as a solver's point would be off."""
+    program = crossing_program()
+    point, right = program.point(program.frozen), program.basis(1).right
+    rows = torch.cat([point.kernels[0].flatten(1), point.biases[0][:, None]], 1)
+    step = normal(rows.shape, 3)
+    step = step - (step @ right) @ right.T
+    assert right.shape[1] < right.shape[0]
+    slope = (point.kernels[0] * step[:, :-1].reshape(point.kernels[0].shape)).sum((1, 2, 3)).sign()[:, None]
+    for size in (1e-7, 1e-5, 1e-3):
+        moved = rows + size * slope * step
+        moved = replace(
+            point, kernels=(moved[:, :-1].reshape(point.kernels[0].shape),), biases=(moved[:, -1].contiguous(),)
+        )
+        restored = program.restore(moved)
+        assert program.violation(restored) < 1e-12
+        assert program.admits(restored)
+
+
+def test_restore_falls_back_on_the_frozen_kernels_where_nothing_else_is_inside():
+    """As many constraints as columns fix every kernel: those that rounding, here 1e-5, left outside become the frozen
+    ones, and no other.
+    """
+    program = bounded_program(slack=1.0, width=(2, 3))
+    point = program.point(program.frozen)
+    rows = torch.cat([point.kernels[0].flatten(1), point.biases[0][:, None]], 1)
+    rows = rows / (program.problem.penalty.amplitude_bound * point.masses[1][:, None])
+    off = (1 + 1e-5) * rows
+    reached = torch.maximum(program.problem.penalty.norms(off[:, :-1].reshape(3, 2, 2, 2)).sum(1), off[:, -1].abs())
+    fixed = torch.eye(rows.shape[1], dtype=torch.float64)
+    program._bases[1] = program.basis(1)._replace(right=fixed)
+    found = program._bounded(1, torch.arange(3), off, torch.clone, fixed.diagonal())
+    assert 0 < int((reached > 1).sum()) < 3
+    torch.testing.assert_close(found, torch.where((reached > 1)[:, None], rows, off), rtol=1e-12, atol=0)
+
+
+def test_a_source_that_lost_its_mass_gets_what_its_features_need():
+    """No source penalty: a solver leaves all the mass with one source, and the kernels of the other need some."""
+    program = bounded_program(width=(2, 3), slack=1.5)
+    point = program.point(program.frozen)
+    lost = replace(point, masses=(torch.tensor([1.0, 0.0], dtype=torch.float64), point.masses[1]))
+    restored = program.restore(lost)
+    assert not program.admits(restored)
+    found = program.admitted(lost)
+    assert program.violation(found) < 1e-10
+    share = program.violation(restored)
+    assert any(float(found.masses[0][1]) == pytest.approx(share * part / 2, rel=1e-9) for part in (1.0, 1e-2, 1e-4))
+    # an admitted point is returned as it is restored
+    assert torch.equal(program.admitted(point).vector(), program.restore(point).vector())
+
+
 @given(cases())
 def test_network_of_the_point_is_the_frozen_network(case):
     program = case.freeze
