@@ -128,10 +128,11 @@ def segments(
 ) -> Segments:
     """`function` at `times` inner points of the straight lines between all pairs of `points` (count, d).
 
-    rounding(point) bounds the float error of function(point); default `rounding_of_sums`.
+    rounding(point) bounds the float error of function(point); default `rounding_of_sums`.  ValueError as in `falsify`.
     """
     if points.ndim != 2 or len(points) < 2:
         raise ValueError(f"points has shape {tuple(points.shape)}; expected (count, d) with at least two points")
+    function = _finite_only(function)
     bound = rounding if rounding is not None else lambda point: rounding_of_sums(function, point)
     inner = torch.linspace(0, 1, integer(times, "times") + 2, dtype=points.dtype, device=points.device)[1:-1]
     ends = torch.stack([function(point) for point in points])
@@ -262,8 +263,9 @@ def falsify(
     feasible_sampler(generator) draws one point (d,) of a CONVEX feasible set.  A restart draws a few and moves two
     points through their convex hull by gradient ascent, so that nothing needs to be known of the constraints.  budget:
     evaluations of the function, three to a step.  The best witness of all restarts is returned whether it proves
-    anything or not.
+    anything or not.  ValueError names a point at which the function is not finite: no comparison with it says anything.
     """
+    function = _finite_only(function)
     bound = rounding if rounding is not None else lambda point: rounding_of_sums(function, point)
     generator = torch.Generator().manual_seed(seed)
     restarts = max(1, integer(budget, "budget") // (3 * (ASCENT_STEPS + 1)))
@@ -275,6 +277,21 @@ def falsify(
         best = found if best is None or _score(found) > _score(best) else best
     assert best is not None
     return Falsification(best, reached, 3 * restarts * (ASCENT_STEPS + 1))
+
+
+def _finite_only(function: Function) -> Function:
+    """The function, refusing values that are not finite."""
+
+    def checked(point: Tensor) -> Tensor:
+        value = function(point)
+        if not bool(torch.isfinite(value)):
+            raise ValueError(
+                f"function is {float(value.detach()):g} at the feasible point {point.detach().tolist()}; whether it is "
+                "convex can only be judged where it is finite"
+            )
+        return value
+
+    return checked
 
 
 def _score(witness: Witness) -> tuple[bool, float]:

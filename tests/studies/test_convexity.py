@@ -3,6 +3,7 @@ against its own checks.
 """
 
 import math
+import re
 
 import pytest
 import torch
@@ -118,6 +119,17 @@ def test_falsify_stays_inside_the_hull_of_what_the_sampler_gives():
     stacked = torch.stack(seen)
     assert float(stacked.min()) >= 0
     assert float(stacked.max()) <= 1
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_values_that_are_not_finite_are_refused_with_the_point(bad):
+    """NaN is below no chord and above none: it said falsified False, and convex False of lines."""
+    function = lambda x: torch.where(x[0] > 0.5, bad * torch.ones(()).double(), x.square().sum())  # noqa: E731
+    expected = re.escape(f"function is {bad:g} at the feasible point [0.") + ".*judged where it is finite"
+    with pytest.raises(ValueError, match=expected):
+        convexity.falsify(function, lambda g: torch.rand(2, generator=g, dtype=torch.float64), 300)
+    with pytest.raises(ValueError, match=expected):
+        convexity.segments(function, torch.tensor([[0.0, 0.0], [0.9, 0.0]], dtype=torch.float64))
 
 
 def test_a_witness_survives_its_file(tmp_path):
