@@ -87,11 +87,9 @@ def _tangent(network: ParticleNetwork, gradients: list[Tensor], masses: bool) ->
         gradients[2 * depth + 1 :],
     )
     rates: list[Tensor | None] = [q @ slope - slope if masses else None for slope, q in zip(slopes, p)]
-    kernels = [
-        -kernel
-        / (target[:, None, None, None] if source is None else target[:, None, None, None] * source[None, :, None, None])
-        for kernel, target, source in zip(kernels, p, (None, *p[:-1]))
-    ]
+    kernels = [-kernel / target[:, None, None, None] for kernel, target in zip(kernels, p)]
+    for layer in range(1, depth):  # one mass after the other: their product may underflow
+        kernels[layer] = kernels[layer] / p[layer - 1][None, :, None, None]
     biases = [None if bias is None else -rest.pop(0) / target for bias, target in zip(network.biases, p)]
     return Tangent(rates, kernels, -readout / p[-1].reshape(1, -1, *[1] * (readout.ndim - 2)), biases)
 

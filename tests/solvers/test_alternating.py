@@ -108,7 +108,8 @@ def test_clones_enter_as_candidates_and_never_raise_the_value():
         alternating.solve(problem, network, clones=clones, **{**OPTIONS, "rounds": 1}) for clones in (None, (3, 2))
     )
     assert grown.history[0]["flow_value"] == plain.history[0]["flow_value"]
-    assert grown.value <= plain.value + plain.gap + grown.gap
+    rounding = 8 * torch.finfo(torch.float64).eps * plain.value  # of two sums; both gaps can be exactly zero
+    assert grown.value <= plain.value + plain.gap + grown.gap + rounding
     assert grown.value <= grown.history[0]["flow_value"]
     assert [m - n for m, n in zip(mf.measures.extend(network, (3, 2), 0.3, seeded(0)).widths, network.widths)] == [
         3,

@@ -498,3 +498,20 @@ def test_a_huge_step_is_a_status_and_not_an_exception(descent, options, bounds):
     assert math.isfinite(solution.value)
     assert solution.value <= problem.value(network).item() * (1 + 4 * EPS)
     assert solution.gap >= -1e-9
+
+
+def test_light_particles_of_both_layers_flow_in_float32_as_in_float64():
+    """The product of two masses of 1e-24 is no float32: their rates were 0 / 0 and the flow ended at its start."""
+    arch = mf.Architecture((1, 3, 3), (mf.Conv(2, activation="tanh"), mf.Conv(2, activation="tanh")))
+    values = []
+    for dtype in (torch.float32, torch.float64):
+        drawn = random_network(arch, (4, 3), 0, dtype)
+        masses = [torch.cat([p.new_tensor([1e-24]), p[1:] / p[1:].sum()]) for p in drawn.masses]
+        network = mf.ParticleNetwork(arch, masses, drawn.kernels, drawn.readout, drawn.biases)
+        problem = mf.Problem(arch, random_inputs(arch, 4, 0, dtype), random_targets("squared", 1, 4, 0))
+        solution = flow.solve(problem, network, steps=50)
+        assert solution.status == "max_iterations"
+        assert all(math.isfinite(row["speed"]) for row in solution.history)
+        values.append(solution.value)
+    assert values[0] == pytest.approx(values[1], rel=1e-5)
+    assert values[0] < 0.1 * solution.history[0]["value"]
