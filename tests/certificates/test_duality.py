@@ -376,3 +376,15 @@ def test_the_dual_value_without_readout_penalty_is_tight_where_the_domain_leaves
         r = problem.loss.gradient((best.x * f)[:, None], problem.targets) / 4
         found = dual_value(mf.ConvexProgram.freeze(problem, network), Multipliers(r, ()))
         assert found == pytest.approx(best.fun, rel=1e-12)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_multipliers_that_are_no_numbers_bound_nothing(bad):
+    """As a solver's overflow in float32 leaves them; a gap of NaN is above no tolerance and below none."""
+    problem, network = roomy_case()
+    program = mf.ConvexProgram.freeze(problem, network)
+    good = random_multipliers(program, 0, 0.03)
+    broken = good.map(lambda t: t * bad)
+    assert dual_value(program, broken) == -np.inf
+    certificate = certify(program, program.point(network), broken, good)
+    assert certificate.dual_value == dual_value(program, good)
