@@ -100,7 +100,8 @@ def test_a_program_frozen_after_a_flow_is_solved_and_not_its_start_returned(seed
         solve(mf.ConvexProgram.freeze(problem, network)) for solve in (splitting.solve, reference.solve)
     )
     assert -theirs.gap <= solution.value - theirs.value <= 2e-5 * theirs.value
-    assert solution.value < 0.9 * problem.value(network).item()
+    # proven to have gone a thousandth short of the way from the start to the optimum, at most
+    assert solution.gap < 1e-3 * (problem.value(network).item() - solution.value)
     # such a support may realise its features to FEASIBLE only: J is the value no better than that
     judge(problem, solution, FEASIBLE)
 
