@@ -240,8 +240,8 @@ def widths(found: dict[str, Any]) -> list[Table]:
     """Seconds per step, and the overhead of a sweep."""
     settings, step, cost = found["made"]["settings"], found["step"], found["sweep"]
     title = (
-        f"one training step, {settings['samples']} images 8x8, two layers of {settings['width']}, "
-        f"{settings['dtype']}, one thread"
+        f"one training step, {settings['samples']} images 8x8, two layers of {settings['width']}, {settings['dtype']}, "
+        "one thread"
     )
     steps = Table("step", "CPU ms, median", "finite.train / it", title=title)
     ratios = {"plain": step["ratio"], "plain with penalties": step["ratio_with_penalties"]}
