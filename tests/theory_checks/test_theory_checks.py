@@ -329,10 +329,17 @@ def test_claims_are_listed_and_not_measured(capsys, monkeypatch):
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["invariances.particles", CHEAP]
 
 
+def heeds_ctrl_c():
+    """A shell lets what it starts in the background ignore SIGINT, and that is inherited."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def test_ctrl_c_ends_with_130_and_says_how_to_go_on(tmp_path):
     command = [sys.executable, "-m", "theory_checks", "--jobs", "1", "--seeds", "99", "--out", str(tmp_path)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen([*command, "--only", CHEAP], stderr=subprocess.PIPE, text=True, env=environment)
+    process = subprocess.Popen(
+        [*command, "--only", CHEAP], stderr=subprocess.PIPE, text=True, env=environment, preexec_fn=heeds_ctrl_c
+    )
     while process.poll() is None and len(list(tmp_path.glob("cells/*.json"))) < 2:
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
