@@ -19,7 +19,7 @@ from cyclopts import App, CycloptsError, Parameter
 
 from meanfield import __version__
 from meanfield.bench.options import FLAT, OUTPUT, WORK, Jobs, Out, Quiet, Seed, Settings, choice, flag, option, spelled
-from meanfield.validation import Misuse
+from meanfield.validation import Misuse, one_of
 
 if TYPE_CHECKING:
     from meanfield.bench.study import Study
@@ -181,7 +181,6 @@ def run_study(study: Study, options: StudyOptions, subject: Any, *program: str) 
     What is finished is kept: the same command goes on where it was stopped.
     """
     from meanfield.bench.provenance import Provenance
-    from meanfield.validation import one_of
 
     sizes = study.sizes[one_of(options.size, study.sizes, "size")]
     plan = study.plan(subject, sizes, options.seed, options.part)

@@ -102,7 +102,7 @@ class Study:
 
     @property
     def _all(self) -> dict[str, Part]:
-        return {**self.groundwork, **self.parts}
+        return {**self.parts, **self.groundwork}
 
     def summary(self, tables: Tables) -> dict[str, Any]:
         """The figures that the study is for, from whichever tables there are."""
@@ -122,9 +122,7 @@ class Study:
 
     def page(self, found: Found, tables: Tables, made: Provenance) -> html.Page:
         """The sections of the parts that there are, groundwork after the others."""
-        groundwork = [each for name, each in self.groundwork.items() if tables.get(name)]
-        there = [each for each in self._there(tables) if each not in groundwork] + groundwork
-        sections = [write(found, tables) for part in there for write in part.sections]
+        sections = [write(found, tables) for part in self._there(tables) for write in part.sections]
         return html.Page(self.title, self.claim(found), [*sections, *self.closing], asdict(made))
 
     def _there(self, tables: Tables) -> list[Part]:
