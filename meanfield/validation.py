@@ -64,6 +64,11 @@ def positive(value: Any, argument: str) -> float:
     return float(value)
 
 
+def seconds(value: Any, argument: str) -> float:
+    """A time of at least 0, infinity included."""
+    return math.inf if value == math.inf else nonnegative(value, argument)
+
+
 def widths(value: Any, layers: int, argument: str = "widths") -> tuple[int, ...]:
     """One positive integer per convolutional layer."""
     if isinstance(value, (str, bytes)) or not isinstance(value, Iterable):

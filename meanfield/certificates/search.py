@@ -25,7 +25,7 @@ import torch
 from scipy.optimize import minimize
 from torch import Tensor
 
-from meanfield import validation
+from meanfield import limits, validation
 from meanfield.architecture import ACTIVATIONS, Architecture
 from meanfield.certificates import concave, sphere
 from meanfield.certificates.compositions import (
@@ -249,18 +249,19 @@ class _Search:
         responses = torch.cat([part.responses(self.problem, self.output) for part in kept])
 
         def gaps(x: np.ndarray) -> np.ndarray:
+            limits.look()
             gamma = torch.cat([part.costs(self.problem, [float(m) for m in x[1:-1]]) for part in kept])
             return (x[-1] - x[0] ** 2 * responses / (4 * self.problem.penalty.readout) + gamma).numpy(force=True)
 
         unit = abs(self._bound(scale, mu)) or 1.0
         objective = lambda x: (self._conjugate(float(x[0])) + float(x[1:].sum())) / unit  # noqa: E731
         start = np.array([scale, *mu, self._worst(scale, mu)])
-        limits = [(0.0, self.scale_limit), *[(0.0, None)] * len(mu), (0.0, None)]
+        ranges = [(0.0, self.scale_limit), *[(0.0, None)] * len(mu), (0.0, None)]
         answer = minimize(
             objective,
             start,
             method="SLSQP",
-            bounds=limits,
+            bounds=ranges,
             constraints={"type": "ineq", "fun": lambda x: gaps(x) / unit},
         )
         candidates = [
@@ -334,6 +335,7 @@ class _Search:
         best: list[Tensor] = []
         top = torch.full((len(begun),), -torch.inf, dtype=torch.float64, device=leaves[0].device)
         for _ in range(self.steps):
+            limits.look()
             current = with_tensors(begun, leaves)
             scores = self._merit(current, scale, mu, level)
             better = scores.detach() > top

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from meanfield import validation
+from meanfield import limits, validation
 from meanfield.finite.checkpoints import StateFile, digest, ended
 from meanfield.finite.network import SCALINGS, FiniteCNN
 from meanfield.network import ParticleNetwork
@@ -48,6 +48,7 @@ BLOW_UP = 1e6  # a run whose J exceeds this many times its start (and 1) is take
 STATUS_TEXTS = {
     "completed": "all steps were taken",
     "interrupted": "stopped by the user; the best network so far is kept",
+    "max_seconds": "stopped at the time limit; the best network so far is kept",
     "diverged": "the objective left all bounds; the best network so far is kept, lower the learning rate",
 }
 
@@ -119,8 +120,8 @@ def train(
     callback: called with every record of the history; after a resumption from the saved step on.
 
     The bounds of the penalty hold at every step: parameters are projected on them.  A start that breaks a bound is
-    projected if it is random and refused (ValueError) if it was given.  Divergence and an interrupt from the keyboard
-    end the run with a status.  dtype and device are those of the problem's inputs.
+    projected if it is random and refused (ValueError) if it was given.  Divergence, an interrupt from the
+    keyboard and a limit (`limits.within`) end the run with a status.  dtype and device are those of the inputs.
     """
     settings = _Settings(optimiser, scaling, learning_rate, steps, schedule, noise, checkpoints, record_every)
     generator = torch.Generator().manual_seed(validation.integer(seed, "seed", minimum=0))
@@ -353,6 +354,7 @@ def _descend(run: _Run, file: StateFile | None, state_every: int) -> str:
         run.keep()
     ceiling = BLOW_UP * max(1.0, run.history[0]["value"])
     while run.steps < settings.steps:
+        limits.look()
         _step(run)
         run.keep()
         # J is watched only where it is recorded: reading it at every step would wait for the device

@@ -24,12 +24,14 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from meanfield import certificates, validation
+from meanfield import certificates, limits, validation
+from meanfield.certificates import Certificate, Multipliers
+from meanfield.convex import repopulation
 from meanfield.convex.program import ConvexProgram
 from meanfield.network import ParticleNetwork, along_axis
 from meanfield.penalties import inflow_projection, input_norms, shrinkage_root
 from meanfield.problem import Problem, Terms, project_bounds
-from meanfield.solvers.solution import Solution, message
+from meanfield.solvers.solution import ENDED_EARLY, Solution, message
 
 DESCENTS = ("preconditioned", "gradient")
 DISSIPATION_ERROR = 0.1  # relative error of dJ = -step speed^2 at which an Euler step is accepted
@@ -293,8 +295,9 @@ def solve(
     trail = _Trail(problem, callback)
     every = record_every or max(1, steps // 100)
     batches = _batches(problem, batch_size, seed)
-    status = _follow(problem, network.detach(), method, trail, batches, masses, steps, every, tolerance, max_seconds)
-    return trail.solution(status)
+    with limits.within(validation.seconds(max_seconds, "max_seconds")):
+        status = _follow(problem, network.detach(), method, trail, batches, masses, steps, every, tolerance)
+        return trail.solution(status)
 
 
 def warn_unattained(problem: Problem) -> None:
@@ -333,7 +336,6 @@ def _follow(
     steps: int,
     every: int,
     tolerance: float,
-    max_seconds: float,
 ) -> str:
     """The loop; every step costs one forward and one backward pass.  Returns the status."""
     batch = next(batches)
@@ -341,11 +343,12 @@ def _follow(
     terms, flow = velocity(batch, network, masses)
     try:
         for step in range(steps + 1):
-            if step % every == 0 or step == steps:
+            late = limits.passed()
+            if step % every == 0 or step == steps or late:
                 terms, flow = (terms, flow) if whole else velocity(problem, network, masses)
                 if trail.record(step, network, terms, metric_speed(problem, network, flow), method) ** 2 <= tolerance:
                     return "converged"
-                if trail.seconds() > max_seconds:
+                if late:
                     return "max_seconds"
                 if not whole:
                     terms, flow = velocity(batch, network, masses)
@@ -358,8 +361,10 @@ def _follow(
                 network, terms, flow = moved, new_terms, new_flow
             elif not isinstance(method, GradientDescent) or method.step < torch.finfo(network.dtype).eps:
                 return "stalled"
-    except KeyboardInterrupt:
-        return "interrupted"
+    except limits.STOPS as stop:
+        if trail.network is None:
+            raise
+        return limits.status(stop)
     return "max_iterations"
 
 
@@ -390,21 +395,32 @@ class _Trail:
         return speed
 
     def solution(self, status: str) -> Solution:
+        """The best network, certified where the time or, for a run that was stopped, a moment more allows."""
         assert self.network is not None
-        program = ConvexProgram.freeze(self.problem, self.network)
-        point = program.point(self.network)
-        multipliers = certificates.stationary_multipliers(program.to(dtype=torch.float64), point.map(Tensor.double))
-        certificate = certificates.certify(program, point, multipliers)
-        speed = self.history[-1]["speed"]
+        certificate = multipliers = None
+        try:
+            with limits.grace():
+                certificate, multipliers = self._certified(self.network)
+        except limits.STOPS as stop:
+            ended = limits.status(stop)
+            status = ended if status not in ENDED_EARLY else status
         return Solution(
-            value=certificate.value,
-            gap=certificate.gap,
+            value=self.best if certificate is None else certificate.value,
+            gap=math.inf if certificate is None else certificate.gap,
             status=status,
-            message=message(status, f"metric speed {speed:.2g}"),
+            message=message(status, f"metric speed {self.history[-1]['speed']:.2g}", certified=certificate is not None),
             network=self.network,
-            point=point,
+            point=repopulation.to_program(self.network.detach()),
             history=self.history,
             certificate=certificate,
             multipliers=multipliers,
             seconds=self.seconds(),
         )
+
+    def _certified(self, network: ParticleNetwork) -> tuple[Certificate, Multipliers]:
+        program = ConvexProgram.freeze(self.problem, network)
+        limits.look()
+        point = program.point(network)
+        multipliers = certificates.stationary_multipliers(program.to(dtype=torch.float64), point.map(Tensor.double))
+        limits.look()
+        return certificates.certify(program, point, multipliers), multipliers

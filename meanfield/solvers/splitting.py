@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from meanfield import certificates, validation
+from meanfield import certificates, limits, validation
 from meanfield.certificates import Certificate, Multipliers
 from meanfield.convex.program import ConvexProgram
 from meanfield.convex.repopulation import ProgramPoint
@@ -66,12 +66,13 @@ def solve(
     """
     validation.positive(tolerance, "tolerance")
     validation.integer(max_iterations, "max_iterations")
-    run = _Run(program, rho, tolerance, callback)
-    try:
-        status = run.iterate(max_iterations, max_seconds, check_every or run.check_interval())
-    except KeyboardInterrupt:
-        status = "interrupted"
-    return run.solution(status)
+    with limits.within(validation.seconds(max_seconds, "max_seconds")):
+        run = _Run(program, rho, tolerance, callback)
+        try:
+            status = run.iterate(max_iterations, check_every or run.check_interval())
+        except limits.STOPS as stop:
+            status = limits.status(stop)
+        return run.solution(status)
 
 
 @dataclass
@@ -106,15 +107,16 @@ class _Run:
         products = sum(2 * widths[layer] * basis.right.numel() for layer, basis in bases.items())
         return math.ceil((CHECK_COST + gram / max(products, 1)) / CHECK_SHARE)
 
-    def iterate(self, max_iterations: int, max_seconds: float, check_every: int) -> str:
+    def iterate(self, max_iterations: int, check_every: int) -> str:
         splitting, accelerated, next_check = self.splitting, Anderson(), check_every
         for iteration in range(1, max_iterations + 1):
             splitting.state = accelerated.advance(splitting.state, splitting.change(), splitting.metric)
-            late = self.seconds() > max_seconds
+            late = limits.passed()
             if iteration >= next_check or iteration == max_iterations or late:
                 next_check = iteration + max(check_every, iteration // 4)
-                if self.check(iteration):
-                    return "optimal"
+                with limits.grace():
+                    if self.check(iteration):
+                        return "optimal"
                 if late:
                     return "max_seconds"
             if self._adapted(iteration, max_iterations):

@@ -189,6 +189,9 @@ def _finite(results: Results) -> Section:
     )
     if found["trained_skipped"]:
         text += f" {found['trained_skipped']} trainings were skipped for lack of time."
+    drawn = sum(map(len, found["sampled"].values()))
+    if drawn < found["draws"] * found["sampled_widths"]:
+        text += f" Only {drawn} networks were drawn, for lack of time."
     caption = (
         "Objective of finite networks against their width; the line is the continuous one. Both axes are logarithmic."
     )
