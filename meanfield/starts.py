@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Annotated
 
 import torch
 from torch import Tensor
@@ -12,6 +13,8 @@ from meanfield import validation
 from meanfield.architecture import Architecture
 from meanfield.network import ParticleNetwork
 from meanfield.problem import Problem, project_bounds
+from meanfield.signatures import checked
+from meanfield.validation import choice
 
 ANCHOR_ROWS = 1024
 STARTS = ("anchored", "low_rank")
@@ -22,19 +25,24 @@ def normal(shape: Sequence[int], generator: torch.Generator, like: Tensor) -> Te
     return torch.randn(tuple(shape), generator=generator, dtype=torch.float64, device=generator.device).to(like)
 
 
+@checked
 def draw(
-    problem: Problem, widths: Sequence[int], generator: torch.Generator, kind: str = "anchored"
+    problem: Problem,
+    widths: Sequence[int],
+    generator: torch.Generator,
+    kind: Annotated[str, choice(STARTS)] = "anchored",
 ) -> ParticleNetwork:
     """A random start (see `start`) moved inside the bounds of the problem."""
     return project_bounds(problem, start(problem.architecture, widths, problem.inputs, generator, kind))
 
 
+@checked
 def start(
     architecture: Architecture,
     widths: Sequence[int],
     inputs: Tensor,
     generator: torch.Generator,
-    kind: str = "anchored",
+    kind: Annotated[str, choice(STARTS)] = "anchored",
 ) -> ParticleNetwork:
     """A random start with uniform masses that has a limit as the widths grow.
 
@@ -45,7 +53,6 @@ def start(
     dtype and device are those of `inputs`, (N, C_0, H, W).
     """
     widths = validation.widths(widths, architecture.depth)
-    validation.one_of(kind, STARTS, "kind")
     architecture.check_inputs(inputs)
     masses = [inputs.new_full((m,), 1 / m) for m in widths]
     shapes = architecture.kernel_shapes(widths)

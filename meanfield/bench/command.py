@@ -182,7 +182,7 @@ def run_study(study: Study, options: StudyOptions, subject: Any, *program: str) 
     """
     from meanfield.bench.provenance import Provenance
 
-    sizes = study.sizes[one_of(options.size, study.sizes, "size")]
+    sizes = study.sizes[one_of(options.size, "size", study.sizes)]
     plan = study.plan(subject, sizes, options.seed, options.part)
     if not plan:
         raise Misuse("part", options.part, f"has nothing to measure at --size={options.size}; take a larger one")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import shlex
 import typing
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cache, partial
 from numbers import Integral
@@ -19,14 +19,12 @@ from typing import Annotated, Any, Self, Union
 
 from cyclopts import Group, Parameter
 
-from meanfield.validation import Misuse, integer, one_of, positive
+from meanfield.validation import Misuse, Rule, at_least, choice, integer, one_of, path, positive, seed
 
 PANELS = ("Data", "Network", "Objective", "Work", "Output")
 DATA, MODEL, OBJECTIVE, WORK, OUTPUT = (Group(name, sort_key=place) for place, name in enumerate(PANELS))
 FLAT = Parameter(name="*")  # of a command's one argument: the fields of its settings are the options
 DTYPES = ("float64", "float32")
-MAX_SEED = 2**62
-Rule = Callable[[Any, str], Any]  # (value, name of the field) -> the value as it is kept, or Misuse
 
 
 def option(text: str, panel: Group, **parameter: Any) -> Parameter:
@@ -43,14 +41,6 @@ def listing(text: str, panel: Group, *, all_for_none: bool = False) -> Parameter
     """A tuple as one value, its entries separated by commas; None is spelled "all" where the field allows it."""
     read, show = (_read_all, spelled) if all_for_none else (_read_listing, lambda value: value and spelled(value))
     return option(text, panel, n_tokens=1, show_default=show, converter=read)
-
-
-def choice(names: Collection[str]) -> Rule:
-    return lambda value, argument: one_of(value, names, argument)
-
-
-def at_least(minimum: int) -> Rule:
-    return partial(integer, minimum=minimum)
 
 
 def positive_integers(value: Any, argument: str) -> tuple[int, ...]:
@@ -70,25 +60,11 @@ def labels(value: Any, argument: str) -> tuple[int, ...]:
     return tuple(map(int, value))
 
 
-def seed(value: Any, argument: str) -> int:
-    """Small enough for torch's generators, after the sums and doublings by which others are made of it."""
-    if integer(value, argument, minimum=0) >= MAX_SEED:
-        raise Misuse(argument, value, f"must be less than {MAX_SEED}")
-    return int(value)
-
-
 def source(value: Any, argument: str) -> str:
     """Of images."""
     if not isinstance(value, str) or not value:
         raise Misuse(argument, value, "must be the name of a data set or the path of a file or directory")
     return value
-
-
-def path(value: Any, argument: str) -> Path:
-    """Text as well."""
-    if not isinstance(value, (str, Path)) or not str(value):
-        raise Misuse(argument, value, "must be the path of a file or directory")
-    return Path(value)
 
 
 def device(value: Any, argument: str) -> str:
@@ -97,7 +73,7 @@ def device(value: Any, argument: str) -> str:
         return value
     import torch  # a second, which help and the default do not need
 
-    one_of(str(value).split(":")[0], ("cpu", "cuda"), argument)
+    one_of(str(value).split(":")[0], argument, ("cpu", "cuda"))
     if str(value).startswith("cuda") and not torch.cuda.is_available():
         raise Misuse(argument, value, "asks for CUDA, which torch does not find on this machine; use cpu")
     try:

@@ -61,7 +61,7 @@ class Study:
 
     def plan(self, subject: Any, sizes: Any, seed: int = 0, parts: Sequence[str] = ()) -> dict[str, list[Cell]]:
         """The cells of the wanted parts (default: all), groundwork first; parts without cells are left out."""
-        wanted = [one_of(part, self.parts, "part") for part in parts] or list(self.parts)
+        wanted = [one_of(part, "part", self.parts) for part in parts] or list(self.parts)
         found = {part: list(self.parts[part].cells(subject, sizes, seed)) for part in self.parts if part in wanted}
         every = [cell for cells in found.values() for cell in cells]
         first = {part: list(each.cells(every)) for part, each in self.groundwork.items()}

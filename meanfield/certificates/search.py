@@ -40,6 +40,7 @@ from meanfield.certificates.sphere.response import unit
 from meanfield.losses import Loss
 from meanfield.network import ParticleNetwork, along_axis
 from meanfield.problem import Problem
+from meanfield.signatures import Count, Nonnegative, Seed, checked
 from meanfield.starts import normal
 
 HIDDEN = 16  # sources of a searched feature, per layer
@@ -84,17 +85,18 @@ class UnseenFeatures:
         return text
 
 
+@checked
 def search_features(
     problem: Problem,
     output: Tensor,
     network: ParticleNetwork | None = None,
     *,
-    starts: int = 64,
-    steps: int | None = None,
-    rounds: int = 4,
-    count: int = 8,
-    seed: int = 0,
-    rigorous_seconds: float = 0.0,
+    starts: Count = 64,
+    steps: Count | None = None,
+    rounds: Count = 4,
+    count: Count = 8,
+    seed: Seed = 0,
+    rigorous_seconds: Nonnegative = 0.0,
 ) -> UnseenFeatures:
     """The bound over all measures at the output multipliers r = `output` (N, K), and the features that violate it most.
 
@@ -107,8 +109,6 @@ def search_features(
     """
     began = time.perf_counter()
     steps = STEPS[problem.architecture.depth == 1] if steps is None else steps
-    for value, name in ((starts, "starts"), (steps, "steps"), (rounds, "rounds"), (count, "count")):
-        validation.integer(value, name)
     validation.shaped(output, (len(problem.inputs), problem.architecture.outputs), "output")
     problem, output = problem.to(dtype=torch.float64), output.double()
     network = None if network is None else network.to(dtype=torch.float64)

@@ -79,7 +79,7 @@ def _refuse_pickled(path: Path) -> None:
 def read_cifar(layout: Layout, place: Path, labels: str) -> tuple[str, Tensor, Tensor]:
     """As `read`, with the images as bytes."""
     kinds = list(layout.labels)
-    column = kinds.index(one_of("fine" if labels == "auto" else labels, kinds, f"{layout.name}: labels"))
+    column = kinds.index(one_of("fine" if labels == "auto" else labels, f"{layout.name}: labels", kinds))
     missing = [file for file in layout.files if not (place / file).is_file()]
     if missing:
         raise FileNotFoundError(

@@ -37,7 +37,7 @@ def read(name_or_path: str | Path, labels: str) -> tuple[str, Tensor, Tensor]:
     if is_path and not Path(name_or_path).is_dir():
         return _read_file(Path(name_or_path), labels)
     if not is_path:
-        one_of(name_or_path, [*NAMES, "FILE.npz", "DIRECTORY"], "data")
+        one_of(name_or_path, "data", [*NAMES, "FILE.npz", "DIRECTORY"])
     elif cifar := find_cifar(Path(name_or_path)):
         return read_cifar(*cifar, labels)
     if labels != "auto":

@@ -20,6 +20,7 @@ from meanfield.certificates import UnseenFeatures
 from meanfield.convex.program import ConvexProgram
 from meanfield.network import ParticleNetwork
 from meanfield.problem import Problem
+from meanfield.signatures import Count, Natural, Positive, Seconds, Seed, checked
 from meanfield.solvers import flow, splitting
 from meanfield.solvers.solution import ENDED_EARLY, Solution, message
 
@@ -29,20 +30,21 @@ NO_GROWTH = {"search_bound": -math.inf, "search_starts": 0, "proven_bound": None
 STARTS, CONFIRMING_STARTS = 64, 256  # of a search for new features
 
 
+@checked
 def solve(
     problem: Problem,
     network: ParticleNetwork,
     *,
-    rounds: int = 8,
-    tolerance: float = 1e-4,
-    flow_steps: int = 2000,
-    later_steps: int | None = None,
-    program_tolerance: float | None = None,
-    program_iterations: int = 4000,
+    rounds: Count = 8,
+    tolerance: Positive = 1e-4,
+    flow_steps: Count = 2000,
+    later_steps: Count | None = None,
+    program_tolerance: Positive | None = None,
+    program_iterations: Count = 4000,
     clones: Sequence[int] | None = None,
-    grow: int = 0,
-    seed: int = 0,
-    max_seconds: float = math.inf,
+    grow: Natural = 0,
+    seed: Seed = 0,
+    max_seconds: Seconds = math.inf,
     callback: Callable[[dict[str, Any]], None] | None = None,
 ) -> Solution:
     """Alternate flow and convex program from `network` until a flow ends within `tolerance` (relative to J) of optimal.
@@ -67,10 +69,9 @@ def solve(
     callback receives every row of the inner histories, marked with "round" and "phase" ("flow", "program"), and each
     round's own row (phase "round").
     """
-    rounds = validation.integer(rounds, "rounds")
-    validation.positive(tolerance, "tolerance")
     later = later_steps if later_steps is not None else max(1, flow_steps // 2)
-    grow = validation.integer(grow, "grow", 0)
+    if clones is not None:
+        clones = validation.widths(clones, problem.architecture.depth, "clones", minimum=0)
     run = _Run(
         problem,
         network,
@@ -83,7 +84,7 @@ def solve(
         callback,
     )
     flow.warn_unattained(problem)
-    with limits.within(validation.seconds(max_seconds, "max_seconds")):
+    with limits.within(max_seconds):
         return run.solution(run.alternate(rounds, flow_steps, later))
 
 

@@ -19,19 +19,21 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Annotated, Any, Protocol
 
 import torch
 from torch import Tensor
 
-from meanfield import certificates, limits, validation
+from meanfield import certificates, limits
 from meanfield.certificates import Certificate, Multipliers
 from meanfield.convex import repopulation
 from meanfield.convex.program import ConvexProgram
 from meanfield.network import ParticleNetwork, along_axis
 from meanfield.penalties import inflow_projection, input_norms, shrinkage_root
 from meanfield.problem import Problem, Terms, project_bounds
+from meanfield.signatures import Count, Nonnegative, Positive, Seconds, Seed, checked
 from meanfield.solvers.solution import ENDED_EARLY, Solution, message
+from meanfield.validation import choice
 
 DESCENTS = ("preconditioned", "gradient")
 DISSIPATION_ERROR = 0.1  # relative error of dJ = -step speed^2 at which an Euler step is accepted
@@ -247,20 +249,21 @@ class PreconditionedDescent:
         return math.isfinite(change)
 
 
+@checked
 def solve(
     problem: Problem,
     network: ParticleNetwork,
     *,
-    descent: str = "preconditioned",
+    descent: Annotated[str, choice(DESCENTS)] = "preconditioned",
     masses: bool = True,
-    steps: int = 2000,
-    step_size: float | None = None,
+    steps: Count = 2000,
+    step_size: Positive | None = None,
     adaptive: bool = True,
-    tolerance: float = 1e-10,
-    batch_size: int | None = None,
-    seed: int = 0,
-    max_seconds: float = math.inf,
-    record_every: int | None = None,
+    tolerance: Nonnegative = 1e-10,
+    batch_size: Count | None = None,
+    seed: Seed = 0,
+    max_seconds: Seconds = math.inf,
+    record_every: Count | None = None,
     callback: Callable[[dict[str, Any]], None] | None = None,
 ) -> Solution:
     """Follow the particle gradient flow from `network`.
@@ -276,8 +279,6 @@ def solve(
     descent), value, loss, source, readout, input, speed, dissipated (integral of speed^2), identity_error (of the last
     step, relative).  The gap is that of the frozen program at the answer, with the flow's own multipliers.
     """
-    validation.one_of(descent, DESCENTS, "descent")
-    steps = validation.integer(steps, "steps")
     problem.require_feasible(network)
     for layer, p in enumerate(network.masses):
         if bool((p <= 0).any()):
@@ -285,7 +286,7 @@ def solve(
                 f"masses[{layer}] has particles without mass, which cannot flow; drop them (measures.drop_massless)"
             )
     warn_unattained(problem)
-    rate = validation.positive(step_size, "step_size") if step_size is not None else 0.1
+    rate = 0.1 if step_size is None else step_size
     adaptive = adaptive and batch_size is None
     method = (
         GradientDescent(problem, rate, adaptive)
@@ -295,7 +296,7 @@ def solve(
     trail = _Trail(problem, callback)
     every = record_every or max(1, steps // 100)
     batches = _batches(problem, batch_size, seed)
-    with limits.within(validation.seconds(max_seconds, "max_seconds")):
+    with limits.within(max_seconds):
         status = _follow(problem, network.detach(), method, trail, batches, masses, steps, every, tolerance)
         return trail.solution(status)
 
@@ -318,7 +319,7 @@ def _batches(problem: Problem, size: int | None, seed: int) -> Iterator[Problem]
     if size is None:
         while True:
             yield problem
-    size = min(validation.integer(size, "batch_size"), count)
+    size = min(size, count)
     generator = torch.Generator().manual_seed(seed)
     while True:
         order = torch.randperm(count, generator=generator).to(problem.inputs.device)

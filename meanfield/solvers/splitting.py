@@ -27,11 +27,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from meanfield import certificates, limits, validation
+from meanfield import certificates, limits
 from meanfield.certificates import Certificate, Multipliers
 from meanfield.convex.program import ConvexProgram
 from meanfield.convex.repopulation import ProgramPoint
 from meanfield.penalties import Penalty, cone_projection, row_prox
+from meanfield.signatures import Count, Positive, Seconds, checked
 from meanfield.solvers.acceleration import Anderson
 from meanfield.solvers.solution import Solution, message, proven
 
@@ -46,14 +47,15 @@ CHECK_SHARE, CHECK_COST = 0.1, 10  # of the run; iterations that a check costs b
 FROBENIUS = Penalty(kernel_norm="l2")
 
 
+@checked
 def solve(
     program: ConvexProgram,
-    tolerance: float = 1e-6,
+    tolerance: Positive = 1e-6,
     *,
-    max_iterations: int = 20_000,
-    max_seconds: float = math.inf,
-    check_every: int | None = None,
-    rho: float = 1.0,
+    max_iterations: Count = 20_000,
+    max_seconds: Seconds = math.inf,
+    check_every: Count | None = None,
+    rho: Positive = 1.0,
     callback: Callable[[dict[str, Any]], None] | None = None,
 ) -> Solution:
     """Solve the convex program to a true relative duality gap of `tolerance`.
@@ -64,10 +66,8 @@ def solve(
     the
     history: iteration, seconds, cpu_seconds, value, dual_value, gap, primal_residual, dual_residual, rho.
     """
-    validation.positive(tolerance, "tolerance")
-    validation.integer(max_iterations, "max_iterations")
-    with limits.within(validation.seconds(max_seconds, "max_seconds")):
-        run = _Run(program, rho, tolerance, callback)
+    run = _Run(program, rho, tolerance, callback)  # whatever the time: its start is the least that can be returned
+    with limits.within(max_seconds - run.seconds()):
         try:
             status = run.iterate(max_iterations, check_every or run.check_interval())
         except limits.STOPS as stop:
