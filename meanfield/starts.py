@@ -9,12 +9,12 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
-from meanfield import validation
+from meanfield import limits, validation
 from meanfield.architecture import Architecture
 from meanfield.network import ParticleNetwork
 from meanfield.problem import Problem, project_bounds
 from meanfield.signatures import checked
-from meanfield.validation import choice
+from meanfield.validation import Misuse, choice
 
 ANCHOR_ROWS = 1024
 STARTS = ("anchored", "low_rank")
@@ -54,6 +54,7 @@ def start(
     """
     widths = validation.widths(widths, architecture.depth)
     architecture.check_inputs(inputs)
+    _require_memory(architecture, widths, inputs.dtype.itemsize)
     masses = [inputs.new_full((m,), 1 / m) for m in widths]
     shapes = architecture.kernel_shapes(widths)
     kernels = [normal(shapes[0], generator, inputs) * math.sqrt(architecture.input_shape[0])]
@@ -75,6 +76,19 @@ def start(
         signal = layer.activate(response * scale)
     readout = normal(architecture.readout_shape(widths[-1]), generator, inputs)
     return ParticleNetwork(architecture, masses, kernels, readout, biases)
+
+
+def _require_memory(architecture: Architecture, widths: tuple[int, ...], itemsize: int) -> None:
+    """Refuse kernels that cannot be held before any is drawn."""
+    need, free = sum(map(math.prod, architecture.kernel_shapes(widths))) * itemsize, limits.free_memory()
+    if need > free:
+        sizes = ", ".join(str(layer.kernel_size) for layer in architecture.layers)
+        raise Misuse(
+            "widths",
+            widths,
+            f"with kernel_size {sizes} takes {need / 2**30:.3g} GiB for the kernels alone, of {free / 2**30:.3g} GiB "
+            "that are free; take fewer particles or smaller kernels",
+        )
 
 
 def _anchored(layer, signal: Tensor, shape: tuple[int, ...], mass: Tensor, generator: torch.Generator) -> Tensor:

@@ -1,6 +1,7 @@
 """Limits of a run: wherever it is stopped, by the clock, the user or a lack of memory, it keeps its best network."""
 
 import math
+import os
 
 import pytest
 import torch
@@ -90,6 +91,19 @@ def test_a_shortage_that_torch_reports_is_told_from_a_mistake():
         torch.zeros(2) @ torch.zeros(3)
     with pytest.raises(RuntimeError, match="size"):
         limits.status(mistake.value)
+
+
+@pytest.mark.parametrize(("widths", "kernel"), [((10**10, 4), 3), ((10**20, 4), 3), ((64, 32), 4_000_001)])
+def test_kernels_that_no_memory_holds_are_refused_before_any_is_drawn(widths, kernel):
+    layers = [mf.Conv(kernel, padding=kernel // 2, activation="tanh")] * 2
+    arch = mf.Architecture((1, 4, 4), layers)
+    problem = mf.Problem(arch, torch.zeros(2, 1, 4, 4), [1.0, -1.0])
+    with pytest.raises(ValueError, match=r"widths=.*kernel_size.*GiB.*take fewer particles or smaller kernels"):
+        mf.solve(problem, widths)
+
+
+def test_free_memory_is_what_the_system_says():
+    assert 0 < limits.free_memory() <= os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def test_a_training_heeds_a_limit_around_it_and_keeps_its_best(tmp_path):
