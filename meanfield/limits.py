@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
@@ -18,6 +18,7 @@ from pathlib import Path
 GRACE = 3.0  # seconds for the certificate of a run that was stopped
 
 _deadline: ContextVar[float] = ContextVar("deadline", default=math.inf)
+_watch: ContextVar[Callable[[], None]] = ContextVar("watch", default=lambda: None)
 
 
 class TimeUp(Exception):
@@ -51,7 +52,21 @@ def _until(deadline: float) -> Iterator[None]:
         _deadline.reset(before)
 
 
+@contextmanager
+def watched(by: Callable[[], None]) -> Iterator[None]:
+    """Call `by` wherever what is done inside looks at its limits; a KeyboardInterrupt that it raises ends the work at a
+    place where its best answer is whole.
+    """
+    before = _watch.set(by)
+    try:
+        yield
+    finally:
+        _watch.reset(before)
+
+
 def passed() -> bool:
+    """Whether the time has passed; for work that goes on to its next record."""
+    _watch.get()()
     return time.perf_counter() > _deadline.get()
 
 

@@ -83,6 +83,15 @@ def test_an_inner_limit_ends_no_later_than_the_outer_one_and_grace_allows_a_mome
     assert not limits.passed()
 
 
+def test_who_watches_is_called_at_every_look():
+    calls = []
+    with limits.watched(lambda: calls.append(1)):
+        limits.look()
+        limits.passed()
+    limits.look()
+    assert len(calls) == 2
+
+
 def test_a_shortage_that_torch_reports_is_told_from_a_mistake():
     with pytest.raises(RuntimeError) as shortage:
         torch.empty(2**46)
