@@ -26,7 +26,7 @@ def solve(*arguments):
 @pytest.mark.parametrize(
     ("arguments", "parts"),
     [
-        (["--classes", "3,x"], ["--classes", "'3,x'"]),
+        (["--classes", "3,x"], ["--classes=3,x", "contains x, not a class of digits"]),
         (["--classes", "3"], ["--classes=3", "two classes at least"]),
         (["--classes", "3,12"], ["--classes=", "12"]),
         (["--widths", "6,0"], ["--widths=0", "at least 1"]),
@@ -71,8 +71,8 @@ def test_warning_of_attainment_is_one_line():
 def test_help_states_every_default():
     text = run("solve", "--help").stdout
     options = re.findall(r"(?m)^│ (--[a-z-]+)", text)
-    assert len(options) == 28
-    silent = {"--amplitude-bound", "--input-bound", "--max-seconds"}  # "Without it: ..."
+    assert len(options) == 29
+    silent = {"--split", "--amplitude-bound", "--input-bound", "--max-seconds"}  # "Without it: ..."
     flags = {"--out", "--json", "--quiet"}
     assert text.count("[default:") == len(options) - len(silent | flags)
     assert text.count("Without") >= len(silent)
@@ -128,6 +128,7 @@ def test_ctrl_c_keeps_the_best_network(tmp_path):
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
+    assert process.stderr.readline().startswith("data: digits: 6 images")
     process.stderr.readline()  # the first round is done
     process.send_signal(signal.SIGINT)
     _, stderr = process.communicate(timeout=50)

@@ -8,7 +8,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from meanfield import data
-from meanfield.data import folders
+from meanfield.data import image_files
 
 
 class TestDirectory:
@@ -74,7 +74,10 @@ class TestDirectory:
             save(folder / hidden, grey(99))
         (folder / "dog" / "notes.txt").write_text("no image")
         (folder / "dog" / "folder.png").mkdir()
-        assert self.values(data.load(folder)) == [10, 20, 11, 21, 12, 30]
+        with pytest.warns(data.DataWarning, match="left out: 1 .txt, 1 beside the class folders, 3 hidden"):
+            found = data.load(folder)
+        assert self.values(found) == [10, 20, 11, 21, 12, 30]
+        assert "3 hidden" in found.summary
 
     def test_a_name_of_the_library_comes_before_a_directory(self, tmp_path, monkeypatch):
         (tmp_path / "digits").mkdir()
@@ -122,8 +125,10 @@ class TestBadDirectories:
             data.load(folder)
 
     def test_one_class(self, tmp_path):
-        save(tmp_path / "cat" / "1.png", grey(1))
-        with pytest.raises(ValueError, match=r"classes=\(0,\) is one class only of test_one_class0"):
+        save(tmp_path / "cat" / "1.png", grey(9))
+        with pytest.raises(
+            ValueError, match=r"data='.*test_one_class0' has images of one class only, cat; at least two"
+        ):
             data.load(tmp_path)
 
     def test_one_integer_twice(self, tmp_path):
@@ -139,12 +144,12 @@ class TestBadDirectories:
     @pytest.mark.parametrize("suffix", ["png", "jpg", "bmp", "ppm", "tif", "webp"])
     def test_a_truncated_image_is_a_named_error_unless_no_pixel_is_lost(self, folder, rng, suffix):
         path = save(folder / "dog" / f"whole.{suffix}", rng.integers(0, 256, (3, 4, 3)))
-        whole, pixels = path.read_bytes(), folders.decode([path])
+        whole, pixels = path.read_bytes(), image_files.decode([path])
         errors: list[str] = []
         for length in range(0, len(whole), 5):
             path.write_bytes(whole[:length])
             try:
-                np.testing.assert_array_equal(folders.decode([path]), pixels)
+                np.testing.assert_array_equal(image_files.decode([path]), pixels)
             except ValueError as error:
                 errors.append(str(error))
         assert len(errors) > len(whole) / 5 * 0.4
