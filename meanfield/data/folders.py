@@ -26,8 +26,8 @@ class Survey:
     something that looks like an image.
     """
 
-    images: dict[str, list[Path]] = field(default_factory=dict)
-    left_out: Counter[str] = field(default_factory=Counter)
+    images: dict[str, list[Path]] = field(default_factory=dict[str, list[Path]])
+    left_out: Counter[str] = field(default_factory=Counter[str])
     any_image: bool = False
 
     def leave(self, file: Path, why: str) -> None:
@@ -49,7 +49,8 @@ def survey(path: Path) -> Survey:
 
     Images in folders inside a class folder are of that class, where the class has others.
     """
-    found, inside = Survey(), {}
+    found = Survey()
+    inside: dict[str, list[Path]] = {}
     for folder in class_folders(path):
         found.images[folder.name] = sorted(_direct(folder, found))
         inside[folder.name] = [entry for entry in folder.iterdir() if _is_visible_folder(entry)]
@@ -143,7 +144,8 @@ def _folders(names: list[str]) -> str:
 
 def _holding(folder: Path) -> list[Path]:
     """Folders inside that hold images, as far as a short search finds them, links not followed."""
-    waiting, seen, found = deque([folder]), 0, []
+    waiting, seen = deque([folder]), 0
+    found: list[Path] = []
     while waiting and seen < MOST_SEARCHED and len(found) < HINTS:
         try:
             entries = list(waiting.popleft().iterdir())

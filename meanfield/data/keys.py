@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from itertools import chain
+from itertools import chain, product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,25 +29,21 @@ class Keys(NamedTuple):
 
 def chosen(keys: Sequence[str], path: Path, address: Address) -> Keys:
     """Keys that the user named, or else those of customary names: x, y; x_train, y_train; train_images, ..."""
-    images = _named(keys, path, "images", address.images) or _customary(keys, IMAGES)
-    labels = _named(keys, path, "labels", address.labels) or _customary(keys, LABELS)
-    for what, found, customary in (("images", images, IMAGES), ("labels", labels, LABELS)):
-        if not found:
-            raise ValueError(
-                f"{path} has no {what}: expected the key {' or '.join(map(repr, customary))}, or such as "
-                f"{customary[1]}_train and train_{customary[2]}, found {_listed(keys)}; name it as {path}:{what}=KEY"
-            )
-    both_named = address.images is not None and address.labels is not None
-    pairs = {"": (images, labels)} if both_named else _pairs(images, labels, address)
+    images = _found(keys, path, "images", address.images, IMAGES)
+    labels = _found(keys, path, "labels", address.labels, LABELS)
+    if address.images is not None and address.labels is not None:
+        if address.split is not None:
+            raise Misuse("split", address.split, f"has no meaning where keys of {path} are named; leave it out")
+        return Keys(address.images, address.labels)
+    pairs = {split: (images[split], labels[split]) for split in images if split in labels}
+    named = address.images is not None or address.labels is not None
+    if not pairs and named and len(images) == len(labels) == 1:  # a key of any name goes with the only ones
+        pairs = {"": (next(iter(images.values())), next(iter(labels.values())))}
     if not pairs:
         raise ValueError(
             f"{path} has images {_listed(chain(*images.values()))} and labels {_listed(chain(*labels.values()))}, "
             f"of different splits; name them as {path}:images=KEY,labels=KEY"
         )
-    if both_named:
-        if address.split is not None:
-            raise Misuse("split", address.split, f"has no meaning where keys of {path} are named; leave it out")
-        return Keys(str(address.images), str(address.labels))
     return _of_split(pairs, path, address)
 
 
@@ -73,35 +69,25 @@ def _first(images: list[str], labels: list[str]) -> Keys:
     return Keys(images[0], labels[0], tuple(images[1:]), tuple(labels[1:]))
 
 
-def _named(keys: Sequence[str], path: Path, what: str, key: str | None) -> dict[str, list[str]]:
-    if key is None:
-        return {}
-    if key not in keys:
-        raise ValueError(f"{path} has no {what}: expected the key {key!r}, found {_listed(keys)}")
-    return {_parted(key)[1]: [key]}
-
-
-def _customary(keys: Iterable[str], customary: Sequence[str]) -> dict[str, list[str]]:
-    """Split -> keys, in the order of the customary names."""
+def _found(
+    keys: Sequence[str], path: Path, what: str, named: str | None, customary: Sequence[str]
+) -> dict[str, list[str]]:
+    """Split -> keys, in the order of the customary names; the one that was named alone."""
+    if named is not None:
+        if named not in keys:
+            raise ValueError(f"{path} has no {what}: expected the key {named!r}, found {_listed(keys)}")
+        return {_parted(named)[1]: [named]}
     found: dict[str, list[str]] = {}
-    for base in customary:
-        for key in keys:
-            name, split = _parted(key)
-            if name == base:
-                found.setdefault(split, []).append(key)
+    for base, key in product(customary, keys):
+        name, split = _parted(key)
+        if name == base:
+            found.setdefault(split, []).append(key)
+    if not found:
+        raise ValueError(
+            f"{path} has no {what}: expected the key {' or '.join(map(repr, customary))}, or such as "
+            f"{customary[1]}_train and train_{customary[2]}, found {_listed(keys)}; name it as {path}:{what}=KEY"
+        )
     return found
-
-
-def _pairs(
-    images: dict[str, list[str]], labels: dict[str, list[str]], address: Address
-) -> dict[str, tuple[list[str], list[str]]]:
-    """Split -> images and labels; a key that was named goes with the others of its own split, or with the only ones."""
-    both = {split: (images[split], labels[split]) for split in images if split in labels}
-    if both or (address.images is None and address.labels is None):
-        return both
-    return (
-        {"": (found[0], marks[0])} if len(found := [*images.values()]) == len(marks := [*labels.values()]) == 1 else {}
-    )
 
 
 def _parted(key: str) -> tuple[str, str]:

@@ -204,7 +204,7 @@ def check(task: Task, plan: Mapping[str, Sequence[Cell]]) -> None:
             raise Misuse(
                 "pool",
                 task.pool,
-                f"does not do for part {part}, which averages images of {' x '.join(map(str, sides))} over twice as many, "
-                f"{pool} x {pool} pixels: {f'choose one of {fine}, or' if fine else 'take'} other parts, such as "
+                f"does not do for part {part}, which averages images of {' x '.join(map(str, sides))} over twice as "
+                f"many, {pool} x {pool} pixels: {f'choose one of {fine}, or' if fine else 'take'} other parts, such as "
                 "sampled",
             )
