@@ -97,7 +97,10 @@ def scaled(
             f"{low:g}..{high:g}",
             f"does not hold the images of {where}, which lie in {lowest:.9g}..{highest:.9g}",
         )
-    notes = [] if (low, high) == (0, 1) else [f"divided by {high:g}" if low == 0 else f"{low:g}..{high:g} read as 0..1"]
+    how = (
+        "as they are" if (low, high) == (0, 1) else f"divided by {high:g}" if low == 0 else f"{low:g}..{high:g} as 0..1"
+    )
+    notes = [f"read from {lowest:g}..{highest:g} ({array.dtype}), {how}"]
     if array.dtype == np.uint8 and (low, high) == (0, 255):
         return torch.from_numpy(np.ascontiguousarray(array)), notes, doubts
     images = (np.ascontiguousarray(array, dtype=np.float64) - low) / (high - low)

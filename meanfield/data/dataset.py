@@ -207,10 +207,11 @@ def _chosen_classes(classes: Sequence[int | str] | None, source: Source, place: 
             raise Misuse("data", place, f"has images of one class only, {has}; at least two are needed")
         return in_order
     entries = _entries(classes)
-    chosen = tuple(_label(entry, source) for entry in entries)
-    missing = [printable(entry) for entry, label in zip(entries, chosen) if label not in present]
+    found = {entry: _label(entry, source) for entry in entries}
+    missing = [printable(entry) for entry, label in found.items() if label is None]
     if missing:
         raise Misuse("classes", entries, f"contains {_listed(missing)}, not a class of {source.name}, which has {has}")
+    chosen = tuple(label for entry in entries if (label := found[entry]) is not None)
     if len(set(chosen)) < len(chosen):
         raise Misuse("classes", classes, "names a class twice")
     if len(chosen) < 2:
