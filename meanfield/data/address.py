@@ -83,7 +83,7 @@ def exists(path: Path) -> bool:
 
 def _parted(source: str | Path) -> tuple[str, dict[str, str]]:
     text = str(source)
-    found = re.fullmatch(r"(.+?):(\w+=[^,]*(?:,\w+=[^,]*)*)", text, re.DOTALL)
+    found = re.fullmatch(r"(.+):(\w+=[^,:]*(?:,\w+=[^,:]*)*)", text, re.DOTALL)
     if found is None or exists(Path(text)):
         return text, {}
     entries: dict[str, str] = {}

@@ -231,8 +231,7 @@ def _entries(classes: Any) -> tuple[int | str, ...]:
 def _label(entry: int | str, source: Source) -> int | None:
     """Of a name or of a label; None where there is neither."""
     named = next((label for label, name in source.names.items() if name == str(entry)), None)
-    own = entry if isinstance(entry, int) else int(entry) if entry.lstrip("-").isdecimal() else None
-    own = None if own is None or own not in source.labels else own
+    own = next((label for label in source.labels.unique().tolist() if str(label) == str(entry)), None)
     if None not in (named, own) and named != own:
         raise Misuse("classes", entry, f"is the name of one class of {source.name} and the place of another; rename it")
     return own if named is None else named
