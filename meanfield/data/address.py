@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import math
+import os
 import re
 from collections.abc import Collection
 from dataclasses import dataclass, fields, replace
@@ -38,6 +40,7 @@ class Address:
         if not isinstance(source, (str, Path)) or not str(source) or "\0" in str(source):
             raise Misuse("data", source, f"must be one of {', '.join(NAMES)} or the path of a file or directory")
         place, entries = _parted(source)
+        _refuse_too_long(place)
         for name, value in said.items():
             if value is not None and entries.setdefault(name, value) != value:
                 raise Misuse(name, value, f"contradicts {str(source)!r}; give one of them")
@@ -79,6 +82,15 @@ def exists(path: Path) -> bool:
         return path.exists()
     except (OSError, ValueError):
         return False
+
+
+def _refuse_too_long(place: str) -> None:
+    try:
+        os.stat(place)
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            shown = f"{place[:40]}...{place[-10:]}"
+            raise Misuse("data", shown, f"of {len(place)} characters is too long for a path") from None
 
 
 def _parted(source: str | Path) -> tuple[str, dict[str, str]]:

@@ -21,6 +21,7 @@ from meanfield.data.source import DataWarning, Source, printable
 from meanfield.validation import Misuse, integer
 
 POOLED_AT_ONCE = 1024  # images
+SEEDS = 2**64  # that torch has
 
 
 @dataclass(frozen=True, eq=False)
@@ -153,6 +154,10 @@ def load(
         chosen = _chosen_classes(classes, source, address.place)
         order, doubts = _order(source, chosen, samples, seed)
         found = _selected(source, chosen, order, samples, pool, doubts)
+        if not found.inputs.any():
+            raise Misuse(
+                "data", address.place, f"has {len(found)} selected images that are black, nothing to learn from"
+            )
     told = (*source.doubts, *doubts)
     if told:
         warnings.warn(f"{printable(name_or_path)}: {'; '.join(told)}", DataWarning, stacklevel=2)
@@ -166,7 +171,9 @@ def _order(
     order = torch.isin(source.labels, torch.tensor(chosen)).nonzero().flatten()
     count = _count(samples, len(order), source, chosen)
     if seed is not None:
-        generator = torch.Generator().manual_seed(integer(seed, "seed", minimum=0))
+        if integer(seed, "seed", minimum=0) >= SEEDS:
+            raise Misuse("seed", seed, f"must be less than {SEEDS}")
+        generator = torch.Generator().manual_seed(seed)
         order = order[torch.randperm(len(order), generator=generator)]
     marks = source.labels[order]
     if source.ordered or count == len(order) or not keeps_classes_apart(marks, count):
@@ -190,8 +197,6 @@ def _selected(
         raise Misuse(
             "samples", count, f"takes images of one class only ({only}), the first ones of {name}; take more of them"
         )
-    if not selected.inputs.any():
-        raise ValueError(f"{name}: all {count} selected images are black, so that there is nothing to learn from them")
     if bool((selected.inputs == selected.inputs[:1]).all()):
         whole = replace(whole, notes=(*notes, "all selected images are the same"))
         selected = replace(selected, notes=whole.notes)
