@@ -154,8 +154,8 @@ def test_what_was_read_is_said_before_the_run_and_in_its_results(zoo):
     found = solve("--data", zoo, "--classes", "zebra,a $x_t", "--json")
     read = (
         "zoo: 6 images of 1 x 4 x 4 (channels x height x width), values 0..0.89, classes zebra (3), a $x_t (3), 34 "
-        "more held out; read from 0..255 (uint8), divided by 255; one of every class in turn; averaged over 2 x 2 pixels; "
-        "left out: 1 .gif"
+        "more held out; read from 0..255 (uint8), divided by 255; one of every class in turn; averaged over 2 x 2 "
+        "pixels; left out: 1 .gif"
     )
     assert found.stderr.splitlines()[0] == f"data: {read}"
     assert json.loads(found.stdout)["made"]["data"] == read

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter, deque
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,7 +13,7 @@ OTHER_IMAGES = (  # not read, and not passed over without a word
     *(".gif", ".jfif", ".jpe", ".jp2", ".heic", ".heif", ".avif", ".svg", ".ico", ".tga", ".pcx", ".psd", ".exr"),
     *(".hdr", ".dng", ".cr2", ".nef", ".raw", ".pbm", ".pnm", ".apng", ".npy", ".npz"),
 )
-MOST_NESTED = 100_000  # entries of folders inside class folders; a mistaken --data=/ ends here
+MOST_NESTED = 100_000  # folders and images in folders inside a class folder; a mistaken --data=/ ends here
 MOST_SEARCHED = 2_000  # entries in search of advice
 HINTS = 3
 
@@ -52,8 +50,7 @@ def survey(path: Path) -> Survey:
     found = Survey()
     inside: dict[str, list[Path]] = {}
     for folder in class_folders(path):
-        found.images[folder.name] = sorted(_direct(folder, found))
-        inside[folder.name] = [entry for entry in folder.iterdir() if _is_visible_folder(entry)]
+        found.images[folder.name], inside[folder.name] = _parted(folder, found)
     _refuse_empty(path, found)
     for name, nested in inside.items():
         _descend(path, name, nested, found)
@@ -84,31 +81,35 @@ def _kind(file: Path) -> str:
     return printable(file.suffix.lower()) or "without a suffix"
 
 
-def _direct(folder: Path, found: Survey) -> Iterator[Path]:
-    for file in folder.iterdir():
-        if _is_image(file):
-            yield file
-        elif not _is_visible_folder(file):
-            found.leave(file, _kind(file))
+def _parted(folder: Path, found: Survey) -> tuple[list[Path], list[Path]]:
+    """Images and folders directly in a folder; what else is there is left out."""
+    images: list[Path] = []
+    folders: list[Path] = []
+    for entry in sorted(folder.iterdir()):
+        if _is_image(entry):
+            images.append(entry)
+        elif not _is_visible_folder(entry):
+            found.leave(entry, _kind(entry))
+        elif entry.is_symlink():
+            found.leave(entry, "linked folder inside a class folder")
+        else:
+            folders.append(entry)
+    return images, folders
 
 
 def _descend(path: Path, name: str, folders: list[Path], found: Survey) -> None:
     """Images at any depth, links not followed."""
     waiting, seen = deque(folders), 0
     while waiting:
-        folder = waiting.popleft()
-        if folder.is_symlink():
-            found.leave(folder, "linked folder inside a class folder")
-            continue
-        images = sorted(_direct(folder, found))
-        seen += len(os.listdir(folder))
+        images, below = _parted(waiting.popleft(), found)
+        found.images[name] += images
+        waiting.extend(below)
+        seen += 1 + len(images)
         if seen > MOST_NESTED:
             raise ValueError(
-                f"{path}: more than {MOST_NESTED:,} files and folders lie in folders inside the class folder "
+                f"{path}: more than {MOST_NESTED:,} folders and images lie in folders inside the class folder "
                 f"{printable(name)!r}; give the directory that holds one folder of images per class"
             )
-        found.images[name] += images
-        waiting.extend(sorted(entry for entry in folder.iterdir() if _is_visible_folder(entry)))
     found.images[name].sort()
 
 

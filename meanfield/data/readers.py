@@ -110,7 +110,7 @@ def _read_directory(path: Path, address: Address) -> Source:
     labels, named = numbered(tuple(found.images), f"{path}: the class folders")
     counts = torch.tensor([len(images) for images in found.images.values()])
     marks = torch.tensor(labels).repeat_interleave(counts)
-    pixels = decode([file for images in found.images.values() for file in images])
+    pixels, rotated = decode([file for images in found.images.values() for file in images])
     images, notes, _ = scaled(np.moveaxis(pixels, -1, 1), str(path), address.limits, of_bytes=True)
     order, left = in_turn(marks), _left_out(found.left_out)
     return Source(
@@ -119,7 +119,7 @@ def _read_directory(path: Path, address: Address) -> Source:
         marks[order],
         named,
         (*notes, "one of every class in turn", *([] if found.any_image else left)),
-        tuple(left if found.any_image else ()),
+        (*(left if found.any_image else ()), *([f"a rotation noted in {rotated} not applied"] if rotated else ())),
     )
 
 

@@ -147,12 +147,12 @@ class TestBadDirectories:
     @pytest.mark.parametrize("suffix", ["png", "jpg", "bmp", "ppm", "tif", "webp"])
     def test_a_truncated_image_is_a_named_error_unless_no_pixel_is_lost(self, folder, rng, suffix):
         path = save(folder / "dog" / f"whole.{suffix}", rng.integers(0, 256, (3, 4, 3)))
-        whole, pixels = path.read_bytes(), image_files.decode([path])
+        whole, pixels = path.read_bytes(), image_files.decode([path])[0]
         errors: list[str] = []
         for length in range(0, len(whole), 5):
             path.write_bytes(whole[:length])
             try:
-                np.testing.assert_array_equal(image_files.decode([path]), pixels)
+                np.testing.assert_array_equal(image_files.decode([path])[0], pixels)
             except ValueError as error:
                 errors.append(str(error))
         assert len(errors) > len(whole) / 5 * 0.4
@@ -245,6 +245,13 @@ class TestOtherLayouts:
         assert len(found) == 5
         assert "left out: 2 .gif" in found.summary
 
+    def test_a_rotation_that_is_noted_is_said(self, folder):
+        turned = Image.Exif()
+        turned[0x0112] = 6
+        Image.fromarray(grey(50).astype(np.uint8)).save(folder / "dog" / "7.jpg", exif=turned)
+        with pytest.warns(data.DataWarning, match="a rotation noted in 1 not applied"):
+            data.load(folder)
+
     def test_files_that_are_no_images_are_said_without_a_warning(self, folder):
         (folder / "labels.csv").write_text("")
         assert data.load(folder).summary.endswith("left out: 1 .csv")
@@ -293,7 +300,7 @@ class TestOtherLayouts:
         for name in ("bin", "etc"):
             save(tmp_path / name / "1.png", grey(50))
         with pytest.raises(
-            ValueError, match="more than 20 files and folders lie in folders inside the class folder 'bin'"
+            ValueError, match="more than 20 folders and images lie in folders inside the class folder 'bin'"
         ):
             data.load(tmp_path)
 

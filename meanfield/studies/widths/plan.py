@@ -20,6 +20,7 @@ WIDE = 256
 # mean-field layers below the last one start to learn once the last one has: not in the first few steps
 COORDINATE_STEPS = 16
 KERNEL_IMAGES = 20
+JUDGED = ("sampled", "trained")  # parts that measure accuracies on images held out
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,12 +194,15 @@ def check(task: Task, plan: Mapping[str, Sequence[Cell]]) -> None:
     """Refuse images that some cell could not take, in the words of the task; nobody typed those of a cell."""
     images = task.images()
     sides = [task.pool * side for side in images.input_shape[1:]]
-    if "sampled" in plan and images.rest is None:
-        raise Misuse(
-            "samples", task.samples, f"leaves no image of {images.name} held out, which part sampled judges; take fewer"
-        )
+    every = len(images) + len(images.rest or ())
     for part, cells in plan.items():
-        pool = max(cell["pool"] for cell in cells)
+        pool, samples = (max(cell[name] for cell in cells) for name in ("pool", "samples"))
+        if part in JUDGED and samples >= every:
+            raise Misuse(
+                "samples",
+                task.samples,
+                f"leaves no image of {images.name} held out, which part {part} judges; take fewer",
+            )
         if any(side % pool for side in sides):
             fine = [each for each in range(1, min(sides) + 1) if not any(side % (2 * each) for side in sides)]
             raise Misuse(
