@@ -319,6 +319,26 @@ def test_bad_input_of_a_graft_study_is_one_line(arguments, parts, tmp_path):
     assert all(part in result.stderr for part in parts), result.stderr
 
 
+@pytest.mark.parametrize(
+    ("count", "arguments", "message"),
+    [
+        (20, ["--samples", "20"], "--samples=20 are all images of a.npz; leave some to be held out"),
+        (
+            20,
+            ["--samples", "18"],
+            "--samples=18 leaves 2 of 20 images held out, on which features are compared; leave 4",
+        ),
+        (2, [], "--samples=2 are all images of a.npz"),
+    ],
+)
+def test_too_few_images_for_a_graft_are_refused_before_the_first_cell(tmp_path, count, arguments, message):
+    np.savez(tmp_path / "a.npz", x=np.random.default_rng(0).random((count, 8, 8)), y=np.arange(count) % 2)
+    result = graft("--data", tmp_path / "a.npz", "--out", tmp_path / "out", *arguments)
+    assert (result.exit_code, result.stderr.count("\n")) == (2, 1)
+    assert message in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
 def test_help_of_a_graft_study_states_what_is_left_open():
     text = run("graft", "--help").stdout
     assert len(re.findall(r"(?m)^│ (--[a-z-]+)", text)) == 18

@@ -59,7 +59,8 @@ class Address:
         for name in (each.name for each in fields(self)[1:]):
             if getattr(self, name) is not None and name not in known:
                 kind = "names a key of a file" if name in ("images", "labels") else "concerns arrays in a file"
-                raise Misuse(name, getattr(self, name), f"{kind}; {self.place!r} has its own {name}, leave it out")
+                own = "has labels of its own" if name == "labels" else "holds no arrays"
+                raise Misuse(name, getattr(self, name), f"{kind}; {self.place!r} {own}, leave it out")
 
     @property
     def limits(self) -> tuple[float, float] | None:

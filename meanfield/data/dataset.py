@@ -15,7 +15,7 @@ from torch import Tensor
 from meanfield import losses
 from meanfield.data.address import Address
 from meanfield.data.memory import afford, shortage_of
-from meanfield.data.order import in_turn, keeps_classes_apart
+from meanfield.data.order import in_turn, keeps_classes_apart, misses_a_class
 from meanfield.data.readers import read
 from meanfield.data.source import DataWarning, Source, printable
 from meanfield.validation import Misuse, integer
@@ -176,10 +176,11 @@ def _order(
         generator = torch.Generator().manual_seed(seed)
         order = order[torch.randperm(len(order), generator=generator)]
     marks = source.labels[order]
-    if source.ordered or count == len(order) or not keeps_classes_apart(marks, count):
+    apart = seed is None and keeps_classes_apart(marks)
+    if source.ordered or count == len(order) or not (apart or misses_a_class(marks, count)):
         return order, ()
-    turned = order[in_turn(marks)]
-    return turned, () if torch.equal(turned, order) else ("classes lie apart: one of every class in turn",)
+    turned, why = order[in_turn(marks)], "classes lie apart" if apart else "the first ones miss a class"
+    return turned, () if torch.equal(turned, order) else (f"{why}: one of every class in turn",)
 
 
 def _selected(

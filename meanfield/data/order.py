@@ -15,12 +15,15 @@ def in_turn(labels: Tensor) -> Tensor:
     return (turn * len(counts) + index).argsort()
 
 
-def keeps_classes_apart(labels: Tensor, first: int) -> bool:
-    """Whether the first images are no fair choice: in fewer than half of the places where a random order changes class
-    does this one, or it is sorted, or a class is missing among them that would be there in turn.
-    """
+def keeps_classes_apart(labels: Tensor) -> bool:
+    """Whether they are sorted, or change in fewer than half of the places where those of a random order would."""
     _, index, counts = labels.unique(return_inverse=True, return_counts=True)
     changes = int((index[1:] != index[:-1]).sum())
     expected = len(labels) - float(counts.double().square().sum()) / len(labels)
-    runs = changes == len(counts) - 1 < len(labels) - 1 or changes < expected / 2
-    return runs or len(index[:first].unique()) < min(first, len(counts))
+    return changes == len(counts) - 1 < len(labels) - 1 or changes < expected / 2
+
+
+def misses_a_class(labels: Tensor, first: int) -> bool:
+    """Whether one has no image among the first ones, that are enough for all; or they are of one class alone."""
+    there, every = len(labels[:first].unique()), len(labels.unique())
+    return there < every <= first or there == 1 < min(first, every)

@@ -270,7 +270,7 @@ class TestKeys:
             (f"{folder}:images=x", "images"),
             ("mnist:range=0..1", "range"),
         ):
-            with pytest.raises(Misuse, match=rf"{name}='.*' .*has its own {name}, leave it out"):
+            with pytest.raises(Misuse, match=rf"{name}='.*' .*holds no arrays, leave it out"):
                 data.load(source)
 
     def test_a_path_with_a_colon_is_a_path(self, tmp_path, rng):

@@ -141,7 +141,7 @@ class TestBadDirectories:
             data.load(tmp_path)
 
     def test_label_key(self, folder):
-        with pytest.raises(ValueError, match=r"labels='parity' names a key of a file; '.*pets' has its own labels"):
+        with pytest.raises(ValueError, match=r"labels='parity' names a key of a file; '.*pets' has labels of its own"):
             data.load(folder, labels="parity")
 
     @pytest.mark.parametrize("suffix", ["png", "jpg", "bmp", "ppm", "tif", "webp"])

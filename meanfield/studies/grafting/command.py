@@ -102,7 +102,7 @@ def _division(options: Options) -> dict[str, Any]:
     """How many images to train on and which: CIFAR's own division, of others 80%, drawn at random."""
     found = reading.images(options.data, pool=options.pool)
     official = found.name.startswith("CIFAR")
-    return {"samples": CIFAR_TRAINING if official else len(found) * 4 // 5, "split": not official}
+    return {"samples": CIFAR_TRAINING if official else max(2, len(found) * 4 // 5), "split": not official}
 
 
 def classifier(options: Options) -> Classifier:

@@ -16,6 +16,7 @@ STUDY = Study(
     # a file of the same name with other images is another study
     common=lambda base: {"images": base.images().digest},
     data=lambda base: base.images().summary,
+    check=plan.check,
     places=lambda directory: {"store": str(directory / "networks")},
     closing=[page.LIMITS],
     parts={
