@@ -8,12 +8,12 @@ of memory take the same way.
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from pathlib import Path
+
+import psutil
 
 GRACE = 3.0  # seconds for the certificate of a run that was stopped
 
@@ -88,12 +88,8 @@ def status(stop: BaseException) -> str:
 
 
 def free_memory() -> int:
-    """Bytes of the host's memory that new work can have; where the system does not say, all there are."""
-    try:
-        lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-        return 1024 * int(lines["MemAvailable"].split()[0])
-    except (OSError, KeyError, ValueError):
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    """Bytes of the host's memory that new work can have."""
+    return psutil.virtual_memory().available
 
 
 def is_shortage(error: BaseException) -> bool:

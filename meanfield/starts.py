@@ -71,7 +71,8 @@ def start(
         else:
             kernel, coordinates = _low_rank(coordinates, shape, generator, inputs)
         response = layer.convolve(signal, kernel * mass[None, :, None, None])
-        scale = 1 / response.square().mean().sqrt().clamp_min(torch.finfo(inputs.dtype).tiny)
+        size = response.square().mean().sqrt()
+        scale = torch.where(size > 0, 1 / size, 1.0)  # black images have no response
         kernels.append(kernel * scale)
         signal = layer.activate(response * scale)
     readout = normal(architecture.readout_shape(widths[-1]), generator, inputs)

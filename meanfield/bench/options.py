@@ -38,7 +38,9 @@ def flag(text: str, panel: Group, negative: str = "") -> Parameter:
 
 
 def listing(text: str, panel: Group, *, all_for_none: bool = False) -> Parameter:
-    """A tuple as one value, its entries separated by commas; None is spelled "all" where the field allows it."""
+    """A tuple as one value, its entries separated by commas; None is spelled "all" where the field allows it.  Entries
+    that may be text as well as integers are told apart by the field's rule.
+    """
     read, show = (_read_all, spelled) if all_for_none else (_read_listing, lambda value: value and spelled(value))
     return option(text, panel, n_tokens=1, show_default=show, converter=read)
 
@@ -50,20 +52,35 @@ def positive_integers(value: Any, argument: str) -> tuple[int, ...]:
     return tuple(integer(entry, argument) for entry in value)
 
 
-def labels(value: Any, argument: str) -> tuple[int, ...]:
-    """Two at least."""
-    whole = isinstance(value, tuple) and all(
-        isinstance(each, Integral) and not isinstance(each, bool) for each in value
+def labels(value: Any, argument: str) -> tuple[int | str, ...]:
+    """Two at least, integers or names."""
+    known = isinstance(value, tuple) and all(
+        isinstance(each, (Integral, str)) and each != "" and not isinstance(each, bool) for each in value
     )
-    if not whole or len(value) < 2:
+    if not known or len(value) < 2:
         raise Misuse(argument, value, "must be two classes at least, such as 3,5")
-    return tuple(map(int, value))
+    return tuple(_label(each) for each in value)
+
+
+def _label(text: int | str) -> int | str:
+    """An integer where it can be one."""
+    try:
+        return int(text)
+    except ValueError:
+        return text
 
 
 def source(value: Any, argument: str) -> str:
     """Of images."""
-    if not isinstance(value, str) or not value:
+    if not isinstance(value, str) or not value or "\0" in value:
         raise Misuse(argument, value, "must be the name of a data set or the path of a file or directory")
+    return value
+
+
+def split(value: Any, argument: str) -> str:
+    """Of a file."""
+    if not isinstance(value, str) or not value:
+        raise Misuse(argument, value, "must be train, test or another split that the file has")
     return value
 
 
@@ -194,7 +211,8 @@ def _read_all(kind: Any, tokens: Sequence[Any]) -> Any:
 
 def _read_listing(kind: Any, tokens: Sequence[Any]) -> Any:
     wanted = next(each for each in _alternatives(kind) if each is not NoneType)
-    entry, text = typing.get_args(wanted)[0], tokens[0].value
+    kinds, text = _alternatives(typing.get_args(wanted)[0]), tokens[0].value
+    entry = str if str in kinds else kinds[0]
     try:
         return tuple(entry(part) for part in text.split(","))
     except ValueError:
@@ -208,26 +226,39 @@ Data = Annotated[
     str,
     option(
         "Images to learn: digits (8x8, inside scikit-learn), mnist (28x28, needs the extra meanfield[data]), a "
-        "FILE.npz with images under inputs, x or images and integer labels under targets, y or labels, or a DIRECTORY "
-        "with a folder of images per class or the binary files of CIFAR.",
+        "FILE.npz with images and labels under customary names (x and y, x_train and y_train, images and labels), or "
+        "a DIRECTORY with a folder of images per class or the binary files of CIFAR. What these leave open is said by "
+        "FILE.npz:images=KEY,labels=KEY,axes=NHWC,range=0..255, any of these entries.",
         DATA,
     ),
     source,
 ]
 Classes = Annotated[
-    tuple[int, ...] | None,
+    tuple[int | str, ...] | None,
     listing(
-        "Which classes to tell apart, separated by commas, or all. With two classes the first one is +1.",
+        "Which classes to tell apart, labels or names, separated by commas, or all. With two classes the "
+        "first one is +1.",
         DATA,
         all_for_none=True,
     ),
     labels,
 ]
 Samples = Annotated[
-    int, option("How many images to use, the first ones in file order; the rest is held out.", DATA), at_least(1)
+    int,
+    option(
+        "How many images to use, the first ones in file order, or one of every class in turn where the source keeps "
+        "classes apart; the rest is held out.",
+        DATA,
+    ),
+    at_least(1),
 ]
 Pool = Annotated[
     int, option("Average images over windows of N x N pixels first; 1 leaves them as they are.", DATA), at_least(1)
+]
+Split = Annotated[
+    str | None,
+    option("train, test, ...: which images of a file that has several. Without it: train.", DATA),
+    split,
 ]
 Seed = Annotated[int, option("Seed of everything that is drawn.", WORK), seed]
 Jobs = Annotated[int, option("How many pieces of work are measured at a time, one thread each.", WORK), at_least(1)]

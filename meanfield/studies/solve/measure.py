@@ -168,7 +168,7 @@ def _kernels(run: Run) -> dict[str, Any]:
 
 
 def _predictions(run: Run) -> dict[str, Any]:
-    found = {"classes": list(run.training.classes), "training": _judged(run, run.training, keep_images=True)}
+    found = {"classes": list(run.training.class_names), "training": _judged(run, run.training, keep_images=True)}
     return found | {"held_out": _judged(run, run.held_out) if run.held_out is not None else None}
 
 

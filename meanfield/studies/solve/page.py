@@ -78,7 +78,9 @@ def _problem(results: Results) -> Section:
     warned = [Note("Warning:", text) for text in results["warnings"]]
     rows = [[name.replace("_", " "), _setting(value)] for name, value in results["made"]["settings"].items()]
     settings = Details("All settings", Table(["setting", "value"], rows, text=(0, 1)))
-    return Section("The problem", [OBJECTIVE, *warned, _terms(results), settings])
+    return Section(
+        "The problem", [OBJECTIVE, f"Images: {results['made']['data']}.", *warned, _terms(results), settings]
+    )
 
 
 def _setting(value: Any) -> str:
