@@ -1,7 +1,6 @@
 """Folders of images: order, modes, kinds of files, and a clear error for every kind of bad folder."""
 
 import os
-import types
 
 import numpy as np
 import pytest
@@ -10,8 +9,8 @@ from image_files import grey, save
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from meanfield import data
-from meanfield.data import folders, image_files, memory
+from meanfield import data, limits
+from meanfield.data import folders, image_files
 
 
 class TestDirectory:
@@ -313,8 +312,7 @@ class TestOtherLayouts:
 
 class TestMemory:
     def test_images_that_do_not_fit_are_no_damaged_ones(self, folder, monkeypatch):
-        free = types.SimpleNamespace(available=30)  # bytes; an image has 12
-        monkeypatch.setattr(memory.psutil, "virtual_memory", lambda: free)
+        monkeypatch.setattr(limits, "free_memory", lambda: 30)  # bytes; an image has 12
         with pytest.raises(
             ValueError, match=r"5 images of grey of shape \(1, 3, 4\), such as .*would take 0.0 MB of mem"
         ):
