@@ -317,10 +317,10 @@ class TestMemory:
             ValueError, match=r"5 images of grey of shape \(1, 3, 4\), such as .*would take 0.0 MB of mem"
         ):
             data.load(folder)
-        free.available = 200
+        monkeypatch.setattr(limits, "free_memory", lambda: 200)
         with pytest.raises(ValueError, match=r"pets: 5 images as numbers would take .* give fewer or smaller"):
             data.load(folder)
-        free.available = 10**9
+        monkeypatch.setattr(limits, "free_memory", lambda: 10**9)
 
         def fail(*_):
             raise MemoryError
