@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from meanfield import validation
-from meanfield.finite.checkpoints import StateFile, digest, ended
+from meanfield.finite.checkpoints import StateFile, ended
 from meanfield.finite.recipes import Recipe, increasing_epochs, regulariser
+from meanfield.storage.tensors import digest
 from meanfield.validation import Misuse
 
 CROP_DIVISOR = 8  # a crop moves by up to side // 8 pixels: the usual 4 at 32x32

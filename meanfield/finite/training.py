@@ -18,11 +18,12 @@ import torch
 from torch import Tensor
 
 from meanfield import validation
-from meanfield.finite.checkpoints import StateFile, digest, ended
+from meanfield.finite.checkpoints import StateFile, ended
 from meanfield.finite.network import SCALINGS, FiniteCNN
 from meanfield.network import ParticleNetwork
 from meanfield.problem import Problem, project_bounds
 from meanfield.starts import normal
+from meanfield.storage.tensors import digest
 from meanfield.validation import Misuse
 
 OPTIMISERS: dict[str, Callable[..., torch.optim.Optimizer]] = {"adam": torch.optim.Adam, "sgd": torch.optim.SGD}
