@@ -71,9 +71,9 @@ def test_warning_of_attainment_is_one_line():
 def test_help_states_every_default():
     text = run("solve", "--help").stdout
     options = re.findall(r"(?m)^│ (--[a-z-]+)", text)
-    assert len(options) == 28
+    assert len(options) == 29
     silent = {"--amplitude-bound", "--input-bound", "--max-seconds"}  # "Without it: ..."
-    flags = {"--out", "--json", "--quiet"}
+    flags = {"--out", "--overwrite", "--json", "--quiet"}
     assert text.count("[default:") == len(options) - len(silent | flags)
     assert text.count("Without") >= len(silent)
 
@@ -254,7 +254,7 @@ def test_bad_input_of_a_graft_study_is_one_line(arguments, parts, tmp_path):
 
 def test_help_of_a_graft_study_states_what_is_left_open():
     text = run("graft", "--help").stdout
-    assert len(re.findall(r"(?m)^│ (--[a-z-]+)", text)) == 18
+    assert len(re.findall(r"(?m)^│ (--[a-z-]+)", text)) == 19
     assert " ".join(text.split()).count("Without") == 6
-    assert text.count("[default:") == 18 - 6 - len(("--out", "--report", "--quiet"))
+    assert text.count("[default:") == 19 - 6 - len(("--out", "--overwrite", "--report", "--quiet"))
     assert "Parts: starts, classes," in " ".join(text.split())

@@ -113,7 +113,7 @@ class TestBadFiles:
 
     def test_files_without_their_description_say_what_to_do(self, saved):
         """Networks of the first format, whose description lay beside them, among them."""
-        path, network = saved
+        path, _ = saved
         safetensors.torch.save_file(storage.load_tensors(path), path)
         path.with_suffix(".json").write_text(json.dumps({"format": "meanfield network 1"}))
         with pytest.raises(ValueError, match=r"does not say which network it holds.*run the command named in results"):
@@ -130,7 +130,10 @@ class TestBadFiles:
             ({"architecture": None}, "NoneType"),
             ({"architecture": {"layers": [1]}}, "not one written by to_dict"),
             ({"architecture": mf.Architecture((1, 4, 4), ARCH.layers[:1], outputs=2).to_dict()}, "holds the tensors"),
-            ({"architecture": mf.Architecture((1, 4, 4), (*ARCH.layers, mf.Conv(1)), outputs=2).to_dict()}, "kernels.2"),
+            (
+                {"architecture": mf.Architecture((1, 4, 4), (*ARCH.layers, mf.Conv(1)), outputs=2).to_dict()},
+                "kernels.2",
+            ),
             ({"architecture": mf.Architecture((1, 4, 4), (mf.Conv(2),) * 2, outputs=2).to_dict()}, "biases.0"),
         ],
     )

@@ -236,7 +236,7 @@ def test_the_command_writes_its_page_and_goes_on_where_it_stopped(tmp_path, caps
     first = capsys.readouterr()
     assert "holds (2 seeds)" in first.out
     assert "there already" not in first.err
-    names = {"index.html", "results.json", f"{CHEAP}.png", "cells"}
+    names = {"index.html", "results.json", f"{CHEAP}.png", "theory_checks.manifest.json", "cells"}
     assert {path.name for path in (tmp_path / "a b").iterdir()} == names
     results = json.loads((tmp_path / "a b" / "results.json").read_text())
     assert [record["seed"] for record in results["records"]] == [0, 1]
@@ -345,7 +345,7 @@ def test_ctrl_c_ends_with_130_and_says_how_to_go_on(tmp_path):
     process.send_signal(signal.SIGINT)
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 130, stderr
-    assert f"stopped; what was finished is in {tmp_path}, and the same command goes on from there" in stderr
+    assert f"stopped by Ctrl-C; what was finished is in {tmp_path}, and the same command goes on from there" in stderr
     assert "Traceback" not in stderr
 
 
