@@ -125,8 +125,9 @@ class Chain:
         early = process.poll() is not None
         if not early:
             self.strike(process, kind)
-        _, stderr = process.communicate(timeout=PATIENCE)
+        process.wait(timeout=PATIENCE)
         gone = until(lambda: not alive(process.pid), f"{kind}: processes are left", LEFT, must=True)
+        _, stderr = process.communicate()
         self.told.append(
             f"{self.command.name}, {kind} after {moment:.1f} s: code {process.returncode}, "
             f"{'it had ended by itself' if early else f'all gone {gone:.1f} s later'}; "

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from rich.console import Console
 
-from meanfield.bench import command
+from meanfield.bench import command, signals
 from meanfield.bench.options import (
     OUTPUT,
     WORK,
@@ -71,8 +71,8 @@ def check(options: Options) -> None:
     With --out there are index.html, results.json, a picture of every claim and the witnesses of its controls, and
     verdicts are kept: after a stop of any kind the same command goes on. Without it nothing is written.
     """
-    from theory_checks.catalogue import claims
-
+    with signals.imports():
+        from theory_checks.catalogue import claims
     console, chosen = Console(width=None if sys.stdout.isatty() else PIPED_WIDTH), claims(options.only)
     if options.list:
         for claim in chosen:
@@ -80,10 +80,11 @@ def check(options: Options) -> None:
         return
     with _result(chosen, options) as result:
         try:
-            records = _measure(chosen, options)
-            _tell(console, records, options)
-            if result is not None:
-                _write(records, result, options)
+            with signals.surely():
+                records = _measure(chosen, options)
+                _tell(console, records, options)
+                if result is not None:
+                    _write(records, result, options)
         except KeyboardInterrupt:
             command.interrupted(options.out if _kept(options.out) else None)
     if not all(record["passed"] for record in records):
@@ -125,7 +126,6 @@ def _tell(console: Console, records: Sequence[Record], options: Options) -> None
 
 
 def _write(records: Sequence[Record], result: Result, options: Options) -> None:
-    from meanfield.bench import signals
     from meanfield.bench.provenance import Provenance, library
     from theory_checks import page
 

@@ -103,10 +103,11 @@ def launch(name: str, text: str, home: ModuleType, arguments: Sequence[str] | No
     words = sys.argv[1:] if arguments is None else list(arguments)
     with one_line_errors():
         app = application(name, text)
-        for found in sorted(each.name for each in pkgutil.iter_modules(home.__path__) if each.ispkg):
-            package = importlib.import_module(f"{home.__name__}.{found}")
-            called = getattr(package, "COMMAND", found)
-            register(app, called, package, complete=[called] == words[:1])
+        with signals.imports():
+            for found in sorted(each.name for each in pkgutil.iter_modules(home.__path__) if each.ispkg):
+                package = importlib.import_module(f"{home.__name__}.{found}")
+                called = getattr(package, "COMMAND", found)
+                register(app, called, package, complete=[called] == words[:1])
         main(app, words)
 
 
@@ -128,7 +129,8 @@ def one_line_errors() -> Iterator[None]:
     with signals.heard(), warnings.catch_warnings():
         warnings.showwarning = _warn
         try:
-            yield
+            with signals.surely():
+                yield
         except KeyboardInterrupt:
             interrupted()
         except Misuse as error:
@@ -232,9 +234,10 @@ def run_study(study: Study, options: StudyOptions, subject: Any, *program: str) 
     work = {"seed": options.seed, "parts": options.part, "jobs": options.jobs, "backend": options.backend}
     with opened(out, study.name, study.names(), study.folders(), overwrite=options.overwrite) as result:
         try:
-            with counted(sum(map(len, plan.values())), options.quiet) as announce:
-                tables = study.run(subject, sizes, out, announce=lambda part, _, kept: announce(part, kept), **work)
-            files = study.files(tables, made, report=options.report)
+            with signals.surely():
+                with counted(sum(map(len, plan.values())), options.quiet) as announce:
+                    tables = study.run(subject, sizes, out, announce=lambda part, _, kept: announce(part, kept), **work)
+                files = study.files(tables, made, report=options.report)
             with signals.held():
                 result.publish(files)
         except KeyboardInterrupt:

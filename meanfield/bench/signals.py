@@ -43,7 +43,7 @@ def heard() -> Iterator[None]:
         return
     known = {number: signal.getsignal(number) for number in ENDING}
     taken = [number for number in ENDING if number == signal.SIGINT or known[number] is not signal.SIG_IGN]
-    _heard.unheeded = False
+    _heard.unheeded = _heard.acted = False
     try:
         for number in taken:
             signal.signal(number, _hear)
@@ -62,7 +62,7 @@ def waiting() -> Iterator[None]:
     try:
         yield
     finally:
-        _heard.waiting -= 1
+        _heard.waiting, _heard.acted = _heard.waiting - 1, False
 
 
 @contextmanager
@@ -73,6 +73,25 @@ def held() -> Iterator[None]:
         yield
     finally:
         _heard.held -= 1
+
+
+@contextmanager
+def imports() -> Iterator[None]:
+    """For imports: broken off in the middle, modules are left in pieces, and the signal is lost in other errors."""
+    with held():
+        yield
+    look()
+
+
+@contextmanager
+def surely() -> Iterator[None]:
+    """An error that a stop ended in, on its way through somebody's `except`, is that stop."""
+    try:
+        yield
+    except Exception as error:
+        if _heard.acted:
+            raise Stopped(last()) from error
+        raise
 
 
 def came() -> bool:
