@@ -6,7 +6,6 @@ import sys
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from rich.console import Console
@@ -34,6 +33,7 @@ if TYPE_CHECKING:
 
 PROGRAM = ("python", "-m", "theory_checks")
 FAILED = 1  # exit code
+KEPT = ("cells", "witnesses")  # folders of --out
 PIPED_WIDTH = 160  # columns, where the output is no terminal
 
 
@@ -86,25 +86,19 @@ def check(options: Options) -> None:
                 if result is not None:
                     _write(records, result, options)
         except KeyboardInterrupt:
-            command.interrupted(options.out if _kept(options.out) else None)
+            command.interrupted(options.out, KEPT)
     if not all(record["passed"] for record in records):
         raise SystemExit(FAILED)
 
 
 def _result(chosen: Sequence[Claim], options: Options) -> AbstractContextManager[Result | None]:
     from meanfield.storage.results import opened
-    from theory_checks import page, runner
+    from theory_checks import page
 
     if options.out is None:
         return nullcontext()
     names = page.names([claim.name for claim in chosen])
-    return opened(options.out, "theory_checks", names, runner.FOLDERS, overwrite=options.overwrite)
-
-
-def _kept(out: Path | None) -> bool:
-    from theory_checks import runner
-
-    return out is not None and any((out / folder).exists() for folder in runner.FOLDERS)
+    return opened(options.out, "theory_checks", names, KEPT, overwrite=options.overwrite)
 
 
 def _measure(chosen: Sequence[Claim], options: Options) -> list[Record]:

@@ -16,7 +16,6 @@ from theory_checks import catalogue
 from theory_checks.claim import Setting, Verdict, judge
 
 FRAME = ("runner", "claim", "statistics", "rounding", "instances", "lines")  # what every verdict depends on
-CELLS, WITNESSES = FOLDERS = ("cells", "witnesses")  # of what is kept
 Record = dict[str, Any]
 
 
@@ -39,10 +38,10 @@ def run(
     return sweep.run(
         measure,
         cells,
-        None if directory is None else directory / CELLS,
+        None if directory is None else directory / "cells",
         jobs=jobs,
         announce=announce,
-        places={} if directory is None else {"witnesses": str(directory / WITNESSES)},
+        places={} if directory is None else {"witnesses": str(directory / "witnesses")},
         sources=sources,
         lasting=lambda records: not any(record["error"] for record in records),
     )

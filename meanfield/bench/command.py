@@ -11,7 +11,7 @@ import sys
 import traceback
 import typing
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -132,7 +132,7 @@ def one_line_errors() -> Iterator[None]:
             with signals.surely():
                 yield
         except KeyboardInterrupt:
-            interrupted()
+            stop(f"stopped by {signals.last()}", signals.exit_code())
         except Misuse as error:
             refuse(_told(error))
         except BrokenPipeError:  # the reader has what it wanted, as `head` does; no misuse
@@ -182,12 +182,11 @@ def stop(text: str, code: int) -> NoReturn:
         raise SystemExit(code)
 
 
-def interrupted(out: Path | None = None) -> NoReturn:
-    """The end after a signal; out: where finished work is kept."""
-    if out is None:
-        stop(f"stopped by {signals.last()} before there was anything to keep", signals.exit_code())
-    text = f"what was finished is in {out}, and the same command goes on from there"
-    stop(f"stopped by {signals.last()}; {text}", signals.exit_code())
+def interrupted(out: Path | None, folders: Iterable[str]) -> NoReturn:
+    """The end of a command after a signal; folders: those of `out` in which finished work is kept."""
+    if out is None or not any((out / folder).exists() for folder in folders):
+        stop("stopped before there was anything to keep", signals.exit_code())
+    stop(f"stopped; what was finished is in {out}, and the same command goes on from there", signals.exit_code())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -241,7 +240,7 @@ def run_study(study: Study, options: StudyOptions, subject: Any, *program: str) 
             with signals.held():
                 result.publish(files)
         except KeyboardInterrupt:
-            interrupted(out if any((out / folder).exists() for folder in study.folders()) else None)
+            interrupted(out, study.folders())
     print(f"tables: {', '.join(f'{part}.csv' for part in tables)} in {out}")
     if not options.report:
         return None

@@ -43,7 +43,7 @@ def heard() -> Iterator[None]:
         return
     known = {number: signal.getsignal(number) for number in ENDING}
     taken = [number for number in ENDING if number == signal.SIGINT or known[number] is not signal.SIG_IGN]
-    _heard.unheeded = _heard.acted = False
+    _heard.number, _heard.unheeded, _heard.acted = int(signal.SIGINT), False, False
     try:
         for number in taken:
             signal.signal(number, _hear)

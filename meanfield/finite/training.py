@@ -113,9 +113,9 @@ def train(
         time of the particle gradient flow, whatever the schedule; otherwise a clock only.
     state: file (.safetensors) to which the whole state of the run is written every `state_every` steps.  A call with
     the
-        same arguments continues from it and ends, on the same machine and threads, with the same bits as a run without a pause
-        (seconds excepted).  It is removed when the run ends by itself, and refused (ValueError) where it is damaged or
-        of other arguments or data.
+        same arguments continues from it and ends, on the same machine and as many threads, with the same bits as a run
+        without a pause (seconds excepted).  It is removed when the run ends by itself, and refused (ValueError) where
+        it is damaged or of other arguments or data.
     record_every: steps between two records, each of which evaluates J on all images (default: 100 records a run).
     callback: called with every record of the history; after a resumption from the saved step on.
 

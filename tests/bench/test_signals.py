@@ -23,7 +23,7 @@ def test_each_is_an_interrupt_with_its_own_exit_code(name, code, capsys):
         send(getattr(signal, name))
     assert ended.value.code == code
     named = "Ctrl-C" if name == "SIGINT" else name
-    assert capsys.readouterr().err == f"stopped by {named} before there was anything to keep\n"
+    assert capsys.readouterr().err == f"stopped by {named}\n"
     assert [signal.getsignal(number) for number in signals.ENDING] == before
 
 
