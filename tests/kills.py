@@ -36,12 +36,14 @@ QUICK_REPORT = (
 
 @dataclass(frozen=True)
 class Command:
-    """words: without --out.  result: its name in the folder.  workers: whether it has any."""
+    """words: without --out.  result: its name in the folder.  kinds: one of each way to end it; a solve has no workers,
+    and is killed at two moments.
+    """
 
     name: str
     words: tuple[str, ...]
     result: str
-    workers: bool = True
+    kinds: tuple[str, ...] = KINDS
 
     def line(self, out, *more):
         return [sys.executable, *self.words, *more, "--out", str(out)]
@@ -54,7 +56,7 @@ COMMANDS = {
             "solve",
             ("-c", QUICK_REPORT, "solve", "--widths=8,6", "--samples=10", "--rounds=3", "--flow-steps=150"),
             "solve",
-            workers=False,
+            (*KINDS[:-1], "kill -9 of the parent"),
         ),
         Command(
             "widths",
@@ -139,10 +141,11 @@ class Chain:
         self.look(stderr)
 
     def strike(self, process, kind):
-        if kind == "kill -9 of a worker" and self.command.workers:
+        if kind == "kill -9 of a worker":
             until(lambda: process.poll() is not None or workers(process.pid), "", 20.0)
             for worker in workers(process.pid)[:1]:
                 worker.kill()
+
         elif kind.startswith("kill -9"):
             process.kill()
         elif kind == "two SIGINT":
@@ -242,7 +245,7 @@ def figures(table):
 
 def run(name, kinds, seed, span, home):
     """Of one command, ended in these ways one after the other; a line on each."""
-    chain = Chain(COMMANDS[name], Path(home), random.Random(seed), span)
+    chain = Chain(COMMANDS[name], Path(home), random.Random(f"{name} {seed}"), span)
     for kind in kinds:
         chain.kill(kind)
     chain.close()
@@ -258,8 +261,8 @@ def main():
     options = parser.parse_args()
     for number in range(options.rounds):
         for name in options.only or COMMANDS:
-            kinds = list(KINDS)
-            random.Random(options.seed + number).shuffle(kinds)
+            kinds = list(COMMANDS[name].kinds)
+            random.Random(f"{options.seed + number} {name}").shuffle(kinds)
             home = tempfile.mkdtemp()
             for line in run(name, kinds, options.seed + number, options.span, home):
                 print(line, flush=True)

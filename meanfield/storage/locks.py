@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 try:
@@ -42,8 +42,9 @@ def _locked(path: Path) -> int:
         try:
             _lock(file, path)
             if _same(file, path):
-                os.ftruncate(file, 0)
-                os.pwrite(file, str(os.getpid()).encode(), 0)
+                with suppress(OSError):  # a full disk can still be locked
+                    os.ftruncate(file, 0)
+                    os.pwrite(file, str(os.getpid()).encode(), 0)
                 return file
         except BaseException:
             os.close(file)

@@ -234,6 +234,17 @@ def test_one_command_to_a_folder_until_its_process_ends(tmp_path):
 
 
 @pytest.mark.skipif(os.name == "nt", reason="flock")
+def test_a_full_disk_can_be_locked_and_left_as_it_was(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "pwrite", full)
+    with opened(tmp_path / "new", "r"):
+        pass
+    assert there_names(tmp_path) == []
+
+
+@pytest.mark.skipif(os.name == "nt", reason="flock")
 def test_a_lock_that_its_owner_removed_in_between_is_taken_anew(tmp_path, monkeypatch):
     """Between opening and locking the file of another, it may go: the lock of a file without a name is none."""
     lock, before = locks._lock, []
