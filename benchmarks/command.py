@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,11 @@ from rich.table import Table
 
 from benchmarks import PROGRAM, machine
 from benchmarks.options import BenchmarkOptions
-from meanfield.bench.command import writable
+from meanfield.bench import signals
 from meanfield.bench.provenance import PACKAGES, Provenance, library, versions
 from meanfield.pages.plotting import png
-from meanfield.storage import to_json, write_atomically
-from meanfield.validation import Misuse
+from meanfield.storage import to_json
+from meanfield.storage.results import Result, opened
 
 PIPED_WIDTH = 160  # columns, where the output is no terminal
 PEERS = ("scs", "pyscnn")
@@ -38,34 +39,35 @@ def run_benchmark(
 
     run(options, report): the figures.  tables, picture: of the figures with what made them and the machine.
     """
-    target = None if options.out is None else destination(options.out, name)
     said, shown = (_console(file, options.quiet) for file in (sys.stderr, sys.stdout))
     command = options.command_line(*shlex.split(PROGRAM), name)
     made = Provenance(command, options.to_dict(), library("benchmarks"), versions((*PACKAGES, *PEERS)))
     frame = {"benchmark": name, "made": asdict(made), "machine": machine.description()}
-    found = frame | run(options, lambda line: _plainly(said, line))
-    for table in tables(found):
-        shown.print(table)
-    if target is not None:
-        for written in write(found, target, picture):
-            _plainly(shown, f"written: {written}")
+    with destination(options.out, name, overwrite=options.overwrite) as target:
+        found = frame | run(options, lambda line: _plainly(said, line))
+        for table in tables(found):
+            shown.print(table)
+        if target is not None:
+            contents = files(found, target.name, picture)
+            with signals.held():
+                target.publish(contents)
+            for file in contents:
+                _plainly(shown, f"written: {target.directory / file}")
 
 
-def destination(out: Path, name: str) -> Path:
-    """The JSON file that `out` means: FILE.json or a directory, which is made; Misuse where it cannot be written."""
-    target = out if out.suffix == ".json" and not out.is_dir() else out / f"{name}.json"
-    writable(target.parent)
-    if target.is_dir():
-        raise Misuse("out", str(out), f"cannot be used: {target} is a directory; give another one")
-    return target
+def destination(out: Path | None, name: str, *, overwrite: bool = False) -> AbstractContextManager[Result | None]:
+    """The result that `out` means: FILE.json or a directory, which is made; Misuse where it cannot be written."""
+    if out is None:
+        return nullcontext()
+    if out.suffix == ".json" and not out.is_dir():
+        out, name = out.parent, out.stem
+    return opened(out, name, (f"{name}.json", f"{name}.png"), overwrite=overwrite)
 
 
-def write(found: Found, target: Path, picture: Callable[[Found], Figure] | None) -> list[Path]:
-    """Write the JSON, and the picture beside it."""
-    written = [write_atomically(target, to_json(found))]
-    if picture is not None:
-        written.append(write_atomically(target.with_suffix(".png"), png(picture(found))))
-    return written
+def files(found: Found, name: str, picture: Callable[[Found], Figure] | None) -> dict[str, bytes | str]:
+    """The JSON, and the picture beside it."""
+    drawn = {} if picture is None else {f"{name}.png": png(picture(found))}
+    return {f"{name}.json": to_json(found), **drawn}
 
 
 def _console(file: Any, quiet: bool) -> Console:

@@ -1,7 +1,7 @@
 """A function of this package run in a process of its own, on one thread: order and answer travel as JSON files.
 
-`python -m benchmarks.isolated benchmarks.contenders:run ORDER.json ANSWER.json` is what is started.  A fresh process
-gives every contender its own peak memory, its own thread settings and an end that cannot take the others along.
+`python -m benchmarks.isolated benchmarks.contenders:run ORDER.json ANSWER.json PARENT` is what is started.  A fresh
+process gives every contender its own peak memory, its own thread settings and an end that cannot take the others along.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.machine import one_thread
+from meanfield.bench.workers import serve
 
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "RAYON_NUM_THREADS")
 
@@ -34,7 +35,7 @@ def call(function: str, order: dict[str, Any], *, timeout: float | None = None, 
     with tempfile.TemporaryDirectory() as directory:
         asked, answered = Path(directory, "order.json"), Path(directory, "answer.json")
         asked.write_text(json.dumps(order))
-        command = [sys.executable, "-m", "benchmarks.isolated", function, str(asked), str(answered)]
+        command = [sys.executable, "-m", "benchmarks.isolated", function, str(asked), str(answered), str(os.getpid())]
         try:
             done = subprocess.run(command, env=_environment(), capture_output=True, text=True, timeout=timeout)
         except subprocess.TimeoutExpired:
@@ -63,4 +64,5 @@ def _last_words(done: subprocess.CompletedProcess[str]) -> str:
 
 
 if __name__ == "__main__":
+    serve(int(sys.argv[4]))
     Path(sys.argv[3]).write_text(json.dumps(here(sys.argv[1], json.loads(Path(sys.argv[2]).read_text()))))

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from meanfield.bench.options import OUTPUT, WORK, Quiet, Settings, flag, option, path
+from meanfield.bench.options import OUTPUT, WORK, Overwrite, Quiet, Settings, flag, option, path
 from meanfield.validation import Misuse
 
 Quick = Annotated[bool, flag("Little of everything, to see that it runs.", WORK)]
@@ -26,6 +26,7 @@ class BenchmarkOptions(Settings):
         ),
         path,
     ] = None
+    overwrite: Overwrite = False
     quiet: Quiet = False
 
 

@@ -13,8 +13,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
-import psutil
-
 GRACE = 3.0  # seconds for the certificate of a run that was stopped
 
 _deadline: ContextVar[float] = ContextVar("deadline", default=math.inf)
@@ -89,6 +87,8 @@ def status(stop: BaseException) -> str:
 
 def free_memory() -> int:
     """Bytes of the host's memory that new work can have."""
+    import psutil  # a twentieth of a second, which `--help` does not need
+
     return psutil.virtual_memory().available
 
 

@@ -1,3 +1,4 @@
+import errno
 import html
 import json
 import os
@@ -6,14 +7,18 @@ import shlex
 import signal
 import subprocess
 import sys
+import warnings
 
 import numpy as np
 import pytest
 from command_line import run
 from image_files import save
 
-from meanfield import data
-from meanfield.storage import load_network
+from benchmarks.__main__ import main as benchmarks
+from meanfield import cli, data
+from meanfield.bench import command
+from meanfield.storage import load_network, locks
+from theory_checks.__main__ import main as checks
 
 TINY = {"--widths": "6,4", "--samples": "6", "--rounds": "1", "--flow-steps": "20"}
 
@@ -59,6 +64,108 @@ def test_out_is_refused_before_the_solve(tmp_path):
     assert "--out=" in result.stderr
 
 
+COMMANDS = [
+    ("solve", cli.main, ["--widths=6,4", "--samples=6", "--rounds=1", "--flow-steps=5"], "report.html"),
+    ("widths", cli.main, ["--size=quick", "--part=kernel", "--jobs=1"], "widths.html"),
+    ("graft", cli.main, ["--size=quick", "--part=across", "--jobs=1"], "graft.html"),
+    ("theory_checks", checks, ["--only=change_of_variables", "--jobs=1"], "index.html"),
+    ("flow", benchmarks, [], "flow.json"),
+]
+
+
+@pytest.mark.parametrize(("name", "main", "words", "page"), COMMANDS, ids=[each[0] for each in COMMANDS])
+class TestOut:
+    """Every command refuses what it cannot write to, or should not, in one line and before the work."""
+
+    def refused(self, name, main, words, out, *more):
+        first = [name] if main in (cli.main, benchmarks) else []
+        before = listing(out.parent)
+        result = run(*first, *words, "--quiet", "--out", out, *more, main=main)
+        assert result.exit_code == 2, result.stderr
+        assert result.stderr.count("\n") == 1
+        assert f"--out={str(out)!r}" in result.stderr
+        assert listing(out.parent) == before
+        return result.stderr
+
+    def test_places_that_are_no_directories(self, tmp_path, name, main, words, page):
+        (tmp_path / "file").touch()
+        os.mkfifo(tmp_path / "pipe")
+        for place in ("file", "pipe", "file/deeper"):
+            assert "cannot be written to" in self.refused(name, main, words, tmp_path / place)
+        empty = run(*([name] if main is not checks else []), *words, "--out", "", main=main)
+        assert (empty.exit_code, empty.stderr) == (2, "error: --out='' must be the path of a file or directory\n")
+
+    def test_a_page_that_is_a_directory(self, tmp_path, name, main, words, page):
+        """It used to be found after all the work."""
+        (tmp_path / page).mkdir()
+        said = self.refused(name, main, words, tmp_path, "--overwrite")
+        assert f"{page} is a directory; give another one" in said
+
+    def test_a_file_of_others(self, tmp_path, name, main, words, page):
+        (tmp_path / page).write_text("theirs")
+        said = self.refused(name, main, words, tmp_path)
+        assert f"holds {page}, which is no part of an earlier" in said
+        assert "--overwrite" in said
+
+    def test_a_folder_in_use(self, tmp_path, name, main, words, page):
+        with locks.held(tmp_path):
+            assert f"is in use by another command (process {os.getpid()})" in self.refused(name, main, words, tmp_path)
+
+
+def listing(directory):
+    """Everything below, with the contents of files."""
+    found = sorted(directory.rglob("*")) if directory.is_dir() else []
+    return [(path, path.read_bytes() if path.is_file() else None) for path in found if path.name != locks.LOCK]
+
+
+def test_a_refusal_leaves_no_folder(tmp_path):
+    for words in (["solve", "--data", "missing.npz"], ["widths", "--size=quick", "--part=kernel", "--samples=9999"]):
+        assert run(*words, "--out", tmp_path / "a" / "b").exit_code == 2
+        assert list(tmp_path.iterdir()) == []
+
+
+def test_an_older_report_is_replaced_with_overwrite_only(tmp_path):
+    (tmp_path / "results.json").write_text("theirs")
+    (tmp_path / "notes.txt").write_text("theirs")
+    assert solve("--out", tmp_path).exit_code == 2
+    assert solve("--out", tmp_path, "--overwrite", "--data", "missing.npz").exit_code == 2
+    assert (tmp_path / "results.json").read_text() == "theirs"
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (
+            OSError(errno.ENOSPC, "No space left on device", "out/a.csv"),
+            75,
+            "error: out/a.csv: No space left on device",
+        ),
+        (PermissionError(errno.EACCES, "Permission denied", "x.npz"), 2, "error: x.npz: Permission denied"),
+        (MemoryError(), 75, "error: not enough memory (no more is to be had); give it less at a time"),
+        (MemoryError("of 8 GB"), 75, "error: not enough memory (of 8 GB); give it less at a time"),
+    ],
+)
+def test_a_machine_that_is_too_small_says_so_in_one_line(error, code, said, capsys):
+    with pytest.raises(SystemExit) as ended, command.one_line_errors():
+        raise error
+    assert (ended.value.code, capsys.readouterr().err) == (code, said + "\n")
+
+
+def test_a_fault_of_the_library_has_an_exit_code_of_its_own(capsys):
+    """1 is the code of theory_checks for a claim that fails."""
+    with pytest.raises(SystemExit) as ended, command.one_line_errors():
+        raise AssertionError("never")
+    assert ended.value.code == 70
+    assert "AssertionError: never" in capsys.readouterr().err
+
+
+def test_warnings_are_one_line_each(capsys):
+    with command.one_line_errors():
+        warnings.simplefilter("always")
+        warnings.warn("first\nsecond", stacklevel=1)
+    assert capsys.readouterr().err == "warning: first second\n"
+
+
 def test_json_is_alone_on_stdout():
     found = json.loads(solve("--json").stdout)
     assert found["solution"]["value"] > 0
@@ -72,9 +179,9 @@ def test_warning_of_attainment_is_one_line():
 def test_help_states_every_default():
     text = run("solve", "--help").stdout
     options = re.findall(r"(?m)^│ (--[a-z-]+)", text)
-    assert len(options) == 29
+    assert len(options) == 30
     silent = {"--split", "--amplitude-bound", "--input-bound", "--max-seconds"}  # "Without it: ..."
-    flags = {"--out", "--json", "--quiet"}
+    flags = {"--out", "--overwrite", "--json", "--quiet"}
     assert text.count("[default:") == len(options) - len(silent | flags)
     assert text.count("Without") >= len(silent)
 
@@ -341,7 +448,7 @@ def test_too_few_images_for_a_graft_are_refused_before_the_first_cell(tmp_path, 
 
 def test_help_of_a_graft_study_states_what_is_left_open():
     text = run("graft", "--help").stdout
-    assert len(re.findall(r"(?m)^│ (--[a-z-]+)", text)) == 18
+    assert len(re.findall(r"(?m)^│ (--[a-z-]+)", text)) == 19
     assert " ".join(text.split()).count("Without") == 6
-    assert text.count("[default:") == 18 - 6 - len(("--out", "--report", "--quiet"))
+    assert text.count("[default:") == 19 - 6 - len(("--out", "--overwrite", "--report", "--quiet"))
     assert "Parts: starts, classes," in " ".join(text.split())

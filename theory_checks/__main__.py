@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
 from rich.console import Console
 
-from meanfield.bench import command
+from meanfield.bench import command, signals
 from meanfield.bench.options import (
     OUTPUT,
     WORK,
     Device,
     Jobs,
     Out,
+    Overwrite,
     Quiet,
     Seed,
     Settings,
@@ -25,11 +27,13 @@ from meanfield.bench.options import (
 )
 
 if TYPE_CHECKING:
+    from meanfield.storage.results import Result
     from theory_checks.claim import Claim
     from theory_checks.runner import Record
 
 PROGRAM = ("python", "-m", "theory_checks")
 FAILED = 1  # exit code
+KEPT = ("cells", "witnesses")  # folders of --out
 PIPED_WIDTH = 160  # columns, where the output is no terminal
 
 
@@ -54,6 +58,7 @@ class Options(Settings):
     device: Device = "cpu"
     jobs: Jobs = 2
     out: Out = None
+    overwrite: Overwrite = False
     list: Annotated[bool, flag("Name the claims and stop.", OUTPUT)] = False
     quiet: Quiet = False
 
@@ -66,27 +71,39 @@ def check(options: Options) -> None:
     With --out there are index.html, results.json, a picture of every claim and the witnesses of its controls, and
     verdicts are kept: after a stop of any kind the same command goes on. Without it nothing is written.
     """
-    from theory_checks.catalogue import claims
-
+    with signals.imports():
+        from theory_checks.catalogue import claims
     console, chosen = Console(width=None if sys.stdout.isatty() else PIPED_WIDTH), claims(options.only)
     if options.list:
         for claim in chosen:
             console.print(f"[bold]{claim.name}[/]  {claim.statement}")
         return
-    try:
-        records = _measure(chosen, options)
-        _tell(console, records, options)
-    except KeyboardInterrupt:
-        command.interrupted(options.out)
+    with _result(chosen, options) as result:
+        try:
+            with signals.surely():
+                records = _measure(chosen, options)
+                _tell(console, records, options)
+                if result is not None:
+                    _write(records, result, options)
+        except KeyboardInterrupt:
+            command.interrupted(options.out, KEPT)
     if not all(record["passed"] for record in records):
         raise SystemExit(FAILED)
+
+
+def _result(chosen: Sequence[Claim], options: Options) -> AbstractContextManager[Result | None]:
+    from meanfield.storage.results import opened
+    from theory_checks import page
+
+    if options.out is None:
+        return nullcontext()
+    names = page.names([claim.name for claim in chosen])
+    return opened(options.out, "theory_checks", names, KEPT, overwrite=options.overwrite)
 
 
 def _measure(chosen: Sequence[Claim], options: Options) -> list[Record]:
     from theory_checks import runner
 
-    if options.out is not None:
-        command.writable(options.out)
     seeds = range(options.seed, options.seed + options.seeds)
     cells = runner.cells([claim.name for claim in chosen], seeds, options.full, options.device)
     with command.counted(len(cells), options.quiet) as announce:
@@ -94,16 +111,23 @@ def _measure(chosen: Sequence[Claim], options: Options) -> list[Record]:
 
 
 def _tell(console: Console, records: Sequence[Record], options: Options) -> None:
-    from meanfield.bench.provenance import Provenance, library
     from theory_checks import page
 
     if not options.quiet:
         console.print(page.table(records))
     for line in page.failures(records):
         console.print(line, style="bold red", markup=False)
-    if options.out is not None:
-        made = Provenance(options.command_line(*PROGRAM), options.to_dict(), library("theory_checks"))
-        print(f"page: {page.write(records, options.out, made)}")
+
+
+def _write(records: Sequence[Record], result: Result, options: Options) -> None:
+    from meanfield.bench.provenance import Provenance, library
+    from theory_checks import page
+
+    made = Provenance(options.command_line(*PROGRAM), options.to_dict(), library("theory_checks"))
+    files = page.files(records, made)
+    with signals.held():
+        result.publish(files)
+    print(f"page: {result.directory / page.PAGE}")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

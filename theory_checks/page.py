@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from markupsafe import Markup
@@ -13,10 +12,11 @@ from rich.table import Table
 from meanfield.bench.provenance import Provenance
 from meanfield.pages import html
 from meanfield.pages.html import Figure, Page, Section, Verbatim
-from meanfield.storage import to_json, write_atomically
+from meanfield.storage import to_json
 from theory_checks import catalogue, pictures
 
 Record = Mapping[str, Any]
+PAGE, RESULTS = "index.html", "results.json"
 TITLE = "Claims and their controls"
 FAILED_CONTROL = "CONTROL PASSED"
 
@@ -96,15 +96,24 @@ def failures(records: Sequence[Record]) -> list[str]:
     return lines
 
 
-def write(records: Sequence[Record], directory: Path, made: Provenance) -> Path:
-    """Write the picture of every claim as PNG, results.json and the page that links them, index.html; returns it."""
-    images = {}
-    for name, (first, *_) in grouped(records).items():
-        if first["evidence"]:
-            picture = pictures.picture(first, catalogue.claim(name).axes)
-            images[name] = write_atomically(directory / f"{name}.png", picture).name
-    write_atomically(directory / "results.json", to_json({"made": made, "records": records}))
-    return write_atomically(directory / "index.html", html.render(assemble(records, made), images))
+def files(records: Sequence[Record], made: Provenance) -> dict[str, bytes | str]:
+    """Name -> content: the picture of every claim as PNG, results.json and the page that links them."""
+    drawn = {
+        f"{name}.png": pictures.picture(first, catalogue.claim(name).axes)
+        for name, (first, *_) in grouped(records).items()
+        if first["evidence"]
+    }
+    images = {file.removesuffix(".png"): file for file in drawn}
+    return {
+        **drawn,
+        RESULTS: to_json({"made": made, "records": records}),
+        PAGE: html.render(assemble(records, made), images),
+    }
+
+
+def names(claims: Sequence[str]) -> list[str]:
+    """Of the files that there may be."""
+    return [*(f"{name}.png" for name in claims), RESULTS, PAGE]
 
 
 def assemble(records: Sequence[Record], made: Provenance) -> Page:

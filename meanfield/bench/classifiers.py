@@ -5,21 +5,23 @@ store.
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from hashlib import sha256
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
 
-from meanfield import data, storage
+from meanfield import data
 from meanfield.bench import provenance, reading
 from meanfield.bench.options import OBJECTIVE, Data, Device, Dtype, Pool, Settings, at_least, choice, option
 from meanfield.finite import AUTHORS_DROPOUT, Fitted, Recipe, fit, residual, vgg
 from meanfield.finite.recipes import PENALTIES, increasing_epochs
+from meanfield.storage import files, tensors
 from meanfield.validation import Misuse, nonnegative
 
 VGGS = ("vgg8", "vgg11", "vgg13", "vgg16")
@@ -27,6 +29,7 @@ NETWORKS = (*VGGS, "residual")
 PRESETS = ("default", "authors")
 MILESTONES = (2 / 3, 13 / 15)  # of the default recipe, as shares of its epochs
 LABELS = ("true", "permuted")
+KIND = "meanfield classifier 1"  # of a file of the store
 
 WeightPenalty = Annotated[
     str, option(f"{', '.join(PENALTIES)}: penalty on the weights of every layer.", OBJECTIVE), choice(PENALTIES)
@@ -112,10 +115,7 @@ class Classifier(Settings):
             labels = labels[
                 torch.randperm(len(labels), generator=torch.Generator().manual_seed(self.seed)).to(labels.device)
             ]
-        state = path.with_name(f"{path.stem}.state{storage.TENSORS}")
-        found = fit(
-            self.start(), images.inputs, labels, self.recipe, self.seed, checkpoints=self.checkpoints, state=state
-        )
+        found = self._fit(path.with_name(f"{path.stem}.state{tensors.TENSORS}"), images.inputs, labels)
         if found.status == "interrupted":
             raise KeyboardInterrupt
         if found.status != "completed":
@@ -123,30 +123,62 @@ class Classifier(Settings):
                 f"{self.network} does not train at strength={self.strength:g} of penalty={self.penalty!r}: "
                 f"{found.message}"
             )
-        storage.save_tensors(
-            {f"{epoch}/{name}": tensor for epoch, kept in found.checkpoints.items() for name, tensor in kept.items()},
-            path,
-        )
+        files.write_atomically(path, tensors.pack(_flat(found.checkpoints), KIND, self._named()))
         return found
 
+    def _fit(self, state: Path, inputs: Tensor, labels: Tensor) -> Fitted:
+        """Train on from the state; one that is damaged is named in a warning, and the run starts anew."""
+        options: dict[str, Any] = {"checkpoints": self.checkpoints, "state": state}
+        try:
+            return fit(self.start(), inputs, labels, self.recipe, self.seed, **options)
+        except Misuse as error:
+            if error.argument != "state":
+                raise
+            warnings.warn(f"{state} {error.remedy}: the network is trained anew", stacklevel=2)
+            state.unlink()
+            return fit(self.start(), inputs, labels, self.recipe, self.seed, **options)
+
     def at(self, epoch: int, store: str | Path) -> nn.Module:
-        """The network at one of its checkpoints, in evaluation mode, from the store or trained now."""
+        """The network at one of its checkpoints, in evaluation mode, from the store or trained now.
+
+        A file that is damaged, or holds another network than its name says, is named in a warning, and the network
+        trained anew.
+        """
         if epoch not in self.checkpoints:
             raise Misuse("epoch", epoch, f"is not one of checkpoints={self.checkpoints}")
         network = self.start()
         if epoch:
-            if not self._path(store).exists():
-                self.train(store)
-            kept = storage.load_tensors(self._path(store))
+            kept = self._stored(store)
+            if kept is None:
+                kept = _flat(self.train(store).checkpoints)
             network.load_state_dict(
                 {name.split("/", 1)[1]: tensor for name, tensor in kept.items() if name.startswith(f"{epoch}/")}
             )
         return network.to(self.device).eval()
 
-    def _path(self, store: str | Path) -> Path:
+    def _stored(self, store: str | Path) -> dict[str, Tensor] | None:
+        path = self._path(store)
+        try:
+            kept, about = tensors.read(path)
+        except FileNotFoundError:
+            return None
+        except (ValueError, OSError) as error:
+            warnings.warn(f"{error}; the network is trained anew", stacklevel=3)
+            return None
+        if about != {"kind": KIND, **self._named()}:
+            warnings.warn(f"{path} holds another network than its name says; it is trained anew", stacklevel=3)
+            return None
+        return kept
+
+    def _named(self) -> dict[str, Any]:
+        """Everything that decides the weights, of JSON kinds."""
         named = {**self.to_dict(), "images": self.images().digest}
         named |= {"library": provenance.library(), "versions": provenance.versions(provenance.NUMERICAL)}
-        return Path(store) / f"{sha256(json.dumps(named, sort_keys=True).encode()).hexdigest()[:24]}{storage.TENSORS}"
+        return json.loads(json.dumps(named))
+
+    def _path(self, store: str | Path) -> Path:
+        named = json.dumps(self._named(), sort_keys=True)
+        return Path(store) / f"{files.checksum(named)[:24]}{tensors.TENSORS}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -175,6 +207,10 @@ def _images(name: str, pool: int, samples: int, split: int | None, dtype: str, d
     inputs, labels, others, marks = (each.to(device) for each in parts)
     kind = getattr(torch, dtype)
     return Images(inputs.to(kind), labels, others.to(kind), marks, len(training.classes), digest, selected.summary)
+
+
+def _flat(checkpoints: dict[int, dict[str, Tensor]]) -> dict[str, Tensor]:
+    return {f"{epoch}/{name}": tensor for epoch, kept in checkpoints.items() for name, tensor in kept.items()}
 
 
 def layers_of(network: nn.Module) -> Sequence[str]:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import inspect
 import os
 import pkgutil
 import sys
+import traceback
 import typing
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,15 +20,30 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 from cyclopts import App, CycloptsError, Parameter
 
-from meanfield import __version__
-from meanfield.bench.options import FLAT, OUTPUT, WORK, Jobs, Out, Quiet, Seed, Settings, choice, flag, option, spelled
+from meanfield import __version__, limits
+from meanfield.bench import signals
+from meanfield.bench.options import (
+    FLAT,
+    OUTPUT,
+    WORK,
+    Jobs,
+    Out,
+    Overwrite,
+    Quiet,
+    Seed,
+    Settings,
+    choice,
+    flag,
+    option,
+    spelled,
+)
 from meanfield.validation import Misuse, one_of
 
 if TYPE_CHECKING:
     from meanfield.bench.study import Study
-    from meanfield.bench.sweep import Cell, Tables
 
-INTERRUPTED, UNREAD, MISUSE = 130, 141, 2
+MISUSE, FAULT, SHORT, UNREAD = 2, 70, 75, 141  # exit codes: an option, this library, memory or disk, a reader gone
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.ENOMEM)
 BACKENDS = ("loky", "threading", "dask", "ray")
 
 
@@ -85,10 +103,11 @@ def launch(name: str, text: str, home: ModuleType, arguments: Sequence[str] | No
     words = sys.argv[1:] if arguments is None else list(arguments)
     with one_line_errors():
         app = application(name, text)
-        for found in sorted(each.name for each in pkgutil.iter_modules(home.__path__) if each.ispkg):
-            package = importlib.import_module(f"{home.__name__}.{found}")
-            called = getattr(package, "COMMAND", found)
-            register(app, called, package, complete=[called] == words[:1])
+        with signals.imports():
+            for found in sorted(each.name for each in pkgutil.iter_modules(home.__path__) if each.ispkg):
+                package = importlib.import_module(f"{home.__name__}.{found}")
+                called = getattr(package, "COMMAND", found)
+                register(app, called, package, complete=[called] == words[:1])
         main(app, words)
 
 
@@ -103,50 +122,71 @@ def main(app: App, arguments: Sequence[str] | None = None) -> Any:
 
 @contextmanager
 def one_line_errors() -> Iterator[None]:
-    """The end of a program that was stopped or that refuses."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        interrupted()
-    except Misuse as error:
-        value = repr(error.value) if isinstance(error.value, str) else spelled(error.value)
-        given = "" if error.value is True else f"={value}"  # a flag is given without its value
-        refuse(f"--{error.argument.replace('_', '-')}{given} {error.remedy}")
-    except BrokenPipeError:  # the reader has what it wanted, as `head` does; no misuse
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise SystemExit(UNREAD) from None
-    except (CycloptsError, ValueError, TypeError, OSError, ImportError) as error:
-        refuse(str(error))
+    """The end of a program that was stopped, that refuses or that has no room; its warnings are one line each as well.
+
+    A fault of the library itself comes with its traceback, and an exit code that means nothing else.
+    """
+    with signals.heard(), warnings.catch_warnings():
+        warnings.showwarning = _warn
+        try:
+            with signals.surely():
+                yield
+        except KeyboardInterrupt:
+            stop(f"stopped by {signals.last()}", signals.exit_code())
+        except Misuse as error:
+            refuse(_told(error))
+        except BrokenPipeError:  # the reader has what it wanted, as `head` does; no misuse
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise SystemExit(UNREAD) from None
+        except OSError as error:
+            refuse(_named(error), SHORT if error.errno in NO_ROOM else MISUSE)
+        except (CycloptsError, ValueError, ImportError) as error:
+            refuse(str(error))
+        except Exception as error:
+            if limits.is_shortage(error):
+                refuse("memory ran out; give it less at a time: fewer or smaller images, fewer particles", SHORT)
+            if _lost(error):
+                refuse(str(error), SHORT)
+            traceback.print_exc()
+            raise SystemExit(FAULT) from None
 
 
-def refuse(text: str) -> NoReturn:
-    stop(f"error: {' '.join(text.split())}", MISUSE)
+def _told(error: Misuse) -> str:
+    value = repr(error.value) if isinstance(error.value, str) else spelled(error.value)
+    given = "" if error.value is True else f"={value}"  # a flag is given without its value
+    return f"--{error.argument.replace('_', '-')}{given} {error.remedy}"
+
+
+def _named(error: OSError) -> str:
+    return f"{error.filename}: {error.strerror}" if error.filename else str(error)
+
+
+def _lost(error: Exception) -> bool:
+    """Whether a worker was; without an import of its room, which brings torch."""
+    room = sys.modules.get("meanfield.bench.workers")
+    return room is not None and isinstance(error, room.Lost)
+
+
+def _warn(message: Warning | str, *_: Any) -> None:
+    print(f"warning: {' '.join(str(message).split())}", file=sys.stderr)
+
+
+def refuse(text: str, code: int = MISUSE) -> NoReturn:
+    stop(f"error: {' '.join(text.split())}", code)
 
 
 def stop(text: str, code: int) -> NoReturn:
-    print(text, file=sys.stderr)
-    raise SystemExit(code)
+    with signals.held():
+        print(text, file=sys.stderr, flush=True)
+        signals.ignored_at_exit()
+        raise SystemExit(code)
 
 
-def interrupted(out: Path | None = None) -> NoReturn:
-    """The end after Ctrl-C; out: where finished work is kept."""
-    if out is None:
-        stop("stopped before there was anything to keep", INTERRUPTED)
-    stop(f"stopped; what was finished is in {out}, and the same command goes on from there", INTERRUPTED)
-
-
-def writable(out: Path) -> Path:
-    """Refuse before the work begins."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        probe = out / f".meanfield-{os.getpid()}"
-        probe.touch(exist_ok=False)
-        probe.unlink()
-    except OSError as error:
-        raise Misuse(
-            "out", str(out), f"cannot be written to ({error.strerror}); give a directory that you may write in"
-        ) from None
-    return out
+def interrupted(out: Path | None, folders: Iterable[str]) -> NoReturn:
+    """The end of a command after a signal; folders: those of `out` in which finished work is kept."""
+    if out is None or not any((out / folder).exists() for folder in folders):
+        stop("stopped before there was anything to keep", signals.exit_code())
+    stop(f"stopped; what was finished is in {out}, and the same command goes on from there", signals.exit_code())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,6 +209,7 @@ class StudyOptions(Settings):
         choice(BACKENDS),
     ] = "loky"
     out: Out = None
+    overwrite: Overwrite = False
     report: Annotated[
         bool, flag("Write the page and its pictures, as by default, or leave them.", OUTPUT, "--no-report")
     ] = True
@@ -181,45 +222,38 @@ def run_study(study: Study, options: StudyOptions, subject: Any, *program: str) 
     What is finished is kept: the same command goes on where it was stopped.
     """
     from meanfield.bench.provenance import Provenance
+    from meanfield.storage.results import opened
 
     sizes = study.sizes[one_of(options.size, "size", study.sizes)]
     plan = study.plan(subject, sizes, options.seed, options.part)
     if not plan:
         raise Misuse("part", options.part, f"has nothing to measure at --size={options.size}; take a larger one")
     study.check(subject, plan)
+    out = options.out or Path("runs") / study.name
     made = Provenance(options.command_line(*program), options.to_dict(), data=study.data(subject))
-    out = writable(options.out or Path("runs") / study.name)
     say_data(made.data, options.quiet)
-    work = {"seed": options.seed, "parts": options.part, "jobs": options.jobs, "backend": options.backend, "made": made}
-    try:
-        tables = _measure(
-            plan, lambda announce: study.run(subject, sizes, out, announce=announce, **work), out, options.quiet
-        )
-        page = study.write(tables, out, made) if options.report else None
-    except KeyboardInterrupt:
-        interrupted(out)
-    if page is not None:
-        print(f"page: {page}")
-    return page
+    work = {"seed": options.seed, "parts": options.part, "jobs": options.jobs, "backend": options.backend}
+    with opened(out, study.name, study.names(), study.folders(), overwrite=options.overwrite) as result:
+        try:
+            with signals.surely():
+                with counted(sum(map(len, plan.values())), options.quiet) as announce:
+                    tables = study.run(subject, sizes, out, announce=lambda part, _, kept: announce(part, kept), **work)
+                files = study.files(tables, made, report=options.report)
+            with signals.held():
+                result.publish(files)
+        except KeyboardInterrupt:
+            interrupted(out, study.folders())
+    print(f"tables: {', '.join(f'{part}.csv' for part in tables)} in {out}")
+    if not options.report:
+        return None
+    print(f"page: {out / study.page_name}")
+    return out / study.page_name
 
 
 def say_data(read: str, quiet: bool) -> None:
     """Before the work: what it will be about."""
     if read and not quiet:
         print(f"data: {read}", file=sys.stderr)
-
-
-def _measure(
-    plan: Mapping[str, Sequence[Cell]],
-    run: Callable[[Callable[[str, Cell, bool], None]], Tables],
-    out: Path,
-    quiet: bool,
-) -> Tables:
-    """Run under a bar of progress over the cells, and say which tables there are."""
-    with counted(sum(map(len, plan.values())), quiet) as announce:
-        tables = run(lambda part, cell, known: announce(part, known))
-    print(f"tables: {', '.join(f'{part}.csv' for part in tables)} in {out}")
-    return tables
 
 
 @contextmanager

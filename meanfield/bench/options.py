@@ -272,4 +272,8 @@ Device = Annotated[str, option("cpu, cuda or cuda:N.", WORK), device]
 Out = Annotated[
     Path | None, option("Directory for everything that is written; it is made if it is missing.", OUTPUT), path
 ]
+Overwrite = Annotated[
+    bool,
+    flag("Replace files in --out that no earlier run of this command wrote, or that were changed since.", OUTPUT),
+]
 Quiet = Annotated[bool, flag("No progress and no summary.", OUTPUT)]

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import meanfield
+from meanfield.bench.workers import threads
 
 NUMERICAL = ("torch", "numpy", "scipy", "cvxpy", "clarabel", "POT", "scikit-learn")  # what figures come from
 PACKAGES = (*NUMERICAL, "matplotlib", "safetensors")
@@ -70,7 +71,8 @@ class Provenance:
     """What every page, JSON file and table says of itself.
 
     command: the whole command line, quoted for a shell.  settings: every setting of it, defaults as well.  data: which
-    images were read, and how; empty without any.
+    images were read, and how; empty without any.  threads: of the process; cells of studies and of theory_checks take
+    one each, whatever stands here.
     """
 
     command: str
@@ -78,9 +80,11 @@ class Provenance:
     library: str = field(default_factory=library)
     versions: dict[str, str] = field(default_factory=versions)
     data: str = ""
+    threads: dict[str, int] = field(default_factory=threads)
 
     def lines(self) -> list[str]:
         """For a page's footer or the head of a table."""
         used = ", ".join(f"{name} {number}" for name, number in self.versions.items())
         read = [f"Data: {self.data}"] if self.data else []
-        return [f"Made by: {self.command}", *read, f"Library: {self.library}; {used}"]
+        counted = ", ".join(f"{name} {number}" for name, number in self.threads.items())
+        return [f"Made by: {self.command}", *read, f"Library: {self.library}; {used}", f"Threads: {counted}"]

@@ -20,6 +20,7 @@ from meanfield.pages import html
 from meanfield.pages.html import Section
 from meanfield.validation import one_of
 
+CELLS = "cells"  # the folder of finished cells
 Found = Mapping[str, Any]  # name of a figure -> what it is
 
 
@@ -79,12 +80,11 @@ class Study:
         *,
         seed: int = 0,
         parts: Sequence[str] = (),
-        made: Provenance | None = None,
         announce: Callable[[str, Cell, bool], None] = lambda part, cell, kept: None,
         **options: Any,
     ) -> Tables:
-        """Rows of every part; finished cells are kept in `directory`/cells, and each part gets a CSV table there.
-        Without it nothing is kept; what the measures write by the way goes to a directory for this call.
+        """Rows of every part; finished cells are kept in `directory`/cells.  Without it nothing is kept; what the
+        measures write by the way goes to a directory for this call.
 
         options: jobs and backend of `sweep.run`.
         """
@@ -95,13 +95,11 @@ class Study:
                 tables[part] = sweep.run(
                     self._all[part].measure,
                     [{**cell, **common} for cell in cells],
-                    None if directory is None else directory / "cells",
+                    None if directory is None else directory / CELLS,
                     announce=lambda cell, kept, part=part: announce(part, cell, kept),
                     places=self.places(Path(place)),
                     **options,
                 )
-                if directory is not None:
-                    sweep.write_table(tables[part], directory / f"{part}.csv", made)
         return tables
 
     @property
@@ -117,12 +115,28 @@ class Study:
         drawn = {name: draw(tables) for part in self._there(tables) for name, draw in part.pictures.items()}
         return {name: picture for name, picture in drawn.items() if picture is not None}
 
-    def write(self, tables: Tables, directory: str | Path, made: Provenance) -> Path:
-        """Write the page, its pictures as PNG and summary.json; returns the page."""
+    def files(self, tables: Tables, made: Provenance, *, report: bool = True) -> dict[str, bytes | str]:
+        """Name -> content: the tables as CSV and, with `report`, the page, its pictures as PNG and summary.json."""
+        found = {f"{part}.csv": sweep.table(rows, made) for part, rows in tables.items()}
         tables = {part: rows for part, rows in tables.items() if rows}
-        found = self.summary(tables)
-        page = self.page(found, tables, made)
-        return html.publish(page, directory, self.name, self.pictures(tables), found)
+        if not report:
+            return dict(found)
+        figures = self.summary(tables)
+        return {**found, **html.files(self.page(figures, tables, made), self.name, self.pictures(tables), figures)}
+
+    def names(self) -> list[str]:
+        """Of the files that there may be."""
+        drawn = [f"{name}.png" for part in self._all.values() for name in part.pictures]
+        return [*(f"{part}.csv" for part in self._all), *drawn, html.SUMMARY, self.page_name]
+
+    def folders(self) -> list[str]:
+        """Of what is kept beside them."""
+        home = Path("out")
+        return [CELLS, *(Path(place).name for place in self.places(home).values() if Path(place).parent == home)]
+
+    @property
+    def page_name(self) -> str:
+        return html.page_name(self.name)
 
     def page(self, found: Found, tables: Tables, made: Provenance) -> html.Page:
         """The sections of the parts that there are, groundwork after the others."""

@@ -8,20 +8,17 @@ once their packages are installed and connected.
 from __future__ import annotations
 
 import csv
-import hashlib
 import io
 import json
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any
 
-import torch
-from joblib import Parallel, delayed, parallel_config
-
-from meanfield.bench import provenance
+from meanfield.bench import provenance, workers
 from meanfield.bench.provenance import Provenance
-from meanfield.storage import write_atomically
+from meanfield.storage import files
 from meanfield.validation import Misuse, integer
 
 Cell = dict[str, Any]
@@ -29,8 +26,6 @@ Row = dict[str, Any]
 Rows = Sequence[Row]
 Tables = dict[str, list[Row]]
 Measure = Callable[..., list[Row]]
-BATCHED = ("dask", "ray")  # these hand results back all at once: they get a few cells per worker at a time
-BATCH = 4
 
 
 def run(
@@ -51,9 +46,10 @@ def run(
 
     With `directory` every finished cell is a file there, written whole or not at all; a later call with the same
     directory takes it from there if the cell, the whole library, the package of the measure (or the files
-    `sources(cell)` in its place) and the versions of what it computes with are the same.  Rows that are not `lasting`,
-    such as those of a failure, are not kept.  announce(cell, kept) is called once for every cell, kept where it was
-    there already.
+    `sources(cell)` in its place) and the versions of what it computes with are the same.  A file that is damaged, or
+    holds another cell than its name says, is named in a warning and its cell measured again.  Rows that are not
+    `lasting`, such as those of a failure, are not kept.  announce(cell, kept) is called once for every cell, kept where
+    it was there already.
     """
     keeper = None if directory is None else _Keeper(Path(directory), measure, sources)
     found: dict[int, list[Row]] = {}
@@ -91,21 +87,10 @@ def _measured(
     measure: Measure, waiting: Sequence[tuple[int, Cell]], jobs: int, backend: str, places: Mapping[str, str]
 ) -> Iterator[tuple[int, list[Row]]]:
     """Results as they are finished."""
-    if backend not in BATCHED:
-        with parallel_config(backend=backend, n_jobs=jobs):
-            yield from Parallel(return_as="generator_unordered")(
-                delayed(_one)(measure, *each, places) for each in waiting
-            )  # type: ignore[misc]
-        return
-    for first in range(0, len(waiting), BATCH * jobs):
-        with parallel_config(backend=backend, n_jobs=jobs):
-            yield from Parallel()(
-                delayed(_one)(measure, *each, places) for each in waiting[first : first + BATCH * jobs]
-            )  # type: ignore[misc]
+    return workers.results(_one, [(measure, *each, places) for each in waiting], jobs, backend)
 
 
 def _one(measure: Measure, index: int, cell: Cell, places: Mapping[str, str]) -> tuple[int, list[Row]]:
-    torch.set_num_threads(1)  # cells run side by side, and the same sums come out on every number of cores
     return index, measure(cell, **places)
 
 
@@ -116,33 +101,48 @@ class _Keeper:
         self, directory: Path, measure: Measure, sources: Callable[[Cell], Iterable[Path]] | None = None
     ) -> None:
         self.measure = _named(measure)
-        directory.mkdir(parents=True, exist_ok=True)
         self.directory, self.sources = directory, sources
 
-    def made_by(self, cell: Cell) -> dict[str, Any]:
+    def key(self, cell: Cell) -> dict[str, Any]:
+        """What the rows of a cell depend on, of JSON kinds."""
         package = self.measure.split(":")[0]
         code = provenance.package(package) if self.sources is None else provenance.digest(self.sources(cell))
         versions = provenance.versions(provenance.NUMERICAL)
-        return {"measure": self.measure, "code": code, "library": provenance.library(), "versions": versions}
+        made_by = {"measure": self.measure, "code": code, "library": provenance.library(), "versions": versions}
+        return json.loads(json.dumps({"made_by": made_by, "cell": cell}))
 
-    def path(self, cell: Cell) -> Path:
-        named = json.dumps({**self.made_by(cell), "cell": cell}, sort_keys=True)
-        return self.directory / f"{hashlib.sha256(named.encode()).hexdigest()[:24]}.json"
+    def path(self, key: dict[str, Any]) -> Path:
+        return self.directory / f"{files.checksum(json.dumps(key, sort_keys=True))[:24]}.json"
 
     def keep(self, cell: Cell, rows: list[Row]) -> None:
-        record = {"made_by": self.made_by(cell), "cell": cell, "rows": rows}
-        write_atomically(self.path(cell), json.dumps(record) + "\n")
+        self.directory.mkdir(parents=True, exist_ok=True)
+        key = self.key(cell)
+        record = {**key, "rows": json.loads(json.dumps(rows))}
+        files.write_atomically(self.path(key), json.dumps({**record, "sha256": _checksum(record)}) + "\n")
 
     def stored(self, cell: Cell) -> list[Row] | None:
-        path = self.path(cell)
-        if not path.exists():
-            return None
+        key = self.key(cell)
         try:
-            return json.loads(path.read_bytes())["rows"]
-        except ValueError as error:
-            raise ValueError(
-                f"{path} is not JSON ({error}); it was not written by a sweep or was changed: delete it"
-            ) from error
+            return _rows(self.path(key), key)
+        except FileNotFoundError:
+            return None
+        except (ValueError, OSError) as error:
+            warnings.warn(f"{error}; its cell is measured again", stacklevel=3)
+            return None
+
+
+def _rows(path: Path, key: dict[str, Any]) -> list[Row]:
+    """ValueError, which names the file, unless it is of this key and as it was written."""
+    record = files.parse(files.read(path), path)
+    if not isinstance(record, dict) or record.pop("sha256", None) != _checksum(record):
+        raise ValueError(f"{path} was changed or is no cell: its checksum does not fit")
+    if record != {**key, "rows": record.get("rows")}:
+        raise ValueError(f"{path} holds another cell than its name says")
+    return record["rows"]
+
+
+def _checksum(record: dict[str, Any]) -> str:
+    return files.checksum(json.dumps(record, sort_keys=True))
 
 
 def _named(measure: Measure) -> str:
@@ -153,7 +153,7 @@ def _named(measure: Measure) -> str:
     return f"{module}:{name}"
 
 
-def write_table(rows: Iterable[Row], path: str | Path, made: Provenance | None = None) -> Path:
+def table(rows: Iterable[Row], made: Provenance | None = None) -> str:
     """A CSV file, a column for every key in the order of first appearance, floats to the last bit.
 
     made: said in lines that begin with #, before the names of the columns.
@@ -168,4 +168,4 @@ def write_table(rows: Iterable[Row], path: str | Path, made: Provenance | None =
     writer.writerows(
         {key: repr(value) if isinstance(value, float) else value for key, value in row.items()} for row in rows
     )
-    return write_atomically(Path(path), text.getvalue())
+    return text.getvalue()

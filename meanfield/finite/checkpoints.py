@@ -4,28 +4,18 @@ all.
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from meanfield import limits, storage
+from meanfield import limits
+from meanfield.storage import files, tensors
 from meanfield.validation import Misuse
 
-FORMAT = "meanfield training state 1"
-
-
-def digest(tensors: Iterable[Tensor]) -> str:
-    """SHA-256 of dtypes, shapes and entries, in hexadecimal; the same on every device."""
-    found = hashlib.sha256()
-    for tensor in tensors:
-        found.update(f"{tensor.dtype} {tuple(tensor.shape)} ".encode())
-        found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return found.hexdigest()
+KIND = "meanfield training state 2"
 
 
 class StateFile:
@@ -35,27 +25,26 @@ class StateFile:
     """
 
     def __init__(self, path: str | Path, settings: Mapping[str, Any]) -> None:
-        self.path, self.settings = Path(path), json.loads(json.dumps(settings))
-        if self.path.suffix != storage.TENSORS:
-            raise Misuse("state", str(path), f"must end in {storage.TENSORS}")
+        self.path, self.settings = tensors.suffixed(path, "state"), json.loads(json.dumps(settings))
         if not self.path.parent.is_dir():
             raise Misuse(
                 "state", str(path), f"lies in a directory that does not exist: create {self.path.parent} first"
             )
 
-    def save(self, tensors: Mapping[str, Tensor], figures: Mapping[str, Any]) -> None:
+    def save(self, kept: Mapping[str, Tensor], figures: Mapping[str, Any]) -> None:
         """Replace the file; `figures` is of JSON kinds, its floats are kept to the last bit."""
-        from safetensors.torch import save
-
-        stored = {name: tensor.detach().cpu().contiguous() for name, tensor in sorted(tensors.items())}
-        body = json.dumps({"format": FORMAT, "settings": self.settings, "figures": figures})
-        storage.write_atomically(self.path, save(stored, metadata={"body": body, "sha256": _checksum(body, stored)}))
+        files.write_atomically(self.path, tensors.pack(kept, KIND, {"settings": self.settings, "figures": figures}))
 
     def load(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-        """Tensors (on the CPU) and figures, None without a file; ValueError where it is damaged or of another run."""
-        if not self.path.exists():
+        """Tensors (on the CPU) and figures, None without a file; Misuse where it is damaged or of another run."""
+        try:
+            kept, body = tensors.read(self.path)
+        except FileNotFoundError:
             return None
-        tensors, body = self._read()
+        except ValueError as error:
+            raise Misuse("state", str(self.path), f"cannot be used: {error}; delete it to start anew") from error
+        if body is None or body.get("kind") != KIND:
+            raise Misuse("state", str(self.path), f"is no {KIND!r}; give another path, or delete it to start anew")
         for name, here in self.settings.items():
             there = body["settings"].get(name)
             if there != here:
@@ -65,29 +54,7 @@ class StateFile:
                     f"is of another run: its {name} is {there!r}, here {here!r}; repeat the arguments of that run, "
                     "give another path or delete the file",
                 )
-        return tensors, body["figures"]
-
-    def _read(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        from safetensors import safe_open
-
-        try:
-            tensors = storage.load_tensors(self.path)
-        except ValueError as error:
-            raise Misuse("state", str(self.path), f"is damaged: {error}; delete it to start anew") from error
-        with safe_open(self.path, "pt") as file:
-            metadata = file.metadata() or {}
-        if not {"body", "sha256"} <= set(metadata):
-            raise Misuse("state", str(self.path), "is not the state of a training run; give another path")
-        if metadata["sha256"] != _checksum(metadata["body"], tensors):
-            raise Misuse("state", str(self.path), "is damaged: its checksum does not fit; delete it to start anew")
-        body = json.loads(metadata["body"])
-        if body["format"] != FORMAT:
-            raise Misuse(
-                "state",
-                str(self.path),
-                f"has the format {body['format']!r}, expected {FORMAT!r}; delete it to start anew",
-            )
-        return tensors, body
+        return kept, body["figures"]
 
     def remove(self) -> None:
         self.path.unlink(missing_ok=True)
@@ -104,8 +71,3 @@ def ended(file: StateFile | None, work: Callable[[], str]) -> str:
     if file is not None:
         file.remove()
     return status
-
-
-def _checksum(body: str, tensors: Mapping[str, Tensor]) -> str:
-    names = sorted(tensors)
-    return hashlib.sha256((body + " ".join(names) + digest(tensors[name] for name in names)).encode()).hexdigest()

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from meanfield import limits, validation
-from meanfield.finite.checkpoints import StateFile, digest, ended
+from meanfield.finite.checkpoints import StateFile, ended
 from meanfield.finite.recipes import Recipe, increasing_epochs, regulariser
+from meanfield.storage.tensors import digest
 from meanfield.validation import Misuse
 
 CROP_DIVISOR = 8  # a crop moves by up to side // 8 pixels: the usual 4 at 32x32
@@ -83,9 +84,9 @@ def fit(
     and augmentation depend on `seed` alone, and the global random numbers are left as they were.
     checkpoints: increasing epochs after which the state is kept, 0 for the start.
     state: file (.safetensors) to which the whole state of the run is written after every epoch.  A call with the same
-        arguments continues from it and ends, on the same machine, with the same bits as a run without a pause (seconds
-        excepted).  It is removed when the run ends by itself, and refused (ValueError) where it is damaged or of other
-        arguments or data.
+        arguments continues from it and ends, on the same machine and as many threads, with the same bits as a run
+        without a pause (seconds excepted).  It is removed when the run ends by itself, and refused (ValueError) where
+        it is damaged or of other arguments or data.
     callback: called with every record of the history, after the state is written.
 
     Divergence (a loss, parameter or buffer that is not finite) and an interrupt from the keyboard end the run with a

@@ -18,12 +18,13 @@ import torch
 from torch import Tensor
 
 from meanfield import limits, validation
-from meanfield.finite.checkpoints import StateFile, digest, ended
+from meanfield.finite.checkpoints import StateFile, ended
 from meanfield.finite.network import SCALINGS, FiniteCNN
 from meanfield.network import ParticleNetwork
 from meanfield.problem import Problem, project_bounds
 from meanfield.signatures import Count, Nonnegative, Positive, Seed, checked
 from meanfield.starts import normal
+from meanfield.storage.tensors import digest
 from meanfield.validation import Misuse, choice, path
 
 OPTIMISERS: dict[str, Callable[..., torch.optim.Optimizer]] = {"adam": torch.optim.Adam, "sgd": torch.optim.SGD}
@@ -115,9 +116,9 @@ def train(
         time of the particle gradient flow, whatever the schedule; otherwise a clock only.
     state: file (.safetensors) to which the whole state of the run is written every `state_every` steps.  A call with
     the
-        same arguments continues from it and ends, on the same machine, with the same bits as a run without a pause
-        (seconds excepted).  It is removed when the run ends by itself, and refused (ValueError) where it is damaged or
-        of other arguments or data.
+        same arguments continues from it and ends, on the same machine and as many threads, with the same bits as a run
+        without a pause (seconds excepted).  It is removed when the run ends by itself, and refused (ValueError) where
+        it is damaged or of other arguments or data.
     record_every: steps between two records, each of which evaluates J on all images (default: 100 records a run).
     callback: called with every record of the history; after a resumption from the saved step on.
 

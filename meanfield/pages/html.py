@@ -9,14 +9,14 @@ import base64
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from meanfield.storage import to_json, write_atomically
+from meanfield.storage import to_json
 
+SUMMARY = "summary.json"
 Results = dict[str, Any]
 
 
@@ -108,13 +108,17 @@ def inline(image: bytes) -> str:
     return "data:image/png;base64," + base64.b64encode(image).decode()
 
 
-def publish(page: Page, directory: str | Path, name: str, drawn: Mapping[str, Any], found: Mapping[str, Any]) -> Path:
-    """Write pictures (name -> matplotlib Figure) as PNG, `found` as summary.json and name.html; returns the page."""
+def files(page: Page, name: str, drawn: Mapping[str, Any], found: Mapping[str, Any]) -> dict[str, bytes | str]:
+    """Name -> content: pictures (name -> matplotlib Figure) as PNG, `found` as summary.json, and name.html."""
     from meanfield.pages import plotting
 
-    directory, pictures = Path(directory), {each: plotting.png(figure) for each, figure in drawn.items()}
-    text = render(page, {each: inline(content) for each, content in pictures.items()})
-    for each, content in pictures.items():
-        write_atomically(directory / f"{each}.png", content)
-    write_atomically(directory / "summary.json", to_json({"made": page.made, **found}))
-    return write_atomically(directory / f"{name}.html", text)
+    pictures = {each: plotting.png(figure) for each, figure in drawn.items()}
+    return {
+        **{f"{each}.png": content for each, content in pictures.items()},
+        SUMMARY: to_json({"made": page.made, **found}),
+        page_name(name): render(page, {each: inline(content) for each, content in pictures.items()}),
+    }
+
+
+def page_name(name: str) -> str:
+    return f"{name}.html"

@@ -81,8 +81,11 @@ class Witness:
 
     @classmethod
     def load(cls, path: str | Path) -> Witness:
-        tensors = storage.load_tensors(path)
-        return cls(tensors["start"], tensors["end"], *tensors["figures"].tolist())
+        """ValueError where the file is damaged or of another kind."""
+        kept = storage.load_tensors(path)
+        if kept.keys() != {"start", "end", "figures"} or kept["figures"].shape != (4,):
+            raise ValueError(f"{path} holds no witness against convexity, but {sorted(kept)}")
+        return cls(kept["start"], kept["end"], *kept["figures"].tolist())
 
 
 def rounding_of_sums(function: Function, point: Tensor) -> float:

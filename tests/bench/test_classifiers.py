@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 
 import pytest
+import safetensors.torch
 import torch
 
 from meanfield import data
 from meanfield.bench import provenance
 from meanfield.bench.classifiers import Classifier, layers_of
 from meanfield.finite import fit
+from meanfield.storage import tensors
 from meanfield.validation import Misuse
 
 TINY = Classifier(network="vgg8", width=2, samples=120, epochs=2, checkpoints=(0, 1, 2))
@@ -62,6 +64,50 @@ def test_another_library_or_torch_trains_anew(tmp_path, monkeypatch, module, nam
     before = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
     TINY.at(2, tmp_path)
     assert {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == before
+
+
+def changed(path, change, about=lambda named: named):
+    """A file of the store with other tensors or another description, and a checksum that fits."""
+    kept, named = tensors.read(path)
+    path.write_bytes(tensors.pack(change(kept), named.pop("kind"), about(named)))
+
+
+def signs(kept):
+    return {name: -tensor for name, tensor in kept.items()}
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda path: path.write_bytes(path.read_bytes()[:-9]),
+        lambda path: path.write_bytes(path.read_bytes()[:-1] + b"\1"),
+        lambda path: safetensors.torch.save_file(tensors.load_tensors(path), path),
+        lambda path: tensors.save_tensors(signs(tensors.load_tensors(path)), path),
+        lambda path: changed(path, signs, lambda named: {**named, "seed": 7}),
+        lambda path: changed(path, signs, lambda named: {}),
+    ],
+    ids=["truncated", "a flipped bit", "no description", "tensors of others", "another seed", "no settings"],
+)
+def test_a_network_that_is_not_as_it_was_kept_is_named_and_trained_anew(tmp_path, damage):
+    """NaN weights, other dtypes and flipped signs used to be believed."""
+    before = TINY.at(2, tmp_path).state_dict()
+    (path,) = tmp_path.iterdir()
+    damage(path)
+    with pytest.warns(UserWarning, match=rf"{path.name}.* trained anew"):
+        again = TINY.at(2, tmp_path).state_dict()
+    assert all(torch.equal(one, other) for one, other in zip(before.values(), again.values()))
+    TINY.at(1, tmp_path)  # in peace
+
+
+def test_a_damaged_state_is_named_and_the_run_starts_anew(tmp_path):
+    before = TINY.at(2, tmp_path).state_dict()
+    (path,) = tmp_path.iterdir()
+    state = path.with_name(f"{path.stem}.state.safetensors")
+    path.rename(state)
+    with pytest.warns(UserWarning, match=rf"{state.name} .*trained anew"):
+        again = TINY.at(2, tmp_path).state_dict()
+    assert all(torch.equal(one, other) for one, other in zip(before.values(), again.values()))
+    assert [each.name for each in tmp_path.iterdir()] == [path.name]
 
 
 def test_permuted_labels_are_those_of_other_training_images_and_held_out_ones_stay(tmp_path):

@@ -58,7 +58,7 @@ def test_the_plan_has_the_wanted_parts_behind_their_groundwork(study):
 def test_rows_carry_what_is_common_and_cells_are_kept(study, tmp_path):
     heard = []
     options = {"backend": "sequential", "announce": lambda name, cell, kept: heard.append((name, kept))}
-    tables = study.run("x", 1, tmp_path, made=Provenance("toys", {}), **options)
+    tables = study.run("x", 1, tmp_path, **options)
     assert tables["high"] == [{"m": 10, "square": 100, "mark": "x", "places": tmp_path.name}]
     assert study.run("x", 1, tmp_path, **options) == tables
     assert heard == [
@@ -77,19 +77,21 @@ def test_without_a_directory_nothing_is_kept_and_measures_have_places_all_the_sa
     assert row["square"] == 0
 
 
-def test_tables_and_pages_say_what_made_them(study, tmp_path):
+def test_tables_and_pages_say_what_made_them(study):
     made = Provenance("toys --seed=1 '<a b>'", {"seed": 1})
-    page = study.write(study.run("x", 2, tmp_path, made=made, backend="sequential"), tmp_path, made)
-    text = page.read_text()
-    assert page == tmp_path / "toys.html"
+    files = study.files(study.run("x", 2, backend="sequential"), made)
+    text = files["toys.html"]
+    assert set(files) <= set(study.names())
     assert text.index("Part low") < text.index("Part high") < text.index("Limits")
     assert "<h1>Toys &amp; more</h1>" in text
     assert "known: low, high" in text
     assert "toys --seed=1 &#39;&lt;a b&gt;&#39;" in text
     assert made.library in text
-    found = json.loads((tmp_path / "summary.json").read_text())
+    found = json.loads(files["summary.json"])
     assert (found["low"], found["made"]["command"]) == (1, made.command)
-    assert (tmp_path / "low.csv").read_text().splitlines()[0] == f"# Made by: {made.command}"
+    assert files["low.csv"].splitlines()[0] == f"# Made by: {made.command}"
+    tables = study.run("x", 2, backend="sequential")
+    assert set(study.files(tables, made, report=False)) == {"ground.csv", "low.csv", "high.csv"}
 
 
 TOY = '''
@@ -157,7 +159,7 @@ def test_a_study_is_added_in_thirty_lines_and_run_from_the_command_line(toy, tmp
     done = toy("toy", "--size", "quick", "--seed", "5", "--jobs", "1", "--backend", "threading", "--out", "a b")
     assert done.returncode == 0, done.stderr
     table = (tmp_path / "a b" / "squares.csv").read_text().splitlines()
-    assert table[2:] == ["width,square", "1,6", "2,9"]
+    assert table[3:] == ["width,square", "1,6", "2,9"]
     assert "The largest square is 9." in (tmp_path / "a b" / "toy.html").read_text()
     wrong = toy("toy", "--size", "quik")
     assert (wrong.returncode, wrong.stderr) == (

@@ -1,3 +1,4 @@
+import json
 import os
 import random
 import shutil
@@ -112,17 +113,68 @@ def test_another_cell_or_measure_is_not_taken_for_it(tmp_path):
     assert sweep.run(slow, cells(1), tmp_path, backend="sequential") == [{"n": 0, "value": 1 / 3}]
 
 
-def test_a_damaged_cell_is_named(tmp_path):
-    sweep.run(squares, cells(1), tmp_path, backend="sequential")
+def forged(record):
+    """With a checksum that fits."""
+    record.pop("sha256", None)
+    return json.dumps({**record, "sha256": sweep._checksum(record)})
+
+
+DAMAGES = {
+    "truncated": lambda text: text[: len(text) // 2],
+    "empty": lambda text: "",
+    "no text": lambda text: "\0" * 99,
+    "deep": lambda text: "[" * 10**6,
+    "{}": lambda text: "{}",
+    "null": lambda text: "null",
+    "a list": lambda text: "[1, 2]",
+    "rows without keys": lambda text: json.dumps(json.loads(text) | {"rows": [{}]}),
+    "no rows": lambda text: json.dumps({k: v for k, v in json.loads(text).items() if k != "rows"}),
+    "another figure": lambda text: text.replace('"square": 1', '"square": 2'),
+    "another cell": lambda text: text.replace('"n": 1, "widths"', '"n": 2, "widths"'),
+    "another library": lambda text: forged(json.loads(text) | {"made_by": {}}),
+    "another cell, forged": lambda text: forged(json.loads(text) | {"cell": {"n": 3}}),
+    "more than a cell, forged": lambda text: forged(json.loads(text) | {"more": 1}),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+def test_a_cell_that_is_not_as_it_was_kept_is_named_and_measured_again(tmp_path, damage):
+    """Changed figures used to be believed, other damages ended in tracebacks."""
+    before = sweep.run(squares, cells(2), tmp_path, backend="sequential")
+    path = sweep._Keeper(tmp_path, squares).path(sweep._Keeper(tmp_path, squares).key(cells(2)[1]))
+    whole = path.read_text()
+    path.write_text(damage(whole))
+    assert path.read_text() != whole
+    CALLS.clear()
+    with pytest.warns(UserWarning, match=rf"{path.name}.*; its cell is measured again"):
+        assert sweep.run(squares, cells(2), tmp_path, backend="sequential") == before
+    assert CALLS == [1]
+    assert path.read_text() == whole
+
+
+def test_exchanged_cells_are_measured_again(tmp_path):
+    before = sweep.run(squares, cells(2), tmp_path, backend="sequential")
+    one, other = tmp_path.glob("*.json")
+    kept = one.read_text()
+    one.write_text(other.read_text())
+    other.write_text(kept)
+    with pytest.warns(UserWarning, match="holds another cell than its name says"):
+        assert sweep.run(squares, cells(2), tmp_path, backend="sequential") == before
+
+
+@pytest.mark.skipif(os.name == "nt", reason="makes a pipe")
+def test_a_cell_without_an_end_is_measured_again(tmp_path):
+    before = sweep.run(squares, cells(1), tmp_path, backend="sequential")
     (path,) = tmp_path.glob("*.json")
-    path.write_text(path.read_text()[:20])
-    with pytest.raises(ValueError, match=path.name):
-        sweep.run(squares, cells(1), tmp_path, backend="sequential")
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.warns(UserWarning, match="is not a file"):
+        assert sweep.run(squares, cells(1), tmp_path, backend="sequential") == before
+    assert path.is_file()
 
 
-def test_a_table_has_every_column_and_floats_to_the_last_bit(tmp_path):
-    path = sweep.write_table(sweep.run(squares, cells(2)), tmp_path / "table.csv")
-    assert path.read_text().splitlines() == [
+def test_a_table_has_every_column_and_floats_to_the_last_bit():
+    assert sweep.table(sweep.run(squares, cells(2))).splitlines() == [
         "n,square,third,extra",
         "0,0,0.0,",
         '0,,,"a,b"',
@@ -131,29 +183,31 @@ def test_a_table_has_every_column_and_floats_to_the_last_bit(tmp_path):
     ]
 
 
-def test_a_table_says_what_made_it(tmp_path):
+def test_a_table_says_what_made_it():
     made = Provenance("meanfield widths '--data=a b'", {})
-    lines = sweep.write_table(squares({"n": 1}), tmp_path / "table.csv", made).read_text().splitlines()
+    lines = sweep.table(squares({"n": 1}), made).splitlines()
     assert lines[0] == f"# Made by: {made.command}"
     assert made.library in lines[1]
-    assert lines[2] == "n,square,third,extra"
-    broken = sweep.write_table([{"n": 1}], tmp_path / "table.csv", Provenance("meanfield '--data=a\nb'", {}))
-    assert [line[:2] for line in broken.read_text().splitlines()] == ["# ", "# ", "# ", "n", "1"]
+    assert lines[2] == f"# Threads: torch {made.threads['torch']}, blas {made.threads['blas']}"
+    assert lines[3] == "n,square,third,extra"
+    broken = sweep.table([{"n": 1}], Provenance("meanfield '--data=a\nb'", {}))
+    assert [line[:2] for line in broken.splitlines()] == ["# ", "# ", "# ", "# ", "n", "1"]
 
 
 SCRIPT = """
 import sys
 sys.path.insert(0, {tests!r})
 from meanfield.bench import sweep
+from meanfield.storage import write_atomically
 from test_sweep import slow, cells
 rows = sweep.run(slow, cells(30), {directory!r}, jobs=2, backend={backend!r})
-sweep.write_table(rows, {table!r})
+write_atomically({table!r}, sweep.table(rows))
 """
 
 
 @pytest.mark.skipif(os.name == "nt", reason="kills a process group")
 def test_killed_again_and_again_and_resumed_the_table_is_the_same(tmp_path):
-    whole = sweep.write_table(sweep.run(slow, cells(30)), tmp_path / "whole.csv")
+    whole = sweep.table(sweep.run(slow, cells(30)))
     table, directory = tmp_path / "table.csv", tmp_path / "cells"
     text = SCRIPT.format(
         tests=str(Path(__file__).parent), directory=str(directory), table=str(table), backend="threading"
@@ -171,7 +225,7 @@ def test_killed_again_and_again_and_resumed_the_table_is_the_same(tmp_path):
         done = kept
     assert not table.exists()
     subprocess.run([sys.executable, "-c", text], check=True)
-    assert table.read_bytes() == whole.read_bytes()
+    assert table.read_text() == whole
     assert len(list(directory.glob("*.json"))) == 30
 
 

@@ -9,7 +9,12 @@ from matplotlib.figure import Figure as Drawn
 from meanfield.pages import html
 from meanfield.pages.html import Details, Figure, Note, Page, Section, Table
 
-MADE = {"command": "meanfield 'a<b'", "library": "0123", "versions": {"torch": "2", "numpy": "1"}}
+MADE = {
+    "command": "meanfield 'a<b'",
+    "library": "0123",
+    "versions": {"torch": "2", "numpy": "1"},
+    "threads": {"torch": 2},
+}
 
 
 def page(*items):
@@ -53,14 +58,11 @@ def test_a_picture_has_its_caption_and_a_missing_one_is_an_error():
 def test_the_footer_says_what_made_the_page():
     text = html.render(page(), {})
     assert "Made by <code>meanfield &#39;a&lt;b&#39;</code>." in text
-    assert "Library 0123; torch 2, numpy 1." in text
+    assert "Library 0123; torch 2, numpy 1. Threads: torch 2." in " ".join(text.split())
 
 
-def test_publishing_leaves_page_pictures_and_figures_and_nothing_else(tmp_path):
-    found = html.publish(
-        page(Figure("loss", "J")), tmp_path, "name", {"loss": Drawn()}, {"slope": float("nan"), "at": (1, 2)}
-    )
-    assert found == tmp_path / "name.html"
-    assert {path.name for path in tmp_path.iterdir()} == {"name.html", "loss.png", "summary.json"}
-    assert html.inline((tmp_path / "loss.png").read_bytes()) in found.read_text()
-    assert json.loads((tmp_path / "summary.json").read_text()) == {"made": MADE, "slope": None, "at": [1, 2]}
+def test_the_files_of_a_page_are_itself_its_pictures_and_figures():
+    found = html.files(page(Figure("loss", "J")), "name", {"loss": Drawn()}, {"slope": float("nan"), "at": (1, 2)})
+    assert set(found) == {"name.html", "loss.png", "summary.json"}
+    assert html.inline(found["loss.png"]) in found["name.html"]
+    assert json.loads(found["summary.json"]) == {"made": MADE, "slope": None, "at": [1, 2]}

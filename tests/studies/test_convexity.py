@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from strategies import architectures, cases, costly, normal, seeded
 
 import meanfield as mf
-from meanfield import starts
+from meanfield import starts, storage
 from meanfield.studies import convexity
 from meanfield.studies.convexity import ProgramVariables, Witness
 
@@ -130,6 +130,12 @@ def test_values_that_are_not_finite_are_refused_with_the_point(bad):
         convexity.falsify(function, lambda g: torch.rand(2, generator=g, dtype=torch.float64), 300)
     with pytest.raises(ValueError, match=expected):
         convexity.segments(function, torch.tensor([[0.0, 0.0], [0.9, 0.0]], dtype=torch.float64))
+
+
+def test_a_file_of_other_tensors_is_no_witness(tmp_path):
+    path = storage.save_tensors({"start": torch.ones(2)}, tmp_path / "w.safetensors")
+    with pytest.raises(ValueError, match=r"w.safetensors holds no witness against convexity, but \['start'\]"):
+        Witness.load(path)
 
 
 def test_a_witness_survives_its_file(tmp_path):

@@ -236,7 +236,7 @@ def test_the_command_writes_its_page_and_goes_on_where_it_stopped(tmp_path, caps
     first = capsys.readouterr()
     assert "holds (2 seeds)" in first.out
     assert "there already" not in first.err
-    names = {"index.html", "results.json", f"{CHEAP}.png", "cells"}
+    names = {"index.html", "results.json", f"{CHEAP}.png", "theory_checks.manifest.json", "cells"}
     assert {path.name for path in (tmp_path / "a b").iterdir()} == names
     results = json.loads((tmp_path / "a b" / "results.json").read_text())
     assert [record["seed"] for record in results["records"]] == [0, 1]
@@ -247,6 +247,24 @@ def test_the_command_writes_its_page_and_goes_on_where_it_stopped(tmp_path, caps
 
     assert run(*command, "3") == 0
     assert "2 of 3 cells were there already" in capsys.readouterr().err
+
+
+@pytest.mark.filterwarnings("default")
+def test_a_damaged_verdict_is_measured_again(tmp_path, capsys):
+    """A truncated one used to end with the exit code of a claim that fails."""
+    command = ["--only", CHEAP, "--jobs", "1", "--out", str(tmp_path), "--quiet"]
+    assert run(*command) == 0
+    (path,) = (tmp_path / "cells").iterdir()
+    for damage in (lambda text: text[:200], lambda text: text.replace('"passed": true', '"passed": false')):
+        whole = path.read_text()
+        path.write_text(damage(whole))
+        assert path.read_text() != whole
+        capsys.readouterr()
+        assert run(*command) == 0
+        said = capsys.readouterr().err
+        assert (said.count("\n"), said.count("warning: ")) == (1, 1)
+        assert path.name in said
+        assert "measured again" in said
 
 
 def figures(record):

@@ -4,25 +4,24 @@ from __future__ import annotations
 
 import contextlib
 import math
-import signal
 import sys
-import threading
 import time
 import warnings
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any, NoReturn
 
 import torch
 
-from meanfield import starts, storage
-from meanfield.bench.command import INTERRUPTED, say_data, stop, writable
+from meanfield import limits, starts, storage
+from meanfield.bench import signals
+from meanfield.bench.command import SHORT, say_data, stop
 from meanfield.bench.options import (
     MODEL,
     OUTPUT,
     WORK,
     MaxSeconds,
     Out,
+    Overwrite,
     Quiet,
     Seed,
     at_least,
@@ -36,6 +35,7 @@ from meanfield.bench.task import Learning, Task
 from meanfield.data import Dataset
 from meanfield.problem import Problem
 from meanfield.solvers import alternating
+from meanfield.storage import networks, results
 from meanfield.studies.solve import page
 from meanfield.studies.solve.measure import Run, heading, solution_figures
 from meanfield.validation import positive
@@ -69,6 +69,7 @@ class Options(Learning):
     ] = 0
     max_seconds: MaxSeconds = None
     out: Out = None
+    overwrite: Overwrite = False
     json: Annotated[
         bool, flag("Print the results as one JSON object on standard output, and nothing else there.", OUTPUT)
     ] = False
@@ -86,29 +87,62 @@ def command(options: Options) -> None:
     or two and leaves report.html, which opens in any browser, its pictures, results.json and the network; without it a
     summary is printed and nothing is written.
 
-    Ctrl-C stops the solve, keeps the best network so far and says where it is.
+    Ctrl-C, SIGTERM and SIGHUP stop the solve, keep the best network so far and say where it is. An earlier report in
+    the same directory is replaced as a whole.
     """
-    if options.out is not None:
-        writable(options.out)
-    images = options.task().images()
-    problem = options.task().problem(images)
-    say_data(images.summary, options.quiet)
-    said = _warn(problem)
-    watch = Progress(options, enabled=not options.quiet and sys.stderr.isatty(), lines=not options.quiet)
-    with watch:
-        run = _solve(options, images, problem, said, watch)
-        if run.solution.status == "interrupted" or watch.interrupted:
-            watch.stop()
-            _keep(run, options, "stopped by Ctrl-C")
-        try:
-            figures = _brief(run) if options.out is None else page.write(run, options.out, watch.say)
-        except KeyboardInterrupt:
-            watch.stop()
-            _keep(run, options, "the report was stopped by Ctrl-C")
+    with contextlib.ExitStack() as stack:
+        result = None
+        if options.out is not None:
+            result = stack.enter_context(
+                results.opened(options.out, networks.RESULT, page.FILES, overwrite=options.overwrite)
+            )
+        images = options.task().images()
+        problem = options.task().problem(images)
+        say_data(images.summary, options.quiet)
+        said = _warn(problem)
+        watch = stack.enter_context(
+            Progress(options, enabled=not options.quiet and sys.stderr.isatty(), lines=not options.quiet)
+        )
+        with signals.waiting(), limits.watched(signals.look):
+            run = _solve(options, images, problem, said, watch)
+            figures = _keep(run, result)
+        if run.solution.status == "interrupted" or signals.came():
+            _ended(run, result, watch)
+        if run.solution.status == "out_of_memory":
+            _ended(run, result, watch, "memory ran out", SHORT)
+        if result is not None:
+            try:
+                figures, written = page.files(run, watch.say)
+                stack.enter_context(signals.held())  # from here on there is a report
+            except KeyboardInterrupt:
+                _ended(run, result, watch)
+            result.publish(written)
     if options.json:
         sys.stdout.write(storage.to_json(figures))
     elif not options.quiet:
         _summarise(figures["solution"], options)
+
+
+def _keep(run: Run, result: results.Result | None) -> dict[str, Any]:
+    """Write the network and what is known so far, before the report takes its time; returns the figures."""
+    with signals.held():
+        figures = {**heading(run), "solution": solution_figures(run.problem, run.solution)}
+        figures["rounds"] = run.solution.history
+        if result is not None:
+            result.publish(page.network_files(run, figures))
+    return figures
+
+
+def _ended(
+    run: Run, result: results.Result | None, watch: Progress, why: str | None = None, code: int | None = None
+) -> NoReturn:
+    """The end without a report, after a signal where nothing else is said."""
+    watch.stop()
+    where = "was not written, for want of --out"
+    if result is not None:
+        where = f"is in {result.directory / networks.NETWORK}"
+    best = f"the best network so far, J = {run.solution.value:.8g}, {where}; there is no report"
+    stop(f"{why or f'stopped by {signals.last()}'}: {best}", signals.exit_code() if code is None else code)
 
 
 def _warn(problem: Problem) -> list[str]:
@@ -128,8 +162,9 @@ def _warn(problem: Problem) -> list[str]:
 def _solve(options: Options, images: Dataset, problem: Problem, said: list[str], watch: Progress) -> Run:
     # before the work: the digest is of what runs, whatever is edited in the meantime
     made = asdict(Provenance(options.command_line("meanfield", "solve"), options.to_dict(), data=images.summary))
+    training, held_out = images.split() if images.rest is not None else (images, None)
     start = starts.draw(problem, options.widths, torch.Generator().manual_seed(options.seed), "low_rank")
-    with warnings.catch_warnings(), _interrupts_wait(watch):
+    with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="the infimum over all measures")
         solution = alternating.solve(
             problem,
@@ -142,39 +177,7 @@ def _solve(options: Options, images: Dataset, problem: Problem, said: list[str],
             max_seconds=options.max_seconds or math.inf,
             callback=watch,
         )
-    training, held_out = images.split() if images.rest is not None else (images, None)
     return Run(problem, training, held_out, start, solution, made, options.seed, said)
-
-
-@contextlib.contextmanager
-def _interrupts_wait(watch: Progress) -> Iterator[None]:
-    """Ctrl-C waits for the solver's next record, where the best network is whole; a second one stops at once."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def remember(*_: object) -> None:
-        if watch.interrupted:
-            raise KeyboardInterrupt
-        watch.interrupted = True
-
-    previous = signal.signal(signal.SIGINT, remember)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, previous)
-
-
-def _keep(run: Run, options: Options, why: str) -> NoReturn:
-    where = "was not written, for want of --out"
-    if options.out is not None:
-        where = f"is in {page.save_network(run, options.out)}"
-        storage.write_atomically(options.out / "results.json", storage.to_json(_brief(run)))
-    stop(f"{why}: the best network so far, J = {run.solution.value:.8g}, {where}; there is no report", INTERRUPTED)
-
-
-def _brief(run: Run) -> dict[str, Any]:
-    return {**heading(run), "solution": solution_figures(run.problem, run.solution), "rounds": run.solution.history}
 
 
 def _summarise(figures: dict[str, Any], options: Options) -> None:
@@ -182,7 +185,7 @@ def _summarise(figures: dict[str, Any], options: Options) -> None:
     print(f"J = {figures['value']:.8g}   duality gap {figures['gap']:.2g} on this support   particles {particles}")
     print(f"{figures['message']}  ({figures['seconds']:.0f} s)")
     if options.out is not None:
-        print(f"report: {options.out / 'report.html'}")
+        print(f"report: {options.out / page.REPORT}")
 
 
 class Progress:
@@ -192,7 +195,6 @@ class Progress:
         self.options, self.enabled, self.lines = options, enabled, lines and not enabled
         self.began, self.bar, self.task = time.perf_counter(), None, None
         self.value = self.gap = math.nan
-        self.interrupted = False
 
     def __enter__(self) -> Progress:
         if self.enabled:
@@ -240,8 +242,6 @@ class Progress:
                 f"round {row['round'] + 1} of at most {rounds}: {self._figures(row)}, {row['seconds']:.0f} s",
                 file=sys.stderr,
             )
-        if self.interrupted and (row["phase"] == "program" or row.get("step", 0) > 0):
-            raise KeyboardInterrupt
 
     def _share(self, row: dict[str, Any]) -> float:
         """How much of the round is done; the flow counts as three quarters."""

@@ -1,9 +1,8 @@
-"""The report: numbers into sentences, small tables and one self-contained page, all of it into a directory."""
+"""The report: numbers into sentences, small tables and one self-contained page."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,8 +12,12 @@ from meanfield import storage
 from meanfield.pages import html, plotting
 from meanfield.pages.html import Details, Figure, Note, Page, Results, Section, Table
 from meanfield.pages.words import by, capital, count, number, scientific
+from meanfield.storage import networks
 from meanfield.studies.solve.measure import Run, gather
-from meanfield.studies.solve.pictures import output_label, pictures
+from meanfield.studies.solve.pictures import NAMES, output_label, pictures
+
+REPORT, RESULTS = "report.html", "results.json"
+FILES = (networks.NETWORK, RESULTS, REPORT, *(f"{name}.png" for name in NAMES))  # that there may be
 
 OBJECTIVE = Markup(
     "J is the mean loss over the images plus three penalties: λ<sub>s</sub> Σ p<sub>i</sub> (Σ |w<sub>ij</sub>| "
@@ -23,24 +26,21 @@ OBJECTIVE = Markup(
 )
 
 
-def write(run: Run, directory: str | Path, announce: Callable[[str], None] = lambda text: None) -> Results:
-    """Measure everything and write report.html, results.json, PNG files and the network; returns the results."""
-    directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    save_network(run, directory)
+def files(run: Run, announce: Callable[[str], None] = lambda text: None) -> tuple[Results, dict[str, bytes | str]]:
+    """Measure everything; returns the results and name -> content of every file: the page, results.json, PNG files and
+    the network.
+    """
     results = gather(run, announce)
     announce("pictures and page")
     images = {name: plotting.png(drawn) for name, drawn in pictures(results).items()}
     text = html.render(page(results), {name: html.inline(content) for name, content in images.items()})
-    for name, content in images.items():
-        storage.write_atomically(directory / f"{name}.png", content)
-    storage.write_atomically(directory / "results.json", storage.to_json(results))
-    storage.write_atomically(directory / "report.html", text)
-    return results
+    found = {**network_files(run, results), REPORT: text}
+    return results, {**found, **{f"{name}.png": content for name, content in images.items()}}
 
 
-def save_network(run: Run, directory: str | Path) -> Path:
-    return storage.save_network(run.solution.network, Path(directory) / "network.safetensors", run.made)
+def network_files(run: Run, results: Results) -> dict[str, bytes | str]:
+    """The network, and what is known of it so far."""
+    return {networks.NETWORK: networks.pack(run.solution.network, run.made), RESULTS: storage.to_json(results)}
 
 
 def page(results: Results) -> Page:

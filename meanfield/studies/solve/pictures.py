@@ -10,6 +10,8 @@ import numpy as np
 from meanfield.pages import plotting
 from meanfield.pages.html import Results
 
+NAMES = ("values", "gaps", "populations", "kernels", "images", "predictions", "finite", "segment")
+
 
 def pictures(results: Results) -> dict[str, Any]:
     """Name -> Figure, for everything that the results allow."""

@@ -186,12 +186,12 @@ def read(tables):
     return words(rendered(tables))
 
 
-def test_every_part_has_its_pictures_and_its_section(tmp_path):
-    path = STUDY.write(TABLES, tmp_path, MADE)
-    text = path.read_text()
-    drawn = {each.stem for each in tmp_path.glob("*.png")}
+def test_every_part_has_its_pictures_and_its_section():
+    files = STUDY.files(TABLES, MADE)
+    text = files["graft.html"]
+    drawn = {name.removesuffix(".png") for name in files if name.endswith(".png")}
     assert drawn == {name for names in PICTURES.values() for name in names}
-    assert path.name == "graft.html"
+    assert set(files) <= set(STUDY.names())
     assert text.count("data:image/png;base64,") == len(drawn)
     assert "<code>meanfield graft --size=full</code>" in text
     assert "nan" not in words(text).replace(MADE.library, "")
@@ -223,9 +223,8 @@ def test_every_picture_is_shown_once_and_is_one_of_its_part():
         assert sorted(shown) == sorted(PICTURES.get(part, ()))
 
 
-def test_the_summary_is_strict_json_with_intervals_as_dicts(tmp_path):
-    STUDY.write({"starts": starts(1)}, tmp_path, MADE)
-    found = json.loads((tmp_path / "summary.json").read_text())
+def test_the_summary_is_strict_json_with_intervals_as_dicts():
+    found = json.loads(STUDY.files({"starts": starts(1)}, MADE)["summary.json"])
     assert found["starts"][0]["error"] == {"value": pytest.approx(0.1), "low": 0.0, "high": None}
     # the moments are all equal
     assert {row["distance"] for row in found["correlations"]} == {"mmd", "sliced_wasserstein", "cka"}
@@ -244,8 +243,8 @@ def test_any_part_may_stand_alone(part):
     assert "What this does not say" in text
 
 
-def test_nothing_at_all_is_a_page_too(tmp_path):
-    assert "What this does not say" in STUDY.write({"train": []}, tmp_path, MADE).read_text()
+def test_nothing_at_all_is_a_page_too():
+    assert "What this does not say" in STUDY.files({"train": []}, MADE)["graft.html"]
 
 
 def test_layers_are_named_at_which_trained_donors_are_separated_from_controls():
@@ -400,8 +399,8 @@ def test_the_networks_are_counted_by_their_settings():
     ]
 
 
-def test_hosts_that_are_constant_leave_a_page(tmp_path):
+def test_hosts_that_are_constant_leave_a_page():
     rows = [{**row, "error": math.nan, "output_error": math.nan} if row["pair"] == 0 else row for row in starts()]
-    text = STUDY.write({"starts": rows}, tmp_path, MADE).read_text()
-    assert "it is multiplied by 1.1 with trained donors" in text
-    assert (tmp_path / "profiles.png").exists()
+    files = STUDY.files({"starts": rows}, MADE)
+    assert "it is multiplied by 1.1 with trained donors" in files["graft.html"]
+    assert "profiles.png" in files

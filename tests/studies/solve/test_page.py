@@ -8,7 +8,8 @@ from command_line import run
 
 from meanfield import Problem, data
 from meanfield.pages import plotting
-from meanfield.storage import load_network
+from meanfield.storage import load_network, tensors
+from meanfield.storage.results import Result
 from meanfield.studies.solve import measure, page, pictures
 
 FIGURES = ("values", "gaps", "populations", "kernels", "images", "predictions", "finite", "segment")
@@ -49,7 +50,7 @@ def test_every_file_says_what_made_it_and_that_gives_the_same_figures(directory,
     results = json.loads((directory / "results.json").read_text())
     command, library = results["made"]["command"], results["made"]["library"]
     assert html.escape(command) in (directory / "report.html").read_text()
-    assert json.loads((directory / "network.json").read_text())["made"]["library"] == library
+    assert tensors.read(directory / "network.safetensors")[1]["made"]["library"] == library
     words = [word for word in shlex.split(command)[1:] if not word.startswith("--out")]
     assert run(*words, "--out", tmp_path).exit_code == 0
     again = json.loads((tmp_path / "results.json").read_text())
@@ -66,14 +67,8 @@ def timeless(value):
 
 
 def test_damaged_files_are_named(directory, tmp_path):
-    (tmp_path / "network.json").write_bytes((directory / "network.json").read_bytes())
-    with pytest.raises(FileNotFoundError, match=r"network\.safetensors does not exist"):
-        load_network(tmp_path)
     (tmp_path / "network.safetensors").write_bytes((directory / "network.safetensors").read_bytes()[:100])
     with pytest.raises(ValueError, match="perhaps truncated"):
-        load_network(tmp_path)
-    (tmp_path / "network.json").write_text("{")
-    with pytest.raises(ValueError, match="is not JSON"):
         load_network(tmp_path)
 
 
@@ -88,3 +83,8 @@ def test_names_of_classes_are_shown_as_they_are(directory):
     ticks = [label.get_text() for label in drawn["predictions"].axes[0].get_xticklabels()]
     assert ticks == [r"cost \$\frac\$", "zebra"]
     assert "digits: 6 images of 1 x 4 x 4" in (directory / "report.html").read_text()
+
+
+def test_the_result_is_whole_and_lists_its_files(directory):
+    assert Result(directory, "solve").faults() == []
+    assert {path.name for path in directory.iterdir()} == {*page.FILES, "solve.manifest.json"}

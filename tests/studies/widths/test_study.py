@@ -217,15 +217,17 @@ def test_the_page_holds_every_part(tmp_path, monkeypatch):
     )
     parts = [part for part in STUDY.parts if part != "limit"]  # its search for features takes long
     heard, made = [], Provenance("meanfield widths", {})
-    options = {"parts": parts, "made": made, "announce": lambda part, cell, kept: heard.append(kept)}
+    options = {"parts": parts, "announce": lambda part, cell, kept: heard.append(kept)}
     tables = STUDY.run(TASK.variant(pool=2), tiny, tmp_path, **options)
     assert set(tables) == set(parts)
-    text = STUDY.write(tables, tmp_path, made).read_text()
+    files = STUDY.files(tables, made)
+    text = files["widths.html"]
     headings = ["Sampled from", "Trained from", "Trajectories of", "Seed against", "Moments and", "Coordinate check"]
     places = [text.index(f"<h2>{heading}") for heading in [*headings, "Tangent kernel"]]
     assert places == sorted(places)
     assert text.count("data:image/png;base64,") == len(STUDY.pictures(tables)) == 8
-    assert (tmp_path / "sampled.csv").exists()
+    assert set(files) <= set(STUDY.names())
+    assert "sampled.csv" in files
     assert STUDY.run(TASK.variant(pool=2), tiny, tmp_path, **options) == tables
     assert heard[len(heard) // 2 :] == [True] * (len(heard) // 2)
 

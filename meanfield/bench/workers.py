@@ -1,0 +1,94 @@
+"""Calls of a function side by side, in workers that end with the process that started them, however that ends."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from joblib import Parallel, delayed, parallel_config
+from joblib.externals.loky.process_executor import TerminatedWorkerError
+from threadpoolctl import threadpool_info, threadpool_limits
+
+from meanfield.bench import signals
+
+BATCHED = ("dask", "ray")  # these hand results back all at once: they get a few calls per worker at a time
+BATCH = 4
+PATROL = 1.0  # seconds between two looks at the parent
+IGNORED = ("SIGINT", "SIGHUP")  # which a terminal sends to all of its processes: the parent decides
+
+
+class Lost(RuntimeError):
+    """The system ended a worker, as it does with the largest process when memory runs out."""
+
+
+def threads() -> dict[str, int]:
+    """How many threads this process computes with: torch's, and those of the BLAS under numpy and scipy (the most of
+    any that is loaded).  Sums in another order round differently, and a long descent follows what they round to.
+    """
+    blas = [pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas"]
+    return {"torch": torch.get_num_threads(), "blas": max(blas, default=1)}
+
+
+def results(function: Callable[..., Any], orders: Sequence[tuple[Any, ...]], jobs: int, backend: str) -> Iterator[Any]:
+    """function(*order) of every order, as they are finished.
+
+    At an end of any kind, an error, a signal or one of the generator itself, all workers end.  Raises Lost.
+    """
+    jobs = min(jobs, len(orders))
+    if not orders:
+        return
+    threads = torch.get_num_threads()
+    try:
+        with threadpool_limits(limits=1):
+            yield from _results(function, orders, jobs, backend)
+    except TerminatedWorkerError as error:
+        signals.look()
+        raise Lost(
+            "the system ended a worker, most likely because memory ran out; what was finished is kept, and the same "
+            f"command goes on from there: give it less at a time, with --jobs={max(1, jobs // 2)}"
+        ) from error
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _results(function: Callable[..., Any], orders: Sequence[tuple[Any, ...]], jobs: int, backend: str) -> Iterator[Any]:
+    if backend not in BATCHED:
+        own = {"initializer": serve, "initargs": (os.getpid(),)} if backend == "loky" else {}
+        with parallel_config(backend=backend, n_jobs=jobs, **own):
+            found = Parallel(return_as="generator_unordered")(delayed(_one)(function, order) for order in orders)
+        try:
+            yield from found  # type: ignore[misc]
+        finally:
+            with signals.held():  # a second signal would leave workers behind
+                found.close()  # type: ignore[union-attr]
+        return
+    for first in range(0, len(orders), BATCH * jobs):
+        with parallel_config(backend=backend, n_jobs=jobs):
+            yield from Parallel()(delayed(_one)(function, order) for order in orders[first : first + BATCH * jobs])  # type: ignore[misc]
+
+
+def _one(function: Callable[..., Any], order: tuple[Any, ...]) -> Any:
+    """On one thread: calls run side by side, and the same sums come out on every number of cores."""
+    torch.set_num_threads(1)
+    with threadpool_limits(limits=1):
+        return function(*order)
+
+
+def serve(parent: int) -> None:
+    """Make this process a worker of `parent`: it leaves Ctrl-C to it, and ends within seconds after it."""
+    for name in IGNORED:
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+
+
+def _end_with(parent: int) -> None:
+    """The system gives orphans another parent."""
+    while os.getppid() == parent:
+        time.sleep(PATROL)
+    os._exit(1)

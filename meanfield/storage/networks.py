@@ -1,0 +1,84 @@
+"""Networks as one file each: the tensors with the architecture, widths and dtype that they belong to."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from meanfield.architecture import Architecture
+from meanfield.network import ParticleNetwork
+from meanfield.storage import files, tensors
+from meanfield.storage.results import Result
+
+KIND = "meanfield network 2"
+RESULT, NETWORK = "solve", "network.safetensors"  # in the directory of a report
+OLDER = (
+    "does not say which network it holds: it is no network of this library, or one written before its description "
+    "moved into the file; run the command named in results.json beside it again"
+)
+
+
+def save_network(network: ParticleNetwork, path: str | Path, made: Mapping[str, Any] | None = None) -> Path:
+    """Write `path` (.safetensors), which holds everything `load_network` needs; returns it.  made: what made it, for
+    the reader.
+    """
+    return files.write_atomically(tensors.suffixed(path), pack(network, made))
+
+
+def pack(network: ParticleNetwork, made: Mapping[str, Any] | None = None) -> bytes:
+    """The content of the file."""
+    about = {
+        "architecture": network.architecture.to_dict(),
+        "widths": list(network.widths),
+        "dtype": str(network.dtype).removeprefix("torch."),
+        "made": None if made is None else json.loads(files.to_json(made)),
+    }
+    return tensors.pack(_named(network), KIND, about)
+
+
+def load_network(path: str | Path) -> ParticleNetwork:
+    """The network of `path` (.safetensors, or the directory of a report), on the CPU in the dtype it was saved in.
+
+    Raises FileNotFoundError, and ValueError where a file is truncated or changed, of another kind, or where the
+    directory's other files are of another run.
+    """
+    path = Path(path)
+    if path.is_dir():
+        content, path = Result(path, RESULT).read(NETWORK), path / NETWORK
+        held, about = tensors.unpack(content, path)
+    else:
+        held, about = tensors.read(tensors.suffixed(path))
+    if about is None:
+        raise ValueError(f"{path} {OLDER}")
+    if about.get("kind") != KIND:
+        raise ValueError(f"{path} holds {about.get('kind')!r}, not {KIND!r}")
+    try:
+        return _network(held, about)
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{path} does not fit its description: {error}") from error
+
+
+def _network(held: dict[str, Tensor], about: dict[str, Any]) -> ParticleNetwork:
+    architecture = Architecture.from_dict(about["architecture"])
+    layers = range(architecture.depth)
+    expected = {"readout", *(f"{kind}.{i}" for kind in ("masses", "kernels") for i in layers)}
+    expected |= {f"biases.{i}" for i in layers if architecture.layers[i].bias}
+    if set(held) != expected:
+        raise ValueError(f"it holds the tensors {sorted(held)} and needs {sorted(expected)}")
+    masses, kernels = ([held[f"{kind}.{i}"] for i in layers] for kind in ("masses", "kernels"))
+    network = ParticleNetwork(architecture, masses, kernels, held["readout"], [held.get(f"biases.{i}") for i in layers])
+    found = {"widths": list(network.widths), "dtype": str(network.dtype).removeprefix("torch.")}
+    for name, value in found.items():
+        if about[name] != value:
+            raise ValueError(f"its {name} are said to be {about[name]!r} and are {value!r}")
+    return network
+
+
+def _named(network: ParticleNetwork) -> dict[str, Tensor]:
+    found = {f"masses.{i}": p for i, p in enumerate(network.masses)}
+    found |= {f"kernels.{i}": w for i, w in enumerate(network.kernels)} | {"readout": network.readout}
+    return found | {f"biases.{i}": b for i, b in enumerate(network.biases) if b is not None}
