@@ -9,6 +9,7 @@ from meanfield.validation import one_of
 from theory_checks.claim import Claim
 
 FAMILIES = (
+    "definition",
     "change_of_variables",
     "joint_convexity",
     "degeneracy",
