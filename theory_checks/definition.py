@@ -146,7 +146,7 @@ def _against_formulas(setting: Setting, rules: Rules) -> Evidence:
         problem = variety.problem(instance, depth)
         network = random_network(problem, WIDTHS[depth - 1], setting.generator(131, instance))
         if instance // 3 % 2:
-            problem = variety.bounded(problem, network, 1 + 1e-9, instance)
+            problem, network = variety.bounded(problem, network, 1 + 1e-9, instance)
         found = _differences(problem, network, rules)
         names.append(max(found, key=lambda name: found[name]))
         worst.append(found[names[-1]])

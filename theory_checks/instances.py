@@ -13,6 +13,7 @@ import meanfield as mf
 from meanfield import measures, starts
 from meanfield.architecture import POOLINGS, READOUTS
 from meanfield.penalties import KERNEL_NORMS, input_norms
+from meanfield.problem import project_bounds
 from meanfield.starts import normal
 from theory_checks.claim import Setting
 
@@ -123,9 +124,13 @@ class Variety:
             kernel, padding, stride, pick(activations, 3), pick(poolings, 4), pool, bias=pick((False, True), 5)
         )
 
-    def bounded(self, problem: mf.Problem, network: mf.ParticleNetwork, factor: float, index: int) -> mf.Problem:
-        """The problem with an amplitude bound, an input bound or both, at `factor` times what the network reaches."""
-        kinds = ("amplitude", "input", "both") if problem.architecture.depth > 1 else ("input",)
+    def bounded(
+        self, problem: mf.Problem, network: mf.ParticleNetwork, factor: float, index: int
+    ) -> tuple[mf.Problem, mf.ParticleNetwork]:
+        """The problem with an amplitude bound, an input bound or both, at `factor` times what the network reaches, and
+        the network moved inside.
+        """
+        kinds = ("amplitude", "both", "input") if problem.architecture.depth > 1 else ("input",)
         kind = self.pick(kinds, 6, index)
         amplitude, size = reached(problem, network)
         penalty = replace(
@@ -133,7 +138,8 @@ class Variety:
             amplitude_bound=None if kind == "input" else factor * amplitude,
             input_bound=None if kind == "amplitude" else factor * size,
         )
-        return with_penalty(problem, penalty)
+        problem = with_penalty(problem, penalty)
+        return problem, project_bounds(problem, network)
 
 
 def with_penalty(problem: mf.Problem, penalty: mf.Penalty) -> mf.Problem:
