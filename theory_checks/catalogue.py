@@ -23,6 +23,9 @@ FAMILIES = (
     "weak_duality",
     "one_layer_relation",
     "hybrids",
+    "sampling",
+    "sphere",
+    "grafts",
 )
 
 
