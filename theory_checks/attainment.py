@@ -408,7 +408,8 @@ class Brightness:
     where the sources are as large as they may be, 2 g (lambda_s (mu / B_1^2 + lambda_1))^(1/2) for g in [0, B B_1]. Its
     score s^2 g^2 / (4 lambda_u) less that, s = sum_n r_n b_n, is convex in g and largest at an end.  So every network
     has, for any c and mu >= 0, with r_n = (c b_n - y_n) / N,
-        J >= -mean conjugate - mu - max(0, s^2 (B B_1)^2 / (4 lambda_u) - 2 B B_1 (lambda_s (mu / B_1^2 + lambda_1))^(1/2)).
+        J >= -mean conjugate - mu - max(0, score),
+        score = s^2 (B B_1)^2 / (4 lambda_u) - 2 B B_1 (lambda_s (mu / B_1^2 + lambda_1))^(1/2).
     """
 
     problem: mf.Problem
@@ -430,7 +431,9 @@ class Brightness:
         (b, y), (amplitude, size), penalty = self._data, self._bounds, self.problem.penalty
         m, e = expit(x[:2])
         misfit = e * x[2] * amplitude * size * b - y
-        costs = penalty.source * (amplitude * e) ** 2 / m + penalty.input * m * size**2 + penalty.readout * e * x[2] ** 2
+        costs = (
+            penalty.source * (amplitude * e) ** 2 / m + penalty.input * m * size**2 + penalty.readout * e * x[2] ** 2
+        )
         return float(0.5 * (misfit**2).mean() + costs)
 
     def below(self, x: np.ndarray) -> float:
@@ -460,9 +463,7 @@ def _brightness(setting: Setting, index: int) -> mf.Problem:
     architecture = mf.Architecture(data.input_shape, (mf.Conv(1, activation="relu"),) * 2)
     factors = torch.exp(0.5 * (2 * torch.rand(5, generator=generator, dtype=torch.float64) - 1)).tolist()
     source, readout, first, amplitude, size = (f * each for f, each in zip(factors, (0.1, 0.01, 0.002, 1.0, 1.0)))
-    penalty = mf.Penalty(
-        source=source, readout=readout, input=first, amplitude_bound=amplitude, input_bound=size
-    )
+    penalty = mf.Penalty(source=source, readout=readout, input=first, amplitude_bound=amplitude, input_bound=size)
     targets = torch.ones(len(data.inputs), 1, dtype=torch.float64)
     return mf.Problem(architecture, data.inputs, targets, "squared", penalty).to(device=setting.device)
 
@@ -482,9 +483,14 @@ def _ends_of_growing_widths(setting: Setting, bounds: str) -> Evidence:
             amplitude_bound=penalty.amplitude_bound if bounds in ("amplitude", "both") else None,
             input_bound=penalty.input_bound if bounds in ("input", "both") else None,
         )
-        ends = [_alternated(with_penalty(problem, penalty), width, setting.derived_seed(64, index, width)) for width in GROWING_WIDTHS]
+        ends = [
+            _alternated(with_penalty(problem, penalty), width, setting.derived_seed(64, index, width))
+            for width in GROWING_WIDTHS
+        ]
         ratios += [end / bound for end in ends]
-        series.append(Series(f"problem {index}", [float(width) for width in GROWING_WIDTHS], ratios[-len(ends) :], "points"))
+        series.append(
+            Series(f"problem {index}", [float(width) for width in GROWING_WIDTHS], ratios[-len(ends) :], "points")
+        )
     worst = [abs(ratio - 1) for ratio in ratios] + open_by
     beyond = sum(each > MINIMUM_THRESHOLD for each in worst[: len(ratios)])
     text = (

@@ -112,8 +112,10 @@ def _objective(problem: mf.Problem, network: mf.ParticleNetwork, outputs: np.nda
             value += penalty.source * sum(source[i] * (norms[:, i] @ target) ** 2 for i in range(len(source)))
         else:
             value += penalty.source * sum(target[j] * (norms[j] @ source) ** 2 for j in range(len(target)))
-        reached = np.maximum(norms @ source, 0.0 if b[layer] is None else np.abs(b[layer]))
-        inside &= penalty.amplitude_bound is None or reached.max() <= penalty.amplitude_bound
+        bias = b[layer]
+        reached = float((norms @ source).max())
+        reached = reached if bias is None else max(reached, float(np.abs(bias).max()))
+        inside &= penalty.amplitude_bound is None or reached <= penalty.amplitude_bound
     return value if inside or not rules.bounds else float("inf")
 
 
@@ -124,13 +126,17 @@ def _differences(problem: mf.Problem, network: mf.ParticleNetwork, rules: Rules)
     allowed, spread = 2 * output_error(network, inputs), 2 * value_error(problem, network)
     modules = finite.sequential(network)(inputs).detach()
     against = lambda output: float(((output.cpu() - torch.as_tensor(mine)).abs() / allowed.cpu()).max())  # noqa: E731
-    longer = [[None if each is None else BEYOND * each for each in group] for group in (network.kernels, network.biases)]
+    longer = [
+        [None if each is None else BEYOND * each for each in group] for group in (network.kernels, network.biases)
+    ]
     outside = mf.ParticleNetwork(network.architecture, network.masses, longer[0], network.readout, longer[1])  # type: ignore[arg-type]
     values = []
     for each in (network, outside):
         own = _objective(problem, each, _output(each, inputs.cpu().numpy(), rules), rules)
         value = float(problem.value(each))
-        values.append(0.0 if value == own else float(np.nan_to_num(abs(value - own) / spread, nan=np.inf, posinf=np.inf)))
+        values.append(
+            0.0 if value == own else float(np.nan_to_num(abs(value - own) / spread, nan=np.inf, posinf=np.inf))
+        )
     return {
         "output": against(network(inputs)),
         "output of torch's modules": against(modules),
@@ -172,8 +178,8 @@ CLAIMS = (
         "networks of every kind, in rounding bounds",
         threshold=1.0,
         derivation="running error bounds of both programs in float64",
-        limits="What is defined, not whether it is a good definition. Every control reads one line of it otherwise, and "
-        "shows that instances depend on that line.",
+        limits="What is defined, not whether it is a good definition. Every control reads one line of it otherwise, "
+        "and shows that instances depend on that line.",
         measure=_control(),
         controls={
             "masses taken as equal": _control(masses=False),

@@ -77,7 +77,7 @@ def _squared_speed(problem: mf.Problem, network: mf.ParticleNetwork) -> float:
     readout, biases = gradients[2 * depth], gradients[2 * depth + 1 :]
     total = total + (readout.square() / along_axis(p[-1], readout, 1)).sum()
     targets = [mass for mass, bias in zip(p, network.biases) if bias is not None]
-    return float(total + sum((slope.square() / mass).sum() for mass, slope in zip(targets, biases)))
+    return float(total + sum((by_bias.square() / mass).sum() for mass, by_bias in zip(targets, biases)))
 
 
 def _identity_errors(
@@ -114,7 +114,7 @@ def _identity_case(setting: Setting, instance: int) -> tuple[mf.Problem, mf.Part
 
 
 def _largest_step(problem: mf.Problem, network: mf.ParticleNetwork) -> float:
-    """STEP, or less where the identity would be off by more than OFF: to first order the error is linear in the step."""
+    """STEP, or less where the identity would be off by more than OFF: the error is linear in the step to first order."""
     (fall,), _ = _identity_errors(problem, network, [STEP], _mean_field)
     return STEP * min(1.0, OFF / abs(fall))
 
@@ -214,14 +214,14 @@ def _in_metric(network: mf.ParticleNetwork, gradients: Sequence[Tensor]) -> Tens
     without the kernels that vanish: they rest there.
     """
     depth, p = len(network.masses), network.masses
-    parts = [mass.sqrt() * (slope - mass @ slope) for mass, slope in zip(p, gradients)]
+    parts = [mass.sqrt() * (by_mass - mass @ by_mass) for mass, by_mass in zip(p, gradients)]
     sources = (torch.ones_like(p[0][:1]), *p[:-1])
-    for target, source, w, slope in zip(p, sources, network.kernels, gradients[depth : 2 * depth]):
+    for target, source, w, by_kernel in zip(p, sources, network.kernels, gradients[depth : 2 * depth]):
         alive = (w != 0).flatten(2).any(2)[:, :, None, None]
-        parts.append(alive * slope / (target[:, None] * source).sqrt()[:, :, None, None])
+        parts.append(alive * by_kernel / (target[:, None] * source).sqrt()[:, :, None, None])
     parts.append(gradients[2 * depth] / along_axis(p[-1].sqrt(), gradients[2 * depth], 1))
     targets = [mass for mass, bias in zip(p, network.biases) if bias is not None]
-    parts += [slope / mass.sqrt() for mass, slope in zip(targets, gradients[2 * depth + 1 :])]
+    parts += [by_bias / mass.sqrt() for mass, by_bias in zip(targets, gradients[2 * depth + 1 :])]
     return torch.cat([part.flatten() for part in parts])
 
 
@@ -250,9 +250,7 @@ def _bounded_case(setting: Setting, instance: int) -> tuple[mf.Problem, mf.Parti
     """
     depth = 1 + instance % 3
     variety = Variety(setting, 76)
-    problem = variety.problem(
-        instance, depth, activations=SMOOTH, poolings=("none", "average"), norms=("l2",), side=3
-    )
+    problem = variety.problem(instance, depth, activations=SMOOTH, poolings=("none", "average"), norms=("l2",), side=3)
     old = problem.penalty
     light = replace(old, source=LIGHTER * old.source, readout=LIGHTER * old.readout, input=LIGHTER * old.input)
     network = random_network(problem, WIDTHS[depth - 1], setting.generator(76, instance))
@@ -265,7 +263,10 @@ def _bounded_case(setting: Setting, instance: int) -> tuple[mf.Problem, mf.Parti
 def _smooth_step(problem: mf.Problem, network: mf.ParticleNetwork) -> bool:
     """Whether every kernel of a later layer stays at zero, or loses less than half of itself, in the largest step."""
     moved = _projected(problem, network, BOUND_STEP)
-    sizes = [(a.flatten(2).norm(dim=2), (b - a).flatten(2).norm(dim=2)) for a, b in zip(network.kernels[1:], moved.kernels[1:])]
+    sizes = [
+        (a.flatten(2).norm(dim=2), (b - a).flatten(2).norm(dim=2))
+        for a, b in zip(network.kernels[1:], moved.kernels[1:])
+    ]
     return all(bool((change <= 0.5 * size).all()) for size, change in sizes)
 
 

@@ -60,14 +60,14 @@ def _gradients(setting: Setting, change: Change) -> Evidence:
 CLAIMS = (
     Claim(
         name="grafts",
-        statement="The connecting layer of a graft minimises the mean squared error plus its ridge, and its residual is "
-        "what it states.",
+        statement="The connecting layer of a graft minimises the mean squared error plus its ridge, and its residual "
+        "is what it states.",
         source="docs/grafting.md; Gu et al. 2020",
-        statistic="largest entry of the gradient at the fit, or difference of the stated residual, over the rounding of "
-        "the sums it is made of",
+        statistic="largest entry of the gradient at the fit, or difference of the stated residual, over the rounding "
+        "of the sums it is made of",
         threshold=1.0,
-        derivation="n eps |a|^2: the running error bound of inner products over n samples, for a design whose condition "
-        "number is of order ten",
+        derivation="n eps |a|^2: the running error bound of inner products over n samples, for a design whose "
+        "condition number is of order ten",
         limits="A least-squares problem with well conditioned samples; rank and cutoffs are tested elsewhere.",
         measure=lambda setting: _gradients(setting, _kept),
         controls={

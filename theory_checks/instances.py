@@ -119,7 +119,7 @@ class Variety:
         kernel = tuple(min(k, s + 2 * p) for k, s, p in zip(pick(((3, 3), (2, 3), (2, 2), (1, 2)), 1), size, padding))
         stride = pick(((1, 1), (2, 1), (1, 1), (2, 2)), 2)
         output = [(s + 2 * p - k) // step + 1 for s, p, k, step in zip(size, padding, kernel, stride)]
-        pool = tuple(min(2, s) for s in output)
+        pool = (min(2, output[0]), min(2, output[1]))
         return mf.Conv(
             kernel, padding, stride, pick(activations, 3), pick(poolings, 4), pool, bias=pick((False, True), 5)
         )

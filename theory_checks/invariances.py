@@ -135,8 +135,8 @@ def _rescalings(setting: Setting, activation: str) -> Evidence:
 CLAIMS = (
     Claim(
         name="invariances.particles",
-        statement="Permuting particles, splitting one into clones that share its mass, and merging clones, whatever has "
-        "drifted around the mass average of what they send on, change neither F nor J.",
+        statement="Permuting particles, splitting one into clones that share its mass, and merging clones, also when "
+        "what they send on has drifted around its mass average, change neither F nor J.",
         source="docs/theory.md, section 6",
         statistic="largest change of output or value over random networks, in rounding bounds",
         threshold=1.0,

@@ -26,9 +26,7 @@ def _by_mass(network: mf.ParticleNetwork, width: int, generator: torch.Generator
 
 def _masses_ignored(network: mf.ParticleNetwork, width: int, generator: torch.Generator) -> finite.FiniteCNN:
     equal = [torch.full_like(p, 1 / len(p)) for p in network.masses]
-    unweighted = mf.ParticleNetwork(
-        network.architecture, equal, network.kernels, network.readout, network.biases
-    )
+    unweighted = mf.ParticleNetwork(network.architecture, equal, network.kernels, network.readout, network.biases)
     return _by_mass(unweighted, width, generator)
 
 

@@ -80,14 +80,15 @@ def _above(setting: Setting, corners_alone: bool) -> Evidence:
 CLAIMS = (
     Claim(
         name="sphere",
-        statement="No direction's ReLU response lies above the bound of a cone that holds it, nor above the final bound.",
+        statement="No direction's ReLU response lies above the bound of a cone that holds it, nor above the final "
+        "bound.",
         source="meanfield/certificates/sphere; McCormick 1976",
         statistic="largest (response - bound of the cone) over cones after four halvings and directions in them, in "
         "units of the rounding that the bound allows for",
         threshold=1.0,
         derivation="a bound is one; rounding as stated by `sphere.response.reduced`",
-        limits="Directions are drawn and taken at corners: a bound that is too low elsewhere could escape. Pairs of rows "
-        "that differ in one direction attain theirs.",
+        limits="Directions are drawn and taken at corners: a bound that is too low elsewhere could escape. Pairs of "
+        "rows that differ in one direction attain theirs.",
         measure=lambda setting: _above(setting, False),
         controls={"the largest response at the corners for a bound": lambda setting: _above(setting, True)},
         axes=Axes("set of patches, sorted", "excess over the bound / rounding", ""),

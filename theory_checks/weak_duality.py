@@ -146,7 +146,8 @@ def _all_measures(
     """
     priced = with_penalty(problem, replace(problem.penalty, source=problem.penalty.source * price**2))
     own: list[OwnFeatures | Compositions] = [
-        OwnFeatures(network), compositions.own_features(problem, network, max(network.widths))
+        OwnFeatures(network),
+        compositions.own_features(problem, network, max(network.widths)),
     ]
     scores = [
         part.responses(problem, dual.output) / (4 * problem.penalty.readout) - part.costs(priced, mu) for part in own

@@ -136,7 +136,9 @@ def _bounded_flow(setting: Setting, depth: int, instance: int, steps: int) -> mf
 @lru_cache(maxsize=128)
 def _multipliers(setting: Setting, depth: int, instance: int, steps: int) -> tuple[mf.ConvexProgram, list[Multipliers]]:
     """The program frozen at the end of a flow, and the multipliers of two solvers of it."""
-    program = mf.ConvexProgram.freeze(_bounded(setting, depth, instance)[0], _bounded_flow(setting, depth, instance, steps))
+    program = mf.ConvexProgram.freeze(
+        _bounded(setting, depth, instance)[0], _bounded_flow(setting, depth, instance, steps)
+    )
     solved = [
         mf.solvers.reference.solve(program),
         mf.solvers.splitting.solve(program, BOUNDED_THRESHOLD / 100, max_iterations=ITERATIONS),
@@ -208,7 +210,8 @@ CLAIMS = (
         derivation="a definition: a hundredth of J. Light particles move slowly, and after 2,000 steps some flows are "
         "still on their way by a few thousandths; what rests off the optimum of its program rests tenths above. The "
         "dual value is the better of those that CLARABEL and the splitting find, repaired",
-        limits="One and two layers: with three the flow is not at rest after these steps. On the features it ended with.",
+        limits="One and two layers: with three the flow is not at rest after these steps. On the features it ended "
+        "with.",
         measure=_bounded_excesses,
         controls={
             "multipliers of the amplitude bound dropped": lambda setting: _bounded_excesses(
