@@ -114,7 +114,7 @@ def _identity_case(setting: Setting, instance: int) -> tuple[mf.Problem, mf.Part
 
 
 def _largest_step(problem: mf.Problem, network: mf.ParticleNetwork) -> float:
-    """STEP, or less where the identity would be off by more than OFF: the error is linear in the step to first order."""
+    """STEP, or less where the identity would be off by more than OFF; the error is linear to first order."""
     (fall,), _ = _identity_errors(problem, network, [STEP], _mean_field)
     return STEP * min(1.0, OFF / abs(fall))
 
