@@ -117,9 +117,17 @@ def _rescaled(network: mf.ParticleNetwork, generator: torch.Generator) -> mf.Par
     return mf.ParticleNetwork(network.architecture, network.masses, kernels, network.readout / factors[None, :], biases)
 
 
+def _least(problem: mf.Problem, network: mf.ParticleNetwork) -> float:
+    """The penalties of a balanced network less 2 sqrt(lambda_1 lambda_u) sum p |z| |u|, in rounding bounds of J."""
+    penalty, terms = problem.penalty, problem.terms(network)
+    sizes = network.kernels[0].flatten(1).norm(dim=1) * network.readout.norm(dim=0)
+    least = 2 * (penalty.input * penalty.readout) ** 0.5 * float(network.masses[0] @ sizes)
+    return abs(float(terms.input + terms.readout) - least) / value_error(problem, network)
+
+
 def _rescalings(setting: Setting, activation: str) -> Evidence:
-    """The output under rescaling, and J balanced by `measures.balance` before and after, which depends on p |z| |u|
-    alone.
+    """The output under rescaling, and J balanced by `measures.balance` before and after: it depends on p |z| |u| alone,
+    and its penalties are 2 sqrt(lambda_1 lambda_u) sum p |z| |u|.
     """
     changes = []
     for instance in range(setting.either(24, 240)):
@@ -129,6 +137,8 @@ def _rescalings(setting: Setting, activation: str) -> Evidence:
         moved = _rescaled(network, generator)
         balanced = [measures.balance(each, problem.penalty.input, problem.penalty.readout) for each in (network, moved)]
         changes.append(max(_output_change(problem, network, moved), _change(problem, *balanced)))
+        if activation == "relu":
+            changes.append(_least(problem, balanced[0]))
     return _evidence({"rescaling": changes})
 
 
