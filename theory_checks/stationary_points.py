@@ -224,8 +224,8 @@ CLAIMS = (
         derivation="a definition, made after a first look: a tenth of J, which small networks with fixed masses miss "
         "by several tenths",
         limits=(
-            "Starts do not end at one value: the limit of a flow is optimal for its own features only. How wide is wide "
-            "enough is not known in advance."
+            "Starts do not end at one value: the limit of a flow is optimal for its own features only. How wide is "
+            "wide enough is not known in advance."
         ),
         measure=lambda setting: _against_best(setting, True),
         controls={"equal fixed masses, small widths": lambda setting: _against_best(setting, False)},

@@ -198,6 +198,7 @@ def _program_gaps(setting: Setting, iterations: int) -> Evidence:
         solved = mf.solvers.splitting.solve(
             mf.ConvexProgram.freeze(problem, network), PROGRAM_THRESHOLD / 10, max_iterations=iterations
         )
+        assert solved.certificate is not None
         gaps.append(max(solved.relative_gap, solved.certificate.violation))
         depths.append((depth, instance))
     beyond = sum(gap > PROGRAM_THRESHOLD for gap in gaps)

@@ -132,8 +132,7 @@ def _no_bound(problem: Problem) -> str:
     if missing:
         return (
             "with these activations, biases and penalties the supremum over features may be infinite, and is not "
-            "searched; missing: "
-            + ", ".join(missing)
+            "searched; missing: " + ", ".join(missing)
         )
     return ""
 
