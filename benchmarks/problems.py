@@ -1,12 +1,13 @@
 """The convex programs that the benchmarks share: digits 3 against 5 and the frozen features of standard normal kernels.
 
 3x3 kernels, padding 1, tanh, average readout, squared loss, source and input penalty 3e-4, readout penalty 3e-3,
-uniform masses; kernels of both layers and the readout are standard normal draws from the seed.
+uniform masses; kernels of both layers and the readout are standard normal draws from the seed.  With an amplitude bound
+they are moved inside it and flow for a few steps: at random features the source penalty keeps amplitudes below it.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -14,24 +15,31 @@ from torch import Tensor
 import meanfield as mf
 from meanfield import data
 from meanfield.bench.options import Settings
+from meanfield.problem import project_bounds
 from meanfield.starts import normal
 
 FULL_SIDE = 8
+FLOW_STEPS = 30  # of a case with a bound, which is then active on the features that hold the mass
 PENALTY = mf.Penalty(source=3e-4, readout=3e-3, input=3e-4)
 
 
 @dataclass(frozen=True)
 class Case(Settings):
-    """Size of a program: `images` digits of side x side pixels and the particles of the two layers."""
+    """Size of a program: `images` digits of side x side pixels and the particles of the two layers.
+
+    tightness: the amplitude bound, as a share of the largest amplitude of the random network; None: no bound.
+    """
 
     images: int
     side: int
     widths: tuple[int, int]
     seed: int = 0
+    tightness: float | None = None
 
     @property
     def name(self) -> str:
-        return f"N={self.images}, {self.side}x{self.side}, widths {self.widths[0]}/{self.widths[1]}"
+        bound = "" if self.tightness is None else f", amplitude bound {self.tightness:g}"
+        return f"N={self.images}, {self.side}x{self.side}, widths {self.widths[0]}/{self.widths[1]}{bound}"
 
     @property
     def constraints(self) -> int:
@@ -46,6 +54,7 @@ class Case(Settings):
 
 TINY = Case(6, 4, (6, 4))
 SMALL = Case(16, 4, (64, 32))
+BOUNDED = replace(SMALL, tightness=0.3)
 NEXT = Case(16, 4, (128, 64))
 STANDARD = Case(32, 4, (128, 64))
 LARGE = Case(64, 8, (1024, 128))
@@ -57,7 +66,13 @@ def program(case: Case, dtype: torch.dtype = torch.float64) -> mf.ConvexProgram:
     architecture = mf.Architecture((1, case.side, case.side), (layer, layer), readout="average")
     inputs, targets = digits(case.images, case.side)
     problem = mf.Problem(architecture, inputs.to(dtype), targets.to(dtype), "squared", PENALTY)
-    return mf.ConvexProgram.freeze(problem, normal_network(architecture, case.widths, problem.inputs, case.seed))
+    network = normal_network(architecture, case.widths, problem.inputs, case.seed)
+    if case.tightness is not None:
+        reached = float(network.amplitudes(1, PENALTY.norms(network.kernels[1])).max())
+        bounded = replace(PENALTY, amplitude_bound=case.tightness * reached)
+        problem = mf.Problem(architecture, problem.inputs, problem.targets, "squared", bounded)
+        network = mf.solvers.flow.solve(problem, project_bounds(problem, network), steps=FLOW_STEPS).network
+    return mf.ConvexProgram.freeze(problem, network)
 
 
 def normal_network(

@@ -4,18 +4,27 @@ themselves.
 
 CLAIMS = (
     "attainment.bounded",
+    "attainment.minimum",
+    "dissipation.bounded",
     "dissipation.limit",
     "hybrids",
     "joint_convexity.curvature",
     "joint_convexity.falsification",
     "mixture",
     "one_layer_relation",
+    "sampling",
+    "sampling.tangent_kernel",
+    "sphere",
     "stationary_points.growth",
     "stationary_points.one_layer",
     "stationary_points.width",
     "weak_duality",
+    "weak_duality.all_measures",
+    "weak_duality.section5",
     "weight_nonconvexity.curvature",
     "zero_gap",
+    "zero_gap.bounded",
+    "zero_gap.programs",
 )
 SLOW = {
     *(

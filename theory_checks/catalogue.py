@@ -9,6 +9,7 @@ from meanfield.validation import one_of
 from theory_checks.claim import Claim
 
 FAMILIES = (
+    "definition",
     "change_of_variables",
     "joint_convexity",
     "degeneracy",
@@ -22,6 +23,9 @@ FAMILIES = (
     "weak_duality",
     "one_layer_relation",
     "hybrids",
+    "sampling",
+    "sphere",
+    "grafts",
 )
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 import meanfield as mf
 from meanfield.convex import repopulation
 from theory_checks.claim import Axes, Claim, Evidence, Setting, ranked
-from theory_checks.instances import random_network, random_problem
+from theory_checks.instances import Variety, random_network
 from theory_checks.rounding import output_error, value_error
 from theory_checks.statistics import largest, share_text
 
@@ -64,11 +64,11 @@ def _residual_error(program: mf.ConvexProgram, point: mf.ProgramPoint, layer: in
 def _compare(setting: Setting, change: Change) -> Evidence:
     worst: list[float] = []
     names: list[str] = []
+    variety = Variety(setting, 1)
     for instance in range(setting.either(24, 240)):
-        generator = setting.generator(1, instance)
-        depth, bias, norm = 1 + instance % 3, bool(instance // 3 % 2), ("l2", "l1")[instance // 6 % 2]
-        problem = random_problem(generator, depth, bias=bias, kernel_norm=norm, device=setting.device)
-        network = random_network(problem, WIDTHS[depth - 1], generator)
+        depth = 1 + instance % 3
+        problem = variety.problem(instance, depth)
+        network = random_network(problem, WIDTHS[depth - 1], setting.generator(101, instance))
         errors = _errors(problem, network, change)
         name = max(errors, key=lambda key: errors[key])
         worst.append(errors[name])

@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 import meanfield as mf
 from meanfield import measures, starts
+from meanfield.architecture import POOLINGS, READOUTS
+from meanfield.penalties import KERNEL_NORMS, input_norms
+from meanfield.problem import project_bounds
 from meanfield.starts import normal
 from theory_checks.claim import Setting
 
 LOSSES = ("squared", "logistic", "softmax")
 ACTIVATIONS = ("relu", "tanh", "softplus", "gelu")
+SMOOTH = ("tanh", "softplus", "gelu")
+T = TypeVar("T")
 
 
 def random_problem(
@@ -50,7 +57,104 @@ def _targets(loss: str, images: int, outputs: int, generator: torch.Generator) -
     if loss == "squared":
         return torch.randn(images, outputs, generator=generator, dtype=torch.float64)
     order = torch.randperm(images, generator=generator)
-    return order % outputs if loss == "softmax" else 2.0 * (order % 2)[:, None].double() - 1
+    if loss == "softmax":
+        return order % outputs
+    return 2.0 * ((order[:, None] + torch.arange(outputs)) % 2).double() - 1
+
+
+@dataclass(frozen=True)
+class Variety:
+    """Everything that an architecture, a loss and a penalty can be, drawn for the instances of a claim one after the
+    other.
+
+    Of every list of options each comes up once in as many instances as the list is long, in a random order of its own:
+    no option is left out by chance, and no two lists go in step.
+    """
+
+    setting: Setting
+    place: int
+
+    def pick(self, options: Sequence[T], number: int, index: int) -> T:
+        """The option of list `number` for instance `index`."""
+        turn, position = divmod(index, len(options))
+        order = torch.randperm(len(options), generator=self.setting.generator(self.place, number, turn))
+        return options[int(order[position])]
+
+    def problem(
+        self,
+        index: int,
+        depth: int,
+        *,
+        activations: Sequence[str] = ACTIVATIONS,
+        poolings: Sequence[str] = POOLINGS,
+        norms: Sequence[str] = KERNEL_NORMS,
+        losses: Sequence[str] = LOSSES,
+        side: int = 5,
+        images: int = 3,
+    ) -> mf.Problem:
+        """Gaussian images of uneven sides up to `side`; every layer with a kernel, padding, stride, activation, pooling
+        and bias of its own; a readout, a loss with its outputs, a kernel norm and strengths.
+        """
+        generator = self.setting.generator(self.place, index)
+        shape = (self.pick((1, 2, 3), 0, index), side, self.pick((side, side - 1), 1, index))
+        size, layers = shape[1:], []
+        for layer in range(depth):
+            layers.append(self._layer(size, 10 * (layer + 1), index, activations, poolings))
+            size = layers[-1].sizes(*size, where="a drawn layer")[1]
+        loss = self.pick(losses, 2, index)
+        outputs = 3 if loss == "softmax" else self.pick((1, 2), 3, index)
+        architecture = mf.Architecture(shape, tuple(layers), self.pick(READOUTS, 4, index), outputs)
+        source, readout, first = (torch.exp(torch.randn(3, generator=generator)) * 0.03).tolist()
+        penalty = mf.Penalty(source=source, readout=readout, input=first, kernel_norm=self.pick(norms, 5, index))
+        inputs = torch.randn(images, *shape, generator=generator, dtype=torch.float64)
+        targets = _targets(loss, images, outputs, generator)
+        return mf.Problem(architecture, inputs, targets, loss, penalty).to(device=self.setting.device)
+
+    def _layer(
+        self, size: tuple[int, ...], number: int, index: int, activations: Sequence[str], poolings: Sequence[str]
+    ) -> mf.Conv:
+        """A layer that fits its input."""
+        pick = lambda options, place: self.pick(options, number + place, index)  # noqa: E731
+        padding = pick(((0, 0), (1, 1), (1, 0)), 0)
+        kernel = tuple(min(k, s + 2 * p) for k, s, p in zip(pick(((3, 3), (2, 3), (2, 2), (1, 2)), 1), size, padding))
+        stride = pick(((1, 1), (2, 1), (1, 1), (2, 2)), 2)
+        output = [(s + 2 * p - k) // step + 1 for s, p, k, step in zip(size, padding, kernel, stride)]
+        pool = (min(2, output[0]), min(2, output[1]))
+        return mf.Conv(
+            kernel, padding, stride, pick(activations, 3), pick(poolings, 4), pool, bias=pick((False, True), 5)
+        )
+
+    def bounded(
+        self, problem: mf.Problem, network: mf.ParticleNetwork, factor: float, index: int
+    ) -> tuple[mf.Problem, mf.ParticleNetwork]:
+        """The problem with an amplitude bound, an input bound or both, at `factor` times what the network reaches, and
+        the network moved inside.
+        """
+        kinds = ("amplitude", "both", "input") if problem.architecture.depth > 1 else ("input",)
+        kind = self.pick(kinds, 6, index)
+        amplitude, size = reached(problem, network)
+        penalty = replace(
+            problem.penalty,
+            amplitude_bound=None if kind == "input" else factor * amplitude,
+            input_bound=None if kind == "amplitude" else factor * size,
+        )
+        problem = with_penalty(problem, penalty)
+        return problem, project_bounds(problem, network)
+
+
+def with_penalty(problem: mf.Problem, penalty: mf.Penalty) -> mf.Problem:
+    """The same data and architecture under another penalty."""
+    return mf.Problem(problem.architecture, problem.inputs, problem.targets, problem.loss.name, penalty)
+
+
+def reached(problem: mf.Problem, network: mf.ParticleNetwork) -> tuple[float, float]:
+    """max of int |w| d rho and |b| over features of layers >= 2, and max |(z, b)|."""
+    amounts = [0.0]
+    for layer in range(1, problem.architecture.depth):
+        norms, bias = problem.penalty.norms(network.kernels[layer]), network.biases[layer]
+        amounts.append(float(network.amplitudes(layer, norms).max()))
+        amounts.append(0.0 if bias is None else float(bias.abs().max()))
+    return max(amounts), float(input_norms(network.kernels[0], network.biases[0]).max())
 
 
 def random_network(problem: mf.Problem, widths: Sequence[int], generator: torch.Generator) -> mf.ParticleNetwork:

@@ -8,8 +8,9 @@ import torch
 
 import meanfield as mf
 from meanfield import measures
+from meanfield.starts import normal
 from theory_checks.claim import Axes, Claim, Evidence, Setting, ranked
-from theory_checks.instances import permuted, random_masses, random_network, random_problem
+from theory_checks.instances import Variety, permuted, random_masses, random_network, random_problem
 from theory_checks.rounding import output_error, value_error
 from theory_checks.statistics import largest, share_text
 
@@ -33,6 +34,25 @@ def _split_and_merged(network: mf.ParticleNetwork, generator: torch.Generator) -
     return measures.merge(cloned, layer, [particle, particle + 1])
 
 
+def _drifted_and_merged(network: mf.ParticleNetwork, generator: torch.Generator) -> mf.ParticleNetwork:
+    """Clones whose outgoing kernels or readout move apart around their mass average, merged again."""
+    layer, particle = _pick(network, generator)
+    shares = random_masses(2, generator).to(network.readout)
+    cloned = measures.split(network, layer, particle, shares)
+    kernels, readout = list(cloned.kernels), cloned.readout
+    last = layer + 1 == network.architecture.depth
+    outgoing = readout if last else kernels[layer + 1]
+    moved, apart = outgoing.clone(), normal(outgoing[:, particle].shape, generator, outgoing)
+    moved[:, particle] += shares[1] * apart  # shares[0] shares[1] - shares[1] shares[0] = 0
+    moved[:, particle + 1] -= shares[0] * apart
+    if last:
+        readout = moved
+    else:
+        kernels[layer + 1] = moved
+    drifted = mf.ParticleNetwork(network.architecture, cloned.masses, kernels, readout, cloned.biases)
+    return measures.merge(drifted, layer, [particle, particle + 1])
+
+
 def _copied_whole(network: mf.ParticleNetwork, generator: torch.Generator) -> mf.ParticleNetwork:
     """A clone that takes the whole mass of its original, the layer then renormalised."""
     layer, particle = _pick(network, generator)
@@ -45,7 +65,12 @@ def _copied_whole(network: mf.ParticleNetwork, generator: torch.Generator) -> mf
     return mf.ParticleNetwork(network.architecture, masses, cloned.kernels, cloned.readout, cloned.biases)
 
 
-MOVES: dict[str, Move] = {"permutation": permuted, "splitting": _split, "splitting and merging": _split_and_merged}
+MOVES: dict[str, Move] = {
+    "permutation": permuted,
+    "splitting": _split,
+    "splitting and merging": _split_and_merged,
+    "merging of clones that drifted apart": _drifted_and_merged,
+}
 
 
 def _change(problem: mf.Problem, network: mf.ParticleNetwork, moved: mf.ParticleNetwork) -> float:
@@ -63,10 +88,10 @@ def _output_change(problem: mf.Problem, network: mf.ParticleNetwork, moved: mf.P
 
 def _changes(setting: Setting, moves: dict[str, Move]) -> Evidence:
     found: dict[str, list[float]] = {}
+    variety = Variety(setting, 92)
     for instance in range(setting.either(24, 240)):
-        generator = setting.generator(9, instance)
-        depth = 1 + instance % 3
-        problem = random_problem(generator, depth, bias=bool(instance % 2), device=setting.device)
+        generator, depth = setting.generator(9, instance), 1 + instance % 3
+        problem = variety.problem(instance, depth)
         network = random_network(problem, WIDTHS[depth - 1], generator)
         for name, move in moves.items():
             found.setdefault(name, []).append(_change(problem, network, move(network, generator)))
@@ -92,9 +117,17 @@ def _rescaled(network: mf.ParticleNetwork, generator: torch.Generator) -> mf.Par
     return mf.ParticleNetwork(network.architecture, network.masses, kernels, network.readout / factors[None, :], biases)
 
 
+def _least(problem: mf.Problem, network: mf.ParticleNetwork) -> float:
+    """The penalties of a balanced network less 2 sqrt(lambda_1 lambda_u) sum p |z| |u|, in rounding bounds of J."""
+    penalty, terms = problem.penalty, problem.terms(network)
+    sizes = network.kernels[0].flatten(1).norm(dim=1) * network.readout.norm(dim=0)
+    least = 2 * (penalty.input * penalty.readout) ** 0.5 * float(network.masses[0] @ sizes)
+    return abs(float(terms.input + terms.readout) - least) / value_error(problem, network)
+
+
 def _rescalings(setting: Setting, activation: str) -> Evidence:
-    """The output under rescaling, and J balanced by `measures.balance` before and after, which depends on p |z| |u|
-    alone.
+    """The output under rescaling, and J balanced by `measures.balance` before and after: it depends on p |z| |u| alone,
+    and its penalties are 2 sqrt(lambda_1 lambda_u) sum p |z| |u|.
     """
     changes = []
     for instance in range(setting.either(24, 240)):
@@ -104,14 +137,16 @@ def _rescalings(setting: Setting, activation: str) -> Evidence:
         moved = _rescaled(network, generator)
         balanced = [measures.balance(each, problem.penalty.input, problem.penalty.readout) for each in (network, moved)]
         changes.append(max(_output_change(problem, network, moved), _change(problem, *balanced)))
+        if activation == "relu":
+            changes.append(_least(problem, balanced[0]))
     return _evidence({"rescaling": changes})
 
 
 CLAIMS = (
     Claim(
         name="invariances.particles",
-        statement="Permuting particles, splitting one into clones that share its mass, and merging clones change "
-        "neither F nor J.",
+        statement="Permuting particles, splitting one into clones that share its mass, and merging clones, also when "
+        "what they send on has drifted around its mass average, change neither F nor J.",
         source="docs/theory.md, section 6",
         statistic="largest change of output or value over random networks, in rounding bounds",
         threshold=1.0,

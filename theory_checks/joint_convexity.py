@@ -16,7 +16,7 @@ from meanfield.convex import repopulation
 from meanfield.studies import convexity
 from meanfield.studies.convexity import Function, ProgramVariables
 from theory_checks.claim import Axes, Claim, Evidence, Series, Setting, ranked
-from theory_checks.instances import random_network, random_problem
+from theory_checks.instances import Variety, random_network
 from theory_checks.statistics import largest, share_text
 
 WIDTHS = ((6,), (7, 4), (5, 4, 3))
@@ -51,9 +51,9 @@ PENALTIES: dict[str, Penalty] = {
 
 
 def _variables(setting: Setting, instance: int, depth: int) -> ProgramVariables:
-    generator = setting.generator(2, instance)
-    problem = random_problem(generator, depth, images=2, side=2, device=setting.device)
-    return ProgramVariables(mf.ConvexProgram.freeze(problem, random_network(problem, WIDTHS[depth - 1], generator)))
+    problem = Variety(setting, 24).problem(instance, depth, images=2, side=3)
+    network = random_network(problem, WIDTHS[depth - 1], setting.generator(2, instance))
+    return ProgramVariables(mf.ConvexProgram.freeze(problem, network))
 
 
 def _program(variables: ProgramVariables) -> Function:
@@ -75,23 +75,25 @@ def _penalty_alone(penalty: Penalty, variables: ProgramVariables) -> Function:
 
 
 def _in_weights(variables: ProgramVariables) -> Function:
-    """J over (p, w, u) themselves: the vector is read as a network."""
+    """J over (p, w, u, b) themselves: the vector is read as a network."""
     problem, frozen = variables.program.problem, variables.program.frozen
 
     def value(vector: Tensor) -> Tensor:
         point = variables.point(vector)
         kernels = [frozen.kernels[0], *point.kernels]
-        network = mf.ParticleNetwork.unchecked(frozen.architecture, point.masses, kernels, point.readout, frozen.biases)
+        biases = [frozen.biases[0], *point.biases]
+        network = mf.ParticleNetwork.unchecked(frozen.architecture, point.masses, kernels, point.readout, biases)
         return problem.terms(network).total()
 
     return value
 
 
 def _weights_of(variables: ProgramVariables, vector: Tensor) -> Tensor:
-    """(p, w, u) of a feasible (p, W, U)."""
+    """(p, w, u, b) of a feasible (p, W, U, B)."""
     point = variables.point(vector)
     network = repopulation.to_network(point, variables.program.frozen)
-    return torch.cat([each.flatten() for each in (*network.masses, *network.kernels[1:], network.readout)])
+    biases = [bias for bias in network.biases[1:] if bias is not None]
+    return torch.cat([each.flatten() for each in (*network.masses, *network.kernels[1:], network.readout, *biases)])
 
 
 Objective = Callable[[ProgramVariables], Function]

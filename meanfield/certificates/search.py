@@ -131,8 +131,8 @@ def _no_bound(problem: Problem) -> str:
     missing = problem.missing_bounds()
     if missing:
         return (
-            "with these activations, biases and penalties the supremum over features is infinite; missing: "
-            + ", ".join(missing)
+            "with these activations, biases and penalties the supremum over features may be infinite, and is not "
+            "searched; missing: " + ", ".join(missing)
         )
     return ""
 

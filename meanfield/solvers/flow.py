@@ -307,7 +307,7 @@ def warn_unattained(problem: Problem) -> None:
     if missing:
         warnings.warn(
             f"the infimum over all measures may not be attained: set {' and '.join(missing)} (unbounded activations, "
-            "free biases or zero penalties let the value fall without end while mass concentrates)",
+            "free biases or zero penalties can let the value fall on while mass concentrates)",
             UserWarning,
             stacklevel=3,
         )

@@ -205,6 +205,17 @@ def test_standard_programs_are_those_of_the_seed():
     assert problems.Case.from_dict(json.loads(json.dumps(problems.TINY.to_dict()))) == problems.TINY
 
 
+def test_a_program_with_an_amplitude_bound_has_it_active_at_its_optimum():
+    case = replace(problems.TINY, tightness=0.3)
+    assert case.name == f"{problems.TINY.name}, amplitude bound 0.3"
+    assert problems.Case.from_dict(json.loads(json.dumps(case.to_dict()))) == case
+    program = problems.program(case)
+    penalty, point = program.problem.penalty, splitting.solve(program, 1e-6).point
+    heavy = point.masses[1] > 1e-3
+    reached = penalty.norms(point.kernels[0]).sum(1)[heavy] / point.masses[1][heavy]
+    assert reached.max().item() == pytest.approx(penalty.amplitude_bound, rel=1e-6)
+
+
 def test_judge_passes_an_optimum_and_fails_what_is_worse(tiny):
     program, answer = tiny
     optimum = judge.judge(program, answer)

@@ -316,7 +316,7 @@ def test_the_command_says_no_with_its_exit_code(monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        (["--only", "nonsense"], "--only='nonsense' is unknown: choose one of 'change_of_variables', "),
+        (["--only", "nonsense"], "--only='nonsense' is unknown: choose one of 'definition', "),
         (["--only", "invariances.scal"], "did you mean 'invariances.scale'?"),
         (["--onyl", "mixture"], "Did you mean --only?"),
         (["--resume"], "Unknown option: --resume"),
