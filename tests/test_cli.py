@@ -142,7 +142,6 @@ def test_an_older_report_is_replaced_with_overwrite_only(tmp_path):
         ),
         (PermissionError(errno.EACCES, "Permission denied", "x.npz"), 2, "error: x.npz: Permission denied"),
         (MemoryError(), 75, "error: not enough memory (no more is to be had); give it less at a time"),
-        (MemoryError("of 8 GB"), 75, "error: not enough memory (of 8 GB); give it less at a time"),
     ],
 )
 def test_a_machine_that_is_too_small_says_so_in_one_line(error, code, said, capsys):
