@@ -141,7 +141,7 @@ def test_an_older_report_is_replaced_with_overwrite_only(tmp_path):
             "error: out/a.csv: No space left on device",
         ),
         (PermissionError(errno.EACCES, "Permission denied", "x.npz"), 2, "error: x.npz: Permission denied"),
-        (MemoryError(), 75, "error: not enough memory (no more is to be had); give it less at a time"),
+        (MemoryError(), 75, "error: memory ran out; give it less at a time: fewer or smaller images, fewer particles"),
     ],
 )
 def test_a_machine_that_is_too_small_says_so_in_one_line(error, code, said, capsys):
