@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from numbers import Integral, Real
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
+
+MAX_SEED = 2**62
+Rule = Callable[[Any, str], Any]  # (value, name of the argument) -> the value as it is kept, or Misuse
 
 
 class Misuse(ValueError):
@@ -27,7 +32,7 @@ class Misuse(ValueError):
         return f"{self.argument}={self.value!r} {self.remedy}"
 
 
-def one_of(value: Any, options: Iterable[str], argument: str) -> str:
+def one_of(value: Any, argument: str, options: Iterable[str]) -> str:
     """Return `value` if it is one of `options`; otherwise raise ValueError with the nearest option."""
     options = list(options)
     if isinstance(value, str) and value in options:
@@ -37,9 +42,25 @@ def one_of(value: Any, options: Iterable[str], argument: str) -> str:
     raise Misuse(argument, value, f"is unknown: choose one of {', '.join(map(repr, options))}{hint}")
 
 
-def integer(value: Any, argument: str, minimum: int = 1) -> int:
+def choice(options: Iterable[str]) -> Rule:
+    return partial(one_of, options=tuple(options))
+
+
+def integer(value: Any, argument: str, minimum: float = 1) -> int:
     if isinstance(value, bool) or not isinstance(value, Integral) or value < minimum:
-        raise Misuse(argument, value, f"must be an integer of at least {minimum}")
+        least = f" of at least {minimum}" if math.isfinite(minimum) else ""
+        raise Misuse(argument, value, f"must be an integer{least}")
+    return int(value)
+
+
+def at_least(minimum: int) -> Rule:
+    return partial(integer, minimum=minimum)
+
+
+def seed(value: Any, argument: str) -> int:
+    """Small enough for torch's generators, after the sums and doublings by which others are made of it."""
+    if integer(value, argument, minimum=0) >= MAX_SEED:
+        raise Misuse(argument, value, f"must be less than {MAX_SEED}")
     return int(value)
 
 
@@ -64,11 +85,23 @@ def positive(value: Any, argument: str) -> float:
     return float(value)
 
 
-def widths(value: Any, layers: int, argument: str = "widths") -> tuple[int, ...]:
-    """One positive integer per convolutional layer."""
+def seconds(value: Any, argument: str) -> float:
+    """A time of at least 0, infinity included."""
+    return math.inf if value == math.inf else nonnegative(value, argument)
+
+
+def path(value: Any, argument: str) -> Path:
+    """Text as well."""
+    if not isinstance(value, (str, Path)) or not str(value):
+        raise Misuse(argument, value, "must be the path of a file or directory")
+    return Path(value)
+
+
+def widths(value: Any, layers: int, argument: str = "widths", minimum: int = 1) -> tuple[int, ...]:
+    """One integer of at least `minimum` per convolutional layer."""
     if isinstance(value, (str, bytes)) or not isinstance(value, Iterable):
         raise Misuse(argument, value, f"must be a sequence of {layers} integers, one per layer")
-    entries = tuple(integer(entry, argument) for entry in value)
+    entries = tuple(integer(entry, argument, minimum) for entry in value)
     if len(entries) != layers:
         raise Misuse(argument, entries, f"has {len(entries)} entries; the architecture has {layers} layers")
     return entries

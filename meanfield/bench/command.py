@@ -224,14 +224,16 @@ def run_study(study: Study, options: StudyOptions, subject: Any, *program: str) 
     from meanfield.bench.provenance import Provenance
     from meanfield.storage.results import opened
 
-    sizes = study.sizes[one_of(options.size, study.sizes, "size")]
+    sizes = study.sizes[one_of(options.size, "size", study.sizes)]
     plan = study.plan(subject, sizes, options.seed, options.part)
     if not plan:
         raise Misuse("part", options.part, f"has nothing to measure at --size={options.size}; take a larger one")
+    study.check(subject, plan)
     out = options.out or Path("runs") / study.name
-    made = Provenance(options.command_line(*program), options.to_dict())
+    made = Provenance(options.command_line(*program), options.to_dict(), data=study.data(subject))
     work = {"seed": options.seed, "parts": options.part, "jobs": options.jobs, "backend": options.backend}
     with opened(out, study.name, study.names(), study.folders(), overwrite=options.overwrite) as result:
+        say_data(made.data, options.quiet)
         try:
             with signals.surely():
                 with counted(sum(map(len, plan.values())), options.quiet) as announce:
@@ -246,6 +248,12 @@ def run_study(study: Study, options: StudyOptions, subject: Any, *program: str) 
         return None
     print(f"page: {out / study.page_name}")
     return out / study.page_name
+
+
+def say_data(read: str, quiet: bool) -> None:
+    """Before the work: what it will be about."""
+    if read and not quiet:
+        print(f"data: {read}", file=sys.stderr)
 
 
 @contextmanager

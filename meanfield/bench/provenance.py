@@ -72,6 +72,7 @@ class Provenance:
 
     command: the whole command line, quoted for a shell.  settings: every setting of it, defaults as well.  threads: of
     the process; cells of studies and of theory_checks take one each, whatever stands here.
+    data: which images were read, and how; empty without any.
     """
 
     command: str
@@ -79,9 +80,11 @@ class Provenance:
     library: str = field(default_factory=library)
     versions: dict[str, str] = field(default_factory=versions)
     threads: dict[str, int] = field(default_factory=threads)
+    data: str = ""
 
     def lines(self) -> list[str]:
         """For a page's footer or the head of a table."""
         used = ", ".join(f"{name} {number}" for name, number in self.versions.items())
         counted = ", ".join(f"{name} {number}" for name, number in self.threads.items())
-        return [f"Made by: {self.command}", f"Library: {self.library}; {used}", f"Threads: {counted}"]
+        read = [f"Data: {self.data}"] if self.data else []
+        return [f"Made by: {self.command}", *read, f"Library: {self.library}; {used}", f"Threads: {counted}"]

@@ -26,6 +26,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from meanfield import limits
 from meanfield.certificates import concave
 from meanfield.convex.program import ConvexProgram
 from meanfield.convex.repopulation import ProgramPoint
@@ -147,6 +148,7 @@ class _PricedFeatures:
 
     def value(self, scale: float) -> float:
         """Dual value of the multipliers times `scale` >= 0; -inf where it overflows, which bounds nothing."""
+        limits.look()
         problem = self.program.problem
         count = len(problem.inputs)
         conjugate = float(problem.loss.conjugate(count * (scale * self.output), problem.targets).mean())
@@ -200,6 +202,7 @@ class _PricedFeatures:
 
 
 def _price_layer(program: ConvexProgram, layer: int, beta: Tensor) -> tuple[Tensor, Tensor]:
+    limits.look()
     problem = program.problem
     conv, penalty = problem.architecture.layers[layer], problem.penalty
     if penalty.source == 0 and penalty.amplitude_bound is None:

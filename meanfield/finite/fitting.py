@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from meanfield import validation
+from meanfield import limits, validation
 from meanfield.finite.checkpoints import StateFile, ended
 from meanfield.finite.recipes import Recipe, increasing_epochs, regulariser
 from meanfield.storage.tensors import digest
@@ -310,6 +310,7 @@ def _pass(run: _Run) -> dict[str, float]:
     loss, hits = run.inputs.new_zeros((), dtype=torch.float64), run.labels.new_zeros(())
     with _own_random_numbers(run.generator, run.inputs.device):
         for index, indices in enumerate(batches):
+            limits.look()
             rate = run.recipe.rate_at(run.epochs * len(batches) + index, len(batches))
             found = _step(run, indices.to(run.inputs.device), rate)
             loss, hits = loss + found[0], hits + found[1]

@@ -41,7 +41,7 @@ def regulariser(network: nn.Module, kind: str) -> Tensor:
 
     kind: "l12" (see `l12`), "l2" (half the sum of squares, so that its strength is a weight decay) or "none" (zero).
     """
-    validation.one_of(kind, PENALTIES, "kind")
+    validation.one_of(kind, "kind", PENALTIES)
     weights = [parameter for parameter in network.parameters() if parameter.ndim > 1]
     if kind == "none" or not weights:
         like = next(network.parameters(), torch.zeros(()))
@@ -88,7 +88,7 @@ class Recipe:
         if validation.nonnegative(self.momentum, "momentum") >= 1:
             raise Misuse("momentum", self.momentum, "must be at least 0 and less than 1")
         object.__setattr__(self, "momentum", float(self.momentum))
-        if validation.one_of(self.penalty, PENALTIES, "penalty") == "none" and self.strength:
+        if validation.one_of(self.penalty, "penalty", PENALTIES) == "none" and self.strength:
             raise Misuse("strength", self.strength, "needs a penalty: 'l12' or 'l2', not 'none'")
         if not isinstance(self.augment, bool):
             raise Misuse("augment", self.augment, "must be True or False")

@@ -89,7 +89,7 @@ def graft(
     ParticleNetwork and FiniteCNN go through `finite.sequential`, which gives their layers names.
     Raises ValueError where the networks do not fit together or `layer` is no cut.
     """
-    distances = validation.one_of(method, METHODS, "method") in ("transport", "match")
+    distances = validation.one_of(method, "method", METHODS) in ("transport", "match")
     junction = Junction.observe(
         lower, upper, layer, inputs, lower_layer=lower_layer, distances=distances, progress=progress
     )
@@ -198,7 +198,7 @@ class Junction:
         self, method: str = "least_squares", ridge: float = 0.0, *, steps: int = ADAM_STEPS, seed: int = 0
     ) -> Graft:
         """See the function `graft`; seconds count from the making of the junction."""
-        validation.one_of(method, METHODS, "method")
+        validation.one_of(method, "method", METHODS)
         if validation.nonnegative(ridge, "ridge") and method != "least_squares":
             raise Misuse("ridge", ridge, f"is of least squares; method={method!r} has none")
         self._require_inputs()

@@ -32,6 +32,7 @@ from meanfield.convex.patterns import Arrangement
 from meanfield.convex.program import ConvexProgram
 from meanfield.network import ParticleNetwork
 from meanfield.problem import Problem
+from meanfield.signatures import checked
 from meanfield.solvers.solution import Solution, message
 
 # a tenth of TARGET_GAP, which the bound has to meet; an absolute gap would end a run of small J sooner
@@ -47,6 +48,7 @@ DROPPED_SHARES = (0.0, 1e-9, 1e-8, 1e-7, 1e-6, 1e-5)
 MERGED_ANGLE = 1e-4  # between atoms of one sign that may be one
 
 
+@checked
 def solve(problem: Problem) -> Solution:
     """The optimum over all measures: its network, and `lower_bound`, valid over all measures, which `value` should
     meet.

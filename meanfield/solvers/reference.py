@@ -5,18 +5,20 @@ from __future__ import annotations
 import time
 import warnings
 from dataclasses import replace
-from typing import Any
+from typing import Annotated, Any
 
 import cvxpy as cp
 import numpy as np
 import torch
 from torch import Tensor
 
-from meanfield import certificates, validation
+from meanfield import certificates
 from meanfield.certificates import Multipliers
 from meanfield.convex.program import ConvexProgram
 from meanfield.convex.repopulation import ProgramPoint
+from meanfield.signatures import Positive, checked
 from meanfield.solvers.solution import Solution, message, proven
+from meanfield.validation import choice
 
 SOLVERS: dict[str, dict[str, Any]] = {
     "CLARABEL": {"tol_gap_abs": 1e-9, "tol_gap_rel": 1e-9, "tol_feas": 1e-9},
@@ -27,7 +29,14 @@ SECOND_ATTEMPT: dict[str, dict[str, Any]] = {"CLARABEL": {"static_regularization
 MASS_FLOOR = 1e-7  # interior-point solvers leave a little mass on every particle; below this share of 1/M it is dropped
 
 
-def solve(program: ConvexProgram, solver: str = "CLARABEL", *, tolerance: float = 1e-6, **options: Any) -> Solution:
+@checked
+def solve(
+    program: ConvexProgram,
+    solver: Annotated[str, choice(SOLVERS)] = "CLARABEL",
+    *,
+    tolerance: Positive = 1e-6,
+    **options: Any,
+) -> Solution:
     """Solve the convex program with cvxpy; options go to the cvxpy solver (defaults in SOLVERS).
 
     The point is cleaned (masses below MASS_FLOOR / M dropped if that does not raise the value), restored to the
@@ -35,8 +44,6 @@ def solve(program: ConvexProgram, solver: str = "CLARABEL", *, tolerance: float 
     The gap comes from `certificates` with the solver's own multipliers; the status is "optimal" where the relative gap
     is within `tolerance`, whatever the solver says of itself.
     """
-    validation.one_of(solver, SOLVERS, "solver")
-    validation.positive(tolerance, "tolerance")
     began = time.perf_counter()
     model = _Model(program.to(dtype=torch.float64, device="cpu"))
     settings = {**SOLVERS[solver], **options}

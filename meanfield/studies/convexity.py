@@ -31,7 +31,7 @@ from meanfield import storage
 from meanfield.convex.program import ConvexProgram
 from meanfield.convex.repopulation import ProgramPoint
 from meanfield.network import along_axis
-from meanfield.validation import integer
+from meanfield.signatures import Count, Seed, checked
 
 Function = Callable[[Tensor], Tensor]
 Sampler = Callable[[torch.Generator], Tensor]
@@ -126,9 +126,10 @@ class Segments:
         return Witness(self.points[first], self.points[second], float(self.times[time]), *figures)
 
 
+@checked
 @torch.no_grad()
 def segments(
-    function: Function, points: Tensor, *, times: int = 7, rounding: Callable[[Tensor], float] | None = None
+    function: Function, points: Tensor, *, times: Count = 7, rounding: Callable[[Tensor], float] | None = None
 ) -> Segments:
     """`function` at `times` inner points of the straight lines between all pairs of `points` (count, d).
 
@@ -138,7 +139,7 @@ def segments(
         raise ValueError(f"points has shape {tuple(points.shape)}; expected (count, d) with at least two points")
     function = _finite_only(function)
     bound = rounding if rounding is not None else lambda point: rounding_of_sums(function, point)
-    inner = torch.linspace(0, 1, integer(times, "times") + 2, dtype=points.dtype, device=points.device)[1:-1]
+    inner = torch.linspace(0, 1, times + 2, dtype=points.dtype, device=points.device)[1:-1]
     ends = torch.stack([function(point) for point in points])
     errors = torch.tensor([bound(point) for point in points], dtype=points.dtype, device=points.device)
     pairs = list(combinations(range(len(points)), 2))
@@ -178,7 +179,8 @@ class Curvature:
         return self.smallest < -self.rounding
 
 
-def curvature(function: Function, point: Tensor, tangent: Tensor | None = None, *, seed: int = 0) -> Curvature:
+@checked
+def curvature(function: Function, point: Tensor, tangent: Tensor | None = None, *, seed: Seed = 0) -> Curvature:
     """Smallest and largest eigenvalue of Z^T H Z, H the Hessian at `point` (d,) and Z = `tangent` (d, k), by default
     all of R^d.
 
@@ -254,12 +256,13 @@ class Falsification:
         return self.witness.proves
 
 
+@checked
 def falsify(
     function: Function,
     feasible_sampler: Sampler,
-    budget: int = 4000,
+    budget: Count = 4000,
     *,
-    seed: int = 0,
+    seed: Seed = 0,
     rounding: Callable[[Tensor], float] | None = None,
 ) -> Falsification:
     """Search for the pair of feasible points whose midpoint lies highest above the chord, relative to the values.
@@ -272,7 +275,7 @@ def falsify(
     function = _finite_only(function)
     bound = rounding if rounding is not None else lambda point: rounding_of_sums(function, point)
     generator = torch.Generator().manual_seed(seed)
-    restarts = max(1, integer(budget, "budget") // (3 * (ASCENT_STEPS + 1)))
+    restarts = max(1, budget // (3 * (ASCENT_STEPS + 1)))
     best, reached = None, []
     for _ in range(restarts):
         vertices = torch.stack([feasible_sampler(generator) for _ in range(VERTICES)])
@@ -286,7 +289,7 @@ def falsify(
 def _finite_only(function: Function) -> Function:
     """The function, refusing values that are not finite."""
 
-    def checked(point: Tensor) -> Tensor:
+    def finite(point: Tensor) -> Tensor:
         value = function(point)
         if not bool(torch.isfinite(value)):
             raise ValueError(
@@ -295,7 +298,7 @@ def _finite_only(function: Function) -> Function:
             )
         return value
 
-    return checked
+    return finite
 
 
 def _score(witness: Witness) -> tuple[bool, float]:

@@ -12,9 +12,9 @@ from typing import Annotated, Any, NoReturn
 
 import torch
 
-from meanfield import starts, storage
+from meanfield import limits, starts, storage
 from meanfield.bench import signals
-from meanfield.bench.command import stop
+from meanfield.bench.command import say_data, stop
 from meanfield.bench.options import (
     MODEL,
     OUTPUT,
@@ -98,6 +98,7 @@ def command(options: Options) -> None:
             )
         images = options.task().images()
         problem = options.task().problem(images)
+        say_data(images.summary, options.quiet)
         said = _warn(problem)
         watch = stack.enter_context(
             Progress(options, enabled=not options.quiet and sys.stderr.isatty(), lines=not options.quiet)
@@ -155,9 +156,9 @@ def _warn(problem: Problem) -> list[str]:
 
 def _solve(options: Options, images: Dataset, problem: Problem, said: list[str], watch: Progress) -> Run:
     # before the work: the digest is of what runs, whatever is edited in the meantime
-    made = asdict(Provenance(options.command_line("meanfield", "solve"), options.to_dict()))
+    made = asdict(Provenance(options.command_line("meanfield", "solve"), options.to_dict(), data=images.summary))
     start = starts.draw(problem, options.widths, torch.Generator().manual_seed(options.seed), "low_rank")
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), limits.watched(signals.look):
         warnings.filterwarnings("ignore", message="the infimum over all measures")
         solution = alternating.solve(
             problem,
@@ -236,8 +237,6 @@ class Progress:
                 f"round {row['round'] + 1} of at most {rounds}: {self._figures(row)}, {row['seconds']:.0f} s",
                 file=sys.stderr,
             )
-        if row["phase"] == "program" or row.get("step", 0) > 0:  # where the best network is whole
-            signals.look()
 
     def _share(self, row: dict[str, Any]) -> float:
         """How much of the round is done; the flow counts as three quarters."""
