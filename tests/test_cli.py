@@ -179,7 +179,7 @@ def test_warning_of_attainment_is_one_line():
 def test_help_states_every_default():
     text = run("solve", "--help").stdout
     options = re.findall(r"(?m)^│ (--[a-z-]+)", text)
-    assert len(options) == 29
+    assert len(options) == 30
     silent = {"--split", "--amplitude-bound", "--input-bound", "--max-seconds"}  # "Without it: ..."
     flags = {"--out", "--overwrite", "--json", "--quiet"}
     assert text.count("[default:") == len(options) - len(silent | flags)
