@@ -231,9 +231,9 @@ def run_study(study: Study, options: StudyOptions, subject: Any, *program: str) 
     study.check(subject, plan)
     out = options.out or Path("runs") / study.name
     made = Provenance(options.command_line(*program), options.to_dict(), data=study.data(subject))
-    say_data(made.data, options.quiet)
     work = {"seed": options.seed, "parts": options.part, "jobs": options.jobs, "backend": options.backend}
     with opened(out, study.name, study.names(), study.folders(), overwrite=options.overwrite) as result:
+        say_data(made.data, options.quiet)
         try:
             with signals.surely():
                 with counted(sum(map(len, plan.values())), options.quiet) as announce:

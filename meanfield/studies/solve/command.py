@@ -103,7 +103,7 @@ def command(options: Options) -> None:
         watch = stack.enter_context(
             Progress(options, enabled=not options.quiet and sys.stderr.isatty(), lines=not options.quiet)
         )
-        with signals.waiting(), limits.watched(signals.look):
+        with signals.waiting():
             run = _solve(options, images, problem, said, watch)
             figures = _keep(run, result)
         if run.solution.status == "interrupted" or signals.came():
@@ -164,7 +164,7 @@ def _solve(options: Options, images: Dataset, problem: Problem, said: list[str],
     made = asdict(Provenance(options.command_line("meanfield", "solve"), options.to_dict(), data=images.summary))
     training, held_out = images.split() if images.rest is not None else (images, None)
     start = starts.draw(problem, options.widths, torch.Generator().manual_seed(options.seed), "low_rank")
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), limits.watched(signals.look):
         warnings.filterwarnings("ignore", message="the infimum over all measures")
         solution = alternating.solve(
             problem,

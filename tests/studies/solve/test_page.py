@@ -72,6 +72,11 @@ def test_damaged_files_are_named(directory, tmp_path):
         load_network(tmp_path)
 
 
+def test_the_result_is_whole_and_lists_its_files(directory):
+    assert Result(directory, "solve").faults() == []
+    assert {path.name for path in directory.iterdir()} == {*page.FILES, "solve.manifest.json"}
+
+
 def test_names_of_classes_are_shown_as_they_are(directory):
     """A name with dollars used to be a formula, which matplotlib may refuse."""
     results = json.loads((directory / "results.json").read_text())
@@ -83,8 +88,3 @@ def test_names_of_classes_are_shown_as_they_are(directory):
     ticks = [label.get_text() for label in drawn["predictions"].axes[0].get_xticklabels()]
     assert ticks == [r"cost \$\frac\$", "zebra"]
     assert "digits: 6 images of 1 x 4 x 4" in (directory / "report.html").read_text()
-
-
-def test_the_result_is_whole_and_lists_its_files(directory):
-    assert Result(directory, "solve").faults() == []
-    assert {path.name for path in directory.iterdir()} == {*page.FILES, "solve.manifest.json"}
