@@ -11,7 +11,7 @@ from meanfield import validation
 from meanfield.network import MASS_TOLERANCE, ParticleNetwork, along_axis
 from meanfield.penalties import input_norms
 from meanfield.starts import normal
-from meanfield.validation import Misuse
+from meanfield.validation import Misuse, typed
 
 
 def select(network: ParticleNetwork, keep: Sequence[Tensor]) -> ParticleNetwork:
@@ -23,16 +23,19 @@ def select(network: ParticleNetwork, keep: Sequence[Tensor]) -> ParticleNetwork:
     return ParticleNetwork.unchecked(network.architecture, masses, kernels, network.readout[:, keep[-1]], biases)
 
 
+@typed
 def permute(network: ParticleNetwork, orders: Sequence[Tensor]) -> ParticleNetwork:
     """The same measures with their particles listed in another order."""
     return select(network, orders)
 
 
+@typed
 def drop_massless(network: ParticleNetwork) -> ParticleNetwork:
     """Without the particles of zero mass, which carry no flow: output and value stay."""
     return select(network, [torch.nonzero(p > 0).flatten() for p in network.masses])
 
 
+@typed
 def split(network: ParticleNetwork, layer: int, particle: int, shares: Tensor) -> ParticleNetwork:
     """Replace one particle by clones with the given shares of its mass (positive, summing to one)."""
     validation.finite(shares, "shares")
@@ -49,6 +52,7 @@ def split(network: ParticleNetwork, layer: int, particle: int, shares: Tensor) -
     return ParticleNetwork(network.architecture, masses, cloned.kernels, cloned.readout, cloned.biases)
 
 
+@typed
 def merge(network: ParticleNetwork, layer: int, particles: Sequence[int]) -> ParticleNetwork:
     """Replace particles by one: their masses add up; kernels and readout are mass averages.
 
@@ -89,6 +93,7 @@ def _check_particle(network: ParticleNetwork, layer: int, particle: int) -> None
         raise ValueError(f"layer={layer}, particle={particle} is not a particle of widths {network.widths}")
 
 
+@typed
 def mixture(first: ParticleNetwork, second: ParticleNetwork, t: float) -> ParticleNetwork:
     """(1 - t) first + t second, 0 < t < 1: the straight line of the convex program between two networks of any widths.
 
@@ -110,6 +115,7 @@ def mixture(first: ParticleNetwork, second: ParticleNetwork, t: float) -> Partic
     return ParticleNetwork(first.architecture, masses, kernels, readout, biases)
 
 
+@typed
 def balance(network: ParticleNetwork, input_strength: float, readout_strength: float) -> ParticleNetwork:
     """The same output at the least lambda_1 int |(z, b)|^2 + lambda_u int |u|^2, for one positively homogeneous layer.
 
@@ -135,6 +141,7 @@ def balance(network: ParticleNetwork, input_strength: float, readout_strength: f
     )
 
 
+@typed
 def adjoin(network: ParticleNetwork, others: ParticleNetwork) -> ParticleNetwork:
     """The network with the particles of `others` beside its own at zero mass: the end t = 0 of their `mixture`.
 
@@ -148,6 +155,7 @@ def adjoin(network: ParticleNetwork, others: ParticleNetwork) -> ParticleNetwork
     return ParticleNetwork(network.architecture, masses, kernels, union.readout, union.biases)
 
 
+@typed
 def interpolate(first: ParticleNetwork, second: ParticleNetwork, t: float) -> ParticleNetwork:
     """The straight line in weights between two networks of equal widths: what the theory does NOT make convex."""
     if first.architecture != second.architecture:
@@ -173,6 +181,7 @@ def with_tensors(network: ParticleNetwork, tensors: Sequence[Tensor]) -> Particl
     return ParticleNetwork.unchecked(network.architecture, masses, kernels, readout, biases)
 
 
+@typed
 def extend(
     network: ParticleNetwork, copies: Sequence[int], noise: float, generator: torch.Generator
 ) -> ParticleNetwork:

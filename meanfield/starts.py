@@ -12,6 +12,7 @@ from meanfield import validation
 from meanfield.architecture import Architecture
 from meanfield.network import ParticleNetwork
 from meanfield.problem import Problem, project_bounds
+from meanfield.validation import typed
 
 ANCHOR_ROWS = 1024
 STARTS = ("anchored", "low_rank")
@@ -22,6 +23,7 @@ def normal(shape: Sequence[int], generator: torch.Generator, like: Tensor) -> Te
     return torch.randn(tuple(shape), generator=generator, dtype=torch.float64, device=generator.device).to(like)
 
 
+@typed
 def draw(
     problem: Problem, widths: Sequence[int], generator: torch.Generator, kind: str = "anchored"
 ) -> ParticleNetwork:
@@ -29,6 +31,7 @@ def draw(
     return project_bounds(problem, start(problem.architecture, widths, problem.inputs, generator, kind))
 
 
+@typed
 def start(
     architecture: Architecture,
     widths: Sequence[int],

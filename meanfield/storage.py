@@ -15,7 +15,7 @@ from torch import Tensor
 
 from meanfield.architecture import Architecture
 from meanfield.network import ParticleNetwork
-from meanfield.validation import Misuse
+from meanfield.validation import Misuse, typed
 
 FORMAT = "meanfield network 1"
 TENSORS, DESCRIPTION = ".safetensors", ".json"
@@ -55,6 +55,7 @@ def _strict(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+@typed
 def save_network(network: ParticleNetwork, path: str | Path, made: Mapping[str, Any] | None = None) -> Path:
     """Write `path` (.safetensors) and its description beside it (.json); returns the path of the tensors.
 

@@ -181,7 +181,9 @@ def run_study(study: Study, options: StudyOptions, subject: Any, *program: str) 
     What is finished is kept: the same command goes on where it was stopped.
     """
     from meanfield.bench.provenance import Provenance
+    from meanfield.bench.sweep import require_backend
 
+    require_backend(options.backend)
     sizes = study.sizes[one_of(options.size, study.sizes, "size")]
     plan = study.plan(subject, sizes, options.seed, options.part)
     if not plan:

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import importlib
 import io
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -31,6 +33,7 @@ Tables = dict[str, list[Row]]
 Measure = Callable[..., list[Row]]
 BATCHED = ("dask", "ray")  # these hand results back all at once: they get a few cells per worker at a time
 BATCH = 4
+PACKAGES = {"dask": ("distributed", "dask[distributed]"), "ray": ("ray", "ray")}  # modules, and what pip calls them
 
 
 def run(
@@ -55,6 +58,7 @@ def run(
     such as those of a failure, are not kept.  announce(cell, kept) is called once for every cell, kept where it was
     there already.
     """
+    require_backend(backend)
     keeper = None if directory is None else _Keeper(Path(directory), measure, sources)
     found: dict[int, list[Row]] = {}
     for index, cell in enumerate(cells):
@@ -69,6 +73,14 @@ def run(
         found[index] = json.loads(json.dumps(rows))  # as it will be read back
         announce(cells[index], False)
     return [row for index in range(len(cells)) for row in found[index]]
+
+
+def require_backend(backend: str) -> str:
+    """Return `backend`; Misuse, before any work is done, where its package is not installed."""
+    module, package = PACKAGES.get(backend, (None, ""))
+    if module is not None and find_spec(module) is None:
+        raise Misuse("backend", backend, f"needs a package that is not installed: pip install '{package}'")
+    return backend
 
 
 def product_of(fixed: Cell, **lists: Iterable[Any]) -> list[Cell]:
@@ -91,6 +103,8 @@ def _measured(
     measure: Measure, waiting: Sequence[tuple[int, Cell]], jobs: int, backend: str, places: Mapping[str, str]
 ) -> Iterator[tuple[int, list[Row]]]:
     """Results as they are finished."""
+    if backend == "ray":  # which joblib does not know by itself
+        importlib.import_module("ray.util.joblib").register_ray()
     if backend not in BATCHED:
         with parallel_config(backend=backend, n_jobs=jobs):
             yield from Parallel(return_as="generator_unordered")(

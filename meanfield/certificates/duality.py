@@ -20,7 +20,7 @@ small: readouts as large as 1 / q_j cost nothing.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -29,6 +29,7 @@ from torch import Tensor
 from meanfield.certificates import concave
 from meanfield.convex.program import ConvexProgram
 from meanfield.convex.repopulation import ProgramPoint
+from meanfield.validation import instance, typed
 
 # of r between the domain of the conjugate and what no feature sees; where the two meet, a few dozen do
 PROJECTIONS = 50
@@ -44,6 +45,12 @@ class Multipliers:
     output: Tensor
     realisation: tuple[Tensor, ...]
     amplitude: tuple[Tensor, ...] | None = None
+
+    def __post_init__(self) -> None:
+        instance(self.output, Tensor, "output")
+        for name, tensors in (("realisation", self.realisation), ("amplitude", self.amplitude or ())):
+            for index, tensor in enumerate(instance(tensors, Sequence, name)):
+                instance(tensor, Tensor, f"{name}[{index}]")
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Multipliers:
         amplitude = None if self.amplitude is None else tuple(map(function, self.amplitude))
@@ -65,6 +72,8 @@ class Certificate:
         return self.gap / max(abs(self.value), torch.finfo(torch.float64).tiny)
 
 
+@typed
+@torch.inference_mode(False)
 def certify(program: ConvexProgram, point: ProgramPoint, *multipliers: Multipliers) -> Certificate:
     """Value, best dual value and gap of a point, in float64.
 
@@ -80,6 +89,8 @@ def certify(program: ConvexProgram, point: ProgramPoint, *multipliers: Multiplie
     return Certificate(value, dual, value - dual, program.violation(point))
 
 
+@typed
+@torch.inference_mode(False)
 def stationary_multipliers(program: ConvexProgram, point: ProgramPoint) -> Multipliers:
     """r = d loss / d F and beta_j = -(1/p_j) d loss / d g_j: optimal where the network of the point is stationary.
 
@@ -100,6 +111,7 @@ def stationary_multipliers(program: ConvexProgram, point: ProgramPoint) -> Multi
     return Multipliers(gradients[0], tuple(realisation))
 
 
+@typed
 def dual_value(program: ConvexProgram, multipliers: Multipliers) -> float:
     """The best lower bound of the program that these multipliers give, after repair to feasibility; float64.
 

@@ -41,6 +41,7 @@ from meanfield.losses import Loss
 from meanfield.network import ParticleNetwork, along_axis
 from meanfield.problem import Problem
 from meanfield.starts import normal
+from meanfield.validation import typed
 
 HIDDEN = 16  # sources of a searched feature, per layer
 MOST_HIDDEN = 64  # sources that a feature of the given network starts a search with, the heaviest ones
@@ -84,6 +85,8 @@ class UnseenFeatures:
         return text
 
 
+@typed
+@torch.inference_mode(False)
 def search_features(
     problem: Problem,
     output: Tensor,

@@ -18,6 +18,7 @@ from meanfield.convex.restoration import BoundedRows, into_bounds, least_weighte
 from meanfield.network import ParticleNetwork, along_axis
 from meanfield.penalties import perspective
 from meanfield.problem import FEASIBLE, Problem, Terms
+from meanfield.validation import instance
 
 RESTORE_SWEEPS = 4
 REVIVED_SHARES = (1.0, 1e-2, 1e-4)  # of the violation that the lack of sources leaves
@@ -41,7 +42,7 @@ class ConvexProgram:
     @classmethod
     def freeze(cls, problem: Problem, network: ParticleNetwork) -> ConvexProgram:
         """Freeze the features that `network` computes on the problem's inputs."""
-        problem.require_feasible(network)
+        instance(problem, Problem, "problem").require_feasible(network)
         network = network.detach()
         with torch.no_grad():
             responses = network.responses(problem.inputs)
@@ -108,6 +109,7 @@ class ConvexProgram:
 
     def point(self, network: ParticleNetwork) -> ProgramPoint:
         """The program variables of the frozen network, or of any network with the same features."""
+        instance(network, ParticleNetwork, "network")
         if network.widths != self.widths or network.architecture != self.problem.architecture:
             raise ValueError(
                 f"the network has widths {network.widths}; the program froze the features of widths {self.widths}"

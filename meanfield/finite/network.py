@@ -13,6 +13,7 @@ from meanfield import measures, starts, validation
 from meanfield.architecture import ACTIVATIONS, Architecture, Conv
 from meanfield.network import MASS_TOLERANCE, ParticleNetwork, along_axis
 from meanfield.starts import normal
+from meanfield.validation import typed
 
 SCALINGS: dict[str, Callable[[int], float]] = {
     "mean_field": lambda channels: 1 / channels,
@@ -99,6 +100,7 @@ class FiniteCNN(nn.Module):
     def from_particles(cls, network: ParticleNetwork, scaling: str = "mean_field") -> FiniteCNN:
         """The finite network that computes the same function; the masses must be uniform."""
         validation.one_of(scaling, SCALINGS, "scaling")
+        validation.instance(network, ParticleNetwork, "network")
         for layer, masses in enumerate(network.masses):
             spread = float((masses * len(masses) - 1).abs().max())
             if spread > MASS_TOLERANCE[network.dtype]:
@@ -144,6 +146,7 @@ class FiniteCNN(nn.Module):
         return f"widths={self.widths}, scaling={self.scaling!r}"
 
 
+@typed
 def sample(network: ParticleNetwork, widths: Sequence[int], generator: torch.Generator) -> FiniteCNN:
     """Channels drawn i.i.d. from the masses, with replacement; kernels of the drawn pairs; mean-field scaling.
 
@@ -162,6 +165,7 @@ def _draw(masses: Tensor, count: int, generator: torch.Generator) -> Tensor:
     return torch.multinomial(weights, count, replacement=True, generator=generator).to(masses.device)
 
 
+@typed
 def sequential(network: ParticleNetwork | FiniteCNN) -> nn.Sequential:
     """The same function as an nn.Sequential of conv1, relu1 (or what it is), pool1, conv2, ..., flatten, readout.
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from meanfield import validation
-from meanfield.validation import Misuse
+from meanfield.validation import Misuse, typed
 
 PENALTIES = ("none", "l12", "l2")
 L12_STRENGTHS = (0.5, 1.0, 2.0, 4.0, 8.0, 10.0)  # those of the grafting experiment of Gu et al. 2020
@@ -21,6 +21,7 @@ AUTHORS_RATE = 0.01
 AUTHORS_STRONG_RATES = (0.002, 0.001)  # at the last two strengths of either penalty
 
 
+@typed
 def l12(weight: Tensor) -> Tensor:
     """The l_{1,2} regulariser of Gu et al. 2020, 0-dimensional, of a weight (c_out, c_in, ...) in torch's layout.
 
@@ -36,6 +37,7 @@ def l12(weight: Tensor) -> Tensor:
     return per_source.square().sum()  # sqrt(c_in)^2 cancels the 1 / c_in of the outer mean
 
 
+@typed
 def regulariser(network: nn.Module, kind: str) -> Tensor:
     """Sum of a penalty over the weights of the network, the parameters of at least two dimensions; 0-dimensional.
 

@@ -117,10 +117,10 @@ def _entered(module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Tensor] | N
         return None
     visit.reached = True
     if visit.signal is None:
-        visit.signal = arguments[0]
         if torch.compiler.is_compiling():  # torch.export follows no exceptions; what is left over it removes
-            visit.signal = visit.signal.clone()
+            visit.signal = arguments[0].clone()
             return None
+        visit.signal = arguments[0]
         raise _Reached(visit)
     return (visit.signal,) if visit.entering else None
 

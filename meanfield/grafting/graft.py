@@ -51,6 +51,7 @@ class Graft:
     seconds: float = field(compare=False)
 
 
+@torch.inference_mode(False)
 def graft(
     lower: nn.Module,
     upper: nn.Module,

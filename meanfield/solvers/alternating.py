@@ -22,6 +22,7 @@ from meanfield.network import ParticleNetwork
 from meanfield.problem import Problem
 from meanfield.solvers import flow, splitting
 from meanfield.solvers.solution import Solution, message
+from meanfield.validation import typed
 
 RATE, RATE_DECAY, RATE_CUT, LEAST_RATE = 0.1, 0.7, 0.25, 1e-3
 CLONE_NOISE = 0.3
@@ -29,6 +30,8 @@ STARTS, CONFIRMING_STARTS = 64, 256  # of a search for new features
 STATUSES_ENDING_A_RUN = ("interrupted", "max_seconds")
 
 
+@typed
+@torch.inference_mode(False)
 def solve(
     problem: Problem,
     network: ParticleNetwork,

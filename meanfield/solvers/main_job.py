@@ -11,8 +11,10 @@ from meanfield import starts
 from meanfield.problem import Problem
 from meanfield.solvers import alternating
 from meanfield.solvers.solution import Solution
+from meanfield.validation import typed
 
 
+@typed
 def solve(
     problem: Problem, widths: Sequence[int] = (64, 32), seed: int = 0, *, start: str = "low_rank", **options: Any
 ) -> Solution:

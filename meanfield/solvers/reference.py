@@ -17,6 +17,7 @@ from meanfield.certificates import Multipliers
 from meanfield.convex.program import ConvexProgram
 from meanfield.convex.repopulation import ProgramPoint
 from meanfield.solvers.solution import Solution, message, proven
+from meanfield.validation import typed
 
 SOLVERS: dict[str, dict[str, Any]] = {
     "CLARABEL": {"tol_gap_abs": 1e-9, "tol_gap_rel": 1e-9, "tol_feas": 1e-9},
@@ -27,6 +28,8 @@ SECOND_ATTEMPT: dict[str, dict[str, Any]] = {"CLARABEL": {"static_regularization
 MASS_FLOOR = 1e-7  # interior-point solvers leave a little mass on every particle; below this share of 1/M it is dropped
 
 
+@typed
+@torch.inference_mode(False)
 def solve(program: ConvexProgram, solver: str = "CLARABEL", *, tolerance: float = 1e-6, **options: Any) -> Solution:
     """Solve the convex program with cvxpy; options go to the cvxpy solver (defaults in SOLVERS).
 

@@ -34,6 +34,7 @@ from meanfield.convex.repopulation import ProgramPoint
 from meanfield.penalties import Penalty, cone_projection, row_prox
 from meanfield.solvers.acceleration import Anderson
 from meanfield.solvers.solution import Solution, message, proven
+from meanfield.validation import typed
 
 Key = tuple[str, int]
 Blocks = dict[Key, Tensor]
@@ -46,6 +47,8 @@ CHECK_SHARE, CHECK_COST = 0.1, 10  # of the run; iterations that a check costs b
 FROBENIUS = Penalty(kernel_norm="l2")
 
 
+@typed
+@torch.inference_mode(False)
 def solve(
     program: ConvexProgram,
     tolerance: float = 1e-6,

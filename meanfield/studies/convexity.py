@@ -31,7 +31,7 @@ from meanfield import storage
 from meanfield.convex.program import ConvexProgram
 from meanfield.convex.repopulation import ProgramPoint
 from meanfield.network import along_axis
-from meanfield.validation import integer
+from meanfield.validation import instance, integer, typed
 
 Function = Callable[[Tensor], Tensor]
 Sampler = Callable[[torch.Generator], Tensor]
@@ -123,6 +123,7 @@ class Segments:
         return Witness(self.points[first], self.points[second], float(self.times[time]), *figures)
 
 
+@typed
 @torch.no_grad()
 def segments(
     function: Function, points: Tensor, *, times: int = 7, rounding: Callable[[Tensor], float] | None = None
@@ -175,6 +176,8 @@ class Curvature:
         return self.smallest < -self.rounding
 
 
+@typed
+@torch.inference_mode(False)
 def curvature(function: Function, point: Tensor, tangent: Tensor | None = None, *, seed: int = 0) -> Curvature:
     """Smallest and largest eigenvalue of Z^T H Z, H the Hessian at `point` (d,) and Z = `tangent` (d, k), by default
     all of R^d.
@@ -251,6 +254,7 @@ class Falsification:
         return self.witness.proves
 
 
+@torch.inference_mode(False)
 def falsify(
     function: Function,
     feasible_sampler: Sampler,
@@ -272,7 +276,8 @@ def falsify(
     restarts = max(1, integer(budget, "budget") // (3 * (ASCENT_STEPS + 1)))
     best, reached = None, []
     for _ in range(restarts):
-        vertices = torch.stack([feasible_sampler(generator) for _ in range(VERTICES)])
+        drawn = (feasible_sampler(generator) for _ in range(VERTICES))
+        vertices = torch.stack([instance(point, Tensor, "feasible_sampler(generator)") for point in drawn])
         found = _witness(function, *_ascend(function, vertices, generator), bound)
         reached.append(found.relative)
         best = found if best is None or _score(found) > _score(best) else best

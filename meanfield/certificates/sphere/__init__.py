@@ -26,7 +26,7 @@ from torch import Tensor
 from meanfield.certificates.sphere.arrangement import listable, maximise_arrangement, maximise_line
 from meanfield.certificates.sphere.branching import maximise_branching
 from meanfield.certificates.sphere.response import Found, Response, reduced
-from meanfield.validation import finite, nonnegative, positive, shaped
+from meanfield.validation import finite, nonnegative, positive, shaped, typed
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,6 +44,7 @@ class SphereMaximum:
     seconds: float
 
 
+@typed
 def maximise(
     A: Tensor, W: Tensor, *, max_seconds: float = 10.0, tolerance: float = 1e-9, start: Tensor | None = None
 ) -> SphereMaximum:
