@@ -116,7 +116,8 @@ class ConvexProgram:
             )
         network = network.detach()
         point = repopulation.to_program(network)
-        if self._first_layer_change(network) > 1e-3 or self.violation(point) > 1e-3:
+        # of the coarsest dtype: features may have been computed in another one than they are in now
+        if max(self._first_layer_change(network), self.violation(point)) > max(FEASIBLE.values()):
             raise ValueError("the network's features differ from the frozen ones; freeze a program at this network")
         return point
 

@@ -352,7 +352,7 @@ def test_speed_with_active_bounds_limits_the_distance_to_the_optimum(depth, norm
 @pytest.mark.slow
 @pytest.mark.parametrize(("norm", "bias"), [("l2", False), ("l2", True), ("l1", True)])
 def test_the_preconditioned_descent_rests_where_the_flow_does_with_masses_kept(norm, bias):
-    """Projected in another metric than its steps', it came to rest at a fifth to a half of the flow's first speed."""
+    """Projected in another metric than its steps', it came to rest at 0.08 to 0.28 of the flow's first speed."""
     problem, network = on_the_bounds(2, norm, bias)
     first = flow.metric_speed(problem, network, flow.velocity(problem, network, False)[1])
     solution = run(problem, network, masses=False, steps=3000)
