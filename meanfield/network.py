@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -52,9 +52,9 @@ class ParticleNetwork:
     ) -> None:
         instance(architecture, Architecture, "architecture")
         for name, tensors in (("masses", masses), ("kernels", kernels)):
-            instance(tensors, Sequence, name)
+            instance(tensors, Iterable, name)
         if biases is not None:
-            instance(biases, Sequence, "biases")
+            instance(biases, Iterable, "biases")
         self._assign(architecture, masses, kernels, readout, biases)
         self._check()
 
