@@ -73,8 +73,8 @@ class Conv:
     def __post_init__(self) -> None:
         for name, minimum in (("kernel_size", 1), ("padding", 0), ("stride", 1), ("pool_size", 1)):
             object.__setattr__(self, name, pair(getattr(self, name), name, minimum))
-        one_of(self.activation, ACTIVATIONS, "activation")
-        one_of(self.pooling, POOLINGS, "pooling")
+        one_of(self.activation, "activation", ACTIVATIONS)
+        one_of(self.pooling, "pooling", POOLINGS)
         if not isinstance(self.bias, bool):
             raise Misuse("bias", self.bias, "must be True or False")
 
@@ -167,7 +167,7 @@ class Architecture:
         if not layers or not all(isinstance(layer, Conv) for layer in layers):
             raise Misuse("layers", self.layers, "must be a non-empty sequence of Conv")
         object.__setattr__(self, "layers", layers)
-        one_of(self.readout, READOUTS, "readout")
+        one_of(self.readout, "readout", READOUTS)
         integer(self.outputs, "outputs")
         _ = self.geometry  # shapes are checked at construction
 
@@ -207,7 +207,7 @@ class Architecture:
         return flat.mean(2) if self.readout == "average" else flat / self.readout_positions
 
     def check_inputs(self, inputs: Tensor, argument: str = "inputs") -> Tensor:
-        instance(inputs, torch.Tensor, argument)
+        instance(inputs, argument, torch.Tensor)
         if inputs.ndim != 4 or tuple(inputs.shape[1:]) != self.input_shape:
             expected = f"(N, {', '.join(map(str, self.input_shape))})"
             raise ValueError(f"{argument} has shape {tuple(inputs.shape)}; the architecture expects {expected}")

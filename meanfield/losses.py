@@ -307,7 +307,7 @@ LOSSES: dict[str, type[Loss]] = {each.name: each for each in (SquaredLoss, Logis
 
 def make(name: str) -> Loss:
     """The loss of this name in LOSSES."""
-    return LOSSES[one_of(name, LOSSES, "loss")]()
+    return LOSSES[one_of(name, "loss", LOSSES)]()
 
 
 def accuracy(loss: Loss, outputs: Tensor, targets: Tensor) -> float:

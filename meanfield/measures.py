@@ -10,12 +10,15 @@ from torch import Tensor
 from meanfield import validation
 from meanfield.network import MASS_TOLERANCE, ParticleNetwork, along_axis
 from meanfield.penalties import input_norms
+from meanfield.signatures import Natural, Nonnegative, Positive, checked
 from meanfield.starts import normal
-from meanfield.validation import Misuse, typed
+from meanfield.validation import Misuse
 
 
+@checked
 def select(network: ParticleNetwork, keep: Sequence[Tensor]) -> ParticleNetwork:
     """The particles with the given indices, layer by layer; masses are taken as they are, not renormalised."""
+    _check_indices(network, keep, "keep")
     masses = [p[k] for p, k in zip(network.masses, keep)]
     kernels = [network.kernels[0][keep[0]]]
     kernels += [w[k][:, s] for w, k, s in zip(network.kernels[1:], keep[1:], keep[:-1])]
@@ -23,20 +26,21 @@ def select(network: ParticleNetwork, keep: Sequence[Tensor]) -> ParticleNetwork:
     return ParticleNetwork.unchecked(network.architecture, masses, kernels, network.readout[:, keep[-1]], biases)
 
 
-@typed
+@checked
 def permute(network: ParticleNetwork, orders: Sequence[Tensor]) -> ParticleNetwork:
     """The same measures with their particles listed in another order."""
+    _check_indices(network, orders, "orders")
     return select(network, orders)
 
 
-@typed
+@checked
 def drop_massless(network: ParticleNetwork) -> ParticleNetwork:
     """Without the particles of zero mass, which carry no flow: output and value stay."""
     return select(network, [torch.nonzero(p > 0).flatten() for p in network.masses])
 
 
-@typed
-def split(network: ParticleNetwork, layer: int, particle: int, shares: Tensor) -> ParticleNetwork:
+@checked
+def split(network: ParticleNetwork, layer: Natural, particle: Natural, shares: Tensor) -> ParticleNetwork:
     """Replace one particle by clones with the given shares of its mass (positive, summing to one)."""
     validation.finite(shares, "shares")
     if shares.ndim != 1 or bool((shares <= 0).any()) or abs(float(shares.sum()) - 1) > MASS_TOLERANCE[network.dtype]:
@@ -52,17 +56,17 @@ def split(network: ParticleNetwork, layer: int, particle: int, shares: Tensor) -
     return ParticleNetwork(network.architecture, masses, cloned.kernels, cloned.readout, cloned.biases)
 
 
-@typed
-def merge(network: ParticleNetwork, layer: int, particles: Sequence[int]) -> ParticleNetwork:
+@checked
+def merge(network: ParticleNetwork, layer: Natural, particles: Sequence[int]) -> ParticleNetwork:
     """Replace particles by one: their masses add up; kernels and readout are mass averages.
 
     For equal particles (clones) neither the output nor the value changes.  Outgoing kernels of clones may differ: only
     their mass average acts.
     """
-    if len(particles) < 2 or len(set(particles)) < len(particles):
-        raise Misuse("particles", list(particles), "must name at least two different particles, each once")
+    if not isinstance(particles, Sequence) or len(particles) < 2 or len(set(particles)) < len(particles):
+        raise Misuse("particles", particles, "must name at least two different particles, each once")
     for particle in particles:
-        _check_particle(network, layer, particle)
+        _check_particle(network, layer, validation.integer(particle, "particles", 0))
     chosen = torch.as_tensor(list(particles), device=network.device)
     shares = network.masses[layer][chosen]
     if float(shares.sum()) <= 0:
@@ -88,12 +92,19 @@ def merge(network: ParticleNetwork, layer: int, particles: Sequence[int]) -> Par
     return select(merged, keep)
 
 
+def _check_indices(network: ParticleNetwork, chosen: Sequence[Tensor], argument: str) -> None:
+    depth = network.architecture.depth
+    listed = isinstance(chosen, Sequence) and all(isinstance(each, Tensor) for each in chosen)
+    if not listed or len(chosen) != depth:
+        raise TypeError(f"{argument} must be a sequence of {depth} tensors, the indices of every layer's particles")
+
+
 def _check_particle(network: ParticleNetwork, layer: int, particle: int) -> None:
     if not 0 <= layer < network.architecture.depth or not 0 <= particle < network.widths[layer]:
         raise ValueError(f"layer={layer}, particle={particle} is not a particle of widths {network.widths}")
 
 
-@typed
+@checked
 def mixture(first: ParticleNetwork, second: ParticleNetwork, t: float) -> ParticleNetwork:
     """(1 - t) first + t second, 0 < t < 1: the straight line of the convex program between two networks of any widths.
 
@@ -115,20 +126,22 @@ def mixture(first: ParticleNetwork, second: ParticleNetwork, t: float) -> Partic
     return ParticleNetwork(first.architecture, masses, kernels, readout, biases)
 
 
-@typed
-def balance(network: ParticleNetwork, input_strength: float, readout_strength: float) -> ParticleNetwork:
+@checked
+def balance(network: ParticleNetwork, input_strength: Positive, readout_strength: Positive) -> ParticleNetwork:
     """The same output at the least lambda_1 int |(z, b)|^2 + lambda_u int |u|^2, for one positively homogeneous layer.
 
     A particle matters by t = p |(z, b)| |u| only.  With T = sum t the least is 2 sqrt(lambda_1 lambda_u) T, at masses
     t / T and squared norms sqrt(lambda_u / lambda_1) T and sqrt(lambda_1 / lambda_u) T (section 4 of Bach, JMLR 2017).
     Particles without response are dropped; a network without any is returned as it is.
     """
+    if network.architecture.depth > 1:
+        raise ValueError(f"network has {network.architecture.depth} layers; only one layer can be balanced")
     norms, sizes = (
         input_norms(network.kernels[0], network.biases[0]),
         network.readout.movedim(1, 0).flatten(1).norm(dim=1),
     )
     amounts = network.masses[0] * norms * sizes
-    if network.architecture.depth > 1 or not bool((amounts > 0).any()):
+    if not bool((amounts > 0).any()):
         return network
     live = select(network, [torch.nonzero(amounts > 0).flatten()])
     norms, sizes, amounts = (each[amounts > 0] for each in (norms, sizes, amounts))
@@ -141,7 +154,7 @@ def balance(network: ParticleNetwork, input_strength: float, readout_strength: f
     )
 
 
-@typed
+@checked
 def adjoin(network: ParticleNetwork, others: ParticleNetwork) -> ParticleNetwork:
     """The network with the particles of `others` beside its own at zero mass: the end t = 0 of their `mixture`.
 
@@ -155,7 +168,7 @@ def adjoin(network: ParticleNetwork, others: ParticleNetwork) -> ParticleNetwork
     return ParticleNetwork(network.architecture, masses, kernels, union.readout, union.biases)
 
 
-@typed
+@checked
 def interpolate(first: ParticleNetwork, second: ParticleNetwork, t: float) -> ParticleNetwork:
     """The straight line in weights between two networks of equal widths: what the theory does NOT make convex."""
     if first.architecture != second.architecture:
@@ -168,6 +181,7 @@ def interpolate(first: ParticleNetwork, second: ParticleNetwork, t: float) -> Pa
     return with_tensors(first, blend)
 
 
+@checked
 def with_tensors(network: ParticleNetwork, tensors: Sequence[Tensor]) -> ParticleNetwork:
     """The network with its tensors replaced, in the order of `ParticleNetwork.tensors`."""
     depth, remaining = network.architecture.depth, list(tensors)
@@ -181,9 +195,9 @@ def with_tensors(network: ParticleNetwork, tensors: Sequence[Tensor]) -> Particl
     return ParticleNetwork.unchecked(network.architecture, masses, kernels, readout, biases)
 
 
-@typed
+@checked
 def extend(
-    network: ParticleNetwork, copies: Sequence[int], noise: float, generator: torch.Generator
+    network: ParticleNetwork, copies: Sequence[int], noise: Nonnegative, generator: torch.Generator
 ) -> ParticleNetwork:
     """Add, at zero mass, perturbed clones of the heaviest particles: copies[l] of them in layer l.
 
@@ -191,7 +205,7 @@ def extend(
     square.  Zero mass leaves output and value as they are; the clones are candidates for the next convex program.
     """
     keep, fresh = [], []
-    for masses, count in zip(network.masses, copies):
+    for masses, count in zip(network.masses, validation.widths(copies, network.architecture.depth, "copies", 0)):
         heavy = masses.argsort(descending=True)[: min(count, int((masses > 0).sum()))]
         keep.append(torch.cat([torch.arange(len(masses), device=network.device), heavy]))
         fresh.append(torch.arange(len(masses), len(masses) + len(heavy), device=network.device))

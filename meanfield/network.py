@@ -50,11 +50,11 @@ class ParticleNetwork:
         readout: Tensor,
         biases: Sequence[Tensor | None] | None = None,
     ) -> None:
-        instance(architecture, Architecture, "architecture")
+        instance(architecture, "architecture", Architecture)
         for name, tensors in (("masses", masses), ("kernels", kernels)):
-            instance(tensors, Iterable, name)
+            instance(tensors, name, Iterable)
         if biases is not None:
-            instance(biases, Iterable, "biases")
+            instance(biases, "biases", Iterable)
         self._assign(architecture, masses, kernels, readout, biases)
         self._check()
 
@@ -86,7 +86,7 @@ class ParticleNetwork:
             if len(entries) != arch.depth:
                 raise ValueError(f"{name} has {len(entries)} entries; the architecture has {arch.depth} layers")
         for index, masses in enumerate(self.masses):
-            if instance(masses, Tensor, f"masses[{index}]").ndim != 1 or masses.numel() == 0:
+            if instance(masses, f"masses[{index}]", Tensor).ndim != 1 or masses.numel() == 0:
                 raise ValueError(f"masses[{index}] must be a tensor of shape (M,), M >= 1, got {_describe(masses)}")
         for index, (kernel, shape) in enumerate(zip(self.kernels, arch.kernel_shapes(self.widths))):
             shaped(kernel, shape, f"kernels[{index}]")

@@ -45,7 +45,7 @@ class Penalty:
         for name in ("amplitude_bound", "input_bound"):
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, positive(getattr(self, name), name))
-        one_of(self.kernel_norm, KERNEL_NORMS, "kernel_norm")
+        one_of(self.kernel_norm, "kernel_norm", KERNEL_NORMS)
 
     def atoms(self, kernels: Tensor) -> Tensor:
         """Atom magnitudes, (targets, sources, kh, kw) -> (targets, sources, 1 for l2 or kh kw for l1)."""

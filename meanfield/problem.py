@@ -48,9 +48,9 @@ class Problem:
         loss: str = "squared",
         penalty: Penalty | None = None,
     ):
-        instance(architecture, Architecture, "architecture")
+        instance(architecture, "architecture", Architecture)
         if penalty is not None:
-            instance(penalty, Penalty, "penalty")
+            instance(penalty, "penalty", Penalty)
         self.architecture = architecture
         self.loss = losses.make(loss)
         self.penalty = penalty if penalty is not None else Penalty()
@@ -142,7 +142,7 @@ class Problem:
                 )
 
     def _check_network(self, network: ParticleNetwork) -> None:
-        instance(network, ParticleNetwork, "network")
+        instance(network, "network", ParticleNetwork)
         if network.architecture != self.architecture:
             raise ValueError(
                 f"the network has the architecture {network.architecture}, the problem {self.architecture}"

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
-from meanfield import validation
+from meanfield import limits, validation
 from meanfield.architecture import Architecture
 from meanfield.network import ParticleNetwork
 from meanfield.problem import Problem, project_bounds
-from meanfield.validation import typed
+from meanfield.signatures import checked
+from meanfield.validation import Misuse, choice
 
 ANCHOR_ROWS = 1024
 STARTS = ("anchored", "low_rank")
@@ -23,21 +25,24 @@ def normal(shape: Sequence[int], generator: torch.Generator, like: Tensor) -> Te
     return torch.randn(tuple(shape), generator=generator, dtype=torch.float64, device=generator.device).to(like)
 
 
-@typed
+@checked
 def draw(
-    problem: Problem, widths: Sequence[int], generator: torch.Generator, kind: str = "anchored"
+    problem: Problem,
+    widths: Sequence[int],
+    generator: torch.Generator,
+    kind: Annotated[str, choice(STARTS)] = "anchored",
 ) -> ParticleNetwork:
     """A random start (see `start`) moved inside the bounds of the problem."""
     return project_bounds(problem, start(problem.architecture, widths, problem.inputs, generator, kind))
 
 
-@typed
+@checked
 def start(
     architecture: Architecture,
     widths: Sequence[int],
     inputs: Tensor,
     generator: torch.Generator,
-    kind: str = "anchored",
+    kind: Annotated[str, choice(STARTS)] = "anchored",
 ) -> ParticleNetwork:
     """A random start with uniform masses that has a limit as the widths grow.
 
@@ -48,8 +53,8 @@ def start(
     dtype and device are those of `inputs`, (N, C_0, H, W).
     """
     widths = validation.widths(widths, architecture.depth)
-    validation.one_of(kind, STARTS, "kind")
     architecture.check_inputs(inputs)
+    _require_memory(architecture, widths, inputs.dtype.itemsize)
     masses = [inputs.new_full((m,), 1 / m) for m in widths]
     shapes = architecture.kernel_shapes(widths)
     kernels = [normal(shapes[0], generator, inputs) * math.sqrt(architecture.input_shape[0])]
@@ -66,11 +71,25 @@ def start(
         else:
             kernel, coordinates = _low_rank(coordinates, shape, generator, inputs)
         response = layer.convolve(signal, kernel * mass[None, :, None, None])
-        scale = 1 / response.square().mean().sqrt().clamp_min(torch.finfo(inputs.dtype).tiny)
+        size = response.square().mean().sqrt()
+        scale = torch.where(size > 0, 1 / size, 1.0)  # black images have no response
         kernels.append(kernel * scale)
         signal = layer.activate(response * scale)
     readout = normal(architecture.readout_shape(widths[-1]), generator, inputs)
     return ParticleNetwork(architecture, masses, kernels, readout, biases)
+
+
+def _require_memory(architecture: Architecture, widths: tuple[int, ...], itemsize: int) -> None:
+    """Refuse kernels that cannot be held before any is drawn."""
+    need, free = sum(map(math.prod, architecture.kernel_shapes(widths))) * itemsize, limits.free_memory()
+    if need > free:
+        sizes = ", ".join(str(layer.kernel_size) for layer in architecture.layers)
+        raise Misuse(
+            "widths",
+            widths,
+            f"with kernel_size {sizes} takes {need / 2**30:.3g} GiB for the kernels alone, of {free / 2**30:.3g} GiB "
+            "that are free; take fewer particles or smaller kernels",
+        )
 
 
 def _anchored(layer, signal: Tensor, shape: tuple[int, ...], mass: Tensor, generator: torch.Generator) -> Tensor:

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from meanfield.architecture import Architecture
 from meanfield.network import ParticleNetwork
-from meanfield.validation import Misuse, typed
+from meanfield.signatures import checked
+from meanfield.validation import Misuse
 
 FORMAT = "meanfield network 1"
 TENSORS, DESCRIPTION = ".safetensors", ".json"
@@ -55,7 +56,7 @@ def _strict(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-@typed
+@checked
 def save_network(network: ParticleNetwork, path: str | Path, made: Mapping[str, Any] | None = None) -> Path:
     """Write `path` (.safetensors) and its description beside it (.json); returns the path of the tensors.
 

@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import difflib
-import functools
-import inspect
 import math
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from numbers import Integral, Real
-from types import UnionType
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, get_args, get_type_hints
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
     import torch
 
-P = ParamSpec("P")
-R = TypeVar("R")
-T = TypeVar("T")
-
-
 LONGEST = 200  # characters of a value in an error
+MAX_SEED = 2**62
+T = TypeVar("T")
+Rule = Callable[[Any, str], Any]  # (value, name of the argument) -> the value as it is kept, or Misuse
 
 
 class Misuse(ValueError):
@@ -45,42 +42,7 @@ class WrongType(Misuse, TypeError):
         return f"{self.argument} must be {self.remedy}, not {self.value}"
 
 
-def typed(function: Callable[P, R]) -> Callable[P, R]:
-    """`function`, which raises WrongType where an argument is not of the class that its annotation names.
-
-    Classes of torch and of this library are checked, with their unions; numbers, strings and containers have checks of
-    their own.
-    """
-    signature = inspect.signature(function)
-
-    @functools.cache
-    def expected() -> dict[str, tuple[type, ...]]:  # when it is called: annotations may name what is defined later
-        hints = get_type_hints(function)
-        return {name: kinds for name in signature.parameters if (kinds := _classes(hints.get(name)))}
-
-    @functools.wraps(function)
-    def checked(*arguments: P.args, **named: P.kwargs) -> R:
-        given = signature.bind(*arguments, **named).arguments
-        for name, kinds in expected().items():
-            if name in given and signature.parameters[name].kind is inspect.Parameter.VAR_POSITIONAL:
-                for index, value in enumerate(given[name]):
-                    instance(value, kinds, f"{name}[{index}]")
-            elif name in given:
-                instance(given[name], kinds, name)
-        return function(*arguments, **named)
-
-    return checked
-
-
-def _classes(hint: Any) -> tuple[type, ...]:
-    """The classes of an annotation, none if there is anything in it but None and classes of torch and this library."""
-    members = get_args(hint) if isinstance(hint, UnionType) else (hint,)
-    ours = [each for each in members if getattr(each, "__module__", "").split(".")[0] in ("torch", "meanfield")]
-    others = set(members) - set(ours) - {type(None)}
-    return () if others or not all(isinstance(each, type) for each in ours) else members
-
-
-def instance(value: Any, kinds: type[T] | tuple[type[T], ...], argument: str) -> T:
+def instance(value: Any, argument: str, kinds: type[T] | tuple[type[T], ...] | Any) -> T:
     """Return `value` if it is of the class, or of one of the classes."""
     if isinstance(value, kinds):
         return value
@@ -101,7 +63,7 @@ def _named(kind: type) -> str:
     return f"{'an' if name[0] in 'AEIO' else 'a'} {name}"
 
 
-def one_of(value: Any, options: Iterable[str], argument: str) -> str:
+def one_of(value: Any, argument: str, options: Iterable[str]) -> str:
     """Return `value` if it is one of `options`; otherwise raise ValueError with the nearest option."""
     options = list(options)
     if isinstance(value, str) and value in options:
@@ -111,9 +73,25 @@ def one_of(value: Any, options: Iterable[str], argument: str) -> str:
     raise Misuse(argument, value, f"is unknown: choose one of {', '.join(map(repr, options))}{hint}")
 
 
-def integer(value: Any, argument: str, minimum: int = 1) -> int:
+def choice(options: Iterable[str]) -> Rule:
+    return partial(one_of, options=tuple(options))
+
+
+def integer(value: Any, argument: str, minimum: float = 1) -> int:
     if isinstance(value, bool) or not isinstance(value, Integral) or value < minimum:
-        raise Misuse(argument, value, f"must be an integer of at least {minimum}")
+        least = f" of at least {minimum}" if math.isfinite(minimum) else ""
+        raise Misuse(argument, value, f"must be an integer{least}")
+    return int(value)
+
+
+def at_least(minimum: int) -> Rule:
+    return partial(integer, minimum=minimum)
+
+
+def seed(value: Any, argument: str) -> int:
+    """Small enough for torch's generators, after the sums and doublings by which others are made of it."""
+    if integer(value, argument, minimum=0) >= MAX_SEED:
+        raise Misuse(argument, value, f"must be less than {MAX_SEED}")
     return int(value)
 
 
@@ -138,11 +116,23 @@ def positive(value: Any, argument: str) -> float:
     return float(value)
 
 
-def widths(value: Any, layers: int, argument: str = "widths") -> tuple[int, ...]:
-    """One positive integer per convolutional layer."""
+def seconds(value: Any, argument: str) -> float:
+    """A time of at least 0, infinity included."""
+    return math.inf if value == math.inf else nonnegative(value, argument)
+
+
+def path(value: Any, argument: str) -> Path:
+    """Text as well."""
+    if not isinstance(value, (str, Path)) or not str(value):
+        raise Misuse(argument, value, "must be the path of a file or directory")
+    return Path(value)
+
+
+def widths(value: Any, layers: int, argument: str = "widths", minimum: int = 1) -> tuple[int, ...]:
+    """One integer of at least `minimum` per convolutional layer."""
     if isinstance(value, (str, bytes)) or not isinstance(value, Iterable):
         raise Misuse(argument, value, f"must be a sequence of {layers} integers, one per layer")
-    entries = tuple(integer(entry, argument) for entry in value)
+    entries = tuple(integer(entry, argument, minimum) for entry in value)
     if len(entries) != layers:
         raise Misuse(argument, entries, f"has {len(entries)} entries; the architecture has {layers} layers")
     return entries

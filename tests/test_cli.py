@@ -10,6 +10,7 @@ import sys
 import numpy as np
 import pytest
 from command_line import run
+from image_files import save
 
 from meanfield import data
 from meanfield.storage import load_network
@@ -26,7 +27,7 @@ def solve(*arguments):
 @pytest.mark.parametrize(
     ("arguments", "parts"),
     [
-        (["--classes", "3,x"], ["--classes", "'3,x'"]),
+        (["--classes", "3,x"], ["--classes=3,x", "contains x, not a class of digits"]),
         (["--classes", "3"], ["--classes=3", "two classes at least"]),
         (["--classes", "3,12"], ["--classes=", "12"]),
         (["--widths", "6,0"], ["--widths=0", "at least 1"]),
@@ -71,8 +72,8 @@ def test_warning_of_attainment_is_one_line():
 def test_help_states_every_default():
     text = run("solve", "--help").stdout
     options = re.findall(r"(?m)^│ (--[a-z-]+)", text)
-    assert len(options) == 28
-    silent = {"--amplitude-bound", "--input-bound", "--max-seconds"}  # "Without it: ..."
+    assert len(options) == 29
+    silent = {"--split", "--amplitude-bound", "--input-bound", "--max-seconds"}  # "Without it: ..."
     flags = {"--out", "--json", "--quiet"}
     assert text.count("[default:") == len(options) - len(silent | flags)
     assert text.count("Without") >= len(silent)
@@ -128,6 +129,7 @@ def test_ctrl_c_keeps_the_best_network(tmp_path):
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
+    assert process.stderr.readline().startswith("data: digits: 6 images")
     process.stderr.readline()  # the first round is done
     process.send_signal(signal.SIGINT)
     _, stderr = process.communicate(timeout=50)
@@ -136,6 +138,70 @@ def test_ctrl_c_keeps_the_best_network(tmp_path):
     assert not (tmp_path / "report.html").exists()
     assert load_network(tmp_path).widths[0] <= 6
     assert data.load("digits", samples=6).input_shape == (1, 8, 8)
+
+
+@pytest.fixture
+def zoo(tmp_path):
+    """Folders of digits under names, and a file beside them."""
+    digits = data.load("digits", classes=(3, 5), samples=40)
+    for index, (image, label) in enumerate(zip(digits.inputs, digits.labels.tolist())):
+        save(tmp_path / "zoo" / {3: "zebra", 5: "a $x_t"}[label] / f"{index:02}.png", image[0] * 255)
+    (tmp_path / "zoo" / "notes.gif").write_bytes(b"")
+    return tmp_path / "zoo"
+
+
+def test_what_was_read_is_said_before_the_run_and_in_its_results(zoo):
+    found = solve("--data", zoo, "--classes", "zebra,a $x_t", "--json")
+    read = (
+        "zoo: 6 images of 1 x 4 x 4 (channels x height x width), values 0..0.89, classes zebra (3), a $x_t (3), 34 "
+        "more held out; read from 0..255 (uint8), divided by 255; one of every class in turn; averaged over 2 x 2 "
+        "pixels; left out: 1 .gif"
+    )
+    assert found.stderr.splitlines()[0] == f"data: {read}"
+    assert json.loads(found.stdout)["made"]["data"] == read
+    assert "data:" not in solve("--data", zoo, "--quiet").stderr
+
+
+def test_classes_by_other_labels_are_refused_in_one_line(zoo):
+    wrong = solve("--data", zoo, "--classes", "zebra,ant")
+    assert wrong.stderr == "error: --classes=zebra,ant contains ant, not a class of zoo, which has a $x_t, zebra\n"
+
+
+def test_a_split_of_a_file_is_taken_by_its_name(tmp_path):
+    digits = data.load("digits", classes=(3, 5), samples=40).inputs[:, 0].numpy()
+    labels = data.load("digits", classes=(3, 5), samples=40).labels.numpy()[:, None]
+    np.savez(tmp_path / "a.npz", x_train=digits[:20], y_train=labels[:20], x_test=digits[20:], y_test=labels[20:])
+    ends = [solve("--data", tmp_path / "a.npz", *split) for split in ([], ["--split=train"], ["--split", "test"])]
+    values = [end.stdout.splitlines()[0] for end in ends]
+    assert values[0] == values[1] != values[2]
+    assert "left out: test, which split=test takes" in ends[0].stderr
+    assert solve("--data", "digits", "--split", "test").stderr.startswith(
+        "error: --split='test' concerns arrays in a file"
+    )
+
+
+@pytest.mark.parametrize(
+    ("side", "count", "arguments", "message"),
+    [
+        (
+            25,
+            40,
+            ["--pool", "5"],
+            "--pool=5 does not do for part limit, which averages images of 25 x 25 over twice as",
+        ),
+        (12, 40, ["--pool", "4", "--part", "coordinates"], "8 x 8 pixels: choose one of [1, 2, 3, 6], or other parts"),
+        (8, 16, ["--part", "sampled"], "--samples=16 leaves no image of a.npz held out, which part sampled judges"),
+    ],
+)
+def test_images_that_some_part_cannot_take_are_refused_before_the_first_cell(tmp_path, side, count, arguments, message):
+    """--pool=5 used to fail after 78 s with --pool=10, which nobody typed."""
+    images = np.random.default_rng(0).random((count, side, side))
+    np.savez(tmp_path / "a.npz", x=images, y=np.arange(count) % 2)
+    arguments = ["--size", "quick", "--classes", "0,1", "--data", tmp_path / "a.npz", *arguments]
+    result = run("widths", *arguments, "--out", tmp_path / "out")
+    assert (result.exit_code, result.stderr.count("\n")) == (2, 1)
+    assert message in result.stderr
+    assert not (tmp_path / "out").exists()
 
 
 WIDTHS = ["widths", "--size", "quick", "--part", "kernel", "--part", "coordinates", "--jobs", "1"]
@@ -162,6 +228,7 @@ def test_what_a_page_says_made_it_gives_the_same_figures(tmp_path):
     options = ["--data", tmp_path / "zeros & ones.npz", "--classes", "1,0", "--samples", "8", "--part", "kernel"]
     assert run("widths", "--size", "quick", "--jobs", "1", *options, "--out", tmp_path / "first").exit_code == 0
     page = (tmp_path / "first" / "widths.html").read_text()
+    assert "Data: zeros &amp; ones.npz: 8 images of 1 x 4 x 4" in page
     stated = html.unescape(re.search("Made by <code>(.*?)</code>", page)[1])
     program, *words = shlex.split(stated)
     words = [word for word in words if not word.startswith("--out=")]
@@ -250,6 +317,26 @@ def test_bad_input_of_a_graft_study_is_one_line(arguments, parts, tmp_path):
     assert result.exit_code == 2
     assert result.stderr.count("\n") == 1
     assert all(part in result.stderr for part in parts), result.stderr
+
+
+@pytest.mark.parametrize(
+    ("count", "arguments", "message"),
+    [
+        (20, ["--samples", "20"], "--samples=20 are all images of a.npz; leave some to be held out"),
+        (
+            20,
+            ["--samples", "18"],
+            "--samples=18 leaves 2 of 20 images held out, on which features are compared; leave 4",
+        ),
+        (2, [], "--samples=2 are all images of a.npz"),
+    ],
+)
+def test_too_few_images_for_a_graft_are_refused_before_the_first_cell(tmp_path, count, arguments, message):
+    np.savez(tmp_path / "a.npz", x=np.random.default_rng(0).random((count, 8, 8)), y=np.arange(count) % 2)
+    result = graft("--data", tmp_path / "a.npz", "--out", tmp_path / "out", *arguments)
+    assert (result.exit_code, result.stderr.count("\n")) == (2, 1)
+    assert message in result.stderr
+    assert not (tmp_path / "out").exists()
 
 
 def test_help_of_a_graft_study_states_what_is_left_open():

@@ -102,3 +102,12 @@ def test_start_names_the_bad_argument():
         starts.start(ARCH, (3,), inputs, seeded(0))
     with pytest.raises(ValueError, match="inputs has shape"):
         starts.start(ARCH, (3, 2), inputs[0], seeded(0))
+
+
+@pytest.mark.parametrize("kind", starts.STARTS)
+def test_black_images_have_a_finite_start(kind):
+    """Without a response there is no scale: kernels used to be infinite."""
+    network = starts.start(ARCH, (4, 3), torch.zeros(3, 1, 3, 3, dtype=torch.float64), seeded(0), kind)
+    bias_free = mf.Architecture((1, 3, 3), (mf.Conv(2), mf.Conv(2, padding=1), mf.Conv(2)))
+    black = starts.start(bias_free, (4, 3, 2), torch.zeros(3, 1, 3, 3, dtype=torch.float64), seeded(0), kind)
+    assert all(bool(each.isfinite().all()) for each in (*network.tensors(), *black.tensors()))

@@ -6,20 +6,20 @@ from meanfield import validation
 
 
 def test_one_of_returns_the_option():
-    assert validation.one_of("relu", ["relu", "tanh"], "activation") == "relu"
+    assert validation.one_of("relu", "activation", ["relu", "tanh"]) == "relu"
 
 
 def test_one_of_names_the_argument_and_the_nearest_option():
     with pytest.raises(
         ValueError, match=r"activation='rleu' is unknown: choose one of 'relu', 'tanh'; did you mean 'relu'\?"
     ):
-        validation.one_of("rleu", ["relu", "tanh"], "activation")
+        validation.one_of("rleu", "activation", ["relu", "tanh"])
 
 
 @pytest.mark.parametrize("value", [3, None, ["identity"], "qqqqq"])
 def test_one_of_without_a_near_option_gives_no_hint(value):
     with pytest.raises(ValueError, match=r"activation=.* is unknown: choose one of 'relu', 'tanh'$"):
-        validation.one_of(value, ["relu", "tanh"], "activation")
+        validation.one_of(value, "activation", ["relu", "tanh"])
 
 
 def test_integer_accepts_numpy_integers():

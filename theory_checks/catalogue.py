@@ -29,7 +29,7 @@ def claims(only: Sequence[str] = ()) -> list[Claim]:
     """All claims, or those whose name or family is in `only`; Misuse names what is neither."""
     every = [claim for family in FAMILIES for claim in importlib.import_module(f"theory_checks.{family}").CLAIMS]
     known = dict.fromkeys([*FAMILIES, *(claim.name for claim in every)])
-    wanted = [one_of(name, known, "only") for name in only] or FAMILIES
+    wanted = [one_of(name, "only", known) for name in only] or FAMILIES
     return [claim for claim in every if claim.name in wanted or family_of(claim.name) in wanted]
 
 

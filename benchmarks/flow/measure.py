@@ -42,7 +42,7 @@ def _two(value: Any, argument: str) -> tuple[int, ...]:
 def _dtypes(value: Any, argument: str) -> tuple[str, ...]:
     if not isinstance(value, tuple) or not value:
         raise Misuse(argument, value, "must name one dtype at least")
-    return tuple(one_of(each, DTYPES, argument) for each in value)
+    return tuple(one_of(each, argument, DTYPES) for each in value)
 
 
 @dataclass(frozen=True, kw_only=True)

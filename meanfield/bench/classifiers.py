@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from meanfield import data, storage
-from meanfield.bench import provenance
+from meanfield.bench import provenance, reading
 from meanfield.bench.options import OBJECTIVE, Data, Device, Dtype, Pool, Settings, at_least, choice, option
 from meanfield.finite import AUTHORS_DROPOUT, Fitted, Recipe, fit, residual, vgg
 from meanfield.finite.recipes import PENALTIES, increasing_epochs
@@ -151,7 +151,9 @@ class Classifier(Settings):
 
 @dataclass(frozen=True, eq=False)
 class Images:
-    """Training images (N, C, H, W) and class indices (N,), the same held out, and a digest of all of them."""
+    """Training images (N, C, H, W) and class indices (N,), the same held out, a digest of all of them, and what was
+    read in a line.
+    """
 
     inputs: Tensor
     labels: Tensor
@@ -159,16 +161,20 @@ class Images:
     held_out_labels: Tensor
     classes: int
     digest: str
+    summary: str
 
 
 @lru_cache(maxsize=2)
 def _images(name: str, pool: int, samples: int, split: int | None, dtype: str, device: str, stamp: int) -> Images:
-    training, held_out = data.load(name, samples=samples, pool=pool, seed=split).split()
+    selected = reading.images(name, samples=samples, pool=pool, seed=split)
+    if selected.rest is None:
+        raise Misuse("samples", samples, f"are all images of {selected.name}; leave some to be held out")
+    training, held_out = selected.split()
     parts = (training.inputs, training.indices, held_out.inputs, held_out.indices)
     digest = sha256(b"".join(each.numpy().tobytes() for each in parts)).hexdigest()[:16]
     inputs, labels, others, marks = (each.to(device) for each in parts)
     kind = getattr(torch, dtype)
-    return Images(inputs.to(kind), labels, others.to(kind), marks, len(training.classes), digest)
+    return Images(inputs.to(kind), labels, others.to(kind), marks, len(training.classes), digest, selected.summary)
 
 
 def layers_of(network: nn.Module) -> Sequence[str]:

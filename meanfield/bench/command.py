@@ -184,12 +184,14 @@ def run_study(study: Study, options: StudyOptions, subject: Any, *program: str) 
     from meanfield.bench.sweep import require_backend
 
     require_backend(options.backend)
-    sizes = study.sizes[one_of(options.size, study.sizes, "size")]
+    sizes = study.sizes[one_of(options.size, "size", study.sizes)]
     plan = study.plan(subject, sizes, options.seed, options.part)
     if not plan:
         raise Misuse("part", options.part, f"has nothing to measure at --size={options.size}; take a larger one")
+    study.check(subject, plan)
+    made = Provenance(options.command_line(*program), options.to_dict(), data=study.data(subject))
     out = writable(options.out or Path("runs") / study.name)
-    made = Provenance(options.command_line(*program), options.to_dict())
+    say_data(made.data, options.quiet)
     work = {"seed": options.seed, "parts": options.part, "jobs": options.jobs, "backend": options.backend, "made": made}
     try:
         tables = _measure(
@@ -201,6 +203,12 @@ def run_study(study: Study, options: StudyOptions, subject: Any, *program: str) 
     if page is not None:
         print(f"page: {page}")
     return page
+
+
+def say_data(read: str, quiet: bool) -> None:
+    """Before the work: what it will be about."""
+    if read and not quiet:
+        print(f"data: {read}", file=sys.stderr)
 
 
 def _measure(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import shlex
 import typing
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cache, partial
 from numbers import Integral
@@ -19,14 +19,12 @@ from typing import Annotated, Any, Self, Union
 
 from cyclopts import Group, Parameter
 
-from meanfield.validation import Misuse, integer, one_of, positive
+from meanfield.validation import Misuse, Rule, at_least, choice, integer, one_of, path, positive, seed
 
 PANELS = ("Data", "Network", "Objective", "Work", "Output")
 DATA, MODEL, OBJECTIVE, WORK, OUTPUT = (Group(name, sort_key=place) for place, name in enumerate(PANELS))
 FLAT = Parameter(name="*")  # of a command's one argument: the fields of its settings are the options
 DTYPES = ("float64", "float32")
-MAX_SEED = 2**62
-Rule = Callable[[Any, str], Any]  # (value, name of the field) -> the value as it is kept, or Misuse
 
 
 def option(text: str, panel: Group, **parameter: Any) -> Parameter:
@@ -40,17 +38,11 @@ def flag(text: str, panel: Group, negative: str = "") -> Parameter:
 
 
 def listing(text: str, panel: Group, *, all_for_none: bool = False) -> Parameter:
-    """A tuple as one value, its entries separated by commas; None is spelled "all" where the field allows it."""
+    """A tuple as one value, its entries separated by commas; None is spelled "all" where the field allows it.  Entries
+    that may be text as well as integers are told apart by the field's rule.
+    """
     read, show = (_read_all, spelled) if all_for_none else (_read_listing, lambda value: value and spelled(value))
     return option(text, panel, n_tokens=1, show_default=show, converter=read)
-
-
-def choice(names: Collection[str]) -> Rule:
-    return lambda value, argument: one_of(value, names, argument)
-
-
-def at_least(minimum: int) -> Rule:
-    return partial(integer, minimum=minimum)
 
 
 def positive_integers(value: Any, argument: str) -> tuple[int, ...]:
@@ -60,35 +52,36 @@ def positive_integers(value: Any, argument: str) -> tuple[int, ...]:
     return tuple(integer(entry, argument) for entry in value)
 
 
-def labels(value: Any, argument: str) -> tuple[int, ...]:
-    """Two at least."""
-    whole = isinstance(value, tuple) and all(
-        isinstance(each, Integral) and not isinstance(each, bool) for each in value
+def labels(value: Any, argument: str) -> tuple[int | str, ...]:
+    """Two at least, integers or names."""
+    known = isinstance(value, tuple) and all(
+        isinstance(each, (Integral, str)) and each != "" and not isinstance(each, bool) for each in value
     )
-    if not whole or len(value) < 2:
+    if not known or len(value) < 2:
         raise Misuse(argument, value, "must be two classes at least, such as 3,5")
-    return tuple(map(int, value))
+    return tuple(_label(each) for each in value)
 
 
-def seed(value: Any, argument: str) -> int:
-    """Small enough for torch's generators, after the sums and doublings by which others are made of it."""
-    if integer(value, argument, minimum=0) >= MAX_SEED:
-        raise Misuse(argument, value, f"must be less than {MAX_SEED}")
-    return int(value)
+def _label(text: int | str) -> int | str:
+    """An integer where it can be one."""
+    try:
+        return int(text)
+    except ValueError:
+        return text
 
 
 def source(value: Any, argument: str) -> str:
     """Of images."""
-    if not isinstance(value, str) or not value:
+    if not isinstance(value, str) or not value or "\0" in value:
         raise Misuse(argument, value, "must be the name of a data set or the path of a file or directory")
     return value
 
 
-def path(value: Any, argument: str) -> Path:
-    """Text as well."""
-    if not isinstance(value, (str, Path)) or not str(value):
-        raise Misuse(argument, value, "must be the path of a file or directory")
-    return Path(value)
+def split(value: Any, argument: str) -> str:
+    """Of a file."""
+    if not isinstance(value, str) or not value:
+        raise Misuse(argument, value, "must be train, test or another split that the file has")
+    return value
 
 
 def device(value: Any, argument: str) -> str:
@@ -97,7 +90,7 @@ def device(value: Any, argument: str) -> str:
         return value
     import torch  # a second, which help and the default do not need
 
-    one_of(str(value).split(":")[0], ("cpu", "cuda"), argument)
+    one_of(str(value).split(":")[0], argument, ("cpu", "cuda"))
     if str(value).startswith("cuda") and not torch.cuda.is_available():
         raise Misuse(argument, value, "asks for CUDA, which torch does not find on this machine; use cpu")
     try:
@@ -218,7 +211,8 @@ def _read_all(kind: Any, tokens: Sequence[Any]) -> Any:
 
 def _read_listing(kind: Any, tokens: Sequence[Any]) -> Any:
     wanted = next(each for each in _alternatives(kind) if each is not NoneType)
-    entry, text = typing.get_args(wanted)[0], tokens[0].value
+    kinds, text = _alternatives(typing.get_args(wanted)[0]), tokens[0].value
+    entry = str if str in kinds else kinds[0]
     try:
         return tuple(entry(part) for part in text.split(","))
     except ValueError:
@@ -232,26 +226,39 @@ Data = Annotated[
     str,
     option(
         "Images to learn: digits (8x8, inside scikit-learn), mnist (28x28, needs the extra meanfield[data]), a "
-        "FILE.npz with images under inputs, x or images and integer labels under targets, y or labels, or a DIRECTORY "
-        "with a folder of images per class or the binary files of CIFAR.",
+        "FILE.npz with images and labels under customary names (x and y, x_train and y_train, images and labels), or "
+        "a DIRECTORY with a folder of images per class or the binary files of CIFAR. What these leave open is said by "
+        "FILE.npz:images=KEY,labels=KEY,axes=NHWC,range=0..255, any of these entries.",
         DATA,
     ),
     source,
 ]
 Classes = Annotated[
-    tuple[int, ...] | None,
+    tuple[int | str, ...] | None,
     listing(
-        "Which classes to tell apart, separated by commas, or all. With two classes the first one is +1.",
+        "Which classes to tell apart, labels or names, separated by commas, or all. With two classes the "
+        "first one is +1.",
         DATA,
         all_for_none=True,
     ),
     labels,
 ]
 Samples = Annotated[
-    int, option("How many images to use, the first ones in file order; the rest is held out.", DATA), at_least(1)
+    int,
+    option(
+        "How many images to use, the first ones in file order, or one of every class in turn where the source keeps "
+        "classes apart; the rest is held out.",
+        DATA,
+    ),
+    at_least(1),
 ]
 Pool = Annotated[
     int, option("Average images over windows of N x N pixels first; 1 leaves them as they are.", DATA), at_least(1)
+]
+Split = Annotated[
+    str | None,
+    option("train, test, ...: which images of a file that has several. Without it: train.", DATA),
+    split,
 ]
 Seed = Annotated[int, option("Seed of everything that is drawn.", WORK), seed]
 Jobs = Annotated[int, option("How many pieces of work are measured at a time, one thread each.", WORK), at_least(1)]

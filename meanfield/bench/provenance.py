@@ -69,15 +69,18 @@ def _version(package: str) -> str:
 class Provenance:
     """What every page, JSON file and table says of itself.
 
-    command: the whole command line, quoted for a shell.  settings: every setting of it, defaults as well.
+    command: the whole command line, quoted for a shell.  settings: every setting of it, defaults as well.  data: which
+    images were read, and how; empty without any.
     """
 
     command: str
     settings: dict[str, Any]
     library: str = field(default_factory=library)
     versions: dict[str, str] = field(default_factory=versions)
+    data: str = ""
 
     def lines(self) -> list[str]:
         """For a page's footer or the head of a table."""
         used = ", ".join(f"{name} {number}" for name, number in self.versions.items())
-        return [f"Made by: {self.command}", f"Library: {self.library}; {used}"]
+        read = [f"Data: {self.data}"] if self.data else []
+        return [f"Made by: {self.command}", *read, f"Library: {self.library}; {used}"]

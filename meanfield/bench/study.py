@@ -47,6 +47,8 @@ class Study:
     groundwork: parts measured before the others, whose cells are made from all cells of these, as cells(cells).
     common(subject): entries of every cell, such as a digest of the images.  places(directory): further arguments of the
         measures, on which no row depends.  closing: sections at the end of the page.
+    data(subject): which images are read, in a line.  check(subject, plan): refuses, in the user's terms, what a cell of
+        the plan could not do.
     """
 
     name: str
@@ -58,10 +60,12 @@ class Study:
     common: Callable[[Any], Cell] = lambda subject: {}
     places: Callable[[Path], Mapping[str, str]] = lambda directory: {}
     closing: Sequence[Section] = ()
+    data: Callable[[Any], str] = lambda subject: ""
+    check: Callable[[Any, Mapping[str, Sequence[Cell]]], None] = lambda subject, plan: None
 
     def plan(self, subject: Any, sizes: Any, seed: int = 0, parts: Sequence[str] = ()) -> dict[str, list[Cell]]:
         """The cells of the wanted parts (default: all), groundwork first; parts without cells are left out."""
-        wanted = [one_of(part, self.parts, "part") for part in parts] or list(self.parts)
+        wanted = [one_of(part, "part", self.parts) for part in parts] or list(self.parts)
         found = {part: list(self.parts[part].cells(subject, sizes, seed)) for part in self.parts if part in wanted}
         every = [cell for cells in found.values() for cell in cells]
         first = {part: list(each.cells(every)) for part, each in self.groundwork.items()}

@@ -4,15 +4,14 @@ names.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from hashlib import sha256
 from typing import Annotated
 
 import torch
 
 from meanfield.architecture import ACTIVATIONS, POOLINGS, READOUTS, Architecture, Conv
+from meanfield.bench import reading
 from meanfield.bench.options import (
     MODEL,
     OBJECTIVE,
@@ -23,12 +22,12 @@ from meanfield.bench.options import (
     Pool,
     Samples,
     Settings,
+    Split,
     at_least,
     choice,
     option,
 )
-from meanfield.data import Dataset, load
-from meanfield.data.readers import stamp
+from meanfield.data import Dataset
 from meanfield.losses import LOSSES
 from meanfield.penalties import KERNEL_NORMS, Penalty
 from meanfield.problem import Problem
@@ -85,6 +84,7 @@ class Images(Settings):
     classes: Classes = (3, 5)
     samples: Samples = 16
     pool: Pool = 2
+    split: Split = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,16 +128,16 @@ class Task(Learning):
 
     def images(self) -> Dataset:
         """The selected images; those held out are their `rest`."""
-        return _load(self.data, self.classes, self.samples, self.pool, stamp(self.data))
+        return reading.images(self.data, self.classes, self.samples, self.pool, self.split)
 
     def digest(self) -> str:
         """Of all images of these classes and their labels, so that a file that was changed is not taken for the same:
         those held out as well and at full size, since a study takes more of them, and larger ones, than its task.
         """
         self.images()  # refuses a selection that these images do not allow
-        images = load(self.data, classes=self.classes)
-        content = sha256(images.inputs.contiguous().numpy().data)
-        content.update(images.labels.contiguous().numpy().data)
+        every = reading.images(self.data, self.classes, split=self.split)
+        content = sha256(every.inputs.contiguous().numpy().data)
+        content.update(every.labels.contiguous().numpy().data)
         return content.hexdigest()[:16]
 
     def architecture(self, images: Dataset) -> Architecture:
@@ -157,8 +157,3 @@ class Task(Learning):
         )
         problem = Problem(self.architecture(images), images.inputs, images.targets(self.loss), self.loss, penalty)
         return problem.to(dtype=getattr(torch, self.dtype), device=self.device)
-
-
-@lru_cache(maxsize=8)
-def _load(data: str, classes: Sequence[int] | None, samples: int, pool: int, stamp: int) -> Dataset:
-    return load(data, classes=classes, samples=samples, pool=pool)

@@ -26,10 +26,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from meanfield import limits
 from meanfield.certificates import concave
 from meanfield.convex.program import ConvexProgram
 from meanfield.convex.repopulation import ProgramPoint
-from meanfield.validation import instance, typed
+from meanfield.signatures import checked
+from meanfield.validation import instance
 
 # of r between the domain of the conjugate and what no feature sees; where the two meet, a few dozen do
 PROJECTIONS = 50
@@ -47,10 +49,10 @@ class Multipliers:
     amplitude: tuple[Tensor, ...] | None = None
 
     def __post_init__(self) -> None:
-        instance(self.output, Tensor, "output")
+        instance(self.output, "output", Tensor)
         for name, tensors in (("realisation", self.realisation), ("amplitude", self.amplitude or ())):
-            for index, tensor in enumerate(instance(tensors, Sequence, name)):
-                instance(tensor, Tensor, f"{name}[{index}]")
+            for index, tensor in enumerate(instance(tensors, name, Sequence)):
+                instance(tensor, f"{name}[{index}]", Tensor)
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Multipliers:
         amplitude = None if self.amplitude is None else tuple(map(function, self.amplitude))
@@ -72,7 +74,7 @@ class Certificate:
         return self.gap / max(abs(self.value), torch.finfo(torch.float64).tiny)
 
 
-@typed
+@checked
 @torch.inference_mode(False)
 def certify(program: ConvexProgram, point: ProgramPoint, *multipliers: Multipliers) -> Certificate:
     """Value, best dual value and gap of a point, in float64.
@@ -82,6 +84,8 @@ def certify(program: ConvexProgram, point: ProgramPoint, *multipliers: Multiplie
     support; a large one may also mean that the multipliers are poor.  The value is that of the point as it is: read
     it together with the violation.
     """
+    for index, each in enumerate(multipliers):
+        instance(each, f"multipliers[{index}]", Multipliers)
     program, point = program.to(dtype=torch.float64), point.map(Tensor.double)
     candidates = multipliers or (stationary_multipliers(program, point),)
     value = float(program.value(point))
@@ -89,7 +93,7 @@ def certify(program: ConvexProgram, point: ProgramPoint, *multipliers: Multiplie
     return Certificate(value, dual, value - dual, program.violation(point))
 
 
-@typed
+@checked
 @torch.inference_mode(False)
 def stationary_multipliers(program: ConvexProgram, point: ProgramPoint) -> Multipliers:
     """r = d loss / d F and beta_j = -(1/p_j) d loss / d g_j: optimal where the network of the point is stationary.
@@ -111,7 +115,7 @@ def stationary_multipliers(program: ConvexProgram, point: ProgramPoint) -> Multi
     return Multipliers(gradients[0], tuple(realisation))
 
 
-@typed
+@checked
 def dual_value(program: ConvexProgram, multipliers: Multipliers) -> float:
     """The best lower bound of the program that these multipliers give, after repair to feasibility; float64.
 
@@ -159,6 +163,7 @@ class _PricedFeatures:
 
     def value(self, scale: float) -> float:
         """Dual value of the multipliers times `scale` >= 0; -inf where it overflows, which bounds nothing."""
+        limits.look()
         problem = self.program.problem
         count = len(problem.inputs)
         conjugate = float(problem.loss.conjugate(count * (scale * self.output), problem.targets).mean())
@@ -212,6 +217,7 @@ class _PricedFeatures:
 
 
 def _price_layer(program: ConvexProgram, layer: int, beta: Tensor) -> tuple[Tensor, Tensor]:
+    limits.look()
     problem = program.problem
     conv, penalty = problem.architecture.layers[layer], problem.penalty
     if penalty.source == 0 and penalty.amplitude_bound is None:

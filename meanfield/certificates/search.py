@@ -25,7 +25,7 @@ import torch
 from scipy.optimize import minimize
 from torch import Tensor
 
-from meanfield import validation
+from meanfield import limits, validation
 from meanfield.architecture import ACTIVATIONS, Architecture
 from meanfield.certificates import concave, sphere
 from meanfield.certificates.compositions import (
@@ -40,8 +40,8 @@ from meanfield.certificates.sphere.response import unit
 from meanfield.losses import Loss
 from meanfield.network import ParticleNetwork, along_axis
 from meanfield.problem import Problem
+from meanfield.signatures import Count, Nonnegative, Seed, checked
 from meanfield.starts import normal
-from meanfield.validation import typed
 
 HIDDEN = 16  # sources of a searched feature, per layer
 MOST_HIDDEN = 64  # sources that a feature of the given network starts a search with, the heaviest ones
@@ -85,19 +85,19 @@ class UnseenFeatures:
         return text
 
 
-@typed
+@checked
 @torch.inference_mode(False)
 def search_features(
     problem: Problem,
     output: Tensor,
     network: ParticleNetwork | None = None,
     *,
-    starts: int = 64,
-    steps: int | None = None,
-    rounds: int = 4,
-    count: int = 8,
-    seed: int = 0,
-    rigorous_seconds: float = 0.0,
+    starts: Count = 64,
+    steps: Count | None = None,
+    rounds: Count = 4,
+    count: Count = 8,
+    seed: Seed = 0,
+    rigorous_seconds: Nonnegative = 0.0,
 ) -> UnseenFeatures:
     """The bound over all measures at the output multipliers r = `output` (N, K), and the features that violate it most.
 
@@ -110,8 +110,6 @@ def search_features(
     """
     began = time.perf_counter()
     steps = STEPS[problem.architecture.depth == 1] if steps is None else steps
-    for value, name in ((starts, "starts"), (steps, "steps"), (rounds, "rounds"), (count, "count")):
-        validation.integer(value, name)
     validation.shaped(output, (len(problem.inputs), problem.architecture.outputs), "output")
     problem, output = problem.to(dtype=torch.float64), output.double()
     network = None if network is None else network.to(dtype=torch.float64)
@@ -252,18 +250,19 @@ class _Search:
         responses = torch.cat([part.responses(self.problem, self.output) for part in kept])
 
         def gaps(x: np.ndarray) -> np.ndarray:
+            limits.look()
             gamma = torch.cat([part.costs(self.problem, [float(m) for m in x[1:-1]]) for part in kept])
             return (x[-1] - x[0] ** 2 * responses / (4 * self.problem.penalty.readout) + gamma).numpy(force=True)
 
         unit = abs(self._bound(scale, mu)) or 1.0
         objective = lambda x: (self._conjugate(float(x[0])) + float(x[1:].sum())) / unit  # noqa: E731
         start = np.array([scale, *mu, self._worst(scale, mu)])
-        limits = [(0.0, self.scale_limit), *[(0.0, None)] * len(mu), (0.0, None)]
+        ranges = [(0.0, self.scale_limit), *[(0.0, None)] * len(mu), (0.0, None)]
         answer = minimize(
             objective,
             start,
             method="SLSQP",
-            bounds=limits,
+            bounds=ranges,
             constraints={"type": "ineq", "fun": lambda x: gaps(x) / unit},
         )
         candidates = [
@@ -337,6 +336,7 @@ class _Search:
         best: list[Tensor] = []
         top = torch.full((len(begun),), -torch.inf, dtype=torch.float64, device=leaves[0].device)
         for _ in range(self.steps):
+            limits.look()
             current = with_tensors(begun, leaves)
             scores = self._merit(current, scale, mu, level)
             better = scores.detach() > top

@@ -15,6 +15,7 @@ import torch
 from scipy.linalg import get_lapack_funcs
 from torch import Tensor
 
+from meanfield import limits
 from meanfield.architecture import Conv
 
 RANK_TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
@@ -64,6 +65,7 @@ class Design:
         step = max(1, BLOCK_ENTRIES // (per_image * self.shape[1]))
         for first in range(0, count, step):
             last = min(first + step, count)
+            limits.look()
             yield slice(first * per_image, last * per_image), self.rows(slice(first, last))
 
     def column_blocks(self) -> Iterator[tuple[slice, Tensor]]:
@@ -72,6 +74,7 @@ class Design:
         step = max(1, BLOCK_ENTRIES // (self.shape[0] * offsets))
         for first in range(0, sources, step):
             last = min(first + step, sources)
+            limits.look()
             yield slice(first * offsets, last * offsets), self.conv.patches(self.features[:, first:last]).flatten(0, 1)
         if self.conv.bias:
             yield slice(sources * offsets, sources * offsets + 1), self.features.new_ones(self.shape[0], 1)

@@ -10,7 +10,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from meanfield import measures
+from meanfield import limits, measures
 from meanfield.convex import repopulation
 from meanfield.convex.basis import ConstraintBasis, Design
 from meanfield.convex.repopulation import ProgramPoint
@@ -42,7 +42,7 @@ class ConvexProgram:
     @classmethod
     def freeze(cls, problem: Problem, network: ParticleNetwork) -> ConvexProgram:
         """Freeze the features that `network` computes on the problem's inputs."""
-        instance(problem, Problem, "problem").require_feasible(network)
+        instance(problem, "problem", Problem).require_feasible(network)
         network = network.detach()
         with torch.no_grad():
             responses = network.responses(problem.inputs)
@@ -109,7 +109,7 @@ class ConvexProgram:
 
     def point(self, network: ParticleNetwork) -> ProgramPoint:
         """The program variables of the frozen network, or of any network with the same features."""
-        instance(network, ParticleNetwork, "network")
+        instance(network, "network", ParticleNetwork)
         if network.widths != self.widths or network.architecture != self.problem.architecture:
             raise ValueError(
                 f"the network has widths {network.widths}; the program froze the features of widths {self.widths}"
@@ -171,6 +171,7 @@ class ConvexProgram:
         """
         found = [abs(float(p.sum()) - 1) for p in point.masses] + [-float(p.min()) * len(p) for p in point.masses]
         for layer in range(1, self.depth):
+            limits.look()
             p = point.masses[layer]
             scale = float((p[None, :, None, None] * self.preactivations[layer]).abs().max())
             found.append(float(self.residual(point, layer).abs().max()) / max(scale, torch.finfo(p.dtype).tiny))
@@ -244,6 +245,7 @@ class ConvexProgram:
         solve = least_weighted(basis.right, scale)
         kernels, biases = list(point.kernels), list(point.biases)
         for _ in range(RESTORE_SWEEPS):
+            limits.look()
             current = ProgramPoint(point.masses, tuple(kernels), point.readout, tuple(biases))
             error = self.residual(current, layer).movedim(1, 0).flatten(1)  # (M_l, N P)
             step = solve(error @ basis.preimage) * (target > 0)[:, None]

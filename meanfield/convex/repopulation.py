@@ -30,10 +30,10 @@ class ProgramPoint:
     biases: tuple[Tensor | None, ...]
 
     def __post_init__(self) -> None:
-        instance(self.readout, Tensor, "readout")
+        instance(self.readout, "readout", Tensor)
         for name, tensors in (("masses", self.masses), ("kernels", self.kernels), ("biases", self.biases)):
-            for index, tensor in enumerate(instance(tensors, Sequence, name)):
-                instance(tensor, (Tensor, type(None)) if name == "biases" else Tensor, f"{name}[{index}]")
+            for index, tensor in enumerate(instance(tensors, name, Sequence)):
+                instance(tensor, f"{name}[{index}]", (Tensor, type(None)) if name == "biases" else Tensor)
 
     def __repr__(self) -> str:
         return f"ProgramPoint(widths={tuple(len(p) for p in self.masses)}, dtype={self.readout.dtype})"

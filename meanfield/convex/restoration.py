@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from meanfield import limits
 from meanfield.penalties import Penalty, shrinkage_root
 
 RIDGE = {torch.float32: 1e-5, torch.float64: 1e-12}  # of the mean diagonal; repeated use closes what it leaves open
@@ -99,6 +100,7 @@ def into_bounds(rows: Tensor, right: Tensor, solve: Callable[[Tensor], Tensor], 
     for _ in range(STEPS):
         if not len(chosen):
             break
+        limits.look()
         x = result[chosen]
         n = x - bounds.nearest(x)
         d = n - solve(n @ right)

@@ -2,5 +2,6 @@
 
 from meanfield.data.dataset import Dataset, load
 from meanfield.data.readers import stamp
+from meanfield.data.source import DataWarning
 
-__all__ = ["Dataset", "load", "stamp"]
+__all__ = ["DataWarning", "Dataset", "load", "stamp"]

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from meanfield.data.folders import class_folders, image_files
+from meanfield.data.folders import class_folders, has_images
+from meanfield.data.memory import afford
+from meanfield.data.source import Source
 from meanfield.validation import one_of
 
 CIFAR_SHAPE = (3, 32, 32)
@@ -28,11 +29,20 @@ class Layout:
     labels: dict[str, int]  # kind -> number of classes, in the order of the bytes
     pickled_folder: str
     pickled_files: tuple[str, ...]  # all of them there: the Python version
+    names: dict[str, str]  # kind -> file of the names of its classes, a line each
 
 
 CIFAR_10_FILES = (*(f"data_batch_{batch}.bin" for batch in range(1, 6)), "test_batch.bin")
 CIFAR = (
-    Layout("CIFAR-10", "cifar-10-batches-bin", CIFAR_10_FILES, {"fine": 10}, "cifar-10-batches-py", ("data_batch_1",)),
+    Layout(
+        "CIFAR-10",
+        "cifar-10-batches-bin",
+        CIFAR_10_FILES,
+        {"fine": 10},
+        "cifar-10-batches-py",
+        ("data_batch_1",),
+        {"fine": "batches.meta.txt"},
+    ),
     Layout(
         "CIFAR-100",
         "cifar-100-binary",
@@ -40,6 +50,7 @@ CIFAR = (
         {"coarse": 20, "fine": 100},
         "cifar-100-python",
         ("train", "test"),
+        {"coarse": "coarse_label_names.txt", "fine": "fine_label_names.txt"},
     ),
 )
 
@@ -51,7 +62,7 @@ def find_cifar(path: Path) -> tuple[Layout, Path] | None:
     for places in ([(layout, path) for layout in CIFAR], [(layout, path / layout.folder) for layout in CIFAR]):
         found = [(layout, place) for layout, place in places if any((place / file).is_file() for file in layout.files)]
         # a stray file
-        found = [each for each in found if _complete(*each) or not any(map(image_files, class_folders(path)))]
+        found = [each for each in found if _complete(*each) or not any(map(has_images, class_folders(path)))]
         if len(found) > 1:
             where = " and ".join(f"{layout.name} in {place}" for layout, place in found)
             raise ValueError(
@@ -76,18 +87,31 @@ def _refuse_pickled(path: Path) -> None:
                 )
 
 
-def read_cifar(layout: Layout, place: Path, labels: str) -> tuple[str, Tensor, Tensor]:
-    """As `read`, with the images as bytes."""
+def read_cifar(layout: Layout, place: Path, labels: str | None) -> Source:
+    """All files; labels: "coarse" or "fine", None for fine ones."""
     kinds = list(layout.labels)
-    column = kinds.index(one_of("fine" if labels == "auto" else labels, kinds, f"{layout.name}: labels"))
+    kind = one_of("fine" if labels in (None, "auto") else labels, f"{layout.name}: labels", kinds)
     missing = [file for file in layout.files if not (place / file).is_file()]
     if missing:
         raise FileNotFoundError(
             f"{place / missing[0]} is missing; {layout.name} is read from all of {', '.join(layout.files)}"
         )
+    afford(2 * sum((place / file).stat().st_size for file in layout.files), f"{layout.name} in {place}")
     records = np.concatenate([_records(layout, place / file) for file in layout.files])
     pixels = records[:, len(kinds) :].reshape(-1, *CIFAR_SHAPE)
-    return layout.name, torch.from_numpy(pixels), torch.from_numpy(records[:, column].astype(np.int64))
+    marks = torch.from_numpy(records[:, kinds.index(kind)].astype(np.int64))
+    named = _names(place / layout.names[kind], layout.labels[kind])
+    notes = ("divided by 255", "training images first, test images last")
+    return Source(layout.name, torch.from_numpy(pixels), marks, named, notes, ordered=True)
+
+
+def _names(file: Path, count: int) -> dict[int, str]:
+    """None where the file is missing or of another kind."""
+    try:
+        lines = file.read_text().split() if file.is_file() and file.stat().st_size < 10**5 else []
+    except (OSError, UnicodeDecodeError):
+        return {}
+    return dict(enumerate(lines)) if len(lines) == count else {}
 
 
 def _records(layout: Layout, file: Path) -> np.ndarray:

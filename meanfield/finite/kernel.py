@@ -18,14 +18,14 @@ from torch.utils.checkpoint import checkpoint
 
 from meanfield.architecture import ACTIVATIONS, Architecture
 from meanfield.finite.network import SCALINGS, FiniteCNN
-from meanfield.validation import typed
+from meanfield.signatures import checked
 
 BLOCK_ENTRIES = 2**20  # of features and patches at a time: 8 MiB in float64
 PARALLEL = 2.0**-44  # 1 - |cos a|: 2^8 roundings in sums of that many products
 PAIR_ENTRIES = 2**17  # of pairs of patches at a time: 1 MiB, which stays in the cache (three times as fast as 32 MiB)
 
 
-@typed
+@checked
 @torch.inference_mode(False)
 def empirical(network: FiniteCNN, inputs: Tensor) -> Tensor:
     """Theta of a network with K = 1 on inputs (N, C_0, H, W) -> (N, N), symmetric and positive semidefinite.
@@ -41,7 +41,7 @@ def empirical(network: FiniteCNN, inputs: Tensor) -> Tensor:
     return jacobian @ jacobian.T
 
 
-@typed
+@checked
 def infinite(architecture: Architecture, inputs: Tensor) -> Tensor:
     """E Theta at the He start of `FiniteCNN.random(..., scaling="ntk")`, one ReLU layer: (N, C_0, H, W) -> (N, N).
 

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from meanfield import measures, starts, validation
 from meanfield.architecture import ACTIVATIONS, Architecture, Conv
 from meanfield.network import MASS_TOLERANCE, ParticleNetwork, along_axis
+from meanfield.signatures import checked
 from meanfield.starts import normal
-from meanfield.validation import typed
 
 SCALINGS: dict[str, Callable[[int], float]] = {
     "mean_field": lambda channels: 1 / channels,
@@ -43,7 +43,7 @@ class FiniteCNN(nn.Module):
         scaling: str = "mean_field",
     ) -> None:
         super().__init__()
-        validation.one_of(scaling, SCALINGS, "scaling")
+        validation.one_of(scaling, "scaling", SCALINGS)
         masses = [kernel.new_full(kernel.shape[:1], 1 / max(len(kernel), 1)) for kernel in kernels]
         checked = ParticleNetwork(architecture, masses, kernels, readout, biases)
         self.architecture, self.scaling, self.widths = architecture, scaling, checked.widths
@@ -70,7 +70,7 @@ class FiniteCNN(nn.Module):
         keep features and output of order one at every width (the same function for both), biases zero.  "mup": that of
         "standard" with the readout divided by sqrt(m_L), so that the output vanishes like 1/sqrt(m_L).
         """
-        validation.one_of(scaling, SCALINGS, "scaling")
+        validation.one_of(scaling, "scaling", SCALINGS)
         widths = validation.widths(widths, architecture.depth)
         architecture.check_inputs(inputs)
         if scaling == "mean_field":
@@ -99,8 +99,8 @@ class FiniteCNN(nn.Module):
     @classmethod
     def from_particles(cls, network: ParticleNetwork, scaling: str = "mean_field") -> FiniteCNN:
         """The finite network that computes the same function; the masses must be uniform."""
-        validation.one_of(scaling, SCALINGS, "scaling")
-        validation.instance(network, ParticleNetwork, "network")
+        validation.one_of(scaling, "scaling", SCALINGS)
+        validation.instance(network, "network", ParticleNetwork)
         for layer, masses in enumerate(network.masses):
             spread = float((masses * len(masses) - 1).abs().max())
             if spread > MASS_TOLERANCE[network.dtype]:
@@ -146,7 +146,7 @@ class FiniteCNN(nn.Module):
         return f"widths={self.widths}, scaling={self.scaling!r}"
 
 
-@typed
+@checked
 def sample(network: ParticleNetwork, widths: Sequence[int], generator: torch.Generator) -> FiniteCNN:
     """Channels drawn i.i.d. from the masses, with replacement; kernels of the drawn pairs; mean-field scaling.
 
@@ -165,7 +165,7 @@ def _draw(masses: Tensor, count: int, generator: torch.Generator) -> Tensor:
     return torch.multinomial(weights, count, replacement=True, generator=generator).to(masses.device)
 
 
-@typed
+@checked
 def sequential(network: ParticleNetwork | FiniteCNN) -> nn.Sequential:
     """The same function as an nn.Sequential of conv1, relu1 (or what it is), pool1, conv2, ..., flatten, readout.
 

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from meanfield import validation
-from meanfield.validation import Misuse, typed
+from meanfield.signatures import checked
+from meanfield.validation import Misuse
 
 PENALTIES = ("none", "l12", "l2")
 L12_STRENGTHS = (0.5, 1.0, 2.0, 4.0, 8.0, 10.0)  # those of the grafting experiment of Gu et al. 2020
@@ -21,7 +22,7 @@ AUTHORS_RATE = 0.01
 AUTHORS_STRONG_RATES = (0.002, 0.001)  # at the last two strengths of either penalty
 
 
-@typed
+@checked
 def l12(weight: Tensor) -> Tensor:
     """The l_{1,2} regulariser of Gu et al. 2020, 0-dimensional, of a weight (c_out, c_in, ...) in torch's layout.
 
@@ -37,13 +38,13 @@ def l12(weight: Tensor) -> Tensor:
     return per_source.square().sum()  # sqrt(c_in)^2 cancels the 1 / c_in of the outer mean
 
 
-@typed
+@checked
 def regulariser(network: nn.Module, kind: str) -> Tensor:
     """Sum of a penalty over the weights of the network, the parameters of at least two dimensions; 0-dimensional.
 
     kind: "l12" (see `l12`), "l2" (half the sum of squares, so that its strength is a weight decay) or "none" (zero).
     """
-    validation.one_of(kind, PENALTIES, "kind")
+    validation.one_of(kind, "kind", PENALTIES)
     weights = [parameter for parameter in network.parameters() if parameter.ndim > 1]
     if kind == "none" or not weights:
         like = next(network.parameters(), torch.zeros(()))
@@ -90,7 +91,7 @@ class Recipe:
         if validation.nonnegative(self.momentum, "momentum") >= 1:
             raise Misuse("momentum", self.momentum, "must be at least 0 and less than 1")
         object.__setattr__(self, "momentum", float(self.momentum))
-        if validation.one_of(self.penalty, PENALTIES, "penalty") == "none" and self.strength:
+        if validation.one_of(self.penalty, "penalty", PENALTIES) == "none" and self.strength:
             raise Misuse("strength", self.strength, "needs a penalty: 'l12' or 'l2', not 'none'")
         if not isinstance(self.augment, bool):
             raise Misuse("augment", self.augment, "must be True or False")

@@ -12,18 +12,19 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
 
-from meanfield import validation
+from meanfield import limits, validation
 from meanfield.finite.checkpoints import StateFile, digest, ended
 from meanfield.finite.network import SCALINGS, FiniteCNN
 from meanfield.network import ParticleNetwork
 from meanfield.problem import Problem, project_bounds
+from meanfield.signatures import Count, Nonnegative, Positive, Seed, checked
 from meanfield.starts import normal
-from meanfield.validation import Misuse, typed
+from meanfield.validation import Misuse, choice, path
 
 OPTIMISERS: dict[str, Callable[..., torch.optim.Optimizer]] = {"adam": torch.optim.Adam, "sgd": torch.optim.SGD}
 LEARNING_RATES = {
@@ -48,6 +49,7 @@ BLOW_UP = 1e6  # a run whose J exceeds this many times its start (and 1) is take
 STATUS_TEXTS = {
     "completed": "all steps were taken",
     "interrupted": "stopped by the user; the best network so far is kept",
+    "max_seconds": "stopped at the time limit; the best network so far is kept",
     "diverged": "the objective left all bounds; the best network so far is kept, lower the learning rate",
 }
 
@@ -72,26 +74,26 @@ class Training:
     checkpoints: tuple[tuple[float, FiniteCNN], ...] = field(default=(), repr=False)
 
 
-@typed
+@checked
 @torch.inference_mode(False)
 def train(
     problem: Problem,
     widths: Sequence[int],
-    seed: int = 0,
+    seed: Seed = 0,
     *,
-    scaling: str = "mean_field",
-    optimiser: str = "adam",
-    learning_rate: float | None = None,
-    steps: int = 2000,
-    batch_size: int | None = None,
+    scaling: Annotated[str, choice(SCALINGS)] = "mean_field",
+    optimiser: Annotated[str, choice(OPTIMISERS)] = "adam",
+    learning_rate: Positive | None = None,
+    steps: Count = 2000,
+    batch_size: Count | None = None,
     shuffle: bool = True,
-    schedule: str = "cosine",
-    noise: float = 0.0,
+    schedule: Annotated[str, choice(SCHEDULES)] = "cosine",
+    noise: Nonnegative = 0.0,
     start: str | ParticleNetwork | FiniteCNN = "random",
     checkpoints: Sequence[float] = (),
-    state: str | Path | None = None,
-    state_every: int = 1000,
-    record_every: int | None = None,
+    state: Annotated[str | Path, path] | None = None,
+    state_every: Count = 1000,
+    record_every: Count | None = None,
     callback: Callable[[dict[str, Any]], None] | None = None,
 ) -> Training:
     """Train a finite CNN of the given widths on problem's J, its penalties taken at uniform masses.
@@ -122,17 +124,16 @@ def train(
 
     The bounds of the penalty hold at every step: parameters are projected on them, in the metric of SGD in the scaling
     at hand, so that SGD rests where no direction within the bounds lowers J.  Adam, whose steps have a metric of their
-    own for every entry, keeps the bounds and may rest elsewhere on them.  A start that breaks a bound is
-    projected if it is random and refused (ValueError) if it was given.  Divergence and an interrupt from the keyboard
-    end the run with a status.  dtype and device are those of the problem's inputs.
+    own for every entry, keeps the bounds and may rest elsewhere on them.  A start that breaks a bound is projected if
+    it is random and refused (ValueError) if it was given.  Divergence, an interrupt from the keyboard and a limit
+    (`limits.within`) end the run with a status.  dtype and device are those of the inputs.
     """
     settings = _Settings(optimiser, scaling, learning_rate, steps, schedule, noise, checkpoints, record_every)
-    generator = torch.Generator().manual_seed(validation.integer(seed, "seed", minimum=0))
+    generator = torch.Generator().manual_seed(seed)
     batches = _Batches(len(problem.inputs), batch_size, shuffle, generator)
     run = _Run(problem, _start(problem, widths, generator, scaling, start), settings, batches, callback)
-    every = validation.integer(state_every, "state_every")
     choices = {
-        "seed": int(seed),
+        "seed": seed,
         "widths": run.network.widths,
         "batch_size": batches.size,
         "shuffle": shuffle,
@@ -140,7 +141,7 @@ def train(
     }
     file = None if state is None else StateFile(state, {**_data(problem), **settings.described, **choices})
     run.restore(None if file is None else file.load())
-    return run.result(ended(file, lambda: _descend(run, file, every)))
+    return run.result(ended(file, lambda: _descend(run, file, state_every)))
 
 
 def log_spaced_times(first: float, last: float, count: int) -> tuple[float, ...]:
@@ -169,16 +170,9 @@ class _Settings:
         checkpoints: Sequence[float] = (),
         record_every: int | None = None,
     ) -> None:
-        self.optimiser = OPTIMISERS[validation.one_of(optimiser, OPTIMISERS, "optimiser")]
-        validation.one_of(scaling, SCALINGS, "scaling")
-        self.peak = (
-            LEARNING_RATES[optimiser, scaling]
-            if learning_rate is None
-            else validation.positive(learning_rate, "learning_rate")
-        )
-        self.steps = validation.integer(steps, "steps")
-        self.shape = SCHEDULES[validation.one_of(schedule, SCHEDULES, "schedule")]
-        self.noise = validation.nonnegative(noise, "noise")
+        self.optimiser, self.shape = OPTIMISERS[optimiser], SCHEDULES[schedule]
+        self.peak = LEARNING_RATES[optimiser, scaling] if learning_rate is None else learning_rate
+        self.steps, self.noise = steps, noise
         if self.noise and (optimiser, scaling) != ("sgd", "mean_field"):
             raise Misuse(
                 "noise",
@@ -195,9 +189,7 @@ class _Settings:
             "steps": self.steps,
             "schedule": schedule,
         }
-        self.record_every = (
-            max(1, self.steps // RECORDS) if record_every is None else validation.integer(record_every, "record_every")
-        )
+        self.record_every = max(1, self.steps // RECORDS) if record_every is None else record_every
         self.described |= {"noise": self.noise, "checkpoints": times, "record_every": self.record_every}
 
     def rate(self, step: int) -> float:
@@ -357,6 +349,7 @@ def _descend(run: _Run, file: StateFile | None, state_every: int) -> str:
         run.keep()
     ceiling = BLOW_UP * max(1.0, run.history[0]["value"])
     while run.steps < settings.steps:
+        limits.look()
         _step(run)
         run.keep()
         # J is watched only where it is recorded: reading it at every step would wait for the device
@@ -473,7 +466,7 @@ def _start(
 ) -> FiniteCNN:
     widths = validation.widths(widths, problem.architecture.depth)
     if isinstance(start, str):
-        validation.one_of(start, ("random",), "start")
+        validation.one_of(start, "start", ("random",))
         network = FiniteCNN.random(problem.architecture, widths, problem.inputs, generator, scaling)
         _project(network, problem)
         return network
@@ -492,11 +485,9 @@ class _Batches:
     """
 
     def __init__(self, count: int, batch_size: int | None, shuffle: bool, generator: torch.Generator) -> None:
-        if not isinstance(shuffle, bool):
-            raise Misuse("shuffle", shuffle, "must be True or False")
-        if batch_size is not None and validation.integer(batch_size, "batch_size") > count:
+        if batch_size is not None and batch_size > count:
             raise Misuse("batch_size", batch_size, f"is more than the {count} images; use None for all of them")
-        self.size = None if batch_size is None else int(batch_size)
+        self.size = batch_size
         self.shuffle, self.generator = shuffle, generator
         self.order, self.position = torch.arange(count), count  # as if an epoch had just ended
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils import skip_init
 
 from meanfield import validation
+from meanfield.signatures import checked
 from meanfield.starts import normal
 from meanfield.validation import Misuse
 
@@ -25,6 +26,7 @@ HE_GAIN = 2.0  # He et al. 2015, eq. (10): before a ReLU, variance 2 / fan-in
 FAN_INS = ("inside", "kernel")
 
 
+@checked
 def vgg(
     depth: int,
     input_shape: Sequence[int],
@@ -61,7 +63,7 @@ def vgg(
         raise Misuse("depth", depth, f"must be one of {', '.join(map(str, VGG_STAGES))}")
     shape, classes = _image_shape(input_shape), validation.integer(classes, "classes", minimum=2)
     widths = _all_integers(hidden, "hidden")
-    rate, inside = _probability(dropout), validation.one_of(fan_in, FAN_INS, "fan_in") == "inside"
+    rate, inside = _probability(dropout), validation.one_of(fan_in, "fan_in", FAN_INS) == "inside"
     layers, flat = _convolutions(VGG_STAGES[depth], shape, validation.integer(width, "width"), inside, generator, dtype)
     layers["flatten"] = nn.Flatten()
     before = sum(VGG_STAGES[depth])
@@ -141,6 +143,7 @@ class ResidualBlock(nn.Module):
         return torch.relu(self.norm2(self.conv2(inner)) + self.shortcut(signal))
 
 
+@checked
 def residual(
     input_shape: Sequence[int],
     classes: int,

@@ -91,7 +91,7 @@ def graft(
     Raises ValueError where the networks do not fit together, `layer` is no cut, or what a network makes of an image
     depends on chance, on earlier passes or on the other images of its batch.
     """
-    distances = validation.one_of(method, METHODS, "method") in ("transport", "match")
+    distances = validation.one_of(method, "method", METHODS) in ("transport", "match")
     junction = Junction.observe(
         lower, upper, layer, inputs, lower_layer=lower_layer, distances=distances, progress=progress
     )
@@ -213,7 +213,7 @@ class Junction:
         self, method: str = "least_squares", ridge: float = 0.0, *, steps: int = ADAM_STEPS, seed: int = 0
     ) -> Graft:
         """See the function `graft`; seconds count from the making of the junction."""
-        validation.one_of(method, METHODS, "method")
+        validation.one_of(method, "method", METHODS)
         if validation.nonnegative(ridge, "ridge") and method != "least_squares":
             raise Misuse("ridge", ridge, f"is of least squares; method={method!r} has none")
         self._require_inputs()

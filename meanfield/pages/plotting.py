@@ -120,6 +120,11 @@ def kernels(images: np.ndarray, masses: Sequence[float], most: int = 12) -> Figu
     return figure
 
 
+def plain(text: str) -> str:
+    """Names that users gave are no formulas."""
+    return text.replace("$", r"\$")
+
+
 def image_strip(images: np.ndarray, captions: Sequence[str], right: Sequence[bool]) -> Figure:
     """Images (n, h, w) with a caption each; wrong ones are framed."""
     columns = min(6, len(images))
@@ -135,11 +140,11 @@ def image_strip(images: np.ndarray, captions: Sequence[str], right: Sequence[boo
         axes.set_yticks([])
         for side in axes.spines.values():
             side.set(color=GREY if fine else RED, linewidth=0.8 if fine else 4)
-        axes.set_title(caption, fontsize=SMALL + 0.5)
+        axes.set_title(plain(caption), fontsize=SMALL + 0.5)
     return figure
 
 
-def predictions(groups: Mapping[str, Sequence[tuple[int, float]]], classes: Sequence[int], label: str) -> Figure:
+def predictions(groups: Mapping[str, Sequence[tuple[int, float]]], classes: Sequence[str], label: str) -> Figure:
     """Output (or margin) of every image by class; groups: name -> (index of the class, output)."""
     figure, axes = _single()
     looks = [("o", BLUE, 60, 1.0), ("x", ORANGE, 28, 0.7)]
@@ -157,8 +162,8 @@ def predictions(groups: Mapping[str, Sequence[tuple[int, float]]], classes: Sequ
             label=f"{name} ({len(pairs)} images)",
         )
     axes.axhline(0, color=GREY, lw=1)
-    figure = _finish(figure, axes, "true class", label)
-    axes.set_xticks(range(len(classes)), [str(c) for c in classes])
+    figure = _finish(figure, axes, "true class", plain(label))
+    axes.set_xticks(range(len(classes)), list(map(plain, classes)))
     axes.set_xlim(-0.6, len(classes) - 0.4)
     return figure
 

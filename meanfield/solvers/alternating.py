@@ -15,37 +15,37 @@ from typing import Any
 
 import torch
 
-from meanfield import certificates, measures, validation
+from meanfield import certificates, limits, measures, validation
 from meanfield.certificates import UnseenFeatures
 from meanfield.convex.program import ConvexProgram
 from meanfield.network import ParticleNetwork
 from meanfield.problem import Problem
+from meanfield.signatures import Count, Natural, Positive, Seconds, Seed, checked
 from meanfield.solvers import flow, splitting
-from meanfield.solvers.solution import Solution, message
-from meanfield.validation import typed
+from meanfield.solvers.solution import ENDED_EARLY, Solution, message
 
 RATE, RATE_DECAY, RATE_CUT, LEAST_RATE = 0.1, 0.7, 0.25, 1e-3
 CLONE_NOISE = 0.3
+NO_GROWTH = {"search_bound": -math.inf, "search_starts": 0, "proven_bound": None, "added": 0, "kept": []}
 STARTS, CONFIRMING_STARTS = 64, 256  # of a search for new features
-STATUSES_ENDING_A_RUN = ("interrupted", "max_seconds")
 
 
-@typed
+@checked
 @torch.inference_mode(False)
 def solve(
     problem: Problem,
     network: ParticleNetwork,
     *,
-    rounds: int = 8,
-    tolerance: float = 1e-4,
-    flow_steps: int = 2000,
-    later_steps: int | None = None,
-    program_tolerance: float | None = None,
-    program_iterations: int = 4000,
+    rounds: Count = 8,
+    tolerance: Positive = 1e-4,
+    flow_steps: Count = 2000,
+    later_steps: Count | None = None,
+    program_tolerance: Positive | None = None,
+    program_iterations: Count = 4000,
     clones: Sequence[int] | None = None,
-    grow: int = 0,
-    seed: int = 0,
-    max_seconds: float = math.inf,
+    grow: Natural = 0,
+    seed: Seed = 0,
+    max_seconds: Seconds = math.inf,
     callback: Callable[[dict[str, Any]], None] | None = None,
 ) -> Solution:
     """Alternate flow and convex program from `network` until a flow ends within `tolerance` (relative to J) of optimal.
@@ -70,10 +70,9 @@ def solve(
     callback receives every row of the inner histories, marked with "round" and "phase" ("flow", "program"), and each
     round's own row (phase "round").
     """
-    rounds = validation.integer(rounds, "rounds")
-    validation.positive(tolerance, "tolerance")
     later = later_steps if later_steps is not None else max(1, flow_steps // 2)
-    grow = validation.integer(grow, "grow", 0)
+    if clones is not None:
+        clones = validation.widths(clones, problem.architecture.depth, "clones", minimum=0)
     run = _Run(
         problem,
         network,
@@ -84,30 +83,10 @@ def solve(
         grow,
         seed,
         callback,
-        max_seconds,
     )
     flow.warn_unattained(problem)
-    status, rate = "max_rounds", RATE
-    for index in range(rounds):
-        try:
-            ended = run.round(index, flow_steps if index == 0 else later, rate)
-        except KeyboardInterrupt:  # outside the inner solvers, which catch their own
-            if run.best is None:
-                raise
-            ended = "interrupted"
-        if ended in STATUSES_ENDING_A_RUN:
-            status = ended
-            break
-        row = run.history[-1]
-        if grow and not run.refuted(row) and row["value"] - row["search_bound"] <= tolerance * abs(row["value"]):
-            status = "search_converged"
-            break
-        moved = row["flow_drop"] > 0
-        if not grow and row["flow_gap"] <= tolerance * abs(row["flow_value"]) and (moved or rate <= LEAST_RATE):
-            status = "alternation_converged"
-            break
-        rate *= RATE_DECAY if moved else RATE_CUT
-    return run.solution(status)
+    with limits.within(max_seconds):
+        return run.solution(run.alternate(rounds, flow_steps, later))
 
 
 @dataclass
@@ -121,11 +100,32 @@ class _Run:
     grow: int
     seed: int
     callback: Callable[[dict[str, Any]], None] | None
-    max_seconds: float
     history: list[dict[str, Any]] = field(default_factory=list)
     best: Solution | None = None
     found: UnseenFeatures | None = None
     began: float = field(default_factory=time.perf_counter)
+
+    def alternate(self, rounds: int, first: int, later: int) -> str:
+        """Round after round, the first with a flow of `first` steps; returns the status."""
+        rate = RATE
+        for index in range(rounds):
+            try:
+                ended = self.round(index, later if index else first, rate)
+            except limits.STOPS as stop:  # outside the inner solvers, which catch their own
+                if self.best is None:
+                    raise
+                ended = limits.status(stop)
+            if ended in ENDED_EARLY:
+                return ended
+            row = self.history[-1]
+            if self._search_converged(row):
+                return "search_converged"
+            moved = row["flow_drop"] > 0
+            small = row["flow_gap"] <= self.tolerance * abs(row["flow_value"])
+            if not self.grow and small and (moved or rate <= LEAST_RATE):
+                return "alternation_converged"
+            rate *= RATE_DECAY if moved else RATE_CUT
+        return "max_rounds"
 
     def round(self, index: int, steps: int, rate: float) -> str:
         """One flow and one convex program; returns the status that ended it early, or "done"."""
@@ -136,29 +136,27 @@ class _Run:
             self.network,
             steps=steps,
             step_size=rate,
-            max_seconds=self._left(),
             callback=self._relay(index, "flow"),
         )
         if self.best is None or flowed.value < self.best.value:
             self.network, self.best = flowed.network, flowed
-        if flowed.status in STATUSES_ENDING_A_RUN:
+        if flowed.status in ENDED_EARLY:
             return flowed.status
         program = self._program(index)
         solved = splitting.solve(
             program,
             self.program_tolerance,
             max_iterations=self.program_iterations,
-            max_seconds=self._left(),
             callback=self._relay(index, "program"),
         )
-        self._close(
-            index,
-            program,
-            flowed,
-            solved,
-            {"rate": rate, "flow_drop": before - flowed.value, **self._growth(program, solved)},
-        )
-        return solved.status if solved.status in STATUSES_ENDING_A_RUN else "done"
+        ended, growth = solved.status, NO_GROWTH if self.grow else {}
+        if self.grow and ended not in ENDED_EARLY:
+            try:
+                growth = self._growth(program, solved)
+            except limits.STOPS as stop:  # the program's answer is kept
+                ended = limits.status(stop)
+        self._close(index, program, flowed, solved, {"rate": rate, "flow_drop": before - flowed.value, **growth})
+        return ended
 
     def _close(
         self, index: int, program: ConvexProgram, flowed: Solution, solved: Solution, figures: dict[str, float]
@@ -220,8 +218,6 @@ class _Run:
 
     def _growth(self, program: ConvexProgram, solved: Solution) -> dict[str, Any]:
         """Search for the next features with this program's multipliers; what became of the last ones."""
-        if not self.grow:
-            return {}
         assert solved.multipliers is not None
         added = 0 if self.found is None or self.found.features is None else self.found.features.widths[-1]
         alive = torch.nonzero(solved.point.masses[-1] > 0).flatten()  # the particles of solved.network, in order
@@ -244,15 +240,17 @@ class _Run:
         }
         return {**figures, "added": added, "kept": kept}
 
+    def _search_converged(self, row: dict[str, Any]) -> bool:
+        if not self.grow or self.refuted(row):
+            return False
+        return row["value"] - row["search_bound"] <= self.tolerance * abs(row["value"])
+
     def refuted(self, row: dict[str, Any]) -> bool:
         """Whether the best network is below the bound of this row's search by more than rounding of J."""
         assert self.best is not None
         terms = len(self.problem.inputs) + sum(self.network.widths)
         rounding = terms * torch.finfo(self.problem.inputs.dtype).eps * abs(self.best.value)
         return row["search_bound"] > self.best.value + rounding
-
-    def _left(self) -> float:
-        return self.max_seconds - (time.perf_counter() - self.began)
 
     def _relay(self, index: int, phase: str) -> Callable[[dict[str, Any]], None] | None:
         callback = self.callback
@@ -270,7 +268,8 @@ class _Run:
         best = self.best
         assert best is not None
         bounds = [row["proven_bound"] for row in self.history if row.get("proven_bound") is not None]
-        detail = f"{len(self.history)} rounds, value {best.value:.8g}, gap {best.gap:.2g} on this support"
+        detail = f"{len(self.history)} rounds, value {best.value:.8g}"
+        detail += f", gap {best.gap:.2g} on this support" if best.certificate is not None else ""
         if self.history:
             detail += f", last flow within {self.history[-1]['flow_gap']:.2g} of its program's dual value"
         if self.found is not None:
@@ -287,7 +286,7 @@ class _Run:
             value=best.value,
             gap=best.gap,
             status=status,
-            message=message(status, detail),
+            message=message(status, detail, certified=best.certificate is not None),
             network=best.network,
             point=best.point,
             lower_bound=max(bounds, default=None),

@@ -32,8 +32,8 @@ from meanfield.convex.patterns import Arrangement
 from meanfield.convex.program import ConvexProgram
 from meanfield.network import ParticleNetwork
 from meanfield.problem import Problem
+from meanfield.signatures import checked
 from meanfield.solvers.solution import Solution, message
-from meanfield.validation import typed
 
 # a tenth of TARGET_GAP, which the bound has to meet; an absolute gap would end a run of small J sooner
 SETTINGS: dict[str, Any] = {"tol_gap_abs": 1e-12, "tol_gap_rel": 1e-10, "tol_feas": 1e-10}
@@ -48,7 +48,7 @@ DROPPED_SHARES = (0.0, 1e-9, 1e-8, 1e-7, 1e-6, 1e-5)
 MERGED_ANGLE = 1e-4  # between atoms of one sign that may be one
 
 
-@typed
+@checked
 @torch.inference_mode(False)
 def solve(problem: Problem) -> Solution:
     """The optimum over all measures: its network, and `lower_bound`, valid over all measures, which `value` should

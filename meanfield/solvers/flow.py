@@ -19,18 +19,21 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Annotated, Any, Protocol
 
 import torch
 from torch import Tensor
 
-from meanfield import certificates, validation
+from meanfield import certificates, limits
+from meanfield.certificates import Certificate, Multipliers
+from meanfield.convex import repopulation
 from meanfield.convex.program import ConvexProgram
 from meanfield.network import ParticleNetwork, along_axis
 from meanfield.penalties import inflow_projection, input_norms, kernel_projection, shrinkage_root
 from meanfield.problem import Problem, Terms, project_bounds
-from meanfield.solvers.solution import Solution, message
-from meanfield.validation import typed
+from meanfield.signatures import Count, Nonnegative, Positive, Seconds, Seed, checked
+from meanfield.solvers.solution import ENDED_EARLY, Solution, message
+from meanfield.validation import choice
 
 DESCENTS = ("preconditioned", "gradient")
 DISSIPATION_ERROR = 0.1  # relative error of dJ = -step speed^2 at which an Euler step is accepted
@@ -251,22 +254,22 @@ class PreconditionedDescent:
         return math.isfinite(change)
 
 
-@typed
+@checked
 @torch.inference_mode(False)
 def solve(
     problem: Problem,
     network: ParticleNetwork,
     *,
-    descent: str = "preconditioned",
+    descent: Annotated[str, choice(DESCENTS)] = "preconditioned",
     masses: bool = True,
-    steps: int = 2000,
-    step_size: float | None = None,
+    steps: Count = 2000,
+    step_size: Positive | None = None,
     adaptive: bool = True,
-    tolerance: float = 1e-10,
-    batch_size: int | None = None,
-    seed: int = 0,
-    max_seconds: float = math.inf,
-    record_every: int | None = None,
+    tolerance: Nonnegative = 1e-10,
+    batch_size: Count | None = None,
+    seed: Seed = 0,
+    max_seconds: Seconds = math.inf,
+    record_every: Count | None = None,
     callback: Callable[[dict[str, Any]], None] | None = None,
 ) -> Solution:
     """Follow the particle gradient flow from `network`.
@@ -282,8 +285,6 @@ def solve(
     descent), value, loss, source, readout, input, speed, dissipated (integral of speed^2), identity_error (of the last
     step, relative).  The gap is that of the frozen program at the answer, with the flow's own multipliers.
     """
-    validation.one_of(descent, DESCENTS, "descent")
-    steps = validation.integer(steps, "steps")
     problem.require_feasible(network)
     for layer, p in enumerate(network.masses):
         if bool((p <= 0).any()):
@@ -291,7 +292,7 @@ def solve(
                 f"masses[{layer}] has particles without mass, which cannot flow; drop them (measures.drop_massless)"
             )
     warn_unattained(problem)
-    rate = validation.positive(step_size, "step_size") if step_size is not None else 0.1
+    rate = 0.1 if step_size is None else step_size
     adaptive = adaptive and batch_size is None
     method = (
         GradientDescent(problem, rate, adaptive)
@@ -301,8 +302,9 @@ def solve(
     trail = _Trail(problem, callback)
     every = record_every or max(1, steps // 100)
     batches = _batches(problem, batch_size, seed)
-    status = _follow(problem, network.detach(), method, trail, batches, masses, steps, every, tolerance, max_seconds)
-    return trail.solution(status)
+    with limits.within(max_seconds):
+        status = _follow(problem, network.detach(), method, trail, batches, masses, steps, every, tolerance)
+        return trail.solution(status)
 
 
 def warn_unattained(problem: Problem) -> None:
@@ -323,7 +325,7 @@ def _batches(problem: Problem, size: int | None, seed: int) -> Iterator[Problem]
     if size is None:
         while True:
             yield problem
-    size = min(validation.integer(size, "batch_size"), count)
+    size = min(size, count)
     generator = torch.Generator().manual_seed(seed)
     while True:
         order = torch.randperm(count, generator=generator).to(problem.inputs.device)
@@ -341,7 +343,6 @@ def _follow(
     steps: int,
     every: int,
     tolerance: float,
-    max_seconds: float,
 ) -> str:
     """The loop; every step costs one forward and one backward pass.  Returns the status."""
     batch = next(batches)
@@ -349,11 +350,12 @@ def _follow(
     terms, flow = velocity(batch, network, masses)
     try:
         for step in range(steps + 1):
-            if step % every == 0 or step == steps:
+            late = limits.passed()
+            if step % every == 0 or step == steps or late:
                 terms, flow = (terms, flow) if whole else velocity(problem, network, masses)
                 if trail.record(step, network, terms, metric_speed(problem, network, flow), method) ** 2 <= tolerance:
                     return "converged"
-                if trail.seconds() > max_seconds:
+                if late:
                     return "max_seconds"
                 if not whole:
                     terms, flow = velocity(batch, network, masses)
@@ -366,8 +368,10 @@ def _follow(
                 network, terms, flow = moved, new_terms, new_flow
             elif not isinstance(method, GradientDescent) or method.step < torch.finfo(network.dtype).eps:
                 return "stalled"
-    except KeyboardInterrupt:
-        return "interrupted"
+    except limits.STOPS as stop:
+        if trail.network is None:
+            raise
+        return limits.status(stop)
     return "max_iterations"
 
 
@@ -398,21 +402,32 @@ class _Trail:
         return speed
 
     def solution(self, status: str) -> Solution:
+        """The best network, certified where the time or, for a run that was stopped, a moment more allows."""
         assert self.network is not None
-        program = ConvexProgram.freeze(self.problem, self.network)
-        point = program.point(self.network)
-        multipliers = certificates.stationary_multipliers(program.to(dtype=torch.float64), point.map(Tensor.double))
-        certificate = certificates.certify(program, point, multipliers)
-        speed = self.history[-1]["speed"]
+        certificate = multipliers = None
+        try:
+            with limits.grace():
+                certificate, multipliers = self._certified(self.network)
+        except limits.STOPS as stop:
+            ended = limits.status(stop)
+            status = ended if status not in ENDED_EARLY else status
         return Solution(
-            value=certificate.value,
-            gap=certificate.gap,
+            value=self.best if certificate is None else certificate.value,
+            gap=math.inf if certificate is None else certificate.gap,
             status=status,
-            message=message(status, f"metric speed {speed:.2g}"),
+            message=message(status, f"metric speed {self.history[-1]['speed']:.2g}", certified=certificate is not None),
             network=self.network,
-            point=point,
+            point=repopulation.to_program(self.network.detach()),
             history=self.history,
             certificate=certificate,
             multipliers=multipliers,
             seconds=self.seconds(),
         )
+
+    def _certified(self, network: ParticleNetwork) -> tuple[Certificate, Multipliers]:
+        program = ConvexProgram.freeze(self.problem, network)
+        limits.look()
+        point = program.point(network)
+        multipliers = certificates.stationary_multipliers(program.to(dtype=torch.float64), point.map(Tensor.double))
+        limits.look()
+        return certificates.certify(program, point, multipliers), multipliers

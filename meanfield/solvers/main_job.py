@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 
 from meanfield import starts
 from meanfield.problem import Problem
+from meanfield.signatures import Seed, checked
 from meanfield.solvers import alternating
 from meanfield.solvers.solution import Solution
-from meanfield.validation import typed
+from meanfield.validation import choice
 
 
-@typed
+@checked
 def solve(
-    problem: Problem, widths: Sequence[int] = (64, 32), seed: int = 0, *, start: str = "low_rank", **options: Any
+    problem: Problem,
+    widths: Sequence[int] = (64, 32),
+    seed: Seed = 0,
+    *,
+    start: Annotated[str, choice(starts.STARTS)] = "low_rank",
+    **options: Any,
 ) -> Solution:
     """Train a continuous CNN with widths[l] particles in layer l; see `solvers.alternating.solve` for the options.
 

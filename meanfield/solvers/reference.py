@@ -6,19 +6,20 @@ import time
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Annotated, Any
 
 import cvxpy as cp
 import numpy as np
 import torch
 from torch import Tensor
 
-from meanfield import certificates, validation
+from meanfield import certificates
 from meanfield.certificates import Multipliers
 from meanfield.convex.program import ConvexProgram
 from meanfield.convex.repopulation import ProgramPoint
+from meanfield.signatures import Positive, checked
 from meanfield.solvers.solution import Solution, message, proven
-from meanfield.validation import typed
+from meanfield.validation import choice
 
 SOLVERS: dict[str, dict[str, Any]] = {
     "CLARABEL": {"tol_gap_abs": 1e-9, "tol_gap_rel": 1e-9, "tol_feas": 1e-9},
@@ -30,9 +31,15 @@ UNITS = (0.5, 1.0, 0.0)  # shares of the penalties in the units, in the order in
 MASS_FLOOR = 1e-7  # interior-point solvers leave a little mass on every particle; below this share of 1/M it is dropped
 
 
-@typed
+@checked
 @torch.inference_mode(False)
-def solve(program: ConvexProgram, solver: str = "CLARABEL", *, tolerance: float = 1e-6, **options: Any) -> Solution:
+def solve(
+    program: ConvexProgram,
+    solver: Annotated[str, choice(SOLVERS)] = "CLARABEL",
+    *,
+    tolerance: Positive = 1e-6,
+    **options: Any,
+) -> Solution:
     """Solve the convex program with cvxpy; options go to the cvxpy solver (defaults in SOLVERS).
 
     It is solved up to three times, in other units of its variables (`_Units`), until the certificate is within
@@ -42,8 +49,6 @@ def solve(program: ConvexProgram, solver: str = "CLARABEL", *, tolerance: float 
     The gap comes from `certificates` with the solver's own multipliers; the status is "optimal" where the relative gap
     is within `tolerance`, whatever the solver says of itself.
     """
-    validation.one_of(solver, SOLVERS, "solver")
-    validation.positive(tolerance, "tolerance")
     began = time.perf_counter()
     exact, settings = program.to(dtype=torch.float64, device="cpu"), {**SOLVERS[solver], **options}
     found, status = None, ""

@@ -21,16 +21,21 @@ STATUS_TEXTS = {
     "max_seconds": "stopped at the time limit before the tolerance was met; raise max_seconds",
     "stalled": "no step lowers the value any more, before the tolerance was met; try another descent or float64",
     "interrupted": "stopped by the user; the best network so far is kept",
+    "out_of_memory": "memory ran out; the best network so far is kept; take fewer images, smaller ones or fewer "
+    "particles",
     "inaccurate": "the solver stopped short of its tolerance; the reported gap tells how far",
     "failed": "the solver returned no point",
 }
+
+ENDED_EARLY = ("interrupted", "max_seconds", "out_of_memory")
 
 
 @dataclass(frozen=True, eq=False)
 class Solution:
     """A solver's answer, certified outside the solver in float64.
 
-    value: the objective at the answer.  gap: value minus the dual value of the convex program on this support.
+    value: the objective at the answer.  gap: value minus the dual value of the convex program on this support;
+    infinite, with no certificate and no multipliers, where a run was stopped and left no time to prove anything.
     lower_bound: valid for the problem over ALL measures; None until one is proven.  status: a key of STATUS_TEXTS.
     history: one dict of figures per recorded iteration.  network, point: the answer in both forms.
     """
@@ -60,7 +65,7 @@ def proven(certificate: Certificate, tolerance: float) -> bool:
     return abs(certificate.relative_gap) <= tolerance
 
 
-def message(status: str, detail: str = "") -> str:
-    """The text of a status, with a detail in front."""
-    text = STATUS_TEXTS[status]
+def message(status: str, detail: str = "", *, certified: bool = True) -> str:
+    """The text of a status, with a detail in front; without a certificate it says so."""
+    text = STATUS_TEXTS[status] + ("" if certified else "; there was no time or memory left to certify it")
     return f"{detail}: {text}" if detail else text

@@ -27,14 +27,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from meanfield import certificates, validation
+from meanfield import certificates, limits
 from meanfield.certificates import Certificate, Multipliers
 from meanfield.convex.program import ConvexProgram
 from meanfield.convex.repopulation import ProgramPoint
 from meanfield.penalties import Penalty, cone_projection, row_prox
+from meanfield.signatures import Count, Positive, Seconds, checked
 from meanfield.solvers.acceleration import Anderson
 from meanfield.solvers.solution import Solution, message, proven
-from meanfield.validation import typed
 
 Key = tuple[str, int]
 Blocks = dict[Key, Tensor]
@@ -47,16 +47,16 @@ CHECK_SHARE, CHECK_COST = 0.1, 10  # of the run; iterations that a check costs b
 FROBENIUS = Penalty(kernel_norm="l2")
 
 
-@typed
+@checked
 @torch.inference_mode(False)
 def solve(
     program: ConvexProgram,
-    tolerance: float = 1e-6,
+    tolerance: Positive = 1e-6,
     *,
-    max_iterations: int = 20_000,
-    max_seconds: float = math.inf,
-    check_every: int | None = None,
-    rho: float = 1.0,
+    max_iterations: Count = 20_000,
+    max_seconds: Seconds = math.inf,
+    check_every: Count | None = None,
+    rho: Positive = 1.0,
     callback: Callable[[dict[str, Any]], None] | None = None,
 ) -> Solution:
     """Solve the convex program to a true relative duality gap of `tolerance`.
@@ -67,14 +67,13 @@ def solve(
     the
     history: iteration, seconds, cpu_seconds, value, dual_value, gap, primal_residual, dual_residual, rho.
     """
-    validation.positive(tolerance, "tolerance")
-    validation.integer(max_iterations, "max_iterations")
-    run = _Run(program, rho, tolerance, callback)
-    try:
-        status = run.iterate(max_iterations, max_seconds, check_every or run.check_interval())
-    except KeyboardInterrupt:
-        status = "interrupted"
-    return run.solution(status)
+    run = _Run(program, rho, tolerance, callback)  # whatever the time: its start is the least that can be returned
+    with limits.within(max_seconds - run.seconds()):
+        try:
+            status = run.iterate(max_iterations, check_every or run.check_interval())
+        except limits.STOPS as stop:
+            status = limits.status(stop)
+        return run.solution(status)
 
 
 @dataclass
@@ -109,15 +108,16 @@ class _Run:
         products = sum(2 * widths[layer] * basis.right.numel() for layer, basis in bases.items())
         return math.ceil((CHECK_COST + gram / max(products, 1)) / CHECK_SHARE)
 
-    def iterate(self, max_iterations: int, max_seconds: float, check_every: int) -> str:
+    def iterate(self, max_iterations: int, check_every: int) -> str:
         splitting, accelerated, next_check = self.splitting, Anderson(), check_every
         for iteration in range(1, max_iterations + 1):
             splitting.state = accelerated.advance(splitting.state, splitting.change(), splitting.metric)
-            late = self.seconds() > max_seconds
+            late = limits.passed()
             if iteration >= next_check or iteration == max_iterations or late:
                 next_check = iteration + max(check_every, iteration // 4)
-                if self.check(iteration):
-                    return "optimal"
+                with limits.grace():
+                    if self.check(iteration):
+                        return "optimal"
                 if late:
                     return "max_seconds"
             if self._adapted(iteration, max_iterations):

@@ -31,7 +31,8 @@ from meanfield import storage
 from meanfield.convex.program import ConvexProgram
 from meanfield.convex.repopulation import ProgramPoint
 from meanfield.network import along_axis
-from meanfield.validation import instance, integer, typed
+from meanfield.signatures import Count, Seed, checked
+from meanfield.validation import instance
 
 Function = Callable[[Tensor], Tensor]
 Sampler = Callable[[torch.Generator], Tensor]
@@ -123,10 +124,10 @@ class Segments:
         return Witness(self.points[first], self.points[second], float(self.times[time]), *figures)
 
 
-@typed
+@checked
 @torch.no_grad()
 def segments(
-    function: Function, points: Tensor, *, times: int = 7, rounding: Callable[[Tensor], float] | None = None
+    function: Function, points: Tensor, *, times: Count = 7, rounding: Callable[[Tensor], float] | None = None
 ) -> Segments:
     """`function` at `times` inner points of the straight lines between all pairs of `points` (count, d).
 
@@ -136,7 +137,7 @@ def segments(
         raise ValueError(f"points has shape {tuple(points.shape)}; expected (count, d) with at least two points")
     function = _finite_only(function)
     bound = rounding if rounding is not None else lambda point: rounding_of_sums(function, point)
-    inner = torch.linspace(0, 1, integer(times, "times") + 2, dtype=points.dtype, device=points.device)[1:-1]
+    inner = torch.linspace(0, 1, times + 2, dtype=points.dtype, device=points.device)[1:-1]
     ends = torch.stack([function(point) for point in points])
     errors = torch.tensor([bound(point) for point in points], dtype=points.dtype, device=points.device)
     pairs = list(combinations(range(len(points)), 2))
@@ -176,9 +177,9 @@ class Curvature:
         return self.smallest < -self.rounding
 
 
-@typed
+@checked
 @torch.inference_mode(False)
-def curvature(function: Function, point: Tensor, tangent: Tensor | None = None, *, seed: int = 0) -> Curvature:
+def curvature(function: Function, point: Tensor, tangent: Tensor | None = None, *, seed: Seed = 0) -> Curvature:
     """Smallest and largest eigenvalue of Z^T H Z, H the Hessian at `point` (d,) and Z = `tangent` (d, k), by default
     all of R^d.
 
@@ -254,13 +255,14 @@ class Falsification:
         return self.witness.proves
 
 
+@checked
 @torch.inference_mode(False)
 def falsify(
     function: Function,
     feasible_sampler: Sampler,
-    budget: int = 4000,
+    budget: Count = 4000,
     *,
-    seed: int = 0,
+    seed: Seed = 0,
     rounding: Callable[[Tensor], float] | None = None,
 ) -> Falsification:
     """Search for the pair of feasible points whose midpoint lies highest above the chord, relative to the values.
@@ -273,11 +275,11 @@ def falsify(
     function = _finite_only(function)
     bound = rounding if rounding is not None else lambda point: rounding_of_sums(function, point)
     generator = torch.Generator().manual_seed(seed)
-    restarts = max(1, integer(budget, "budget") // (3 * (ASCENT_STEPS + 1)))
+    restarts = max(1, budget // (3 * (ASCENT_STEPS + 1)))
     best, reached = None, []
     for _ in range(restarts):
         drawn = (feasible_sampler(generator) for _ in range(VERTICES))
-        vertices = torch.stack([instance(point, Tensor, "feasible_sampler(generator)") for point in drawn])
+        vertices = torch.stack([instance(point, "feasible_sampler(generator)", Tensor) for point in drawn])
         found = _witness(function, *_ascend(function, vertices, generator), bound)
         reached.append(found.relative)
         best = found if best is None or _score(found) > _score(best) else best
@@ -288,7 +290,7 @@ def falsify(
 def _finite_only(function: Function) -> Function:
     """The function, refusing values that are not finite."""
 
-    def checked(point: Tensor) -> Tensor:
+    def finite(point: Tensor) -> Tensor:
         value = function(point)
         if not bool(torch.isfinite(value)):
             raise ValueError(
@@ -297,7 +299,7 @@ def _finite_only(function: Function) -> Function:
             )
         return value
 
-    return checked
+    return finite
 
 
 def _score(witness: Witness) -> tuple[bool, float]:

@@ -28,7 +28,7 @@ def test_bounded_sets_both_bounds():
 
 
 def test_the_digest_follows_the_images(tmp_path):
-    images, labels = np.zeros((4, 2, 2)), np.array([0, 1, 0, 1])
+    images, labels = np.full((4, 2, 2), 0.5), np.array([0, 1, 0, 1])
     path = tmp_path / "images.npz"
     task = Task(data=str(path), classes=None, samples=4, pool=1)
     np.savez(path, inputs=images, targets=labels)
@@ -45,7 +45,7 @@ def test_the_digest_follows_what_the_task_itself_does_not_see(pixel, tmp_path):
     task = Task(data=str(path), classes=None, samples=2, pool=2)
     digests = set()
     for place in ((0, 0, 0), pixel):
-        images = np.zeros((4, 2, 2))
+        images = np.full((4, 2, 2), 0.5)
         images[place] = 1
         np.savez(path, inputs=images, targets=np.array([0, 1, 0, 1]))
         digests.add(task.digest())

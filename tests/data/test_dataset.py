@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 import torch
-from image_files import write
 from sklearn.datasets import load_digits
 
 import meanfield as mf
@@ -121,11 +120,3 @@ class TestBadArguments:
         )
         with pytest.raises(ValueError, match=message):
             data.load("digits", classes=(3, 5), samples=samples).split(held_out)
-
-    def test_sorted_file_says_how_to_draw(self, tmp_path, rng):
-        path = write(tmp_path / "a.npz", x=rng.random((8, 2, 2)), y=np.repeat([1, 2], 4))
-        with pytest.raises(
-            ValueError, match=r"samples=3 takes images of one class only \(1\), .*or draw them at random with a seed"
-        ):
-            data.load(path, samples=3)
-        assert set(data.load(path, samples=5).labels.tolist()) == {1, 2}

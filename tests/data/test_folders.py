@@ -1,5 +1,7 @@
 """Folders of images: order, modes, kinds of files, and a clear error for every kind of bad folder."""
 
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -7,8 +9,8 @@ from image_files import grey, save
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from meanfield import data
-from meanfield.data import folders
+from meanfield import data, limits
+from meanfield.data import folders, image_files
 
 
 class TestDirectory:
@@ -74,7 +76,10 @@ class TestDirectory:
             save(folder / hidden, grey(99))
         (folder / "dog" / "notes.txt").write_text("no image")
         (folder / "dog" / "folder.png").mkdir()
-        assert self.values(data.load(folder)) == [10, 20, 11, 21, 12, 30]
+        with pytest.warns(data.DataWarning, match="left out: 1 .txt, 1 beside the class folders, 3 hidden"):
+            found = data.load(folder)
+        assert self.values(found) == [10, 20, 11, 21, 12, 30]
+        assert "3 hidden" in found.summary
 
     def test_a_name_of_the_library_comes_before_a_directory(self, tmp_path, monkeypatch):
         (tmp_path / "digits").mkdir()
@@ -122,8 +127,10 @@ class TestBadDirectories:
             data.load(folder)
 
     def test_one_class(self, tmp_path):
-        save(tmp_path / "cat" / "1.png", grey(1))
-        with pytest.raises(ValueError, match=r"classes=\(0,\) is one class only of test_one_class0"):
+        save(tmp_path / "cat" / "1.png", grey(9))
+        with pytest.raises(
+            ValueError, match=r"data='.*test_one_class0' has images of one class only, cat; at least two"
+        ):
             data.load(tmp_path)
 
     def test_one_integer_twice(self, tmp_path):
@@ -133,18 +140,18 @@ class TestBadDirectories:
             data.load(tmp_path)
 
     def test_label_key(self, folder):
-        with pytest.raises(ValueError, match=r"labels='parity' names a key of a file; '.*pets' has its own labels"):
+        with pytest.raises(ValueError, match=r"labels='parity' names a key of a file; '.*pets' has labels of its own"):
             data.load(folder, labels="parity")
 
     @pytest.mark.parametrize("suffix", ["png", "jpg", "bmp", "ppm", "tif", "webp"])
     def test_a_truncated_image_is_a_named_error_unless_no_pixel_is_lost(self, folder, rng, suffix):
         path = save(folder / "dog" / f"whole.{suffix}", rng.integers(0, 256, (3, 4, 3)))
-        whole, pixels = path.read_bytes(), folders.decode([path])
+        whole, pixels = path.read_bytes(), image_files.decode([path])[0]
         errors: list[str] = []
         for length in range(0, len(whole), 5):
             path.write_bytes(whole[:length])
             try:
-                np.testing.assert_array_equal(folders.decode([path]), pixels)
+                np.testing.assert_array_equal(image_files.decode([path])[0], pixels)
             except ValueError as error:
                 errors.append(str(error))
         assert len(errors) > len(whole) / 5 * 0.4
@@ -193,4 +200,149 @@ class TestBadDirectories:
         """12 pixels: Pillow warns above its limit and raises above twice its limit."""
         monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
         with pytest.raises(ValueError, match=r"cat/0.png is too large to be decoded safely"):
+            data.load(folder)
+
+
+class TestOtherLayouts:
+    """Folders that mean something else than a class each used to be read as classes."""
+
+    def nested(self, top, *folders):
+        for number, name in enumerate(folders):
+            for index in range(2):
+                save(top / name / f"{index}.png", grey(40 * number + 10 + index))
+        return top
+
+    @pytest.mark.parametrize("above", ["", "photos/", "photos/2020/"])
+    def test_splits_of_class_folders_are_refused_with_advice(self, tmp_path, above):
+        names = [f"{above}{split}/{name}" for split in ("train", "val") for name in ("ant", "zebra")]
+        self.nested(tmp_path, *names)
+        with pytest.raises(ValueError, match=rf"say --data .*/{above}train or --data .*/{above}val, otherwise move"):
+            data.load(tmp_path)
+        assert data.load(tmp_path / above / "train", classes=("zebra", "ant")).class_names == ("zebra", "ant")
+
+    def test_one_split_beside_classes_and_splits_with_images_of_their_own(self, tmp_path):
+        self.nested(tmp_path / "a", "ant", "zebra", "val/ant", "val/zebra")
+        with pytest.raises(ValueError, match=r"the class folder 'val' holds no images but .*say --data .*a/val, "):
+            data.load(tmp_path / "a")
+        self.nested(tmp_path / "b", "train", "train/ant", "val", "val/ant")
+        with pytest.raises(
+            ValueError, match=r"hold a folder 'ant' of images; .*say --data .*b/train or --data .*b/val"
+        ):
+            data.load(tmp_path / "b")
+
+    def test_kinds_that_are_not_read_and_links_are_counted_and_said(self, folder, tmp_path):
+        for name in ("1.gif", "2.GIF", "3.heic", ".DS_Store"):
+            (folder / "dog" / name).write_bytes(b"")
+        (folder / "dog" / "gone.png").symlink_to(tmp_path / "nowhere.png")
+        save(tmp_path / "elsewhere" / "9.png", grey(99))
+        (folder / "cat" / "more").symlink_to(tmp_path / "elsewhere")
+        (folder / "cat" / "other").mkdir()
+        (folder / "cat" / "other" / "loop").symlink_to(folder)
+        message = r"pets: left out: 2 .gif, 1 .heic, 1 broken link, 1 hidden, 2 linked folder inside a class folder$"
+        with pytest.warns(data.DataWarning, match=message):
+            found = data.load(folder)
+        assert len(found) == 5
+        assert "left out: 2 .gif" in found.summary
+
+    def test_a_rotation_that_is_noted_is_said(self, folder):
+        turned = Image.Exif()
+        turned[0x0112] = 6
+        Image.fromarray(grey(50).astype(np.uint8)).save(folder / "dog" / "7.jpg", exif=turned)
+        with pytest.warns(data.DataWarning, match="a rotation noted in 1 not applied"):
+            data.load(folder)
+
+    def test_files_that_are_no_images_are_said_without_a_warning(self, folder):
+        (folder / "labels.csv").write_text("")
+        assert data.load(folder).summary.endswith("left out: 1 .csv")
+
+    def test_linked_class_folders_and_images_are_read(self, folder, tmp_path):
+        linked = tmp_path / "linked"
+        linked.mkdir()
+        (linked / "ant").symlink_to(folder / "cat")
+        (linked / "bee").mkdir()
+        (linked / "bee" / "1.png").symlink_to(folder / "dog" / "0.png")
+        assert data.load(linked).labels.tolist() == [0, 1, 0, 0]
+
+    def test_one_file_under_two_classes_is_refused(self, folder):
+        (folder / "dog" / "3.png").symlink_to(folder / "cat" / "0.png")
+        with pytest.raises(ValueError, match=r"cat/0.png and .*dog/3.png are one file under two classes"):
+            data.load(folder)
+        (folder / "dog" / "3.png").unlink()
+        (folder / "emu").symlink_to(folder / "dog")
+        with pytest.raises(ValueError, match=r"dog/0.png and .*emu/0.png are one file under two classes"):
+            data.load(folder)
+
+    def test_nearly_black_bytes_are_refused_until_their_range_is_said(self, tmp_path):
+        """Masks of 0 and 1 used to become 0 and 0.0039."""
+        for name in "ab":
+            save(tmp_path / name / "1.png", np.eye(4))
+        with pytest.raises(ValueError, match=r"whole numbers in 0..1, .*say range=0..1 or range=0..255"):
+            data.load(tmp_path)
+        np.testing.assert_array_equal(data.load(f"{tmp_path}:range=0..1").inputs[0, 0], np.eye(4))
+
+    def test_the_root_of_all_files_is_refused_at_once(self, tmp_path, monkeypatch):
+        """--data / walked everything there is."""
+        for name in ("bin", "etc"):
+            (tmp_path / name).mkdir()
+        deep = tmp_path / "bin"
+        for level in range(60):
+            deep = deep / str(level)
+            for twig in range(3):
+                (deep / f"t{twig}").mkdir(parents=True)
+        monkeypatch.setattr(folders, "MOST_SEARCHED", 20)
+        seen, listed = [], folders.Path.iterdir
+        monkeypatch.setattr(folders.Path, "iterdir", lambda path: (seen.append(path), listed(path))[1])
+        with pytest.raises(ValueError, match="holds no images"):
+            data.load(tmp_path)
+        assert len(seen) < 60
+        monkeypatch.setattr(folders, "MOST_NESTED", 20)
+        for name in ("bin", "etc"):
+            save(tmp_path / name / "1.png", grey(50))
+        with pytest.raises(
+            ValueError, match="more than 20 folders and images lie in folders inside the class folder 'bin'"
+        ):
+            data.load(tmp_path)
+
+    @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes")
+    def test_a_pipe_under_the_name_of_an_image_is_left_out(self, folder):
+        os.mkfifo(folder / "dog" / "pipe.png")
+        with pytest.warns(data.DataWarning, match="1 no regular file"):
+            assert len(data.load(folder)) == 5
+
+
+class TestMemory:
+    def test_images_that_do_not_fit_are_no_damaged_ones(self, folder, monkeypatch):
+        monkeypatch.setattr(limits, "free_memory", lambda: 30)  # bytes; an image has 12
+        with pytest.raises(
+            ValueError, match=r"5 images of grey of shape \(1, 3, 4\), such as .*would take 0.0 MB of mem"
+        ):
+            data.load(folder)
+        monkeypatch.setattr(limits, "free_memory", lambda: 200)
+        with pytest.raises(ValueError, match=r"pets: 5 images as numbers would take .* give fewer or smaller"):
+            data.load(folder)
+        monkeypatch.setattr(limits, "free_memory", lambda: 10**9)
+
+        def fail(*_):
+            raise MemoryError
+
+        monkeypatch.setattr(Image.Image, "convert", fail)
+        with pytest.raises(ValueError, match=r"memory ran out over 5 images such as .*cat/0.png") as caught:
+            data.load(folder)
+        assert "damaged" not in str(caught.value)
+
+    def test_torch_running_out_is_the_same(self, folder, monkeypatch):
+        def fail(*_, **__):
+            raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory")
+
+        monkeypatch.setattr(torch.nn.functional, "avg_pool2d", fail)
+        for name in ("cat", "dog"):
+            for file in (folder / name).iterdir():
+                save(file, grey(50 if name == "cat" else 60, (4, 4)))
+        with pytest.raises(ValueError, match=r"memory ran out over .*pets"):
+            data.load(folder, pool=2)
+
+    @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root reads everything")
+    def test_an_image_that_may_not_be_read_is_no_damaged_one(self, folder):
+        (folder / "cat" / "0.png").chmod(0)
+        with pytest.raises(ValueError, match=r"0.png cannot be read"):
             data.load(folder)

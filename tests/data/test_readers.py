@@ -12,7 +12,7 @@ import torch
 from image_files import write
 
 from meanfield import data
-from meanfield.data import readers
+from meanfield.data import order
 
 
 def without_module(monkeypatch, name):
@@ -46,8 +46,8 @@ class TestMnist:
 
     def test_uneven_classes_are_interleaved_to_the_end(self):
         labels = torch.tensor([7, 7, 7, 1, 4, 4])
-        assert labels[readers.interleaved(labels)].tolist() == [1, 4, 7, 4, 7, 7]
-        assert readers.interleaved(labels).tolist() == [3, 4, 0, 5, 1, 2]
+        assert labels[order.in_turn(labels)].tolist() == [1, 4, 7, 4, 7, 7]
+        assert order.in_turn(labels).tolist() == [3, 4, 0, 5, 1, 2]
 
     def test_absent_package_says_how_to_install(self, monkeypatch):
         without_module(monkeypatch, "mlxtend")
@@ -162,8 +162,14 @@ class TestBadFiles:
     @pytest.mark.parametrize(
         ("change", "message"),
         [
-            ({"inputs": None}, "has no images: expected the key 'inputs' or 'x' or 'images', found"),
-            ({"targets": None}, "has no labels: expected the key 'targets' or 'y' or 'labels', found"),
+            (
+                {"inputs": None},
+                "has no images: expected the key 'inputs' or 'x' or 'images' or 'data', .* found 'targets'",
+            ),
+            (
+                {"targets": None},
+                "has no labels: expected the key 'targets' or 'y' or 'labels' or 'target', .* found 'inputs'",
+            ),
             ({"inputs": np.zeros((6, 4))}, r"images have shape \(6, 4\); expected \(N, H, W\)"),
             ({"inputs": np.zeros((0, 4, 4)), "targets": np.zeros(0, int)}, r"images have shape \(0, 4, 4\)"),
             ({"inputs": np.full((6, 2, 2), np.nan)}, r"images\[0, 0, 0\] is nan; every pixel must be finite"),
@@ -180,7 +186,7 @@ class TestBadFiles:
                 "labels contain 0.5; labels are classes and must be integers",
             ),
             ({"targets": np.array([0, 1, 0, 1, 0, np.nan])}, "labels contain nan"),
-            ({"targets": np.full(6, 4)}, r"classes=\(4,\) is one class only of a.npz"),
+            ({"targets": np.full(6, 4)}, r"data='.*a.npz' has images of one class only, 4; at least two"),
         ],
     )
     def test_contents(self, tmp_path, arrays, change, message):

@@ -26,7 +26,8 @@ from torch import Tensor
 from meanfield.certificates.sphere.arrangement import listable, maximise_arrangement, maximise_line
 from meanfield.certificates.sphere.branching import maximise_branching
 from meanfield.certificates.sphere.response import Found, Response, reduced
-from meanfield.validation import finite, nonnegative, positive, shaped, typed
+from meanfield.signatures import Nonnegative, Positive, checked
+from meanfield.validation import finite, shaped
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,9 +45,9 @@ class SphereMaximum:
     seconds: float
 
 
-@typed
+@checked
 def maximise(
-    A: Tensor, W: Tensor, *, max_seconds: float = 10.0, tolerance: float = 1e-9, start: Tensor | None = None
+    A: Tensor, W: Tensor, *, max_seconds: Positive = 10.0, tolerance: Nonnegative = 1e-9, start: Tensor | None = None
 ) -> SphereMaximum:
     """Bounds of max_{|z| = 1} |W^T relu(A z)| for patches A (n, d) and weights W (n, C), in float64.
 
@@ -59,8 +60,7 @@ def maximise(
     """
     began = time.perf_counter()
     A, W, starts = _checked(A, W, start)
-    deadline = began + positive(max_seconds, "max_seconds")
-    tolerance = nonnegative(tolerance, "tolerance")
+    deadline = began + max_seconds
     response = reduced(A.double(), W.double())
     dimension = response.linear.shape[0]
     found = _found(response, starts @ response.basis, deadline, tolerance)

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Any
 
+from meanfield.bench import reading
 from meanfield.bench.classifiers import VGGS, Classifier, WeightPenalty
 from meanfield.bench.command import StudyOptions, run_study
 from meanfield.bench.options import DATA, MODEL, OBJECTIVE, Data, Device, Dtype, Pool, at_least, choice, flag, option
-from meanfield.data import load
 from meanfield.studies.grafting.plan import L2_STRENGTH
 from meanfield.studies.grafting.study import STUDY
 from meanfield.validation import nonnegative
@@ -100,9 +100,9 @@ def settled(options: Options) -> Options:
 
 def _division(options: Options) -> dict[str, Any]:
     """How many images to train on and which: CIFAR's own division, of others 80%, drawn at random."""
-    found = load(options.data, pool=options.pool)
+    found = reading.images(options.data, pool=options.pool)
     official = found.name.startswith("CIFAR")
-    return {"samples": CIFAR_TRAINING if official else len(found) * 4 // 5, "split": not official}
+    return {"samples": CIFAR_TRAINING if official else max(2, len(found) * 4 // 5), "split": not official}
 
 
 def classifier(options: Options) -> Classifier:

@@ -6,17 +6,19 @@ cells of the networks that all the others need.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
 from meanfield.bench.classifiers import Classifier, layers_of
 from meanfield.bench.sweep import Cell
+from meanfield.validation import Misuse
 
 ARMS = ("trained", "untrained", "permuted_labels", "rotated", "self")
 METHODS = ("least_squares", "transport")
 L2_STRENGTH = 5e-4 * 16  # the middle one of the authors'
+LEAST_HELD_OUT = 4  # for the unbiased similarity of features
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,6 +90,18 @@ SIZES = {
         procedures=1,
     ),
 }
+
+
+def check(base: Classifier, plan: Mapping[str, Sequence[Cell]]) -> None:
+    """Refuse images that leave too few to compare features on."""
+    left = len(base.images().held_out)
+    if left < LEAST_HELD_OUT:
+        raise Misuse(
+            "samples",
+            base.samples,
+            f"leaves {left} of {base.samples + left} images held out, on which features are compared; leave "
+            f"{LEAST_HELD_OUT} at least",
+        )
 
 
 def prepared(base: Classifier, sizes: Sizes) -> Classifier:

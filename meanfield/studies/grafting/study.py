@@ -15,6 +15,8 @@ STUDY = Study(
     groundwork={"train": Part(plan.train, measure.train, sections=[page.train])},
     # a file of the same name with other images is another study
     common=lambda base: {"images": base.images().digest},
+    data=lambda base: base.images().summary,
+    check=plan.check,
     places=lambda directory: {"store": str(directory / "networks")},
     closing=[page.LIMITS],
     parts={

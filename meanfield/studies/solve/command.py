@@ -16,7 +16,7 @@ from typing import Annotated, Any, NoReturn
 import torch
 
 from meanfield import starts, storage
-from meanfield.bench.command import INTERRUPTED, stop, writable
+from meanfield.bench.command import INTERRUPTED, say_data, stop, writable
 from meanfield.bench.options import (
     MODEL,
     OUTPUT,
@@ -92,6 +92,7 @@ def command(options: Options) -> None:
         writable(options.out)
     images = options.task().images()
     problem = options.task().problem(images)
+    say_data(images.summary, options.quiet)
     said = _warn(problem)
     watch = Progress(options, enabled=not options.quiet and sys.stderr.isatty(), lines=not options.quiet)
     with watch:
@@ -126,7 +127,7 @@ def _warn(problem: Problem) -> list[str]:
 
 def _solve(options: Options, images: Dataset, problem: Problem, said: list[str], watch: Progress) -> Run:
     # before the work: the digest is of what runs, whatever is edited in the meantime
-    made = asdict(Provenance(options.command_line("meanfield", "solve"), options.to_dict()))
+    made = asdict(Provenance(options.command_line("meanfield", "solve"), options.to_dict(), data=images.summary))
     start = starts.draw(problem, options.widths, torch.Generator().manual_seed(options.seed), "low_rank")
     with warnings.catch_warnings(), _interrupts_wait(watch):
         warnings.filterwarnings("ignore", message="the infimum over all measures")

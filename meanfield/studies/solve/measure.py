@@ -8,12 +8,13 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import product
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from meanfield import finite, measures, solvers, starts
+from meanfield import finite, limits, measures, solvers, starts
 from meanfield.convex.program import ConvexProgram
 from meanfield.data import Dataset
 from meanfield.network import ParticleNetwork
@@ -46,7 +47,7 @@ class Run:
     warnings: list[str] = field(default_factory=list)
     trained_steps: int = 1500
     segment_steps: int = 300
-    budget: float = 40.0  # seconds for training finite networks
+    budget: float = 40.0  # seconds for each measurement of the report that can be cut short
 
 
 def gather(run: Run, announce: Callable[[str], None] = lambda text: None) -> dict[str, Any]:
@@ -167,7 +168,7 @@ def _kernels(run: Run) -> dict[str, Any]:
 
 
 def _predictions(run: Run) -> dict[str, Any]:
-    found = {"classes": list(run.training.classes), "training": _judged(run, run.training, keep_images=True)}
+    found = {"classes": list(run.training.class_names), "training": _judged(run, run.training, keep_images=True)}
     return found | {"held_out": _judged(run, run.held_out) if run.held_out is not None else None}
 
 
@@ -200,36 +201,27 @@ def _margin(output: Tensor, indices: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _sampled(run: Run) -> dict[int, list[float]]:
+    """J of DRAWS networks at every width, of fewer where the time is up."""
     network, depth = run.solution.network, run.problem.architecture.depth
     found: dict[int, list[float]] = {}
-    for m in SAMPLED_WIDTHS:
-        draws = [
-            finite.sample(network, [m] * depth, torch.Generator().manual_seed(run.seed + 1000 * m + i))
-            for i in range(DRAWS)
-        ]
-        found[m] = [float(run.problem.terms(draw.particles()).total()) for draw in draws]
+    for m, i in product(SAMPLED_WIDTHS, range(DRAWS)):
+        if limits.passed():
+            break
+        draw = finite.sample(network, [m] * depth, torch.Generator().manual_seed(run.seed + 1000 * m + i))
+        found.setdefault(m, []).append(float(run.problem.terms(draw.particles()).total()))
     return found
 
 
 def _finite(run: Run) -> dict[str, Any]:
-    sampled = _sampled(run)
-    trained: dict[int, list[float]] = {}
-    began, skipped = time.perf_counter(), 0
-    for m in TRAINED_WIDTHS:
-        for seed in range(TRAINED_SEEDS):
-            if time.perf_counter() - began > run.budget:
-                skipped += 1
-                continue
-            widths = [m] * run.problem.architecture.depth
-            training = finite.train(
-                run.problem, widths, run.seed + seed, steps=run.trained_steps, learning_rate=TRAINED_RATE
-            )
-            if training.status == "interrupted":  # the report is the user's to stop
-                raise KeyboardInterrupt
-            trained.setdefault(m, []).append(training.value)
+    with limits.within(run.budget):
+        sampled = _sampled(run)
+    with limits.within(run.budget):
+        trained = _trained(run)
+    skipped = len(TRAINED_WIDTHS) * TRAINED_SEEDS - sum(map(len, trained.values()))
     return {
         "limit": run.solution.value,
         "draws": DRAWS,
+        "sampled_widths": len(SAMPLED_WIDTHS),
         "trained_steps": run.trained_steps,
         "trained_skipped": skipped,
         "sampled": {str(m): found for m, found in sampled.items()},
@@ -237,10 +229,27 @@ def _finite(run: Run) -> dict[str, Any]:
     }
 
 
+def _trained(run: Run) -> dict[int, list[float]]:
+    """J of networks trained in full; those that the time was too short for are left out."""
+    found: dict[int, list[float]] = {}
+    for m, seed in product(TRAINED_WIDTHS, range(TRAINED_SEEDS)):
+        if limits.passed():
+            break
+        widths = [m] * run.problem.architecture.depth
+        training = finite.train(
+            run.problem, widths, run.seed + seed, steps=run.trained_steps, learning_rate=TRAINED_RATE
+        )
+        if training.status == "interrupted":  # the report is the user's to stop
+            raise KeyboardInterrupt
+        if training.status == "completed":
+            found.setdefault(m, []).append(training.value)
+    return found
+
+
 @torch.no_grad()
 def _segment(run: Run) -> dict[str, Any]:
     """J between two flows' answers from two seeds, all particles kept: mixture of measures, and averaged weights."""
-    first, second = (_flowed(run, run.seed + offset) for offset in (1, 2))
+    (first, steps), (second, _) = (_flowed(run, run.seed + offset) for offset in (1, 2))
     times = [i / (POINTS - 1) for i in range(POINTS)]
     ends = float(run.problem.terms(first).total()), float(run.problem.terms(second).total())
     inner = {"program": measures.mixture, "weights": measures.interpolate}
@@ -248,7 +257,7 @@ def _segment(run: Run) -> dict[str, Any]:
         "t": times,
         "seeds": [run.seed + 1, run.seed + 2],
         "widths": list(first.widths),
-        "steps": run.segment_steps,
+        "steps": steps,
     }
     for name, join in inner.items():
         values = [float(run.problem.terms(join(first, second, t)).total()) for t in times[1:-1]]
@@ -258,10 +267,11 @@ def _segment(run: Run) -> dict[str, Any]:
     return found
 
 
-def _flowed(run: Run, seed: int) -> ParticleNetwork:
+def _flowed(run: Run, seed: int) -> tuple[ParticleNetwork, int]:
+    """The end of a flow from a seed, and how many steps there was time for."""
     generator = torch.Generator().manual_seed(seed)
     start = starts.draw(run.problem, run.start.widths, generator, "low_rank")
-    solved = solvers.flow.solve(run.problem, start, steps=run.segment_steps, seed=seed)
+    solved = solvers.flow.solve(run.problem, start, steps=run.segment_steps, seed=seed, max_seconds=run.budget / 2)
     if solved.status == "interrupted":
         raise KeyboardInterrupt
-    return solved.network
+    return solved.network, solved.history[-1]["step"]

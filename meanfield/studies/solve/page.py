@@ -78,7 +78,9 @@ def _problem(results: Results) -> Section:
     warned = [Note("Warning:", text) for text in results["warnings"]]
     rows = [[name.replace("_", " "), _setting(value)] for name, value in results["made"]["settings"].items()]
     settings = Details("All settings", Table(["setting", "value"], rows, text=(0, 1)))
-    return Section("The problem", [OBJECTIVE, *warned, _terms(results), settings])
+    return Section(
+        "The problem", [OBJECTIVE, f"Images: {results['made']['data']}.", *warned, _terms(results), settings]
+    )
 
 
 def _setting(value: Any) -> str:
@@ -189,6 +191,9 @@ def _finite(results: Results) -> Section:
     )
     if found["trained_skipped"]:
         text += f" {found['trained_skipped']} trainings were skipped for lack of time."
+    drawn = sum(map(len, found["sampled"].values()))
+    if drawn < found["draws"] * found["sampled_widths"]:
+        text += f" Only {drawn} networks were drawn, for lack of time."
     caption = (
         "Objective of finite networks against their width; the line is the continuous one. Both axes are logarithmic."
     )

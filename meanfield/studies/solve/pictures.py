@@ -32,7 +32,7 @@ def _image_strip(predictions: Results) -> Any:
     classes, judged = predictions["classes"], predictions["training"]
     what = "F" if len(classes) == 2 else "margin"
     rows = list(zip(judged["images"], judged["class_index"], judged["predicted"], judged["shown"]))
-    captions = [f"a {classes[true]}, read as {classes[guess]}\n{what} = {shown:+.2f}" for _, true, guess, shown in rows]
+    captions = [f"{classes[true]}, read as {classes[guess]}\n{what} = {shown:+.2f}" for _, true, guess, shown in rows]
     return plotting.image_strip(np.array(judged["images"]), captions, [true == guess for _, true, guess, _ in rows])
 
 
@@ -43,6 +43,6 @@ def _prediction_scatter(predictions: Results) -> Any:
     return plotting.predictions(groups, predictions["classes"], label)
 
 
-def output_label(classes: Sequence[int]) -> str:
+def output_label(classes: Sequence[str]) -> str:
     """What is drawn of every image."""
-    return f"output F (above 0: a {classes[0]})" if len(classes) == 2 else "margin: true class minus best other"
+    return f"output F (above 0: {classes[0]})" if len(classes) == 2 else "margin: true class minus best other"

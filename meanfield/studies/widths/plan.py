@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
@@ -13,11 +13,14 @@ from typing import Any
 from meanfield.bench.sweep import Cell, product_of
 from meanfield.bench.task import Task
 from meanfield.studies.widths.trajectories import ARMS, TIMES
+from meanfield.validation import Misuse
 
 RATE = 0.5
 WIDE = 256
 # mean-field layers below the last one start to learn once the last one has: not in the first few steps
 COORDINATE_STEPS = 16
+KERNEL_IMAGES = 20
+JUDGED = ("sampled", "trained")  # parts that measure accuracies on images held out
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,8 +156,11 @@ def coordinates(task: Task, sizes: Sizes, seed: int) -> list[Cell]:
 
 
 def kernel(task: Task, sizes: Sizes, seed: int) -> list[Cell]:
+    """At full size, on as many images as there are up to KERNEL_IMAGES."""
     seeds = _seeds(seed, sizes.kernel_seeds)
-    return _cells(task.variant(pool=1, samples=20), width=sizes.kernel_widths, seed=seeds)
+    images = task.images()
+    samples = min(KERNEL_IMAGES, len(images) + len(images.rest or ()))
+    return _cells(task.variant(pool=1, samples=samples), width=sizes.kernel_widths, seed=seeds)
 
 
 def _small(task: Task) -> Task:
@@ -182,3 +188,27 @@ def _cells(task: Task, **lists: Iterable[Any]) -> list[Cell]:
 
 def _seeds(first: int, count: int) -> range:
     return range(first, first + count)
+
+
+def check(task: Task, plan: Mapping[str, Sequence[Cell]]) -> None:
+    """Refuse images that some cell could not take, in the words of the task; nobody typed those of a cell."""
+    images = task.images()
+    sides = [task.pool * side for side in images.input_shape[1:]]
+    every = len(images) + len(images.rest or ())
+    for part, cells in plan.items():
+        pool, samples = (max(cell[name] for cell in cells) for name in ("pool", "samples"))
+        if part in JUDGED and samples >= every:
+            raise Misuse(
+                "samples",
+                task.samples,
+                f"leaves no image of {images.name} held out, which part {part} judges; take fewer",
+            )
+        if any(side % pool for side in sides):
+            fine = [each for each in range(1, min(sides) + 1) if not any(side % (2 * each) for side in sides)]
+            raise Misuse(
+                "pool",
+                task.pool,
+                f"does not do for part {part}, which averages images of {' x '.join(map(str, sides))} over twice as "
+                f"many, {pool} x {pool} pixels: {f'choose one of {fine}, or' if fine else 'take'} other parts, such as "
+                "sampled",
+            )

@@ -12,6 +12,8 @@ STUDY = Study(
     sizes=plan.SIZES,
     # a file of the same name with other images is another study
     common=lambda task: {"images": task.digest()},
+    data=lambda task: task.images().summary,
+    check=plan.check,
     parts={
         "sampled": Part(
             plan.sampled,

@@ -7,8 +7,9 @@ import pytest
 from command_line import run
 
 from meanfield import Problem, data
+from meanfield.pages import plotting
 from meanfield.storage import load_network
-from meanfield.studies.solve import measure
+from meanfield.studies.solve import measure, page, pictures
 
 FIGURES = ("values", "gaps", "populations", "kernels", "images", "predictions", "finite", "segment")
 
@@ -74,3 +75,16 @@ def test_damaged_files_are_named(directory, tmp_path):
     (tmp_path / "network.json").write_text("{")
     with pytest.raises(ValueError, match="is not JSON"):
         load_network(tmp_path)
+
+
+def test_names_of_classes_are_shown_as_they_are(directory):
+    """A name with dollars used to be a formula, which matplotlib may refuse."""
+    results = json.loads((directory / "results.json").read_text())
+    results["predictions"]["classes"] = ["cost $\\frac$", "zebra"]
+    assert page._title(results) == "A continuous CNN on digits: cost $\\frac$ against zebra"
+    drawn = pictures.pictures(results)
+    for name in ("images", "predictions"):
+        plotting.png(drawn[name])
+    ticks = [label.get_text() for label in drawn["predictions"].axes[0].get_xticklabels()]
+    assert ticks == [r"cost \$\frac\$", "zebra"]
+    assert "digits: 6 images of 1 x 4 x 4" in (directory / "report.html").read_text()

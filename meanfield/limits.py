@@ -1,0 +1,98 @@
+"""Limits of a run, time and memory: what a long piece of work looks at, and what becomes of it where they are met.
+
+Work that takes long calls `look` every few seconds at most.  Past its time that raises TimeUp, which passes through
+everything up to the solver that set the limit and holds the best answer so far; an interrupt by the user and a shortage
+of memory take the same way.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+import psutil
+
+GRACE = 3.0  # seconds for the certificate of a run that was stopped
+
+_deadline: ContextVar[float] = ContextVar("deadline", default=math.inf)
+_watch: ContextVar[Callable[[], None]] = ContextVar("watch", default=lambda: None)
+
+
+class TimeUp(Exception):
+    """The time of the present piece of work has passed."""
+
+
+# what ends a run early with its best answer kept, if `status` says so: torch tells of a shortage by a RuntimeError
+STOPS = (KeyboardInterrupt, TimeUp, MemoryError, RuntimeError)
+
+
+@contextmanager
+def within(seconds: float) -> Iterator[None]:
+    """Limit what is done inside to so many seconds from now, or to the time around it where that is shorter."""
+    with _until(min(_deadline.get(), time.perf_counter() + seconds)):
+        yield
+
+
+@contextmanager
+def grace(seconds: float = GRACE) -> Iterator[None]:
+    """Allow what is done inside so many seconds from now, even if the time around it has passed."""
+    with _until(max(_deadline.get(), time.perf_counter() + seconds)):
+        yield
+
+
+@contextmanager
+def _until(deadline: float) -> Iterator[None]:
+    before = _deadline.set(deadline)
+    try:
+        yield
+    finally:
+        _deadline.reset(before)
+
+
+@contextmanager
+def watched(by: Callable[[], None]) -> Iterator[None]:
+    """Call `by` wherever what is done inside looks at its limits; a KeyboardInterrupt that it raises ends the work at a
+    place where its best answer is whole.
+    """
+    before = _watch.set(by)
+    try:
+        yield
+    finally:
+        _watch.reset(before)
+
+
+def passed() -> bool:
+    """Whether the time has passed; for work that goes on to its next record."""
+    _watch.get()()
+    return time.perf_counter() > _deadline.get()
+
+
+def look() -> None:
+    """Raise TimeUp where the time has passed."""
+    if passed():
+        raise TimeUp
+
+
+def status(stop: BaseException) -> str:
+    """The status of a solver that `stop`, one of STOPS, ended; raises what is an error of another kind."""
+    if isinstance(stop, KeyboardInterrupt):
+        return "interrupted"
+    if isinstance(stop, TimeUp):
+        return "max_seconds"
+    if is_shortage(stop):
+        return "out_of_memory"
+    raise stop
+
+
+def free_memory() -> int:
+    """Bytes of the host's memory that new work can have."""
+    return psutil.virtual_memory().available
+
+
+def is_shortage(error: BaseException) -> bool:
+    """Whether an error tells of too little memory, of the host or of a device."""
+    words = str(error)
+    return isinstance(error, MemoryError) or "allocate memory" in words or "out of memory" in words

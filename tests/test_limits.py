@@ -1,0 +1,129 @@
+"""Limits of a run: wherever it is stopped, by the clock, the user or a lack of memory, it keeps its best network."""
+
+import math
+
+import pytest
+import torch
+from strategies import seeded
+
+import meanfield as mf
+from meanfield import limits
+from meanfield.certificates import search
+from meanfield.solvers import alternating
+
+
+class Looks:
+    """The clock of `limits`, which ends work at a given look: by its time, or by an error raised there."""
+
+    def __init__(self, monkeypatch, last: int, error: type[BaseException] | None) -> None:
+        self.count, self.last, self.error, self.late = 0, last, error, 0.0
+        monkeypatch.setattr(limits, "passed", self.passed)
+
+    def passed(self) -> bool:
+        self.count += 1
+        if self.count <= self.last:
+            return False
+        if self.error is None:
+            return True
+        error, self.error, self.last = self.error, None, math.inf
+        raise error
+
+
+def small_problem() -> mf.Problem:
+    generator = seeded(3)
+    arch = mf.Architecture((1, 4, 4), [mf.Conv(3, padding=1, activation="tanh")] * 2)
+    inputs = torch.rand(5, 1, 4, 4, generator=generator, dtype=torch.float64)
+    penalty = mf.Penalty(source=3e-3, readout=3e-3, input=3e-3)
+    return mf.Problem(arch, inputs, [1.0, -1.0, 1.0, 1.0, -1.0], "logistic", penalty)
+
+
+def run(problem, network):
+    options = {"rounds": 2, "flow_steps": 6, "program_iterations": 60, "tolerance": 1e-9, "grow": 2}
+    return alternating.solve(problem, network, **options)
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [(None, "max_seconds"), (KeyboardInterrupt, "interrupted"), (MemoryError, "out_of_memory")],
+    ids=["time", "interrupt", "memory"],
+)
+def test_a_solve_stopped_at_any_look_keeps_its_best_network(monkeypatch, error, status):
+    monkeypatch.setattr(alternating, "STARTS", 4)
+    monkeypatch.setattr(alternating, "CONFIRMING_STARTS", 4)
+    monkeypatch.setattr(search, "STEPS", {True: 3, False: 3})
+    problem = small_problem()
+    start = mf.starts.draw(problem, (5, 4), seeded(1), "low_rank")
+    counted = Looks(monkeypatch, 10**9, None)
+    whole = run(problem, start)
+    seen, first = counted.count, float(problem.value(start))
+    phases = set()
+    for last in sorted({1, 2, *range(3, seen, max(1, seen // 12)), seen - 1}):
+        stopped_at = Looks(monkeypatch, last, error)
+        solution = run(problem, start)
+        assert solution.status == status
+        assert solution.value == pytest.approx(float(problem.value(solution.network)), rel=1e-12)
+        assert whole.value <= solution.value <= first
+        assert (solution.certificate is None) == math.isinf(solution.gap)
+        assert solution.certificate is None or solution.gap >= -1e-12
+        assert stopped_at.count <= last + (seen if error else 5)  # by the clock: nothing is begun after it
+        phases.add((len(solution.history), solution.certificate is None))
+    assert {(0, True), (1, False)} <= phases or error
+
+
+def test_an_inner_limit_ends_no_later_than_the_outer_one_and_grace_allows_a_moment():
+    with limits.within(-1):
+        assert limits.passed()
+        with limits.within(100):
+            assert limits.passed()
+        with limits.grace(100):
+            assert not limits.passed()
+        with pytest.raises(limits.TimeUp):
+            limits.look()
+    assert not limits.passed()
+
+
+def test_who_watches_is_called_at_every_look():
+    calls = []
+    with limits.watched(lambda: calls.append(1)):
+        limits.look()
+        limits.passed()
+    limits.look()
+    assert len(calls) == 2
+
+
+def test_a_shortage_that_torch_reports_is_told_from_a_mistake():
+    with pytest.raises(RuntimeError) as shortage:
+        torch.empty(2**46)
+    assert limits.status(shortage.value) == "out_of_memory"
+    with pytest.raises(RuntimeError) as mistake:
+        torch.zeros(2) @ torch.zeros(3)
+    with pytest.raises(RuntimeError, match="size"):
+        limits.status(mistake.value)
+
+
+@pytest.mark.parametrize(("widths", "kernel"), [((10**10, 4), 3), ((10**20, 4), 3), ((64, 32), 4_000_001)])
+def test_kernels_that_no_memory_holds_are_refused_before_any_is_drawn(widths, kernel):
+    layers = [mf.Conv(kernel, padding=kernel // 2, activation="tanh")] * 2
+    arch = mf.Architecture((1, 4, 4), layers)
+    problem = mf.Problem(arch, torch.zeros(2, 1, 4, 4), [1.0, -1.0])
+    with pytest.raises(ValueError, match=r"widths=.*kernel_size.*GiB.*take fewer particles or smaller kernels"):
+        mf.solve(problem, widths)
+
+
+def test_a_training_heeds_a_limit_around_it_and_keeps_its_best(tmp_path):
+    problem = small_problem()
+    state = tmp_path / "run.safetensors"
+    with limits.within(-1):
+        stopped = mf.finite.train(problem, (4, 4), steps=50, state=state)
+    assert (stopped.status, stopped.steps) == ("max_seconds", 0)
+    assert stopped.value == pytest.approx(float(problem.value(stopped.network.particles())))
+
+
+@pytest.mark.parametrize("value", [math.nan, -1.0, True, "5"])
+@pytest.mark.parametrize("solver", ["flow", "splitting", "alternating"])
+def test_times_that_are_none_are_refused(solver, value):
+    problem = small_problem()
+    network = mf.starts.draw(problem, (3, 3), seeded(1), "low_rank")
+    subject = [mf.ConvexProgram.freeze(problem, network)] if solver == "splitting" else [problem, network]
+    with pytest.raises(ValueError, match="max_seconds="):
+        getattr(mf.solvers, solver).solve(*subject, max_seconds=value)
