@@ -201,7 +201,7 @@ def test_a_table_says_what_made_it():
 SCRIPT = """
 import sys
 sys.path.insert(0, {tests!r})
-from meanfield.bench import sweep
+from meanfield.bench import sweep, workers
 from meanfield.storage import write_atomically
 from test_sweep import slow, cells
 rows = sweep.run(slow, cells(30), {directory!r}, jobs=2, backend={backend!r})
@@ -251,7 +251,7 @@ def test_dask_runs_the_same_sweep(tmp_path):
 
 @pytest.mark.parametrize(("backend", "package"), [("ray", "ray"), ("dask", "dask[distributed]")])
 def test_a_backend_without_its_package_is_refused_before_any_work(backend, package, tmp_path, monkeypatch):
-    monkeypatch.setattr(sweep, "find_spec", lambda module: None)
+    monkeypatch.setattr(workers, "find_spec", lambda module: None)
     with pytest.raises(Misuse, match=rf"^backend='{backend}' needs .*: pip install '{re.escape(package)}'$"):
         sweep.run(squares, cells(3), tmp_path / "cells", backend=backend)
     assert not (tmp_path / "cells").exists()
@@ -259,7 +259,7 @@ def test_a_backend_without_its_package_is_refused_before_any_work(backend, packa
 
 def test_ray_is_told_to_joblib(monkeypatch):
     found = SimpleNamespace(register_ray=lambda: register_parallel_backend("ray", ThreadingBackend))
-    monkeypatch.setattr(sweep, "find_spec", lambda module: found)
+    monkeypatch.setattr(workers, "find_spec", lambda module: found)
     monkeypatch.setitem(sys.modules, "ray.util.joblib", found)
     monkeypatch.setitem(joblib.parallel.BACKENDS, "ray", None)  # put back afterwards
     assert sweep.run(squares, cells(7), jobs=2, backend="ray") == [row for cell in cells(7) for row in squares(cell)]
