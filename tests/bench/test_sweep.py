@@ -16,7 +16,7 @@ import pytest
 from joblib.parallel import ThreadingBackend, register_parallel_backend
 
 import meanfield
-from meanfield.bench import provenance, sweep
+from meanfield.bench import provenance, sweep, workers
 from meanfield.bench.provenance import Provenance
 from meanfield.validation import Misuse
 
