@@ -15,7 +15,7 @@ from torch import Tensor
 from meanfield import certificates
 from meanfield.certificates import Multipliers
 from meanfield.convex.program import ConvexProgram
-from meanfield.convex.repopulation import ProgramPoint
+from meanfield.convex.repopulation import ProgramPoint, joined
 from meanfield.signatures import Positive, checked
 from meanfield.solvers.solution import Solution, message, proven
 from meanfield.validation import choice
@@ -69,7 +69,7 @@ def _attempt(model: _Model, solver: str, settings: dict[str, Any]) -> str:
 def _certified(program: ConvexProgram, model: _Model, detail: str, tolerance: float, began: float) -> Solution:
     # the sign of cvxpy's equality duals differs between formulations: try both
     duals = [model.multipliers(sign) for sign in (1.0, -1.0)]
-    found = model.point().map(lambda tensor: tensor.to(program.features[0]))
+    found = model.point().map(lambda tensor: tensor.to(program.readout_features))
     points = [program.point(program.frozen), *_cleaned(program, found)]
     judged = [(certificates.certify(program, point, *duals), point) for point in points]
     certificate, point = min(judged, key=lambda pair: pair[0].value)
@@ -126,7 +126,7 @@ class _Model:
         self.readout = cp.Variable((program.readout_features.flatten(1).shape[1], arch.outputs))
         self.biases = [cp.Variable(n) if layer.bias else None for layer, n in zip(arch.layers[1:], program.widths[1:])]
         self.constraints: list[Any] = [cp.sum(p) == 1 for p in self.masses]
-        self.realisation: list[Any] = []
+        self.realisation: dict[int, Any] = {}  # none where every feature below is dead
         self.amplitude: list[Any] = []
         objective = self._loss() + self._readout() + _numpy(program.feature_costs) @ self.masses[0]
         for layer in range(1, program.depth):
@@ -154,15 +154,11 @@ class _Model:
     def _layer(self, layer: int, penalty: Any) -> Any:
         program, W, bias = self.program, self.kernels[layer - 1], self.biases[layer - 1]
         offsets = program.problem.architecture.layers[layer].offsets
-        design = _numpy(program.design(layer).rows())[:, : W.shape[0]]
-        g = _numpy(program.preactivations[layer].movedim(1, 3).flatten(0, 2))  # (N P, M_l)
-        moved = (
-            design @ W
-            if bias is None
-            else design @ W + np.ones((len(design), 1)) @ cp.reshape(bias, (1, -1), order="C")
-        )
-        self.realisation.append(moved == g @ cp.diag(self.masses[layer]))
-        self.constraints.append(self.realisation[-1])
+        right, coordinates = _numpy(program.bases[layer - 1]), _numpy(program.coordinates[layer - 1])
+        rows = W if bias is None else cp.vstack([W, cp.reshape(bias, (1, -1), order="C")])
+        if right.shape[1]:
+            self.realisation[layer] = right.T @ rows == coordinates.T @ cp.diag(self.masses[layer])
+            self.constraints.append(self.realisation[layer])
         norms = [self._norms(W[i * offsets : (i + 1) * offsets, :], penalty) for i in range(program.widths[layer - 1])]
         if penalty.amplitude_bound is not None:
             self.amplitude.append(cp.sum(norms) <= penalty.amplitude_bound * self.masses[layer])
@@ -188,17 +184,17 @@ class _Model:
         return float("nan") if solution is None else float(solution.opt_val)
 
     def multipliers(self, sign: float) -> Multipliers:
-        """r = d loss / d F at cvxpy's output, beta from its equality duals times `sign`, kappa
+        """r = d loss / d F at cvxpy's output, b = V y from its equality duals y times `sign`, kappa
         from the bound's duals.
         """
         problem, count = self.program.problem, len(self.program.problem.inputs)
         output = torch.as_tensor(self._output().value)
         r = problem.loss.gradient(output, problem.targets) / count
-        betas = [
-            sign * torch.as_tensor(c.dual_value).T.reshape(c.shape[1], count, -1).contiguous() for c in self.realisation
-        ]
+        pulls = [torch.zeros_like(joined(w, b)) for w, b in zip(self.program.flows[1:], self.program.frozen.biases[1:])]
+        for layer, constraint in self.realisation.items():
+            pulls[layer - 1] = sign * torch.as_tensor(constraint.dual_value).T @ self.program.bases[layer - 1].T
         kappas = tuple(torch.as_tensor(np.array(c.dual_value, dtype=float)) for c in self.amplitude)
-        return Multipliers(r, tuple(betas), kappas or None)
+        return Multipliers(r, tuple(pulls), kappas or None)
 
 
 def _tensor(variable: Any) -> Tensor:

@@ -43,34 +43,40 @@ def test_value_matches_the_explicit_sums_at_any_point(case):
 
 
 @given(cases(archs=deep))
-def test_residual_matches_the_explicit_sums_at_any_point(case):
+def test_residuals_match_the_explicit_sums_at_any_point(case):
     program = case.freeze
     point = random_point(program, case.seed)
-    for layer in range(1, program.depth):
-        np.testing.assert_allclose(
-            program.residual(point, layer), slow.realisation_residual(program, point, layer), atol=1e-11
-        )
+    for layer, (residual, wanted) in enumerate(program.image_residuals(point, case.problem.inputs), start=1):
+        expected = slow.realisation_residual(program, point, layer)
+        np.testing.assert_allclose(residual, expected, atol=1e-11)
+        flows = slow.array(point.masses[layer])[:, None, None] * slow.frozen_maps(program)[0][layer]
+        np.testing.assert_allclose(wanted, flows, atol=1e-11)
 
 
 @given(cases(archs=deep))
-def test_design_has_one_column_per_source_and_offset_and_one_for_the_bias(case):
+def test_the_residual_in_coordinates_has_the_size_of_its_rows_seen_by_the_images(case):
+    """A V times it is the residual on images and positions, whose rows are A's."""
     program = case.freeze
     point = random_point(program, case.seed)
+    features = slow.frozen_maps(program)[1]
     for layer in range(1, program.depth):
-        W, bias = point.kernels[layer - 1].flatten(1), point.biases[layer - 1]
-        columns = W if bias is None else torch.cat([W, bias[:, None]], 1)
-        moved = program.design(layer).rows() @ columns.T - point.masses[layer] * program.preactivations[layer].movedim(
-            1, 3
-        ).flatten(0, 2)
-        torch.testing.assert_close(
-            moved, program.residual(point, layer).movedim(1, 3).flatten(0, 2), rtol=1e-11, atol=1e-11
-        )
+        A = slow.design(features[layer - 1], case.problem.architecture.layers[layer])
+        expected = slow.realisation_residual(program, point, layer)
+        seen = A @ slow.array(program.bases[layer - 1] @ program.residual(point, layer).T)
+        size = np.abs(A).max() * float(point.kernels[layer - 1].abs().max() + 1)
+        np.testing.assert_allclose(seen, np.moveaxis(expected, 1, 3).reshape(seen.shape), atol=1e-9 * size)
 
 
 @given(cases(archs=deep))
-def test_basis_is_computed_once(case):
+def test_coordinates_are_those_of_the_flows_in_the_row_space(case):
     program = case.freeze
-    assert all(program.basis(layer) is program.basis(layer) for layer in range(1, program.depth))
+    for layer, space in enumerate(program.spaces, start=1):
+        flows = case.network.kernels[layer] * case.network.masses[layer - 1][None, :, None, None]
+        torch.testing.assert_close(program.flows[layer], flows)
+        rows = flows.flatten(1)
+        if case.network.biases[layer] is not None:
+            rows = torch.cat([rows, case.network.biases[layer][:, None]], 1)
+        torch.testing.assert_close(program.coordinates[layer - 1], rows @ space.right)
 
 
 @given(cases(), st.floats(0, 1))
@@ -171,10 +177,11 @@ def test_violation_of_the_realisation_is_relative_to_the_flow():
     program = bounded_program()
     point = program.point(program.frozen)
     moved = replace(point, biases=(edited(point.biases[0], 1, 1e-4),))
-    scale = (point.masses[1][None, :, None, None] * program.preactivations[1]).abs().max().item()
+    preactivations, features = program.maps(program.problem.inputs)
+    scale = (point.masses[1][None, :, None, None] * preactivations[1]).abs().max().item()
     assert program.violation(moved) == pytest.approx(1e-4 / scale, rel=1e-8)
     kernels = (edited(point.kernels[0], (1, 2, 0, 1), 1e-3),)
-    expected = 1e-3 * program.features[0][:, 2].abs().max().item() / scale
+    expected = 1e-3 * features[0][:, 2].abs().max().item() / scale
     assert 0.1 * expected < program.violation(replace(point, kernels=kernels)) <= expected * (1 + 1e-9)
 
 
@@ -296,7 +303,7 @@ def crossing_program():
 def test_restore_brings_a_point_that_realises_its_features_back_inside_the_bound():
     """A step along the null space that raises the amplitude by 1e-7 to 1e-3, as a solver's point would be off."""
     program = crossing_program()
-    point, right = program.point(program.frozen), program.basis(1).right
+    point, right = program.point(program.frozen), program.bases[0]
     rows = torch.cat([point.kernels[0].flatten(1), point.biases[0][:, None]], 1)
     step = normal(rows.shape, 3)
     step = step - (step @ right) @ right.T
@@ -323,7 +330,7 @@ def test_restore_falls_back_on_the_frozen_kernels_where_nothing_else_is_inside()
     off = (1 + 1e-5) * rows
     reached = torch.maximum(program.problem.penalty.norms(off[:, :-1].reshape(3, 2, 2, 2)).sum(1), off[:, -1].abs())
     fixed = torch.eye(rows.shape[1], dtype=torch.float64)
-    program._bases[1] = program.basis(1)._replace(right=fixed)
+    program = replace(program, spaces=(program.spaces[0]._replace(right=fixed),))
     found = program._bounded(1, torch.arange(3), off, torch.clone, fixed.diagonal())
     assert 0 < int((reached > 1).sum()) < 3
     torch.testing.assert_close(found, torch.where((reached > 1)[:, None], rows, off), rtol=1e-12, atol=0)
@@ -365,7 +372,7 @@ def test_freezing_cuts_the_graph():
     network = bounded_program().frozen.map(lambda t: t.clone().requires_grad_())
     problem = mf.Problem(PLAIN, random_inputs(PLAIN, 4, 1), normal((4, 2), 3))
     program = mf.ConvexProgram.freeze(problem, network)
-    assert not any(t.requires_grad for t in (*program.features, *program.preactivations, *program.frozen.tensors()))
+    assert not any(t.requires_grad for t in (*program.flows, *program.coordinates, program.readout_features, *program.frozen.tensors()))
     assert not program.point(network).readout.requires_grad
 
 
@@ -373,10 +380,10 @@ def test_freezing_cuts_the_graph():
 def test_dtype_and_device_are_kept(dtype, device):
     program = bounded_program().to(dtype=dtype, device=device)
     point = program.restore(program.point(program.frozen))
-    tensors = [*program.features, program.feature_costs, program.design(1).rows(), program.value(point), *point.masses]
+    tensors = [*program.flows, program.feature_costs, program.readout_features, program.value(point), *point.masses]
     tensors += [
-        program.basis(1).right,
-        program.basis(1).preimage,
+        *program.bases,
+        *program.coordinates,
         *point.kernels,
         point.readout,
         *program.network(point).tensors(),
@@ -438,7 +445,7 @@ def test_dead_features_are_harmless():
     dead = mf.ParticleNetwork(arch, network.masses, [-network.kernels[0].abs(), network.kernels[1]], network.readout)
     program = mf.ConvexProgram.freeze(mf.Problem(arch, random_inputs(arch, 3, 0).abs(), [0.0, 1.0, 2.0]), dead)
     point = program.restore(program.point(dead))
-    assert program.basis(1).rank == 0
+    assert program.spaces[0].rank == 0
     assert program.violation(point) == 0
     assert math.isfinite(program.value(point))
 
@@ -458,9 +465,10 @@ def test_a_program_with_candidates_starts_at_the_network_and_gains(bias):
     assert joined.value(start).item() == pytest.approx(problem.value(network).item(), rel=1e-12)
     assert joined.violation(start) < 1e-10
     assert joined.widths == (5, 5)
+    found = joined.maps(problem.inputs)
     for layer in range(2):
-        expected = others.responses(problem.inputs).preactivations[layer]
-        torch.testing.assert_close(joined.preactivations[layer][:, network.widths[layer] :], expected)
+        for maps, own, expected in zip(found, network.responses(problem.inputs), others.responses(problem.inputs)):
+            torch.testing.assert_close(maps[layer], torch.cat([own[layer], expected[layer]], 1))
     few, many = splitting.solve(alone, 1e-4), splitting.solve(joined, 1e-4)
     assert many.value < few.value - few.gap - many.gap
     assert problem.value(many.network).item() == pytest.approx(many.value, rel=1e-6)
