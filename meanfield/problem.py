@@ -89,7 +89,8 @@ class Problem:
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in network.tensors()):
             return network.responses(self.inputs).output
         each = self.inputs.element_size() * self.architecture.entries(network.widths)
-        return torch.cat([network.responses(self.inputs[part]).output for part in limits.blocks(len(self.inputs), each)])
+        blocks = limits.blocks(len(self.inputs), each)
+        return torch.cat([network.responses(self.inputs[block]).output for block in blocks])
 
     def terms(self, network: ParticleNetwork, output: Tensor | None = None) -> Terms:
         """The terms of J; differentiable in the network's tensors.  `output` saves a second forward pass."""

@@ -119,8 +119,8 @@ def respond(network, inputs):
 @lru_cache(maxsize=4)
 def frozen_maps(program):
     """g and f of every layer, (N, M, H, W) each, as the frozen network has them; no candidates."""
-    responses = respond(program.frozen, program.problem.inputs)
-    return tuple([np.array([maps[kind][layer] for maps in responses]) for layer in range(program.depth)] for kind in (0, 1))
+    responses, layers = respond(program.frozen, program.problem.inputs), range(program.depth)
+    return tuple([np.array([maps[kind][layer] for maps in responses]) for layer in layers] for kind in (0, 1))
 
 
 def kernel_norm(kernel, penalty):

@@ -11,10 +11,10 @@ layer 1 and <beta_i, g_i> - B kappa_i - B |sum beta_i| on later ones.  mu is cho
 gives it, as small as they can be: no solver grades itself.
 
 beta is never formed.  Only b_j counts, which may be any vector of A's row space: with g_j = A w^_j it is
-<beta_j, g_j> = <b_j, w^_j>, and sum beta_j, where the layer has a bias, is b_j's entry for the bias.  So multipliers are
-given as any b_j, of which the part in the row space is taken, y_j = V^T b_j: b_j = V y_j, <beta_j, g_j> = <y_j, c_j>.
-Every column of V is a combination of rows of A, whatever the tolerance of its rank: a direction that was left out has
-a multiplier of zero, which can only lower the bound.
+<beta_j, g_j> = <b_j, w^_j>, and sum beta_j, where the layer has a bias, is b_j's entry for the bias.  So multipliers
+are given as any b_j, of which the part in the row space is taken: with y_j = V^T b_j it is V y_j, and <y_j, c_j> is
+<beta_j, g_j>.  Every column of V is a combination of rows of A, whatever the tolerance of its rank: a direction that
+was left out has a multiplier of zero, which can only lower the bound.
 
 Rounding.  Nothing here is compared with a fixed number.  q_j, a sum over images, is known up to c e_j with
 e_j = sum_n |r_n| |f_nj|.  To take it for less than it is, by up to that, raises the bound over a network with readouts
@@ -90,10 +90,9 @@ def certify(program: ConvexProgram, point: ProgramPoint, *multipliers: Multiplie
 
 
 def stationary_multipliers(program: ConvexProgram, point: ProgramPoint) -> Multipliers:
-    """r = d loss / d F and b_j = -(1/p_j) d loss / d w^_j for the flows w^_j = W_j / p_j of the point's network: optimal
-    where that network is stationary.
+    """r = d loss / d F and b_j = -(1/p_j) d loss / d w^_j for the flows w^_j = W_j / p_j of the point's network.
 
-    Features without mass get b_j = 0.
+    They are optimal where that network is stationary.  Features without mass get b_j = 0.
     """
     problem, arch, frozen = program.problem, program.problem.architecture, program.frozen
     shapes = [flows.shape for flows in program.flows[1:]]

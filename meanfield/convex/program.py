@@ -192,8 +192,7 @@ class ConvexProgram:
         return rows @ self.bases[layer - 1] - point.masses[layer][:, None] * self.coordinates[layer - 1]
 
     def image_residuals(self, point: ProgramPoint, inputs: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """sum_i sum_s W_ijs T_s f_i + B_j - p_j g_j on some inputs, and p_j g_j, (N, M_l, H', W') for every layer >= 2.
-        """
+        """sum_i sum_s W_ijs T_s f_i + B_j - p_j g_j on some inputs, and p_j g_j; (N, M_l, H', W') for layers >= 2."""
         preactivations, features = self.maps(inputs)
         found = []
         for conv, below, W, B, p, g in zip(
@@ -224,7 +223,7 @@ class ConvexProgram:
         return _worst([*self._excesses(point), *ratios.tolist()])
 
     def discord(self, point: ProgramPoint) -> float:
-        """As `violation`, but by coordinates, feature by feature: the largest |V^T (W_j, B_j) - p_j c_j| over p_j |c_j|.
+        """As `violation`, but by coordinates: the largest |V^T (W_j, B_j) - p_j c_j| over p_j |c_j| of any feature.
 
         It touches no image.  Where it is small every feature of the point's network is the frozen one; where it is not,
         the directions that A hardly sees may be all that is amiss.

@@ -372,7 +372,8 @@ def test_freezing_cuts_the_graph():
     network = bounded_program().frozen.map(lambda t: t.clone().requires_grad_())
     problem = mf.Problem(PLAIN, random_inputs(PLAIN, 4, 1), normal((4, 2), 3))
     program = mf.ConvexProgram.freeze(problem, network)
-    assert not any(t.requires_grad for t in (*program.flows, *program.coordinates, program.readout_features, *program.frozen.tensors()))
+    held = (*program.flows, *program.coordinates, program.readout_features, *program.frozen.tensors())
+    assert not any(t.requires_grad for t in held)
     assert not program.point(network).readout.requires_grad
 
 
