@@ -89,8 +89,10 @@ class Problem:
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in network.tensors()):
             return network.responses(self.inputs).output
         each = self.inputs.element_size() * self.architecture.entries(network.widths)
-        blocks = limits.blocks(len(self.inputs), each)
-        return torch.cat([network.responses(self.inputs[block]).output for block in blocks])
+        output = self.inputs.new_empty(len(self.inputs), self.architecture.outputs)
+        for block in limits.blocks(len(self.inputs), each):
+            output[block] = network.responses(self.inputs[block]).output
+        return output
 
     def terms(self, network: ParticleNetwork, output: Tensor | None = None) -> Terms:
         """The terms of J; differentiable in the network's tensors.  `output` saves a second forward pass."""

@@ -100,20 +100,19 @@ def stationary_multipliers(program: ConvexProgram, point: ProgramPoint) -> Multi
     leaves = []
     for flows, bias, W, B, p in zip(program.flows[1:], frozen.biases[1:], point.kernels, point.biases, masses):
         leaves.append(torch.where(p > 0, joined(W, B) / p, joined(flows, bias)).detach().requires_grad_())
-    responses, slopes = [], [torch.zeros_like(leaf) for leaf in leaves]
+    responses, slopes = torch.empty_like(program.output(point)), [torch.zeros_like(leaf) for leaf in leaves]
     for block in program.blocks():
         with torch.enable_grad():
             parts = [parted(leaf, shape) for leaf, shape in zip(leaves, shapes)]
             flows, biases = zip((program.flows[0], frozen.biases[0]), *parts)
             _, features = propagate(arch, flows, biases, problem.inputs[block])
             output = arch.readout_features(features[-1]).flatten(1) @ point.readout.flatten(1).T
-        response = problem.loss.gradient(output.detach(), problem.targets[block]) / len(problem.inputs)
-        responses.append(response)
+        responses[block] = problem.loss.gradient(output.detach(), problem.targets[block]) / len(problem.inputs)
         if leaves:
-            for slope, more in zip(slopes, torch.autograd.grad(output, leaves, response)):
+            for slope, more in zip(slopes, torch.autograd.grad(output, leaves, responses[block])):
                 slope += more
     realisation = [torch.where(p > 0, -slope / p, 0.0) for slope, p in zip(slopes, masses)]
-    return Multipliers(torch.cat(responses), tuple(realisation))
+    return Multipliers(responses, tuple(realisation))
 
 
 def dual_value(program: ConvexProgram, multipliers: Multipliers) -> float:

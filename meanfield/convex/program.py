@@ -79,15 +79,15 @@ class ConvexProgram:
             for size, width, conv in zip(arch.geometry[1:], widths, arch.layers[1:])
         ]
         stacks = [StackedRows(len(inputs) * rows, columns, inputs.device) for rows, columns in shapes]
-        read = []
+        read = inputs.new_empty(len(inputs), *arch.readout_shape(widths[-1])[1:])
         with torch.no_grad():
             for block in limits.blocks(len(inputs), 8 * (arch.entries(widths) + max(map(prod, shapes), default=0))):
                 _, features = propagate(arch, exact, biases, inputs[block].double())
                 for stack, conv, below in zip(stacks, arch.layers[1:], features):
                     stack.add(rows_of(conv, below))
-                read.append(arch.readout_features(features[-1]).to(inputs.dtype))
+                read[block] = arch.readout_features(features[-1]).to(inputs.dtype)
             spaces = tuple(stack.space(RANK_TOLERANCE[inputs.dtype]) for stack in stacks)
-        return cls(problem, frozen, tuple(flows), spaces, torch.cat(read))
+        return cls(problem, frozen, tuple(flows), spaces, read)
 
     def to(self, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> ConvexProgram:
         convert = lambda tensor: tensor.to(dtype=dtype, device=device)  # noqa: E731

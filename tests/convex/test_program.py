@@ -1,6 +1,7 @@
 import math
 from dataclasses import replace
 
+import cvxpy as cp
 import numpy as np
 import pytest
 import reference as slow
@@ -8,8 +9,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from strategies import architectures, cases, costly, normal, random_inputs, random_masses, random_network
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import meanfield as mf
+from meanfield import certificates, limits
 from meanfield.convex.repopulation import ProgramPoint
 from meanfield.solvers import splitting
 
@@ -473,3 +476,122 @@ def test_a_program_with_candidates_starts_at_the_network_and_gains(bias):
     few, many = splitting.solve(alone, 1e-4), splitting.solve(joined, 1e-4)
     assert many.value < few.value - few.gap - many.gap
     assert problem.value(many.network).item() == pytest.approx(many.value, rel=1e-6)
+
+
+def two_layers(count, bias=True, pooling="average", widths=(3, 2), seed=0, **penalty):
+    """tanh layers with 2x2 pooling between, images of 6x6: 9 positions each on the second layer."""
+    layers = (mf.Conv(3, 1, activation="tanh", pooling=pooling, bias=bias), mf.Conv(3, 1, activation="tanh", bias=bias))
+    arch = mf.Architecture((1, 6, 6), layers, outputs=2)
+    strengths = mf.Penalty(**({"source": 1e-3, "readout": 2e-3, "input": 1e-3} | penalty))
+    problem = mf.Problem(arch, random_inputs(arch, count, seed), normal((count, 2), 3), penalty=strengths)
+    return problem, random_network(arch, widths, seed)
+
+
+@pytest.mark.parametrize("images", [1, 2, 5])
+@pytest.mark.parametrize("joined", [False, True])
+def test_the_size_of_a_block_changes_nothing(monkeypatch, images, joined):
+    """Blocks of so many images; 7 in all: the last block is smaller."""
+    problem, network = two_layers(7)
+    others = random_network(problem.architecture, (2, 3), 9)
+
+    def frozen():
+        if joined:
+            return mf.ConvexProgram.with_candidates(problem, network, others)
+        return mf.ConvexProgram.freeze(problem, network)
+
+    def figures(program):
+        point = program.point(program.frozen)
+        moved = point.map(lambda tensor: 1.01 * tensor)
+        multipliers = certificates.stationary_multipliers(program, point)
+        found = [
+            program.violation(moved),
+            splitting.solve(program, 1e-8).value,
+            *(space.rank for space in program.spaces),
+        ]
+        projections = [space.right @ space.right.T for space in program.spaces]
+        return [*found, program.readout_features, multipliers.output, *multipliers.realisation, *projections]
+
+    whole = figures(frozen())
+    monkeypatch.setattr(limits, "blocks", lambda count, _: (slice(k, k + images) for k in range(0, count, images)))
+    for one, other in zip(whole, figures(frozen()), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-12)
+
+
+class Largest(TorchDispatchMode):
+    """The bytes of the largest tensor that any operation made."""
+
+    bytes = 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        made = function(*arguments, **(options or {}))
+        for tensor in made if isinstance(made, (tuple, list)) else [made]:
+            if isinstance(tensor, torch.Tensor):
+                self.bytes = max(self.bytes, tensor.numel() * tensor.element_size())
+        return made
+
+
+def test_memory_does_not_grow_with_images(monkeypatch):
+    """Blocks of two images: nothing that any pass makes is larger for 120 images than for 24; A has 73 columns."""
+    monkeypatch.setattr(limits, "BLOCK_BYTES", 2 * 8 * 1200)
+    found = []
+    for count in (24, 120):
+        problem, network = two_layers(count, widths=(8, 2))
+        with Largest() as largest:
+            program = mf.ConvexProgram.freeze(problem, network)
+            point = program.point(program.frozen)
+            program.violation(point)
+            problem.value(network)
+            certificates.dual_value(program, certificates.stationary_multipliers(program, point))
+        found.append(largest.bytes)
+    assert found[0] == found[1] == 8 * 73 * 2 * 73
+
+
+def test_a_tall_layer_of_full_rank_leaves_masses_and_readout_alone():
+    """More positions than columns force W_j = p_j w^_j: the program in (p, U), stated for cvxpy on its own."""
+    problem, network = two_layers(8, widths=(4, 5))
+    program = mf.ConvexProgram.freeze(problem, network)
+    assert program.spaces[0].right.shape == (37, 37)
+    solution = splitting.solve(program, 1e-7)
+    for part, expected in (
+        (solution.point.kernels[0], program.flows[1]),
+        (solution.point.biases[0], program.frozen.biases[1]),
+    ):
+        wanted = expected * solution.point.masses[1].reshape(-1, *[1] * (expected.ndim - 1))
+        torch.testing.assert_close(part, wanted, rtol=1e-9, atol=1e-12)
+    source, target, readout = cp.Variable(4, nonneg=True), cp.Variable(5, nonneg=True), cp.Variable((5, 2))
+    sizes = np.linalg.norm(slow.array(network.kernels[1]).reshape(5, 4, 9), axis=2) * slow.array(network.masses[0])
+    outflow = sizes.T @ target
+    features = np.array([maps[-1].mean((1, 2)) for _, maps, _ in slow.respond(network, problem.inputs)])
+    penalty = problem.penalty
+    objective = (
+        cp.sum_squares(features @ readout - slow.array(problem.targets)) / (2 * len(features))
+        + penalty.source * cp.sum([cp.quad_over_lin(outflow[i], source[i]) for i in range(4)])
+        + penalty.readout * cp.sum([cp.quad_over_lin(readout[j], target[j]) for j in range(5)])
+        + penalty.input * np.array([slow.input_cost(network, i) for i in range(4)]) @ source
+    )
+    model = cp.Problem(cp.Minimize(objective), [cp.sum(source) == 1, cp.sum(target) == 1])
+    model.solve(solver="CLARABEL")
+    assert solution.status == "optimal"
+    assert solution.value == pytest.approx(model.value, rel=1e-6)
+    assert solution.value < 0.9 * problem.value(network).item()
+
+
+def test_a_candidate_outside_its_bound_falls_back_on_the_flows_that_made_it():
+    """Its sources are candidates themselves, with mass at the point though none in the frozen network."""
+    problem, network = two_layers(6)
+    others = random_network(problem.architecture, (2, 3), 9)
+    bound = max(problem.penalty.norms(net.flows[1]).sum(1).max().item() for net in (network, others))
+    bound = max(bound, *(net.biases[1].abs().max().item() for net in (network, others)))
+    tight = mf.Problem(
+        problem.architecture,
+        problem.inputs,
+        problem.targets,
+        penalty=replace(problem.penalty, amplitude_bound=bound * (1 + 1e-9)),
+    )
+    program = mf.ConvexProgram.with_candidates(tight, network, others)
+    masses = tuple(torch.full_like(p, 1 / len(p)) for p in program.frozen.masses)
+    flows, biases = program.flows[1], program.frozen.biases[1]
+    kernels = (1 + 1e-3) * flows * masses[1][:, None, None, None]
+    restored = program.restore(ProgramPoint(masses, (kernels,), program.frozen.readout * 0.1, (biases * masses[1],)))
+    assert program.admits(restored)
+    torch.testing.assert_close(restored.kernels[0], flows * masses[1][:, None, None, None], rtol=1e-8, atol=1e-10)
