@@ -91,6 +91,8 @@ class ConvexProgram:
 
     def to(self, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> ConvexProgram:
         convert = lambda tensor: tensor.to(dtype=dtype, device=device)  # noqa: E731
+        if convert(self.readout_features) is self.readout_features:
+            return self  # with what it has computed
         return ConvexProgram(
             self.problem.to(dtype=dtype, device=device),
             self.frozen.map(convert),
@@ -225,13 +227,15 @@ class ConvexProgram:
     def discord(self, point: ProgramPoint) -> float:
         """As `violation`, but by coordinates: the largest |V^T (W_j, B_j) - p_j c_j| over p_j |c_j| of any feature.
 
-        It touches no image.  Where it is small every feature of the point's network is the frozen one; where it is not,
+        It touches no image, and leaves aside what rounding explains.  Where it is small every feature of the point's network is the frozen one; where it is not,
         the directions that A hardly sees may be all that is amiss.
         """
         ratios = []
         for layer in range(1, self.depth):
+            rows = joined(point.kernels[layer - 1], point.biases[layer - 1])
+            rounding = rows.shape[1] * torch.finfo(rows.dtype).eps * torch.linalg.vector_norm(rows, dim=1)
+            off = (torch.linalg.vector_norm(self.residual(point, layer), dim=1) - rounding).clamp_min(0)
             size = point.masses[layer] * torch.linalg.vector_norm(self.coordinates[layer - 1], dim=1)
-            off = torch.linalg.vector_norm(self.residual(point, layer), dim=1)
             ratios.append(float((off / size.clamp_min(torch.finfo(off.dtype).tiny)).max()))
         return _worst([*self._excesses(point), *ratios])
 

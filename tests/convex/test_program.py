@@ -433,6 +433,30 @@ def test_point_refuses_another_first_bias():
         program.point(other)
 
 
+def test_point_accepts_a_feature_that_no_image_sees():
+    """Kernels of sum zero on constant images: their coordinates are rounding, and so is what they are held against."""
+    arch = mf.Architecture((1, 4, 4), (mf.Conv(2, activation="tanh"), mf.Conv(2, activation="tanh")))
+    network, inputs = (
+        random_network(arch, (3, 3), 0),
+        torch.ones(3, 1, 4, 4) * torch.tensor([0.3, 0.7, 1.1])[:, None, None, None],
+    )
+    blind = network.kernels[1] - torch.eye(3, dtype=torch.float64)[:1].T[:, :, None, None] * network.kernels[1].mean(
+        (2, 3), keepdim=True
+    )
+    kernels = [network.kernels[0], blind]
+    unseen = mf.ParticleNetwork(arch, network.masses, kernels, network.readout)
+    program = mf.ConvexProgram.freeze(mf.Problem(arch, inputs.double(), [0.0, 1.0, 2.0]), unseen)
+    sizes = program.coordinates[0].norm(dim=1)
+    assert 0 < float(sizes[0]) < 1e-14 < float(sizes[1])
+    assert program.discord(program.point(unseen)) < 1e-12
+
+
+def test_converting_to_what_it_is_keeps_what_was_computed():
+    program = bounded_program()
+    assert program.to(dtype=torch.float64, device="cpu") is program
+    assert program.to(dtype=torch.float32) is not program
+
+
 def test_point_accepts_the_same_features_with_other_readout_and_masses():
     program = bounded_program()
     network = program.frozen
