@@ -227,8 +227,8 @@ class ConvexProgram:
     def discord(self, point: ProgramPoint) -> float:
         """As `violation`, but by coordinates: the largest |V^T (W_j, B_j) - p_j c_j| over p_j |c_j| of any feature.
 
-        It touches no image, and leaves aside what rounding explains.  Where it is small every feature of the point's network is the frozen one; where it is not,
-        the directions that A hardly sees may be all that is amiss.
+        It touches no image, and leaves aside what rounding explains.  Where it is small every feature of the point's
+        network is the frozen one; where it is not, the directions that A hardly sees may be all that is amiss.
         """
         ratios = []
         for layer in range(1, self.depth):
