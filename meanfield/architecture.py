@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from math import prod
 from typing import Any, NamedTuple
 
 import torch
@@ -196,6 +197,11 @@ class Architecture:
         """Shapes (M_l, M_{l-1}, kh, kw) of the kernels, target first; M_0 = C_0."""
         sources = (self.input_shape[0], *widths[:-1])
         return [(m, c, *layer.kernel) for m, c, layer in zip(widths, sources, self.layers, strict=True)]
+
+    def entries(self, widths: Sequence[int]) -> int:
+        """Numbers that one image takes: its pixels, and before and after pooling the features of every layer."""
+        maps = (width * (prod(size.output) + prod(size.pooled)) for width, size in zip(widths, self.geometry))
+        return prod(self.input_shape) + sum(maps)
 
     def readout_shape(self, width: int) -> tuple[int, ...]:
         """(K, M_L), or (K, M_L, positions) for the flattened readout."""

@@ -6,7 +6,8 @@ import pytest
 import reference as slow
 import torch
 from hypothesis import given
-from strategies import architectures, convs, normal, seeds
+from hypothesis import strategies as st
+from strategies import architectures, convs, normal, random_inputs, random_network, seeds
 
 import meanfield as mf
 from meanfield.architecture import ACTIVATIONS, Activation
@@ -187,3 +188,11 @@ def test_from_dict_refuses_other_descriptions(description):
 def test_check_inputs_names_the_expected_shape(shape):
     with pytest.raises(ValueError, match=re.escape(f"images has shape {shape}; the architecture expects (N, 1, 3, 3)")):
         mf.Architecture((1, 3, 3), mf.Conv()).check_inputs(torch.zeros(shape), "images")
+
+
+@given(architectures(), st.integers(1, 4))
+def test_entries_are_the_numbers_that_an_image_and_its_maps_take(arch, width):
+    network, image = random_network(arch, [width] * arch.depth, 0), random_inputs(arch, 1, 0)
+    responses = network.responses(image)
+    maps = (*responses.preactivations, *responses.features)
+    assert arch.entries(network.widths) == image.numel() + sum(tensor.numel() for tensor in maps)

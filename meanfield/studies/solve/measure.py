@@ -146,7 +146,7 @@ def _reference(run: Run) -> dict[str, Any]:
 
 def _rows(program: ConvexProgram) -> list[int]:
     """Images times positions of layers >= 2."""
-    return [g.shape[0] * g.shape[2] * g.shape[3] for g in program.preactivations[1:]]
+    return [len(program.problem.inputs) * math.prod(size.output) for size in program.problem.architecture.geometry[1:]]
 
 
 def _constraints(program: ConvexProgram) -> int:
