@@ -155,7 +155,7 @@ class Section5:
 
 
 def _realised(pulls: torch.Tensor, patches: torch.Tensor, bias: bool, *, free: bool) -> torch.Tensor:
-    """beta (M, N, positions) of which A^T beta_j is the part of b_j in the row space of A, and sum beta_j = 0 if free."""
+    """beta (M, N, positions) with A^T beta_j the part of b_j in the row space of A, and sum beta_j = 0 if free."""
     A = patches.flatten(0, 1)
     A = torch.cat([A, A.new_ones(len(A), 1)], 1) if bias else A
     inverse = torch.linalg.pinv(A.T, rtol=1e-10)

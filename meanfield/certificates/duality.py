@@ -36,7 +36,7 @@ from meanfield import limits
 from meanfield.certificates import concave
 from meanfield.convex.program import ConvexProgram
 from meanfield.convex.repopulation import ProgramPoint, joined, parted
-from meanfield.network import propagate
+from meanfield.network import ordinary, propagate
 from meanfield.signatures import checked
 from meanfield.validation import instance
 
@@ -109,6 +109,7 @@ def stationary_multipliers(program: ConvexProgram, point: ProgramPoint) -> Multi
     They are optimal where that network is stationary.  Features without mass get b_j = 0.
     """
     problem, arch, frozen = program.problem, program.problem.architecture, program.frozen
+    point = point.map(ordinary)
     shapes = [flows.shape for flows in program.flows[1:]]
     masses = [p[:, None] for p in point.masses[1:]]
     leaves = []

@@ -50,6 +50,7 @@ class ConvexProgram:
     readout_features: Tensor
 
     @classmethod
+    @torch.inference_mode(False)
     def freeze(cls, problem: Problem, network: ParticleNetwork) -> ConvexProgram:
         """Freeze the features that `network` computes on the problem's inputs: one pass over them, in float64."""
         instance(problem, "problem", Problem).require_feasible(network)
@@ -57,6 +58,7 @@ class ConvexProgram:
         return cls._gathered(problem, network, network.flows)
 
     @classmethod
+    @torch.inference_mode(False)
     def with_candidates(cls, problem: Problem, network: ParticleNetwork, candidates: ParticleNetwork) -> ConvexProgram:
         """Freeze the features of `network`, and those of `candidates` beside them at zero mass.
 
@@ -90,6 +92,7 @@ class ConvexProgram:
             spaces = tuple(stack.space(RANK_TOLERANCE[inputs.dtype]) for stack in stacks)
         return cls(problem, frozen, tuple(flows), spaces, read)
 
+    @torch.inference_mode(False)
     def to(self, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> ConvexProgram:
         convert = lambda tensor: tensor.to(dtype=dtype, device=device)  # noqa: E731
         if convert(self.readout_features) is self.readout_features:
