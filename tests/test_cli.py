@@ -12,8 +12,9 @@ import warnings
 import numpy as np
 import pytest
 from command_line import run
-from image_files import save
+from image_files import grey, save
 
+import meanfield
 from benchmarks.__main__ import main as benchmarks
 from meanfield import cli, data
 from meanfield.bench import command
@@ -43,7 +44,7 @@ def solve(*arguments):
         (["--readout", "averag"], ["--readout='averag'", "'average'"]),
         (["--readout-penalty", "-1"], ["--readout-penalty=-1.0", "at least 0"]),
         (["--source-penalty", "nan"], ["--source-penalty=nan"]),
-        (["--kernel-size", "9", "--stride", "9", "--pooling", "max"], ["pool_size"]),
+        (["--kernel-size", "9", "--stride", "9", "--pooling", "max"], ["--pooling='max'", "pool_size"]),
         (["--data", "missing.npz"], ["missing.npz", "does not exist"]),
         (["--data", "digit"], ["--data='digit'", "'digits'"]),
         (["--device", "tpu"], ["--device='tpu'"]),
@@ -197,6 +198,27 @@ def test_no_command_costs_an_import_before_it_is_asked_for():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert all(name in done.stdout for name in ("solve", "widths", "graft"))
+
+
+def test_the_package_is_the_command():
+    done = subprocess.run([sys.executable, "-m", "meanfield", "--version"], capture_output=True, text=True)
+    assert done.stdout == f"meanfield {meanfield.__version__}\n", done.stderr
+
+
+def test_a_class_named_like_a_number_is_not_the_place_of_another(tmp_path):
+    """--classes 01,cat took the class at place 1."""
+    for number, name in enumerate(("01", "bear", "cat", "1_0")):
+        for image in range(2):
+            save(tmp_path / "zoo" / name / f"{image}.png", grey(40 * number + 50 + image, (4, 4)))
+    for classes in ("01,cat", "cat,1_0"):
+        said = solve("--data", tmp_path / "zoo", "--classes", classes, "--samples=4").stderr
+        assert "classes {} (2), {} (2)".format(*classes.split(",")) in said
+
+
+def test_numbers_with_zeros_in_front_are_classes_as_the_folders_are(tmp_path):
+    for number, name in enumerate(("01", "02", "10")):
+        save(tmp_path / name / "0.png", grey(40 * number + 50))
+    assert data.load(tmp_path, classes=("02", "10")).classes == (2, 10)
 
 
 @pytest.mark.skipif(os.name == "nt", reason="closes a pipe")

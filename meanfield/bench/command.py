@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import importlib
+import importlib.util
 import inspect
 import os
 import pkgutil
@@ -32,7 +33,6 @@ from meanfield.bench.options import (
     Quiet,
     Seed,
     Settings,
-    choice,
     flag,
     option,
     spelled,
@@ -44,7 +44,15 @@ if TYPE_CHECKING:
 
 MISUSE, FAULT, SHORT, UNREAD = 2, 70, 75, 141  # exit codes: an option, this library, memory or disk, a reader gone
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.ENOMEM)
-BACKENDS = ("loky", "threading", "dask", "ray")
+BACKENDS = {"loky": None, "threading": None, "dask": "distributed", "ray": "ray"}  # -> the package that it needs
+
+
+def available(value: Any, argument: str) -> str:
+    """Where joblib runs cells; one whose package is there."""
+    package = BACKENDS[one_of(value, argument, BACKENDS)]
+    if package is not None and importlib.util.find_spec(package) is None:
+        raise Misuse(argument, value, f"needs the package {package}, which is not installed: pip install {package}")
+    return value
 
 
 def application(name: str, text: str) -> App:
@@ -153,7 +161,8 @@ def one_line_errors() -> Iterator[None]:
 
 def _told(error: Misuse) -> str:
     value = repr(error.value) if isinstance(error.value, str) else spelled(error.value)
-    given = "" if error.value is True else f"={value}"  # a flag is given without its value
+    bare = error.value is True or error.value is None  # a flag has no value, what is missing neither
+    given = "" if bare else f"={value}"
     return f"--{error.argument.replace('_', '-')}{given} {error.remedy}"
 
 
@@ -206,7 +215,7 @@ class StudyOptions(Settings):
             "their packages and, for a cluster, a connected client.",
             WORK,
         ),
-        choice(BACKENDS),
+        available,
     ] = "loky"
     out: Out = None
     overwrite: Overwrite = False

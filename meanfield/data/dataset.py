@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -237,10 +238,16 @@ def _entries(classes: Any) -> tuple[int | str, ...]:
 def _label(entry: int | str, source: Source) -> int | None:
     """Of a name or of a label; None where there is neither."""
     named = next((label for label, name in source.names.items() if name == str(entry)), None)
-    own = next((label for label in source.labels.unique().tolist() if str(label) == str(entry)), None)
+    number = str(entry) if source.names else _plain(str(entry))
+    own = next((label for label in source.labels.unique().tolist() if str(label) == number), None)
     if None not in (named, own) and named != own:
         raise Misuse("classes", entry, f"is the name of one class of {source.name} and the place of another; rename it")
     return own if named is None else named
+
+
+def _plain(text: str) -> str:
+    """01, as a class without a name may be called, is 1."""
+    return str(int(text)) if re.fullmatch("-?[0-9]{1,18}", text) else text
 
 
 def _count(samples: int | None, available: int, source: Source, classes: tuple[int, ...]) -> int:
