@@ -211,7 +211,7 @@ def test_a_class_named_like_a_number_is_not_the_place_of_another(tmp_path):
         for image in range(2):
             save(tmp_path / "zoo" / name / f"{image}.png", grey(40 * number + 50 + image, (4, 4)))
     for classes in ("01,cat", "cat,1_0"):
-        said = solve("--data", tmp_path / "zoo", "--classes", classes, "--samples=4").stderr
+        said = solve("--data", tmp_path / "zoo", "--classes", classes, "--samples", "4").stderr
         assert "classes {} (2), {} (2)".format(*classes.split(",")) in said
 
 

@@ -205,7 +205,7 @@ def _read(kind: Any, tokens: Sequence[Any]) -> Any:
 
 
 def _number(kind: Any, text: str) -> Any:
-    """Text is itself; of what Python takes for a number, such as 6_4 and digits of other scripts, what everybody does."""
+    """Text is itself; a number is one that everybody reads so, unlike 6_4 and digits of other scripts."""
     if kind is not str and (not text.isascii() or "_" in text):
         raise ValueError
     return kind(text)

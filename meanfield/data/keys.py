@@ -44,16 +44,9 @@ def chosen(keys: Sequence[str], path: Path, address: Address) -> Keys:
             f"{path} has images {_listed(chain(*images.values()))} and labels {_listed(chain(*labels.values()))}, "
             f"of different splits; name them as {path}:images=KEY,labels=KEY"
         )
-    single = (
-        ()
-        if named
-        else [key for split in {**images, **labels} if split not in pairs for key in _of(split, images, labels)]
-    )
+    found = [] if named else [*images.items(), *labels.items()]
+    single = [key for split, each in found if split not in pairs for key in each]
     return _of_split(pairs, single, path, address)
-
-
-def _of(split: str, *found: dict[str, list[str]]) -> list[str]:
-    return [key for each in found for key in each.get(split, ())]
 
 
 def _of_split(
