@@ -278,6 +278,19 @@ def zoo(tmp_path):
     return tmp_path / "zoo"
 
 
+@pytest.mark.parametrize("command", ["solve", "widths", "graft"])
+@pytest.mark.parametrize("place", [".", "runs/digits"])
+def test_a_result_is_not_written_among_the_images(command, place, zoo, monkeypatch):
+    """The folder of the result was made first and read as a class without images."""
+    monkeypatch.chdir(zoo)
+    before = sorted(zoo.rglob("*"))
+    classes = () if command == "graft" else ("--classes", "all")
+    ended = run(command, "--data", ".", *classes, "--out", place)
+    assert ended.exit_code == 2
+    assert ended.stderr == f"error: --out={place!r} lies in the directory of images --data='.'; give one outside it\n"
+    assert sorted(zoo.rglob("*")) == before
+
+
 def test_what_was_read_is_said_before_the_run_and_in_its_results(zoo):
     found = solve("--data", zoo, "--classes", "zebra,a $x_t", "--json")
     read = (

@@ -231,6 +231,7 @@ def run_study(study: Study, options: StudyOptions, subject: Any, *program: str) 
     What is finished is kept: the same command goes on where it was stopped.
     """
     from meanfield.bench.provenance import Provenance
+    from meanfield.bench.reading import refuse_inside
     from meanfield.storage.results import opened
 
     sizes = study.sizes[one_of(options.size, "size", study.sizes)]
@@ -239,6 +240,8 @@ def run_study(study: Study, options: StudyOptions, subject: Any, *program: str) 
         raise Misuse("part", options.part, f"has nothing to measure at --size={options.size}; take a larger one")
     study.check(subject, plan)
     out = options.out or Path("runs") / study.name
+    if data := options.to_dict().get("data"):
+        refuse_inside(out, data)
     made = Provenance(options.command_line(*program), options.to_dict(), data=study.data(subject))
     work = {"seed": options.seed, "parts": options.part, "jobs": options.jobs, "backend": options.backend}
     with opened(out, study.name, study.names(), study.folders(), overwrite=options.overwrite) as result:

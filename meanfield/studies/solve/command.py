@@ -13,7 +13,7 @@ from typing import Annotated, Any, NoReturn
 import torch
 
 from meanfield import limits, starts, storage
-from meanfield.bench import signals
+from meanfield.bench import reading, signals
 from meanfield.bench.command import SHORT, say_data, stop
 from meanfield.bench.options import (
     MODEL,
@@ -98,6 +98,7 @@ def command(options: Options) -> None:
     with contextlib.ExitStack() as stack:
         result = None
         if options.out is not None:
+            reading.refuse_inside(options.out, options.data)
             result = stack.enter_context(
                 results.opened(options.out, networks.RESULT, page.FILES, overwrite=options.overwrite)
             )
