@@ -18,6 +18,7 @@ import meanfield
 from benchmarks.__main__ import main as benchmarks
 from meanfield import cli, data
 from meanfield.bench import command
+from meanfield.data import dataset
 from meanfield.storage import load_network, locks
 from theory_checks.__main__ import main as checks
 
@@ -149,6 +150,16 @@ def test_a_machine_that_is_too_small_says_so_in_one_line(error, code, said, caps
     with pytest.raises(SystemExit) as ended, command.one_line_errors():
         raise error
     assert (ended.value.code, capsys.readouterr().err) == (code, said + "\n")
+
+
+def test_memory_that_runs_out_over_images_is_no_misuse(monkeypatch, capsys):
+    def short(address):
+        raise MemoryError
+
+    monkeypatch.setattr(dataset, "read", short)
+    ended = solve("--data", "digits", "--samples", "7")
+    assert ended.exit_code == 75
+    assert ended.stderr.startswith("error: memory ran out over digits, ")
 
 
 def test_a_fault_of_the_library_has_an_exit_code_of_its_own(capsys):

@@ -149,7 +149,8 @@ def one_line_errors() -> Iterator[None]:
         except OSError as error:
             refuse(_named(error), SHORT if error.errno in NO_ROOM else MISUSE)
         except (CycloptsError, ValueError, ImportError) as error:
-            refuse(str(error))
+            short = error.__cause__ is not None and limits.is_shortage(error.__cause__)
+            refuse(str(error), SHORT if short else MISUSE)
         except Exception as error:
             if limits.is_shortage(error):
                 refuse("memory ran out; give it less at a time: fewer or smaller images, fewer particles", SHORT)
