@@ -128,17 +128,24 @@ class Conv:
         for axis, size in enumerate((height, width)):
             padded = size + 2 * self.padding[axis]  # type: ignore[index]
             if self.kernel[axis] > padded:
-                raise ValueError(
-                    f"{where}: kernel_size={self.kernel} does not fit the padded input, {padded} along "
-                    f"{('height', 'width')[axis]} (input {size}, padding {self.padding[axis]}); "  # type: ignore[index]
-                    "use a smaller kernel or more padding"
+                raise Misuse(
+                    "kernel_size",
+                    self.kernel,
+                    f"does not fit the padded input of {where}, {padded} along {('height', 'width')[axis]} "
+                    f"(input {size}, padding {self.padding[axis]}); "  # type: ignore[index]
+                    "use a smaller kernel or more padding",
                 )
             output.append((padded - self.kernel[axis]) // self.stride[axis] + 1)  # type: ignore[index]
         if self.pooling == "none":
             return (output[0], output[1]), (output[0], output[1])
         pooled = [size // step for size, step in zip(output, self.pool_size)]  # type: ignore[arg-type]
         if min(pooled) < 1:
-            raise ValueError(f"{where}: pool_size={self.pool_size} leaves no position of the output {tuple(output)}")
+            raise Misuse(
+                "pooling",
+                self.pooling,
+                f"does not fit {where}: pool_size={self.pool_size} leaves no position of the output {tuple(output)}; "
+                "pool less, or take larger images",
+            )
         return (output[0], output[1]), (pooled[0], pooled[1])
 
 

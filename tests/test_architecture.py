@@ -160,13 +160,18 @@ def test_conv_names_the_bad_argument(options, message):
         ((1, 4, 4), 3, {}, "layers=3 must be a non-empty"),
         ((1, 4, 4), (mf.Conv(),), {"readout": "mean"}, "readout='mean'"),
         ((1, 4, 4), (mf.Conv(),), {"outputs": 0}, "outputs=0"),
-        ((1, 4, 2), (mf.Conv(),), {}, r"layers\[0\]: kernel_size=\(3, 3\).* 2 along width \(input 2, padding 0\)"),
-        ((1, 4, 4), (mf.Conv(), mf.Conv()), {}, r"layers\[1\]: kernel_size=\(3, 3\).* 2 along height"),
+        (
+            (1, 4, 2),
+            (mf.Conv(),),
+            {},
+            r"kernel_size=\(3, 3\) .* input of layers\[0\], 2 along width \(input 2, padding 0\)",
+        ),
+        ((1, 4, 4), (mf.Conv(), mf.Conv()), {}, r"kernel_size=\(3, 3\) .* layers\[1\], 2 along height"),
         (
             (1, 3, 3),
             (mf.Conv(3, pooling="max"),),
             {},
-            r"layers\[0\]: pool_size=\(2, 2\) leaves no position of the output \(1, 1\)",
+            r"pooling='max' does not fit layers\[0\]: pool_size=\(2, 2\) leaves no position of the output \(1, 1\)",
         ),
     ],
 )
