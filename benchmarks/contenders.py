@@ -149,7 +149,7 @@ def _cvxpy(solver: str, program: ConvexProgram, tolerance: float, max_seconds: f
     reference = importlib.import_module("meanfield.solvers.reference")
     options = CVXPY_OPTIONS[solver](tolerance, max_seconds)
     began = time.process_time()
-    model = reference._Model(program)
+    model = reference._Model(program, reference._Units.of(program, reference.UNITS[0]))
     data, chain, inverse = model.problem.get_problem_data(solver, solver_opts=options)
     compiled, wall = time.process_time(), time.perf_counter()
     raw = chain.solve_via_data(model.problem, data, False, False, options)

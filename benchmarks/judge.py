@@ -18,8 +18,9 @@ from meanfield import certificates
 from meanfield.certificates import Certificate, Multipliers
 from meanfield.convex.program import ConvexProgram
 from meanfield.convex.repopulation import ProgramPoint
+from meanfield.problem import FEASIBLE
 
-FEASIBLE = 1e-8  # largest relative violation of a point whose value counts
+LARGEST_VIOLATION = FEASIBLE[torch.float64]  # of a point whose value counts
 
 
 class Answer(NamedTuple):
@@ -50,7 +51,7 @@ def judge(program: ConvexProgram, answer: Answer) -> Certificate:
     """The certificate of the lowest feasible point of an answer, of the least violating one where none is feasible."""
     duals = [multipliers.map(Tensor.double) for multipliers in answer.multipliers]
     judged = [certificates.certify(program, point, *duals) for point in answer.points]
-    feasible = [each for each in judged if each.violation <= FEASIBLE and math.isfinite(each.value)]
+    feasible = [each for each in judged if each.violation <= LARGEST_VIOLATION and math.isfinite(each.value)]
     return min(feasible, key=lambda each: each.value) if feasible else min(judged, key=lambda each: each.violation)
 
 
@@ -63,7 +64,7 @@ def figures(certificate: Certificate) -> dict[str, Any]:
         "violation": certificate.violation,
     }
     finite = {name: number if math.isfinite(number) else None for name, number in found.items()}
-    return {**finite, "feasible": certificate.violation <= FEASIBLE and finite["value"] is not None}
+    return {**finite, "feasible": certificate.violation <= LARGEST_VIOLATION and finite["value"] is not None}
 
 
 def best_bound(runs: Sequence[dict[str, Any]]) -> float | None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from meanfield.validation import Misuse, integer, one_of, pair
+from meanfield.validation import Misuse, instance, integer, one_of, pair
 
 
 @dataclass(frozen=True)
@@ -207,6 +207,7 @@ class Architecture:
         return flat.mean(2) if self.readout == "average" else flat / self.readout_positions
 
     def check_inputs(self, inputs: Tensor, argument: str = "inputs") -> Tensor:
+        instance(inputs, argument, torch.Tensor)
         if inputs.ndim != 4 or tuple(inputs.shape[1:]) != self.input_shape:
             expected = f"(N, {', '.join(map(str, self.input_shape))})"
             raise ValueError(f"{argument} has shape {tuple(inputs.shape)}; the architecture expects {expected}")

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from meanfield.architecture import Architecture
-from meanfield.validation import finite, shaped
+from meanfield.validation import finite, instance, shaped
 
 MASS_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-8}
 
@@ -50,15 +50,21 @@ class ParticleNetwork:
         readout: Tensor,
         biases: Sequence[Tensor | None] | None = None,
     ) -> None:
+        instance(architecture, "architecture", Architecture)
+        for name, tensors in (("masses", masses), ("kernels", kernels)):
+            instance(tensors, name, Iterable)
+        if biases is not None:
+            instance(biases, "biases", Iterable)
         self._assign(architecture, masses, kernels, readout, biases)
         self._check()
 
     def _assign(self, architecture, masses, kernels, readout, biases) -> None:
         object.__setattr__(self, "architecture", architecture)
-        object.__setattr__(self, "masses", tuple(masses))
-        object.__setattr__(self, "kernels", tuple(kernels))
-        object.__setattr__(self, "readout", readout)
-        object.__setattr__(self, "biases", tuple(biases) if biases is not None else (None,) * architecture.depth)
+        biases = (None,) * architecture.depth if biases is None else biases
+        object.__setattr__(self, "masses", tuple(map(ordinary, masses)))
+        object.__setattr__(self, "kernels", tuple(map(ordinary, kernels)))
+        object.__setattr__(self, "readout", ordinary(readout))
+        object.__setattr__(self, "biases", tuple(map(ordinary, biases)))
 
     @classmethod
     def unchecked(
@@ -80,7 +86,7 @@ class ParticleNetwork:
             if len(entries) != arch.depth:
                 raise ValueError(f"{name} has {len(entries)} entries; the architecture has {arch.depth} layers")
         for index, masses in enumerate(self.masses):
-            if not isinstance(masses, Tensor) or masses.ndim != 1 or masses.numel() == 0:
+            if instance(masses, f"masses[{index}]", Tensor).ndim != 1 or masses.numel() == 0:
                 raise ValueError(f"masses[{index}] must be a tensor of shape (M,), M >= 1, got {_describe(masses)}")
         for index, (kernel, shape) in enumerate(zip(self.kernels, arch.kernel_shapes(self.widths))):
             shaped(kernel, shape, f"kernels[{index}]")
@@ -181,6 +187,17 @@ class ParticleNetwork:
     def amplitudes(self, layer: int, norms: Tensor) -> Tensor:
         """int |w(z', z)| d rho(z') of every feature of `layer` (counted from 0, >= 1), from |w_ij| (M_l, M_{l-1})."""
         return norms @ self.masses[layer - 1]
+
+
+def ordinary(tensor: Any) -> Any:
+    """A copy of a tensor made under torch.inference_mode(), which would never take a gradient; anything else as it is.
+
+    What differentiates runs outside of that mode, and finds here what it can differentiate.
+    """
+    if not isinstance(tensor, Tensor) or not tensor.is_inference():
+        return tensor
+    with torch.inference_mode(False):
+        return tensor.clone()
 
 
 def along_axis(vector: Tensor, like: Tensor, axis: int) -> Tensor:

@@ -17,6 +17,7 @@ from meanfield.validation import nonnegative, one_of, positive
 
 KERNEL_NORMS = ("l2", "l1")
 ROOT_STEPS = 100
+BALL_STEPS = 12  # of Newton, on a function that is all but linear: rounding after half of them
 DEVICE_STEPS = 25  # on a GPU their number is fixed: to look whether all roots have settled would wait for it
 
 
@@ -178,6 +179,43 @@ def cone_projection(
     atoms = penalty.atoms(kernels)
     theta = shrinkage_root(atoms, 1.0, 1.0, (1, 2), level=bound * center, mass=torch.full_like(center, bound * slope))
     return penalty.shrink(kernels, theta, atoms), (masses + slope * theta.flatten()).clamp_min(0)
+
+
+def kernel_projection(
+    kernels: Tensor, sources: Tensor, penalty: Penalty, bound: float, steps: Tensor | float = 1.0
+) -> Tensor:
+    """Projection of kernels w on {sum_i |w_ij| p_i <= bound for every j} at source masses p that are kept.
+
+    kernels (targets, sources, kh, kw), sources (sources,), steps (targets, sources) or a number.  The distance is
+    sum_i p_i |w_ij - .|^2 / (2 steps_ij), that of `inflow_projection`: w_ij shrinks by steps_ij theta_j, theta_j >= 0.
+    """
+    slopes = steps[:, :, None] if isinstance(steps, Tensor) else steps
+    atoms = penalty.atoms(kernels)
+    level = torch.full_like(atoms[:, :1, :1], bound)
+    theta = shrinkage_root(atoms, slopes, sources[None, :, None], (1, 2), level=level)
+    return penalty.shrink(kernels, slopes * theta, atoms)
+
+
+def input_projection(
+    kernels: Tensor, bias: Tensor | None, bound: float, bias_steps: float = 1.0
+) -> tuple[Tensor, Tensor | None]:
+    """Projection of first-layer features on {|(z_i, b_i)| <= bound}, in the distance |dz_i|^2 + |db_i|^2 / bias_steps.
+
+    kernels (M_1, C_0, kh, kw), bias (M_1,) or None.  The nearest point is z / (1 + mu), b / (1 + bias_steps mu) with
+    mu >= 0 the root of |(z, b)| = bound, found by Newton's method on 1 / |(z, b)|: that is concave in mu (Conn, Gould &
+    Toint 2000, section 7.3), so that the method approaches the root from below, and scaling ends inside.
+    """
+    if bias is not None and bias_steps != 1:
+        size, mu = kernels.flatten(1).square().sum(1), torch.zeros_like(bias)
+        outside = input_norms(kernels, bias) > bound
+        for _ in range(BALL_STEPS):
+            shares = size / (1 + mu).square(), bias.square() / (1 + bias_steps * mu).square()
+            square = shares[0] + shares[1]
+            fall = shares[0] / (1 + mu) + bias_steps * shares[1] / (1 + bias_steps * mu)
+            mu = torch.where(outside, (mu + square * (square.sqrt() / bound - 1) / fall).clamp_min(0), mu)
+        kernels, bias = kernels / (1 + mu)[:, None, None, None], bias / (1 + bias_steps * mu)
+    factor = (bound / input_norms(kernels, bias).clamp_min(bound)).to(kernels.dtype)
+    return kernels * factor[:, None, None, None], None if bias is None else bias * factor
 
 
 def inflow_projection(

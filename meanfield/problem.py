@@ -9,9 +9,9 @@ from torch import Tensor
 
 from meanfield import losses
 from meanfield.architecture import Architecture
-from meanfield.network import ParticleNetwork
-from meanfield.penalties import Penalty, input_norms, shrinkage_root
-from meanfield.validation import Misuse, finite
+from meanfield.network import ParticleNetwork, ordinary
+from meanfield.penalties import Penalty, input_norms, input_projection, kernel_projection
+from meanfield.validation import Misuse, finite, instance
 
 # The relative violation, of a bound or of any constraint of the convex program, up to which a network or a point counts
 # as feasible; solvers end at rounding.  float32: sums of 2^10 terms with one rounding each (2^-24) may be off by 6e-5.
@@ -48,15 +48,14 @@ class Problem:
         loss: str = "squared",
         penalty: Penalty | None = None,
     ):
-        if not isinstance(architecture, Architecture):
-            raise TypeError(f"architecture must be an Architecture, not {type(architecture).__name__}")
-        if penalty is not None and not isinstance(penalty, Penalty):
-            raise TypeError(f"penalty must be a Penalty, not {type(penalty).__name__}")
+        instance(architecture, "architecture", Architecture)
+        if penalty is not None:
+            instance(penalty, "penalty", Penalty)
         self.architecture = architecture
         self.loss = losses.make(loss)
         self.penalty = penalty if penalty is not None else Penalty()
-        self.inputs = _image_tensor(inputs, architecture)
-        self.targets = self.check_targets(_tensor(targets, "targets"))
+        self.inputs = ordinary(_image_tensor(inputs, architecture))
+        self.targets = ordinary(self.check_targets(_tensor(targets, "targets")))
 
     def __repr__(self) -> str:
         return f"Problem({len(self.inputs)} images, {self.loss.name} loss, {self.architecture}, {self.penalty})"
@@ -79,9 +78,9 @@ class Problem:
     def _with_data(self, inputs: Tensor, targets: Tensor) -> Problem:
         """Without the checks: a batch may hold one class only."""
         other = object.__new__(Problem)
-        other.architecture, other.loss, other.penalty, other.inputs = self.architecture, self.loss, self.penalty, inputs
+        other.architecture, other.loss, other.penalty = self.architecture, self.loss, self.penalty
         dtype = inputs.dtype if targets.is_floating_point() else targets.dtype
-        other.targets = targets.to(dtype=dtype, device=inputs.device)
+        other.inputs, other.targets = ordinary(inputs), ordinary(targets.to(dtype=dtype, device=inputs.device))
         return other
 
     def terms(self, network: ParticleNetwork, output: Tensor | None = None) -> Terms:
@@ -143,6 +142,7 @@ class Problem:
                 )
 
     def _check_network(self, network: ParticleNetwork) -> None:
+        instance(network, "network", ParticleNetwork)
         if network.architecture != self.architecture:
             raise ValueError(
                 f"the network has the architecture {network.architecture}, the problem {self.architecture}"
@@ -172,21 +172,18 @@ class Problem:
         return missing
 
 
-def project_bounds(problem: Problem, network: ParticleNetwork) -> ParticleNetwork:
-    """The nearest network, feature by feature in the flow's metric, that keeps the input and the amplitude bound."""
+def project_bounds(problem: Problem, network: ParticleNetwork, *, input_bias_steps: float = 1.0) -> ParticleNetwork:
+    """The nearest network, feature by feature in the flow's metric, that keeps the input and the amplitude bound.
+
+    input_bias_steps: step length of the first layer's biases in units of that of its kernels, 1 in the flow's metric.
+    """
     penalty, kernels, biases = problem.penalty, list(network.kernels), list(network.biases)
     if penalty.input_bound is not None:
-        factor = (penalty.input_bound / input_norms(kernels[0], biases[0]).clamp_min(penalty.input_bound)).to(
-            network.dtype
-        )
-        kernels[0] = kernels[0] * factor[:, None, None, None]
-        biases[0] = None if biases[0] is None else biases[0] * factor
+        kernels[0], biases[0] = input_projection(kernels[0], biases[0], penalty.input_bound, input_bias_steps)
     if penalty.amplitude_bound is not None:
         for layer in range(1, len(kernels)):
-            source = network.masses[layer - 1][None, :, None]
-            level = torch.full_like(network.masses[layer][:, None, None], penalty.amplitude_bound)
-            theta = shrinkage_root(penalty.atoms(kernels[layer]), 1.0, source, (1, 2), level=level)
-            kernels[layer] = penalty.shrink(kernels[layer], theta)
+            source = network.masses[layer - 1]
+            kernels[layer] = kernel_projection(kernels[layer], source, penalty, penalty.amplitude_bound)
             bias = biases[layer]
             biases[layer] = None if bias is None else bias.clamp(-penalty.amplitude_bound, penalty.amplitude_bound)
     return ParticleNetwork.unchecked(network.architecture, network.masses, kernels, network.readout, biases)

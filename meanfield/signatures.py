@@ -20,7 +20,7 @@ from numbers import Real
 from types import NoneType, UnionType
 from typing import Annotated, Any, ParamSpec, TypeVar, Union
 
-from meanfield.validation import Misuse, Rule, at_least, integer, nonnegative, positive, seconds, seed
+from meanfield.validation import Misuse, Rule, at_least, instance, integer, nonnegative, positive, seconds, seed
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -63,6 +63,8 @@ def rules_of(function: Callable[..., Any]) -> dict[str, Rule]:
 def _rule(hint: Any) -> Rule | None:
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
     if origin in (Union, UnionType):
+        if all(_is_ours(each) for each in inner if each is not NoneType):
+            return functools.partial(instance, kinds=inner)
         rules = [_rule(each) for each in inner if each is not NoneType]
         if len(rules) > 1 or not rules[0]:
             return None
@@ -75,7 +77,12 @@ def _rule(hint: Any) -> Rule | None:
     if hint in plain:
         return plain[hint]
     is_class = inspect.isclass(hint) and origin is None and hint is not Any
-    return functools.partial(_instance, kind=hint) if is_class else None
+    return functools.partial(instance, kinds=hint) if is_class else None
+
+
+def _is_ours(hint: Any) -> bool:
+    """Whether it is a class of torch or of this library."""
+    return inspect.isclass(hint) and hint.__module__.split(".")[0] in ("torch", "meanfield")
 
 
 def _or_none(rule: Rule) -> Rule:
@@ -103,11 +110,4 @@ def _boolean(value: Any, argument: str) -> bool:
 def _number(value: Any, argument: str) -> Any:
     if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
         raise Misuse(argument, value, "must be a finite number")
-    return value
-
-
-def _instance(value: Any, argument: str, kind: Any) -> Any:
-    if not isinstance(value, kind):
-        article = "an" if kind.__name__[0] in "AEIOU" else "a"
-        raise TypeError(f"{argument} must be {article} {kind.__name__}, not {type(value).__name__}")
     return value

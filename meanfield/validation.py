@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from functools import partial
 from numbers import Integral, Real
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
     import torch
 
+LONGEST = 200  # characters of a value in an error
 MAX_SEED = 2**62
+T = TypeVar("T")
 Rule = Callable[[Any, str], Any]  # (value, name of the argument) -> the value as it is kept, or Misuse
 
 
@@ -29,7 +31,36 @@ class Misuse(ValueError):
         self.argument, self.value, self.remedy = argument, value, remedy
 
     def __str__(self) -> str:
-        return f"{self.argument}={self.value!r} {self.remedy}"
+        said = " ".join(repr(self.value).split())  # of an array in one line, and not all of it
+        return f"{self.argument}={said if len(said) <= LONGEST else said[: LONGEST - 3] + '...'} {self.remedy}"
+
+
+class WrongType(Misuse, TypeError):
+    """An argument of another class: `value` is the name of the class that came, `remedy` what was expected."""
+
+    def __str__(self) -> str:
+        return f"{self.argument} must be {self.remedy}, not {self.value}"
+
+
+def instance(value: Any, argument: str, kinds: type[T] | tuple[type[T], ...] | Any) -> T:
+    """Return `value` if it is of the class, or of one of the classes."""
+    if isinstance(value, kinds):
+        return value
+    members = kinds if isinstance(kinds, tuple) else (kinds,)
+    named = " or ".join("None" if each is type(None) else _named(each) for each in members)
+    hint = (
+        " (torch.as_tensor makes one of it)"
+        if named == "a torch.Tensor" and (hasattr(value, "__array__") or isinstance(value, list))
+        else ""
+    )
+    raise WrongType(argument, type(value).__name__, named + hint)
+
+
+def _named(kind: type) -> str:
+    place = kind.__module__
+    place = "torch.nn" if place.startswith("torch.nn.") else place.split(".")[0]
+    name = kind.__name__ if place in ("builtins", "collections", "meanfield") else f"{place}.{kind.__name__}"
+    return f"{'an' if name[0] in 'AEIO' else 'a'} {name}"
 
 
 def one_of(value: Any, argument: str, options: Iterable[str]) -> str:
@@ -42,8 +73,9 @@ def one_of(value: Any, argument: str, options: Iterable[str]) -> str:
     raise Misuse(argument, value, f"is unknown: choose one of {', '.join(map(repr, options))}{hint}")
 
 
-def choice(options: Iterable[str]) -> Rule:
-    return partial(one_of, options=tuple(options))
+def choice(options: Collection[str]) -> Rule:
+    """One of the options that there are when the rule is asked: tables grow by what users register."""
+    return partial(one_of, options=options)
 
 
 def integer(value: Any, argument: str, minimum: float = 1) -> int:
@@ -111,7 +143,7 @@ def shaped(tensor: Any, shape: tuple[int, ...], argument: str) -> torch.Tensor:
     import torch  # a second, which checks of plain values do not need
 
     if not isinstance(tensor, torch.Tensor):
-        raise TypeError(f"{argument} must be a torch.Tensor of shape {shape}, not {type(tensor).__name__}")
+        raise WrongType(argument, type(tensor).__name__, f"a torch.Tensor of shape {shape}")
     if tuple(tensor.shape) != shape:
         raise ValueError(f"{argument} has shape {tuple(tensor.shape)}; expected {shape}")
     return tensor

@@ -130,7 +130,7 @@ P, W = parts()["masses"], parts()["kernels"]
             r"masses\[0\] must be a tensor of shape \(M,\), M >= 1, got a tensor of shape \(1, 3\)",
         ),
         ({"masses": (P[0], P[1][:0])}, r"masses\[1\] must be a tensor of shape"),
-        ({"masses": ([1.0], P[1])}, r"masses\[0\].*got \[1.0\]"),
+        ({"masses": ([1.0], P[1])}, r"masses\[0\] must be a torch.Tensor .*not list"),
         ({"kernels": (W[0], W[1][:, :2])}, r"kernels\[1\] has shape \(2, 2, 2, 2\); expected \(2, 3, 2, 2\)"),
         ({"readout": torch.zeros(2, 3, dtype=torch.float64)}, r"readout has shape \(2, 3\); expected \(2, 2\)"),
         ({"biases": None}, r"biases\[0\] is None but layers\[0\].bias=True"),

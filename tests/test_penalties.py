@@ -16,6 +16,8 @@ from meanfield.penalties import (
     cone_projection,
     inflow_projection,
     input_norms,
+    input_projection,
+    kernel_projection,
     perspective,
     row_prox,
     shrinkage_root,
@@ -337,6 +339,48 @@ def test_inflow_projection_keeps_what_is_within_the_bound(case, norm):
     assert torch.equal(moved, kernels)
     torch.testing.assert_close(kept, masses, rtol=1e-13, atol=0)
     assert not kappa.any()
+
+
+@given(inflows(), norms)
+def test_kernel_projection_is_the_nearest_point_in_its_metric(case, norm):
+    """Where it puts w, the same multiplier theta_j pulls on all kernels in the units of their steps, and w + steps
+    theta w / |w| comes back to w: a velocity that the bound takes up moves nothing, whatever the steps.
+    """
+    kernels, logits, _, bound, (steps, _) = case
+    penalty, masses = Penalty(kernel_norm=norm), torch.softmax(logits, 0)
+    moved = kernel_projection(kernels, masses, penalty, bound, steps)
+    reached, before = penalty.norms(moved) @ masses, penalty.norms(kernels) @ masses
+    assert bool((reached <= bound * (1 + 1e-12)).all())
+    torch.testing.assert_close(reached, before.clamp_max(bound), rtol=1e-12, atol=1e-14)
+    lengths = torch.as_tensor(steps, dtype=torch.float64).expand(kernels.shape[:2])
+    lost = penalty.atoms(kernels - moved) / lengths[:, :, None]
+    theta = lost.amax((1, 2))
+    alive = penalty.atoms(moved) > 0
+    assert bool((theta[before <= bound] == 0).all())
+    pulled = theta[:, None, None].expand_as(lost)
+    torch.testing.assert_close(lost[alive], pulled[alive], rtol=1e-9, atol=1e-11)
+    pushed = moved.flatten(2) + torch.where(
+        alive, (lengths * theta[:, None])[:, :, None] * moved.flatten(2) / penalty.atoms(moved).clamp_min(1e-300), 0.0
+    )
+    again = kernel_projection(pushed.view_as(moved), masses, penalty, bound, steps)
+    torch.testing.assert_close(again, moved, rtol=1e-9, atol=1e-11)
+
+
+@given(shapes, seeds, st.sampled_from([1e-6, 0.1, 1.0, 30.0, 1e6]), st.sampled_from([0.3, 1.0, 3.0]))
+def test_input_projection_is_the_nearest_point_in_its_metric(shape, seed, bias_steps, bound):
+    kernels, bias = normal(shape, seed), 3 * normal(shape[:1], seed + 1)
+    z, b = input_projection(kernels, bias, bound, bias_steps)
+    before, after = input_norms(kernels, bias), input_norms(z, b)
+    torch.testing.assert_close(after, before.clamp_max(bound), rtol=1e-13, atol=0)
+    inside = before <= bound
+    assert torch.equal(z[inside], kernels[inside])
+    assert torch.equal(b[inside], bias[inside])
+    # x = (1 + mu steps) y with one mu >= 0: the cross products of what the two parts lose vanish
+    losses = (kernels - z).flatten(1), (bias - b) / bias_steps
+    mu = (losses[0] * z.flatten(1)).sum(1) / z.flatten(1).square().sum(1)
+    assert bool((mu >= -1e-12).all())
+    size = (1 + mu) * (1 + bias_steps) / bias_steps
+    assert bool(((losses[1] - mu * b).abs() <= 1e-9 * size * (bias.abs() + 1)).all())
 
 
 @pytest.mark.parametrize("norm", NORMS)

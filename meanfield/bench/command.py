@@ -222,8 +222,10 @@ def run_study(study: Study, options: StudyOptions, subject: Any, *program: str) 
     What is finished is kept: the same command goes on where it was stopped.
     """
     from meanfield.bench.provenance import Provenance
+    from meanfield.bench.workers import require_backend
     from meanfield.storage.results import opened
 
+    require_backend(options.backend)
     sizes = study.sizes[one_of(options.size, "size", study.sizes)]
     plan = study.plan(subject, sizes, options.seed, options.part)
     if not plan:

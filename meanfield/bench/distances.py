@@ -25,8 +25,9 @@ import torch
 from torch import Tensor
 
 from meanfield.network import MASS_TOLERANCE, ParticleNetwork
+from meanfield.signatures import checked
 from meanfield.starts import normal
-from meanfield.validation import Misuse, finite, integer, positive, shaped
+from meanfield.validation import Misuse, finite, instance, integer, positive, shaped
 
 if TYPE_CHECKING:
     from meanfield.finite.network import FiniteCNN
@@ -51,11 +52,10 @@ class FeatureMeasure:
     masses: Tensor
 
     def __post_init__(self) -> None:
-        if not isinstance(self.values, Tensor) or self.values.ndim != 2 or self.values.numel() == 0:
-            came = (
-                f"shape {tuple(self.values.shape)}" if isinstance(self.values, Tensor) else type(self.values).__name__
+        if instance(self.values, "values", Tensor).ndim != 2 or self.values.numel() == 0:
+            raise ValueError(
+                f"values has shape {tuple(self.values.shape)}; expected (M, D), M >= 1 features on D >= 1 probes"
             )
-            raise ValueError(f"values must be a tensor (M, D) of M >= 1 features on D >= 1 probes, got {came}")
         shaped(self.masses, (self.size,), "masses")
         kinds = {(each.dtype, each.device) for each in (self.values, self.masses)}
         if len(kinds) != 1 or self.values.dtype not in MASS_TOLERANCE:
@@ -73,6 +73,7 @@ class FeatureMeasure:
     @classmethod
     def uniform(cls, values: Tensor) -> FeatureMeasure:
         """Equal masses on the rows of values (M, D)."""
+        instance(values, "values", Tensor)
         return cls(values, values.new_full(values.shape[:1], 1 / max(len(values), 1)))
 
     @classmethod
@@ -187,6 +188,7 @@ def _lengths(vectors: Tensor) -> Tensor:
     return sizes * torch.linalg.vector_norm(vectors / sizes[:, None], dim=1)
 
 
+@checked
 def wasserstein(a: FeatureMeasure, b: FeatureMeasure, p: float = 2) -> float:
     """W_p(a, b) = ( min over couplings of E (|x - y| / sqrt(D))^p )^(1/p), exact up to rounding of values and masses,
     p >= 1.
@@ -259,6 +261,7 @@ class SlicedWasserstein:
         return self.squared_error / (2 * self.value) if self.squared > 0 else 0.0
 
 
+@checked
 def sliced_wasserstein(
     a: FeatureMeasure, b: FeatureMeasure, *, generator: torch.Generator, projections: int = 1000
 ) -> SlicedWasserstein:
@@ -315,6 +318,7 @@ class MMD:
         return tuple(math.sqrt(max(square, 0.0)) for square in self.squared)
 
 
+@checked
 def mmd(
     a: FeatureMeasure, b: FeatureMeasure, bandwidths: Sequence[float] | None = None, *, unbiased: bool = False
 ) -> MMD:
@@ -350,6 +354,7 @@ def _discrepancy(kernel: Tensor, p: Tensor, q: Tensor, unbiased: bool) -> float:
     return float(squares[0] + squares[1] - 2 * p @ kernel[:size, size:] @ q)
 
 
+@checked
 def median_distance(a: FeatureMeasure, b: FeatureMeasure) -> float:
     """Median of |x - x'| / sqrt(D) over x, x' independent of the law (a + b) / 2, given that x and x' differ.
 
@@ -382,6 +387,7 @@ class Moments(NamedTuple):
     kurtosis: float
 
 
+@checked
 def moments(measure: FeatureMeasure) -> Moments:
     """Moments of x_d with the feature x drawn by mass and the probe d uniformly: over features and probes jointly."""
     values, masses = measure.double()
@@ -393,6 +399,7 @@ def moments(measure: FeatureMeasure) -> Moments:
     return Moments(float(mean), variance, math.nan if constant else float(fourth / square**2 - 3))
 
 
+@checked
 def linear_cka(a: FeatureMeasure, b: FeatureMeasure) -> float:
     """|Y'X|^2 / (|X'X| |Y'Y|), Frobenius norms (Kornblith et al. 2019, table 1); between 0 and 1.
 
@@ -406,6 +413,7 @@ def linear_cka(a: FeatureMeasure, b: FeatureMeasure) -> float:
     return _alignment(x, y) / scale if scale > 0 else math.nan
 
 
+@checked
 def debiased_cka(a: FeatureMeasure, b: FeatureMeasure) -> float:
     """`linear_cka` with the unbiased estimate of HSIC in place of |Y'X|^2 (Song et al. 2012, theorem 2; Nguyen et al.
     2021, eq. 3); between -1 and 1, about 0 for independent features where the plain one tends to 1 with their number.

@@ -51,6 +51,7 @@ def run(
     `lasting`, such as those of a failure, are not kept.  announce(cell, kept) is called once for every cell, kept where
     it was there already.
     """
+    workers.require_backend(backend)
     keeper = None if directory is None else _Keeper(Path(directory), measure, sources)
     found: dict[int, list[Row]] = {}
     for index, cell in enumerate(cells):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -15,9 +17,11 @@ from joblib.externals.loky.process_executor import TerminatedWorkerError
 from threadpoolctl import threadpool_info, threadpool_limits
 
 from meanfield.bench import signals
+from meanfield.validation import Misuse
 
 BATCHED = ("dask", "ray")  # these hand results back all at once: they get a few calls per worker at a time
 BATCH = 4
+PACKAGES = {"dask": ("distributed", "dask[distributed]"), "ray": ("ray", "ray")}  # modules, and what pip calls them
 PATROL = 1.0  # seconds between two looks at the parent
 IGNORED = ("SIGINT", "SIGHUP")  # which a terminal sends to all of its processes: the parent decides
 
@@ -32,6 +36,13 @@ def threads() -> dict[str, int]:
     """
     blas = [pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas"]
     return {"torch": torch.get_num_threads(), "blas": max(blas, default=1)}
+
+
+def require_backend(backend: str) -> None:
+    """Misuse, before any work is done, where the package of joblib's backend is not installed."""
+    module, package = PACKAGES.get(backend, (None, ""))
+    if module is not None and find_spec(module) is None:
+        raise Misuse("backend", backend, f"needs a package that is not installed: pip install '{package}'")
 
 
 def results(function: Callable[..., Any], orders: Sequence[tuple[Any, ...]], jobs: int, backend: str) -> Iterator[Any]:
@@ -57,6 +68,8 @@ def results(function: Callable[..., Any], orders: Sequence[tuple[Any, ...]], job
 
 
 def _results(function: Callable[..., Any], orders: Sequence[tuple[Any, ...]], jobs: int, backend: str) -> Iterator[Any]:
+    if backend == "ray":  # which joblib does not know by itself
+        importlib.import_module("ray.util.joblib").register_ray()
     if backend not in BATCHED:
         own = {"initializer": serve, "initargs": (os.getpid(),)} if backend == "loky" else {}
         with parallel_config(backend=backend, n_jobs=jobs, **own):

@@ -20,7 +20,7 @@ small: readouts as large as 1 / q_j cost nothing.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -30,6 +30,8 @@ from meanfield import limits
 from meanfield.certificates import concave
 from meanfield.convex.program import ConvexProgram
 from meanfield.convex.repopulation import ProgramPoint
+from meanfield.signatures import checked
+from meanfield.validation import instance
 
 # of r between the domain of the conjugate and what no feature sees; where the two meet, a few dozen do
 PROJECTIONS = 50
@@ -45,6 +47,12 @@ class Multipliers:
     output: Tensor
     realisation: tuple[Tensor, ...]
     amplitude: tuple[Tensor, ...] | None = None
+
+    def __post_init__(self) -> None:
+        instance(self.output, "output", Tensor)
+        for name, tensors in (("realisation", self.realisation), ("amplitude", self.amplitude or ())):
+            for index, tensor in enumerate(instance(tensors, name, Sequence)):
+                instance(tensor, f"{name}[{index}]", Tensor)
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Multipliers:
         amplitude = None if self.amplitude is None else tuple(map(function, self.amplitude))
@@ -66,6 +74,8 @@ class Certificate:
         return self.gap / max(abs(self.value), torch.finfo(torch.float64).tiny)
 
 
+@checked
+@torch.inference_mode(False)
 def certify(program: ConvexProgram, point: ProgramPoint, *multipliers: Multipliers) -> Certificate:
     """Value, best dual value and gap of a point, in float64.
 
@@ -74,6 +84,8 @@ def certify(program: ConvexProgram, point: ProgramPoint, *multipliers: Multiplie
     support; a large one may also mean that the multipliers are poor.  The value is that of the point as it is: read
     it together with the violation.
     """
+    for index, each in enumerate(multipliers):
+        instance(each, f"multipliers[{index}]", Multipliers)
     program, point = program.to(dtype=torch.float64), point.map(Tensor.double)
     candidates = multipliers or (stationary_multipliers(program, point),)
     value = float(program.value(point))
@@ -81,6 +93,8 @@ def certify(program: ConvexProgram, point: ProgramPoint, *multipliers: Multiplie
     return Certificate(value, dual, value - dual, program.violation(point))
 
 
+@checked
+@torch.inference_mode(False)
 def stationary_multipliers(program: ConvexProgram, point: ProgramPoint) -> Multipliers:
     """r = d loss / d F and beta_j = -(1/p_j) d loss / d g_j: optimal where the network of the point is stationary.
 
@@ -101,6 +115,7 @@ def stationary_multipliers(program: ConvexProgram, point: ProgramPoint) -> Multi
     return Multipliers(gradients[0], tuple(realisation))
 
 
+@checked
 def dual_value(program: ConvexProgram, multipliers: Multipliers) -> float:
     """The best lower bound of the program that these multipliers give, after repair to feasibility; float64.
 

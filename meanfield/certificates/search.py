@@ -86,6 +86,7 @@ class UnseenFeatures:
 
 
 @checked
+@torch.inference_mode(False)
 def search_features(
     problem: Problem,
     output: Tensor,

@@ -18,6 +18,7 @@ from meanfield.convex.restoration import BoundedRows, into_bounds, least_weighte
 from meanfield.network import ParticleNetwork, along_axis
 from meanfield.penalties import perspective
 from meanfield.problem import FEASIBLE, Problem, Terms
+from meanfield.validation import instance
 
 RESTORE_SWEEPS = 4
 REVIVED_SHARES = (1.0, 1e-2, 1e-4)  # of the violation that the lack of sources leaves
@@ -41,7 +42,7 @@ class ConvexProgram:
     @classmethod
     def freeze(cls, problem: Problem, network: ParticleNetwork) -> ConvexProgram:
         """Freeze the features that `network` computes on the problem's inputs."""
-        problem.require_feasible(network)
+        instance(problem, "problem", Problem).require_feasible(network)
         network = network.detach()
         with torch.no_grad():
             responses = network.responses(problem.inputs)
@@ -108,13 +109,15 @@ class ConvexProgram:
 
     def point(self, network: ParticleNetwork) -> ProgramPoint:
         """The program variables of the frozen network, or of any network with the same features."""
+        instance(network, "network", ParticleNetwork)
         if network.widths != self.widths or network.architecture != self.problem.architecture:
             raise ValueError(
                 f"the network has widths {network.widths}; the program froze the features of widths {self.widths}"
             )
         network = network.detach()
         point = repopulation.to_program(network)
-        if self._first_layer_change(network) > 1e-3 or self.violation(point) > 1e-3:
+        # of the coarsest dtype: features may have been computed in another one than they are in now
+        if max(self._first_layer_change(network), self.violation(point)) > max(FEASIBLE.values()):
             raise ValueError("the network's features differ from the frozen ones; freeze a program at this network")
         return point
 

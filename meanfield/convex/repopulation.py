@@ -6,13 +6,14 @@ U_j = u_j p_j and biases B_j = b_j p_j of layers >= 2.  Where masses are positiv
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from meanfield.network import ParticleNetwork, along_axis
+from meanfield.validation import instance
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,6 +28,12 @@ class ProgramPoint:
     kernels: tuple[Tensor, ...]
     readout: Tensor
     biases: tuple[Tensor | None, ...]
+
+    def __post_init__(self) -> None:
+        instance(self.readout, "readout", Tensor)
+        for name, tensors in (("masses", self.masses), ("kernels", self.kernels), ("biases", self.biases)):
+            for index, tensor in enumerate(instance(tensors, name, Sequence)):
+                instance(tensor, f"{name}[{index}]", (Tensor, type(None)) if name == "biases" else Tensor)
 
     def __repr__(self) -> str:
         return f"ProgramPoint(widths={tuple(len(p) for p in self.masses)}, dtype={self.readout.dtype})"

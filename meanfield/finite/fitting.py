@@ -67,6 +67,7 @@ class Fitted:
         return network.eval()
 
 
+@torch.inference_mode(False)
 def fit(
     network: nn.Module,
     inputs: Tensor,
@@ -135,11 +136,9 @@ def _evaluating(network: nn.Module) -> Iterator[None]:
 
 
 def _check_data(network: nn.Module, inputs: Tensor, labels: Tensor) -> None:
-    if not isinstance(network, nn.Module):
-        raise TypeError(f"network must be a torch.nn.Module, not {type(network).__name__}")
+    validation.instance(network, "network", nn.Module)
     for name, tensor in (("inputs", inputs), ("labels", labels)):
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} must be a torch.Tensor, not {type(tensor).__name__}")
+        validation.instance(tensor, name, Tensor)
     if not inputs.is_floating_point() or inputs.ndim < 2 or len(inputs) == 0:
         raise ValueError(
             f"inputs has dtype {inputs.dtype} and shape {tuple(inputs.shape)}; expected floating-point images (N, "

@@ -9,22 +9,30 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from itertools import product
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import Function
+from torch.utils.checkpoint import checkpoint
 
 from meanfield.architecture import ACTIVATIONS, Architecture
 from meanfield.finite.network import SCALINGS, FiniteCNN
+from meanfield.signatures import checked
 
 BLOCK_ENTRIES = 2**20  # of features and patches at a time: 8 MiB in float64
+PARALLEL = 2.0**-44  # 1 - |cos a|: 2^8 roundings in sums of that many products
 PAIR_ENTRIES = 2**17  # of pairs of patches at a time: 1 MiB, which stays in the cache (three times as fast as 32 MiB)
 
 
+@checked
+@torch.inference_mode(False)
 def empirical(network: FiniteCNN, inputs: Tensor) -> Tensor:
     """Theta of a network with K = 1 on inputs (N, C_0, H, W) -> (N, N), symmetric and positive semidefinite.
 
     Any depth, scaling, activation and pooling.  At a kink h' is torch's choice, for ReLU 0.  Memory: N x (number of
     parameters) numbers, and BLOCK_ENTRIES for features and patches (of one image where one image has more).
+    The result carries no graph: derivatives of Theta itself are not taken.
     """
     _check_single_output(network.architecture)
     network.architecture.check_inputs(inputs)
@@ -33,6 +41,7 @@ def empirical(network: FiniteCNN, inputs: Tensor) -> Tensor:
     return jacobian @ jacobian.T
 
 
+@checked
 def infinite(architecture: Architecture, inputs: Tensor) -> Tensor:
     """E Theta at the He start of `FiniteCNN.random(..., scaling="ntk")`, one ReLU layer: (N, C_0, H, W) -> (N, N).
 
@@ -52,9 +61,17 @@ def infinite(architecture: Architecture, inputs: Tensor) -> Tensor:
     over all pairs of positions ("average"; Arora et al. 2019, CNTK with global average pooling) or over pairs in the
     same window ("flatten").
 
-    Computed in float64, returned in the dtype of inputs; about 1e-8 of the value where patches are parallel (arccos).
+    Computed in float64, returned in the dtype of inputs.  Angles below sqrt(2 PARALLEL) = 3e-7, which rounding of the
+    cosine hides, count as 0, and those as near pi as pi: exact for parallel patches, else 6e-8 of the value.
     Time: N^2 P^2 / 2 angles for "average", P the positions in windows.  Memory: the patches, and a few
     arrays of PAIR_ENTRIES pairs at a time.
+
+    Differentiable in the inputs, in the same memory.  With a the angle of z and z', and e the unit vector along
+    the part of z' that is orthogonal to z,
+        dA/dz = (|z'| sin(a) z/|z| + (pi - a) z') / (pi C_0 S),   dD/dz = e / (2 pi |z|).
+    D has a kink where two patches are parallel or opposite: the derivative is then taken as 0, the mean of those from
+    two opposite sides, and the right one for a patch with itself.  At a blank patch nothing has a derivative: it is
+    taken as 0, as h'(0).
     """
     _check_covered(architecture)
     groups = _pooled_patches(architecture, architecture.check_inputs(inputs).double())  # (G, N, W, C_0 S)
@@ -152,9 +169,11 @@ def _pair_sums(architecture: Architecture, patches: Tensor) -> Tensor:
     blocks = list(_blocks(*patches.shape[:2]))
     for (left, left_places), (right, right_places) in product(blocks, blocks):
         if left.start <= right.start:
-            pairs = _pair_kernel(
-                architecture, patches[left, left_places].flatten(0, 1), patches[right, right_places].flatten(0, 1)
-            )
+            both = patches[left, left_places].flatten(0, 1), patches[right, right_places].flatten(0, 1)
+            if patches.requires_grad:  # pairs are computed once more, and not kept, for the gradient
+                pairs = checkpoint(_pair_kernel, architecture, *both, use_reentrant=False)
+            else:
+                pairs = _pair_kernel(architecture, *both)
             images = (len(result[left]), len(result[right]))
             result[left, right] += pairs.view(images[0], -1, images[1], pairs.shape[1] // images[1]).sum((1, 3))
     return result
@@ -174,10 +193,43 @@ def _pair_kernel(architecture: Architecture, left: Tensor, right: Tensor) -> Ten
     left_norms, right_norms = left.norm(dim=1), right.norm(dim=1)
     blank = (left_norms == 0)[:, None] | (right_norms == 0)
     norms = left_norms[:, None] * right_norms
-    cosine = (left @ right.T / norms.masked_fill(blank, 1)).clamp_(-1, 1)
-    complement = math.pi - cosine.arccos()
-    features = norms * ((1 - cosine.square()).sqrt_() + complement * cosine)
-    features *= ACTIVATIONS["relu"].gain / (2 * math.pi * channels * layer.offsets)
-    slopes = complement.masked_fill_(blank, 0) / (2 * math.pi)  # a blank patch has g = 0, and the derivative 0 there
+    cosine = (left @ right.T / norms.masked_fill(blank, 1)).clamp(-1, 1)
+    complement = _Complement.apply(cosine)
+    features = norms * _First.apply(cosine) * (ACTIVATIONS["relu"].gain / (2 * math.pi * channels * layer.offsets))
+    slopes = complement.masked_fill(blank, 0) / (2 * math.pi)  # a blank patch has g = 0, and the derivative 0 there
     amount = architecture.readout_positions if architecture.readout == "flatten" else 1
     return features + amount * slopes * (norms * cosine / channels + float(layer.bias))
+
+
+class _Complement(Function):
+    """pi - a of cos a, with derivative 0 where a is 0 or pi, as far as rounding can tell."""
+
+    @staticmethod
+    def forward(cosine: Tensor) -> Tensor:
+        return math.pi - cosine.where(1 - cosine.abs() > PARALLEL, cosine.sign()).arccos()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> Tensor:
+        (cosine,), (slope,) = ctx.saved_tensors, grad_outputs
+        apart = 1 - cosine.abs() > PARALLEL
+        return torch.where(apart, slope / (1 - cosine.where(apart, 0.0).square()).sqrt(), 0.0)
+
+
+class _First(Function):
+    """sin a + (pi - a) cos a of cos a, with derivative pi - a."""
+
+    @staticmethod
+    def forward(cosine: Tensor) -> Tensor:
+        return (1 - cosine.square()).sqrt() + (math.pi - cosine.arccos()) * cosine
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> Tensor:
+        return grad_outputs[0] * _Complement.apply(ctx.saved_tensors[0])

@@ -100,6 +100,7 @@ class FiniteCNN(nn.Module):
     def from_particles(cls, network: ParticleNetwork, scaling: str = "mean_field") -> FiniteCNN:
         """The finite network that computes the same function; the masses must be uniform."""
         validation.one_of(scaling, "scaling", SCALINGS)
+        validation.instance(network, "network", ParticleNetwork)
         for layer, masses in enumerate(network.masses):
             spread = float((masses * len(masses) - 1).abs().max())
             if spread > MASS_TOLERANCE[network.dtype]:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from meanfield import validation
+from meanfield.signatures import checked
 from meanfield.validation import Misuse
 
 PENALTIES = ("none", "l12", "l2")
@@ -21,6 +22,7 @@ AUTHORS_RATE = 0.01
 AUTHORS_STRONG_RATES = (0.002, 0.001)  # at the last two strengths of either penalty
 
 
+@checked
 def l12(weight: Tensor) -> Tensor:
     """The l_{1,2} regulariser of Gu et al. 2020, 0-dimensional, of a weight (c_out, c_in, ...) in torch's layout.
 
@@ -36,6 +38,7 @@ def l12(weight: Tensor) -> Tensor:
     return per_source.square().sum()  # sqrt(c_in)^2 cancels the 1 / c_in of the outer mean
 
 
+@checked
 def regulariser(network: nn.Module, kind: str) -> Tensor:
     """Sum of a penalty over the weights of the network, the parameters of at least two dimensions; 0-dimensional.
 

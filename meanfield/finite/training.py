@@ -76,6 +76,7 @@ class Training:
 
 
 @checked
+@torch.inference_mode(False)
 def train(
     problem: Problem,
     widths: Sequence[int],
@@ -122,9 +123,11 @@ def train(
     record_every: steps between two records, each of which evaluates J on all images (default: 100 records a run).
     callback: called with every record of the history; after a resumption from the saved step on.
 
-    The bounds of the penalty hold at every step: parameters are projected on them.  A start that breaks a bound is
-    projected if it is random and refused (ValueError) if it was given.  Divergence, an interrupt from the
-    keyboard and a limit (`limits.within`) end the run with a status.  dtype and device are those of the inputs.
+    The bounds of the penalty hold at every step: parameters are projected on them, in the metric of SGD in the scaling
+    at hand, so that SGD rests where no direction within the bounds lowers J.  Adam, whose steps have a metric of their
+    own for every entry, keeps the bounds and may rest elsewhere on them.  A start that breaks a bound is projected if
+    it is random and refused (ValueError) if it was given.  Divergence, an interrupt from the keyboard and a limit
+    (`limits.within`) end the run with a status.  dtype and device are those of the inputs.
     """
     settings = _Settings(optimiser, scaling, learning_rate, steps, schedule, noise, checkpoints, record_every)
     generator = torch.Generator().manual_seed(seed)
@@ -439,11 +442,15 @@ def _divide_by_masses(network: FiniteCNN) -> None:
 
 @torch.no_grad()
 def _project(network: FiniteCNN, problem: Problem) -> None:
-    """Nearest network, in the metric of the particle flow, that keeps the bounds of the penalty."""
+    """Nearest network that keeps the bounds of the penalty, in the metric whose gradient descent SGD is.
+
+    A step of rate r on a parameter w = z / c moves z by r c^2 dJ/dz, so that it is one of length r c^2 on z.  All
+    kernels into a feature share one length, by which no nearest point changes; a bias of the first layer has another.
+    """
     penalty = problem.penalty
     if penalty.input_bound is None and penalty.amplitude_bound is None:
         return
-    nearest = project_bounds(problem, network.particles())
+    nearest = project_bounds(problem, network.particles(), input_bias_steps=1 / network.mean_field_factors[0] ** 2)
     for parameter, kernel, factor in zip(network.kernels, nearest.kernels, network.mean_field_factors):
         parameter.copy_(kernel / factor)
     for parameter, bias in zip(network.biases, nearest.biases):

@@ -6,10 +6,15 @@ not (the shortcut goes around); `check` finds that out on the graph of one forwa
 
 from __future__ import annotations
 
+import copy
 import difflib
+import itertools
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -21,22 +26,26 @@ from meanfield.validation import Misuse
 class Below(nn.Module):
     """inputs -> the tensor that enters `layer` of a network; what comes after it is not run.
 
-    Networks run on copies of the inputs, which some change in place.
+    Networks run on copies of the inputs, which some change in place.  Parameters are shared with the network.
     """
 
     def __init__(self, network: nn.Module, layer: str) -> None:
         super().__init__()
         children = _children(network)
         self.whole = layer not in children
-        self.network = network if self.whole else nn.Sequential(OrderedDict(_before(children, layer)))
+        self.network = _watched(network, layer) if self.whole else nn.Sequential(OrderedDict(_before(children, layer)))
         self.layer = layer
 
     def forward(self, inputs: Tensor) -> Tensor:
         if not self.whole:
             return self.network(inputs.clone())
-        with _reached(self.network.get_submodule(self.layer)) as found:
-            self.network(inputs.clone())
-        return found[0]
+        with _visiting(self.network, self.layer, _Visit()) as visit:
+            try:
+                self.network(inputs.clone())
+            except _Reached as end:
+                if end.visit is not visit:
+                    raise
+        return visit.found()
 
 
 class Above(nn.Module):
@@ -44,55 +53,93 @@ class Above(nn.Module):
     `entering`.
 
     Direct children of an nn.Sequential are cut off and the inputs not used.  In any other module the layers below are
-    run on the inputs and what they find is thrown away.
+    run on the inputs and what they find is thrown away.  Parameters are shared with the network.
     """
 
     def __init__(self, network: nn.Module, layer: str, *, entering: bool) -> None:
         super().__init__()
         children = _children(network)
         self.whole = layer not in children
-        self.network = network if self.whole else nn.Sequential(OrderedDict(_after(children, layer, entering)))
+        self.network = (
+            _watched(network, layer) if self.whole else nn.Sequential(OrderedDict(_after(children, layer, entering)))
+        )
         self.layer, self.entering = layer, entering
 
     def forward(self, signal: Tensor, inputs: Tensor) -> Tensor:
         if not self.whole:
             return self.network(signal)
-        with _overruled(self.network.get_submodule(self.layer), signal, self.entering):
+        with _visiting(self.network, self.layer, _Visit(signal, self.entering)):
             return self.network(inputs.clone())
 
 
-class _Reached(Exception):
-    """Ends a forward pass at the layer that is asked for."""
+@dataclass(eq=False)
+class _Visit:
+    """What one pass has to do with a layer: carry `signal` in, as its input if `entering` or else as its output; or,
+    without one, find it there.
+    """
+
+    signal: Tensor | None = None
+    entering: bool = True
+    reached: bool = False
+
+    def found(self) -> Tensor:
+        assert self.signal is not None
+        return self.signal
+
+
+class _Reached(BaseException):
+    """Ends a pass at the layer that is asked for; no Exception, which a forward might catch."""
+
+    def __init__(self, visit: _Visit) -> None:
+        super().__init__()
+        self.visit = visit
+
+
+# by the id of the layer; a context belongs to a thread (or task) alone, so that calls do not see each other
+_VISITS: ContextVar[Mapping[int, _Visit]] = ContextVar("_VISITS", default=MappingProxyType({}))
 
 
 @contextmanager
-def _reached(module: nn.Module) -> Iterator[list[Tensor]]:
-    found: list[Tensor] = []
-
-    def stop(_: nn.Module, arguments: tuple[Any, ...]) -> None:
-        found.append(arguments[0])
-        raise _Reached
-
-    handle = module.register_forward_pre_hook(stop)
+def _visiting(network: nn.Module, layer: str, visit: _Visit) -> Iterator[_Visit]:
+    """While the context lasts, passes of this thread through a network made by `_watched` heed the visit."""
+    token = _VISITS.set({**_VISITS.get(), id(network.get_submodule(layer)): visit})
     try:
-        yield found
-    except _Reached:
-        pass
+        yield visit
     finally:
-        handle.remove()
+        _VISITS.reset(token)
+    if not visit.reached:
+        raise RuntimeError(f"layer {layer!r} was not called in this pass, or in another thread than the pass itself")
 
 
-@contextmanager
-def _overruled(module: nn.Module, signal: Tensor, entering: bool) -> Iterator[None]:
-    handle = (
-        module.register_forward_pre_hook(lambda *_: (signal,))
-        if entering
-        else module.register_forward_hook(lambda *_: signal)
-    )
-    try:
-        yield
-    finally:
-        handle.remove()
+def _entered(module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Tensor] | None:
+    visit = _VISITS.get().get(id(module))
+    if visit is None:
+        return None
+    visit.reached = True
+    if visit.signal is None:
+        if torch.compiler.is_compiling():  # torch.export follows no exceptions; what is left over it removes
+            visit.signal = arguments[0].clone()
+            return None
+        visit.signal = arguments[0]
+        raise _Reached(visit)
+    return (visit.signal,) if visit.entering else None
+
+
+def _left(module: nn.Module, arguments: tuple[Any, ...], output: Any) -> Tensor | None:
+    visit = _VISITS.get().get(id(module))
+    return None if visit is None or visit.entering else visit.signal
+
+
+def _watched(network: nn.Module, layer: str) -> nn.Module:
+    """A copy of the modules, on the same parameters and buffers, whose layer heeds visits: by hooks that stay, for one
+    that comes and goes with a call would act on all calls at that time.
+    """
+    tensors = itertools.chain(network.parameters(), network.buffers())
+    copied = copy.deepcopy(network, {id(tensor): tensor for tensor in tensors})
+    module = copied.get_submodule(layer)
+    module.register_forward_pre_hook(_entered)
+    module.register_forward_hook(_left)
+    return copied
 
 
 def _children(network: nn.Module) -> dict[str, nn.Module]:
@@ -122,6 +169,13 @@ def find(network: nn.Module, layer: str, argument: str) -> nn.Module:
     raise Misuse(argument, layer, f"is not a module of the network; {there}")
 
 
+@torch.no_grad()
+def arriving(network: nn.Module, layer: str, inputs: Tensor, *, entering: bool) -> Tensor:
+    """The signal that makes `Above` the network itself: the layer's input if `entering`, or else its output."""
+    there = Below(network, layer)(inputs)
+    return there if entering else network.get_submodule(layer)(there)
+
+
 def check(network: nn.Module, layer: str, inputs: Tensor, argument: str, *, entering: bool) -> None:
     """ValueError unless `layer` is called once, with one tensor, and the output depends on the inputs through it alone.
 
@@ -130,22 +184,14 @@ def check(network: nn.Module, layer: str, inputs: Tensor, argument: str, *, ente
     output. Only for the upper network; `called_once` is for the lower one.
     """
     called_once(network, layer, inputs, argument)
-    module, below = network.get_submodule(layer), Below(network, layer)
-    with torch.no_grad():
-        constant = below(inputs) if entering else module(below(inputs))
-
-    def output(changed: Tensor) -> Tensor:
-        with _overruled(module, constant.clone(), entering):
-            return network(changed)
-
+    above, constant = Above(network, layer, entering=entering), arriving(network, layer, inputs, entering=entering)
     leaf = inputs.detach().clone().requires_grad_()
     with torch.enable_grad():
-        first = output(leaf.clone())
-        if not isinstance(first, Tensor):
-            raise ValueError(f"upper must return one tensor, not {type(first).__name__}; wrap it in a module that does")
+        first = above(constant.clone(), leaf)
         linked = first.requires_grad and torch.autograd.grad(first.sum(), leaf, allow_unused=True)[0] is not None
     with torch.no_grad():
-        linked = linked or not torch.equal(first, output(1 - 2 * leaf.detach()))
+        second = above(constant.clone(), 1 - 2 * leaf.detach())
+        linked = linked or not torch.equal(first.nan_to_num(), second.nan_to_num())
     if linked:
         raise Misuse(
             argument,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import torch
@@ -55,12 +56,13 @@ def layer_errors(graft: Graft, upper: nn.Module, inputs: Inputs) -> dict[str, fl
     held out or not.  The order is that of the computation; means are taken by channel, sums over all of them.  A module
     that is called more than once counts with its last call, and not at all if one of its calls is below the connection.
     """
-    upper, grafted = frozen(upper, "upper"), graft.network
+    upper, grafted = frozen(upper, "upper"), copy.deepcopy(graft.network)  # hooks go to copies, which nobody else calls
     find(upper, graft.layer, "graft.layer")
+    target = Below(upper, graft.layer)
     sums: dict[str, Discrepancy] = {}
     for batch in batches_of(inputs):
-        with recorded(upper, KINDS) as below:
-            entered = Below(upper, graft.layer)(batch)
+        with recorded(target.network, KINDS) as below:
+            entered = target(batch)
         known = set(below)
         with recorded(upper, KINDS) as wanted:
             upper(batch.clone())

@@ -12,13 +12,13 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 
 from meanfield import validation
-from meanfield.grafting import cut
+from meanfield.grafting import cut, steady
 from meanfield.grafting.connection import Connection, is_linear, own, widened
 from meanfield.grafting.least_squares import error, moments
 from meanfield.validation import Misuse
@@ -51,6 +51,7 @@ class Graft:
     seconds: float = field(compare=False)
 
 
+@torch.inference_mode(False)
 def graft(
     lower: nn.Module,
     upper: nn.Module,
@@ -87,7 +88,8 @@ def graft(
 
     Both networks are copied and run in evaluation mode; the caller's are not changed.  dtype and device are theirs.
     ParticleNetwork and FiniteCNN go through `finite.sequential`, which gives their layers names.
-    Raises ValueError where the networks do not fit together or `layer` is no cut.
+    Raises ValueError where the networks do not fit together, `layer` is no cut, or what a network makes of an image
+    depends on chance, on earlier passes or on the other images of its batch.
     """
     distances = validation.one_of(method, "method", METHODS) in ("transport", "match")
     junction = Junction.observe(
@@ -97,7 +99,11 @@ def graft(
 
 
 class Grafted(nn.Module):
-    """above(connection(below(inputs)))."""
+    """above(connection(below(inputs))).
+
+    Calls share nothing: any number of threads may call one graft.  It can be copied, pickled, traced (torch.jit.trace),
+    compiled and exported (torch.export.export with strict=False, its default since torch 2.6), not scripted.
+    """
 
     def __init__(self, below: cut.Below, connection: Connection, above: cut.Above) -> None:
         super().__init__()
@@ -106,6 +112,13 @@ class Grafted(nn.Module):
 
     def forward(self, inputs: Tensor) -> Tensor:
         return self.above(self.connection(self.below(inputs)), inputs)
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        """What torch.jit.script asks for."""
+        raise TypeError(
+            "network is a graft, which torch.jit.script cannot read: use torch.export.export(network, (inputs,), "
+            "strict=False) or torch.jit.trace(network, inputs)"
+        )
 
 
 class Junction:
@@ -163,7 +176,9 @@ class Junction:
         """After one pass over the inputs; arguments as for `graft` and for the class."""
         batches = batches_of(inputs)
         first = _first(batches)
-        found = cls(lower, upper, layer, layer if lower_layer is None else lower_layer, first[:2], distances=distances)
+        found = cls(
+            lower, upper, layer, layer if lower_layer is None else lower_layer, _example(first), distances=distances
+        )
         found.inputs = inputs
         for batch in itertools.chain([first], batches):
             if (batch.dtype, batch.device, batch.shape[1:]) != (first.dtype, first.device, first.shape[1:]):
@@ -336,6 +351,11 @@ def _first(batches: Iterator[Tensor]) -> Tensor:
     return first
 
 
+def _example(first: Tensor) -> Tensor:
+    """A few of the images; of a single one two, for what depends on company to show."""
+    return first[: steady.IMAGES] if len(first) > 1 else torch.cat([first, 1 - 2 * first])
+
+
 def _endless(inputs: Inputs, generator: torch.Generator) -> Iterator[Tensor]:
     """Epoch after epoch: a tensor's rows in a new order each time, an iterable's batches as they come."""
     while True:
@@ -364,7 +384,12 @@ def _check(lower: nn.Module, upper: nn.Module, layer: str, lower_layer: str, inp
     kinds.add((inputs.dtype, inputs.device))
     if len(kinds) > 1:
         raise ValueError(f"lower, upper and inputs must share one dtype and one device; got {sorted(map(str, kinds))}")
-    cut.called_once(lower, lower_layer, inputs, "lower_layer")
+    places = (("lower_layer", lower, lower_layer, "lower"), ("layer", upper, layer, "upper"))
+    for argument, network, name, called in places:
+        cut.called_once(copy.deepcopy(network), name, inputs, argument)
+        steady.require(cut.Below(network, name), (inputs,), argument, name, f"what {called} computes below it")
+    above, signal = cut.Above(upper, layer, entering=entering), cut.arriving(upper, layer, inputs, entering=entering)
+    steady.require(above, (signal, inputs), "layer", layer, "what upper computes above it")
     cut.check(upper, layer, inputs, "layer", entering=entering)
 
 

@@ -31,6 +31,7 @@ STARTS, CONFIRMING_STARTS = 64, 256  # of a search for new features
 
 
 @checked
+@torch.inference_mode(False)
 def solve(
     problem: Problem,
     network: ParticleNetwork,

@@ -49,6 +49,7 @@ MERGED_ANGLE = 1e-4  # between atoms of one sign that may be one
 
 
 @checked
+@torch.inference_mode(False)
 def solve(problem: Problem) -> Solution:
     """The optimum over all measures: its network, and `lower_bound`, valid over all measures, which `value` should
     meet.

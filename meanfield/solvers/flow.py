@@ -29,7 +29,7 @@ from meanfield.certificates import Certificate, Multipliers
 from meanfield.convex import repopulation
 from meanfield.convex.program import ConvexProgram
 from meanfield.network import ParticleNetwork, along_axis
-from meanfield.penalties import inflow_projection, input_norms, shrinkage_root
+from meanfield.penalties import inflow_projection, input_norms, kernel_projection, shrinkage_root
 from meanfield.problem import Problem, Terms, project_bounds
 from meanfield.signatures import Count, Nonnegative, Positive, Seconds, Seed, checked
 from meanfield.solvers.solution import ENDED_EARLY, Solution, message
@@ -65,6 +65,7 @@ class Tangent:
         )
 
 
+@torch.inference_mode(False)
 def velocity(problem: Problem, network: ParticleNetwork, masses: bool = True) -> tuple[Terms, Tangent]:
     """The terms of J and the flow's velocity, without the source penalty's pull on the kernels (its proximal map adds
     it).
@@ -116,13 +117,17 @@ def advance(problem: Problem, network: ParticleNetwork, move: Tangent, steps: Ta
         lengths = steps.kernels[layer][:, :, 0, 0] if isinstance(steps, Tangent) else steps
         kernels[layer] = _source_prox(problem, kernels[layer], masses[layer], lengths)
         rates = steps.masses[layer - 1] if isinstance(steps, Tangent) else steps
-        if bound is not None and rates is not None and move.masses[layer - 1] is not None:
-            kernels[layer], masses[layer - 1], _ = inflow_projection(
-                kernels[layer], logits[layer - 1], masses[layer], problem.penalty, bound, lengths, rates
-            )
+        if bound is None:
+            continue
+        if rates is None or move.masses[layer - 1] is None:
+            kernels[layer] = kernel_projection(kernels[layer], masses[layer - 1], problem.penalty, bound, lengths)
+            continue
+        kernels[layer], masses[layer - 1], _ = inflow_projection(
+            kernels[layer], logits[layer - 1], masses[layer], problem.penalty, bound, lengths, rates
+        )
     biases = [None if b is None or step is None else b + step for b, step in zip(network.biases, move.biases)]
     moved = ParticleNetwork.unchecked(network.architecture, masses, kernels, network.readout + move.readout, biases)
-    return project_bounds(problem, moved)  # with moving masses only rounding is left of the amplitude bound
+    return project_bounds(problem, moved)  # only rounding is left of the amplitude bound
 
 
 def _source_prox(problem: Problem, kernels: Tensor, target: Tensor, steps: Tensor | float) -> Tensor:
@@ -206,7 +211,7 @@ class GradientDescent:
 @dataclass
 class PreconditionedDescent:
     """Adam's moments on the flow's velocities.  Proximal maps and projections use the metric that its steps scale, in
-    which a point is at rest just where the flow is; not so the bounds where masses are kept.
+    which a point is at rest just where the flow is.
     """
 
     problem: Problem
@@ -231,11 +236,11 @@ class PreconditionedDescent:
 
     def _squares(self, flow: Tangent) -> Tangent:
         """Squared velocities, one per set of entries that a penalty or a bound moves together: the means over
-        kernels (i, j), and over (z_i, b_i) where an input bound is on and masses move.
+        kernels (i, j), and over (z_i, b_i) where an input bound is on.
         """
         first, bias = flow.kernels[0].square(), flow.biases[0]
         biases = [None if v is None else v.square() for v in flow.biases]
-        if self.problem.penalty.input_bound is not None and flow.masses[0] is not None:
+        if self.problem.penalty.input_bound is not None:
             joint = input_norms(flow.kernels[0], bias).square() / (first[0].numel() + (bias is not None))
             first, biases[0] = joint[:, None, None, None], None if bias is None else joint
         return Tangent(
@@ -250,6 +255,7 @@ class PreconditionedDescent:
 
 
 @checked
+@torch.inference_mode(False)
 def solve(
     problem: Problem,
     network: ParticleNetwork,
@@ -309,7 +315,7 @@ def warn_unattained(problem: Problem) -> None:
             f"the infimum over all measures may not be attained: set {' and '.join(missing)} (unbounded activations, "
             "free biases or zero penalties can let the value fall on while mass concentrates)",
             UserWarning,
-            stacklevel=3,
+            stacklevel=5,  # who called the solver, which is wrapped twice
         )
 
 

@@ -48,6 +48,7 @@ FROBENIUS = Penalty(kernel_norm="l2")
 
 
 @checked
+@torch.inference_mode(False)
 def solve(
     program: ConvexProgram,
     tolerance: Positive = 1e-6,

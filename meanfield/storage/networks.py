@@ -11,6 +11,7 @@ from torch import Tensor
 
 from meanfield.architecture import Architecture
 from meanfield.network import ParticleNetwork
+from meanfield.signatures import checked
 from meanfield.storage import files, tensors
 from meanfield.storage.results import Result
 
@@ -22,6 +23,7 @@ OLDER = (
 )
 
 
+@checked
 def save_network(network: ParticleNetwork, path: str | Path, made: Mapping[str, Any] | None = None) -> Path:
     """Write `path` (.safetensors), which holds everything `load_network` needs; returns it.  made: what made it, for
     the reader.

@@ -32,6 +32,7 @@ from meanfield.convex.program import ConvexProgram
 from meanfield.convex.repopulation import ProgramPoint
 from meanfield.network import along_axis
 from meanfield.signatures import Count, Seed, checked
+from meanfield.validation import instance
 
 Function = Callable[[Tensor], Tensor]
 Sampler = Callable[[torch.Generator], Tensor]
@@ -180,6 +181,7 @@ class Curvature:
 
 
 @checked
+@torch.inference_mode(False)
 def curvature(function: Function, point: Tensor, tangent: Tensor | None = None, *, seed: Seed = 0) -> Curvature:
     """Smallest and largest eigenvalue of Z^T H Z, H the Hessian at `point` (d,) and Z = `tangent` (d, k), by default
     all of R^d.
@@ -257,6 +259,7 @@ class Falsification:
 
 
 @checked
+@torch.inference_mode(False)
 def falsify(
     function: Function,
     feasible_sampler: Sampler,
@@ -278,7 +281,8 @@ def falsify(
     restarts = max(1, budget // (3 * (ASCENT_STEPS + 1)))
     best, reached = None, []
     for _ in range(restarts):
-        vertices = torch.stack([feasible_sampler(generator) for _ in range(VERTICES)])
+        drawn = (feasible_sampler(generator) for _ in range(VERTICES))
+        vertices = torch.stack([instance(point, "feasible_sampler(generator)", Tensor) for point in drawn])
         found = _witness(function, *_ascend(function, vertices, generator), bound)
         reached.append(found.relative)
         best = found if best is None or _score(found) > _score(best) else best

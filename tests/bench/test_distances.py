@@ -657,9 +657,9 @@ def test_every_distance_runs_on_every_device_and_dtype(dtype, device):
 
 GOOD = FeatureMeasure.uniform(torch.eye(3))
 BAD_CALLS = {
-    r"values must be a tensor \(M, D\).*got shape \(3,\)": lambda: FeatureMeasure(torch.ones(3), torch.ones(3) / 3),
-    r"values must be.*got shape \(0, 4\)": lambda: FeatureMeasure.uniform(torch.ones(0, 4)),
-    r"values must be.*got list": lambda: FeatureMeasure([[1.0]], torch.ones(1)),  # type: ignore[arg-type]
+    r"values has shape \(3,\); expected \(M, D\)": lambda: FeatureMeasure(torch.ones(3), torch.ones(3) / 3),
+    r"values has shape \(0, 4\); expected \(M, D\)": lambda: FeatureMeasure.uniform(torch.ones(0, 4)),
+    r"values must be a torch.Tensor .*, not list": lambda: FeatureMeasure([[1.0]], torch.ones(1)),  # type: ignore[arg-type]
     r"masses has shape \(2,\); expected \(3,\)": lambda: FeatureMeasure(torch.eye(3), torch.ones(2) / 2),
     r"least entry 0.5 and the sum 1.5": lambda: FeatureMeasure(torch.eye(3), torch.full((3,), 0.5)),
     r"least entry -1 and the sum 1;": lambda: FeatureMeasure(torch.eye(3), torch.tensor([1.0, 1.0, -1.0])),

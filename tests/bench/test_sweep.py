@@ -1,6 +1,7 @@
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -8,8 +9,11 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
+import joblib.parallel
 import pytest
+from joblib.parallel import ThreadingBackend, register_parallel_backend
 
 import meanfield
 from meanfield.bench import provenance, sweep
@@ -243,6 +247,22 @@ def test_dask_runs_the_same_sweep(tmp_path):
         distributed.Client(cluster),
     ):
         assert sweep.run(slow, cells(3), tmp_path, jobs=1, backend="dask") == sweep.run(slow, cells(3))
+
+
+@pytest.mark.parametrize(("backend", "package"), [("ray", "ray"), ("dask", "dask[distributed]")])
+def test_a_backend_without_its_package_is_refused_before_any_work(backend, package, tmp_path, monkeypatch):
+    monkeypatch.setattr(sweep, "find_spec", lambda module: None)
+    with pytest.raises(Misuse, match=rf"^backend='{backend}' needs .*: pip install '{re.escape(package)}'$"):
+        sweep.run(squares, cells(3), tmp_path / "cells", backend=backend)
+    assert not (tmp_path / "cells").exists()
+
+
+def test_ray_is_told_to_joblib(monkeypatch):
+    found = SimpleNamespace(register_ray=lambda: register_parallel_backend("ray", ThreadingBackend))
+    monkeypatch.setattr(sweep, "find_spec", lambda module: found)
+    monkeypatch.setitem(sys.modules, "ray.util.joblib", found)
+    monkeypatch.setitem(joblib.parallel.BACKENDS, "ray", None)  # put back afterwards
+    assert sweep.run(squares, cells(7), jobs=2, backend="ray") == [row for cell in cells(7) for row in squares(cell)]
 
 
 def test_rows_that_are_not_lasting_are_measured_again(tmp_path):

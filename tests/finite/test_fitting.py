@@ -356,7 +356,7 @@ class TestArguments:
         [
             ({"network": "vgg"}, TypeError, "network must be a torch.nn.Module, not str"),
             ({"recipe": {"epochs": 3}}, TypeError, "recipe must be a Recipe, not dict"),
-            ({"inputs": [1.0]}, TypeError, "inputs must be a torch.Tensor, not list"),
+            ({"inputs": [1.0]}, TypeError, r"inputs must be a torch.Tensor .*, not list"),
             (
                 {"inputs": torch.zeros(22, 1, 4, 4, dtype=torch.int64)},
                 ValueError,

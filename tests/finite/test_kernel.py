@@ -228,3 +228,64 @@ class TestMisuse:
             network = FiniteCNN.random(arch, (3,), torch.rand(1, 1, 3, 3), seeded(0), "ntk")
             with pytest.raises(ValueError, match=message):
                 kernel.empirical(network, inputs)
+
+
+class TestGradient:
+    """Of the closed form in the inputs."""
+
+    @staticmethod
+    def compare(architecture, inputs, step=1e-5):
+        """Against central differences; where a patch turns through the direction of another one they are those of |t|,
+        0 up to the step times second derivatives.
+        """
+        weights = normal((len(inputs), len(inputs)), 7)
+        value = lambda images: (kernel.infinite(architecture, images) * weights).sum()  # noqa: E731
+        leaf = inputs.clone().requires_grad_()
+        (found,) = torch.autograd.grad(value(leaf), leaf)
+        moves = step * torch.eye(inputs.numel(), dtype=inputs.dtype).view(-1, *inputs.shape)
+        slopes = [(value(inputs + move) - value(inputs - move)) / (2 * step) for move in moves]
+        torch.testing.assert_close(found.flatten(), torch.stack(slopes), rtol=0, atol=1e-5)
+
+    @pytest.mark.parametrize("readout", ["average", "flatten"])
+    @pytest.mark.parametrize(
+        "layer", [{"bias": True, "padding": 1}, {"pooling": "average", "pool_size": 2}, {"stride": 2}], ids=str
+    )
+    def test_is_that_of_finite_differences(self, readout, layer):
+        architecture = layer_architecture((2, 3, 4), readout, kernel_size=2, **layer)
+        self.compare(architecture, normal((3, 2, 3, 4), 0))
+
+    def test_where_patches_are_parallel_or_opposite(self):
+        first = normal((2, 3, 3), 1)
+        inputs = torch.stack([first, 2 * first, -first, torch.full_like(first, 0.7)])  # the last one with itself, too
+        self.compare(layer_architecture((2, 3, 3), kernel_size=2, bias=True), inputs)
+
+    def test_of_a_patch_with_itself(self):
+        """Theta(x, x) = |x|^2 (1 / d + 1 / d) for one patch of d entries without bias: A = |x|^2 / d, D = 1 / 2."""
+        leaf = normal((1, 1, 2, 2), 2).requires_grad_()
+        found = kernel.infinite(layer_architecture((1, 2, 2), kernel_size=2), leaf)
+        torch.testing.assert_close(found[0, 0], leaf.square().sum() * (1 / 4 + 1 / 2), rtol=1e-14, atol=0)
+        (slope,) = torch.autograd.grad(found.sum(), leaf)
+        torch.testing.assert_close(slope, 2 * leaf * (1 / 4 + 1 / 2), rtol=1e-13, atol=0)
+
+    def test_is_zero_at_blank_patches_and_right_beside_them(self):
+        architecture = layer_architecture((1, 3, 3), kernel_size=2, bias=True)
+        inputs = normal((3, 1, 3, 3), 3)
+        inputs[0] = 0
+        leaf = inputs.clone().requires_grad_()
+        (slope,) = torch.autograd.grad(kernel.infinite(architecture, leaf).sum(), leaf)
+        assert not slope[0].any()
+        rest = inputs[1:].clone().requires_grad_()  # Theta of a blank image and any other one is constant
+        (alone,) = torch.autograd.grad(kernel.infinite(architecture, rest).sum(), rest)
+        torch.testing.assert_close(slope[1:], alone, rtol=1e-12, atol=1e-14)
+
+    def test_of_second_order_and_in_blocks(self, monkeypatch):
+        architecture, leaf = layer_architecture((1, 3, 3), kernel_size=2), normal((5, 1, 3, 3), 4).requires_grad_()
+        along, step = normal(leaf.shape, 5), 1e-6
+        slope = lambda at, **kept: torch.autograd.grad(kernel.infinite(architecture, at).square().sum(), at, **kept)[0]  # noqa: E731
+        monkeypatch.setattr(kernel, "PAIR_ENTRIES", 36)
+        found = slope(leaf, create_graph=True)
+        (bent,) = torch.autograd.grad((found * along).sum(), leaf)
+        monkeypatch.undo()
+        torch.testing.assert_close(found.detach(), slope(leaf), rtol=1e-12, atol=1e-14)
+        change = (slope(leaf + step * along) - slope(leaf - step * along)) / (2 * step)
+        torch.testing.assert_close(bent, change, rtol=1e-6, atol=1e-8)

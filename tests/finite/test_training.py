@@ -151,6 +151,23 @@ class TestSteps:
         module._step(make_run(problem, moved, rate=1e-3))
         torch.testing.assert_close(moved.particles().tensors(), expected.tensors(), rtol=1e-12, atol=1e-14)
 
+    @pytest.mark.parametrize("scaling", ["ntk", "standard", "mup"])
+    def test_sgd_of_parameters_on_the_bounds_dissipates_its_squared_speed(self, scaling):
+        """J falls by the squared length of a step in the parameters' own metric over its rate."""
+        problem, start = self.on_the_bounds()
+        start, lengths, errors = FiniteCNN.from_particles(start.particles(), scaling), [], []
+        factors = module.layer_rates(start, "sgd")
+        before = float(problem.terms(start.particles()).total().detach())
+        for rate in (1e-4, 1e-5):
+            moved = copy.deepcopy(start)
+            module._step(make_run(problem, moved, rate=rate))
+            self.check_held(problem, start.particles(), moved.particles())
+            pairs = zip(moved.named_parameters(), start.parameters(), strict=True)
+            lengths.append(sum(float((a - b).detach().square().sum()) / factors[name] for (name, a), b in pairs))
+            errors.append(1 + (float(problem.terms(moved.particles()).total().detach()) - before) * rate / lengths[-1])
+        # an error of first order, so a tenth; what is left is of second order
+        assert abs(errors[1] - errors[0] / 10) <= 0.02 * abs(errors[0])
+
     def test_sgd_on_the_bounds_dissipates_its_squared_speed(self):
         problem, start = self.on_the_bounds()
         particles, errors = start.particles(), []
@@ -600,6 +617,11 @@ class TestBatches:
         assert run.value < 0.6 * run.history[0]["value"]
 
 
+def input_parameters(particles, factor):
+    """Kernels and biases of the first layer as a network has them whose kernels times `factor` are z."""
+    return particles.kernels[0] / factor, particles.biases[0][:, None]
+
+
 class TestBounds:
     @pytest.mark.parametrize("scaling", SCALINGS)
     @pytest.mark.parametrize("norm", ["l2", "l1"])
@@ -640,9 +662,16 @@ class TestBounds:
         torch.testing.assert_close(
             mf.penalties.input_norms(after.kernels[0], after.biases[0]), norms.clamp_max(2.0), rtol=1e-12, atol=0
         )
-        torch.testing.assert_close(
-            after.kernels[0], before.kernels[0] * (2 / norms).clamp_max(1)[:, None, None, None], rtol=1e-12, atol=0
+        # what the parameters lose is normal to the ball |c w|^2 + b^2 <= 4 of (w, b), in their own metric
+        factor = network.mean_field_factors[0]
+        lost = [(b - a).flatten(1) for b, a in zip(input_parameters(before, factor), input_parameters(after, factor))]
+        normals = (factor * after.kernels[0].flatten(1), after.biases[0][:, None])
+        multiplier = sum((each * normal).sum(1) for each, normal in zip(lost, normals)) / sum(
+            normal.square().sum(1) for normal in normals
         )
+        assert bool((multiplier[norms > 2] > 0).all())
+        for each, normal in zip(lost, normals):
+            torch.testing.assert_close(each, multiplier[:, None] * normal, rtol=1e-9, atol=1e-12)
 
     def test_given_start_that_breaks_a_bound_is_refused(self):
         problem = make_problem(input_bound=0.1)

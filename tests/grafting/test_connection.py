@@ -148,5 +148,5 @@ def test_layers_that_do_more_than_a_convolution_are_left_alone():
     hooked = plain(5, 0)
     hooked[3].register_forward_hook(lambda module, inputs, output: 2 * output)
     assert graft(hooked, hooked, "3", IMAGES, "match").error < 1e-24
-    with pytest.raises(ValueError, match=r"layer is a Conv1d on \(2, 3, 9\): only maps"):
+    with pytest.raises(ValueError, match=r"layer is a Conv1d on \(9, 3, 9\): only maps"):
         graft(*[filled(nn.Sequential(nn.Conv1d(2, 3, 2), nn.Conv1d(3, 2, 2)), 0)] * 2, "1", normal((9, 2, 10), 0))

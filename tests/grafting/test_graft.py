@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import gc
+import io
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -14,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch_networks import IMAGES, filled, plain, residual
 
-from meanfield.grafting import Junction, graft, layer_errors
+from meanfield.grafting import Graft, Junction, graft, layer_errors
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
 # the last two are no linear layers: a 1x1 convolution or a matrix goes in front
@@ -363,3 +365,45 @@ def test_inputs_that_cannot_be_used_are_named():
     found = graft(lower, upper, "5", split)
     assert found.error == pytest.approx(graft(lower, upper, "5", IMAGES).error, rel=1e-12)
     assert layer_errors(found, upper, split) == pytest.approx(layer_errors(found, upper, IMAGES))
+
+
+@pytest.fixture(scope="module")
+def joined() -> Graft:
+    return graft(residual(6, 1), residual(4, 0), "stage1.1", IMAGES)
+
+
+def test_a_graft_may_be_called_by_many_threads(joined):
+    upper, images = residual(4, 0), IMAGES[:2]
+    expected, errors = joined.network(images), layer_errors(joined, upper, images)
+
+    def call(index: int) -> bool:
+        if index % 20 == 0:
+            return layer_errors(joined, upper, images) == errors
+        return torch.equal(joined.network(images), expected)
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(call, range(320)))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch.jit
+def test_a_graft_is_copied_pickled_traced_and_exported_as_it_is(joined):
+    network, expected = joined.network, joined.network(IMAGES)
+    buffer = io.BytesIO()
+    torch.save(network, buffer)
+    buffer.seek(0)
+    count = torch.export.Dim("count")
+    exported = torch.export.export(network, (IMAGES[:3],), dynamic_shapes=({0: count},), strict=False)
+    for made in (
+        copy.deepcopy(network),
+        torch.load(buffer, weights_only=False),
+        torch.jit.trace(network, (IMAGES[:3],)),
+        exported.module(),
+    ):
+        torch.testing.assert_close(made(IMAGES), expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_graft_cannot_be_scripted(joined):
+    for network in (joined.network, nn.Sequential(joined.network)):
+        with pytest.raises(TypeError, match=r"^network is a graft.*use torch.export.export.*or torch.jit.trace[^\n]*$"):
+            torch.jit.script(network)

@@ -99,19 +99,46 @@ def test_a_program_frozen_after_a_flow_is_solved_and_not_its_start_returned(seed
     solution, theirs = (
         solve(mf.ConvexProgram.freeze(problem, network)) for solve in (splitting.solve, reference.solve)
     )
-    assert -theirs.gap <= solution.value - theirs.value <= 2e-5 * theirs.value
+    # such a support may realise its features to FEASIBLE only: J is the value, and a value the optimum, no better
+    slack = FEASIBLE[torch.float64] * theirs.value
+    assert -theirs.gap - slack <= solution.value - theirs.value <= 2e-5 * theirs.value
     # proven to have gone a thousandth short of the way from the start to the optimum, at most
     assert solution.gap < 1e-3 * (problem.value(network).item() - solution.value)
-    # such a support may realise its features to FEASIBLE only: J is the value no better than that
     judge(problem, solution, FEASIBLE)
 
 
-@pytest.mark.parametrize(("solver", "readout"), [("CLARABEL", 1e3), ("SCS", 1e6)])
-def test_badly_scaled_programs_are_optimal_only_by_their_certificate(solver, readout):
+@pytest.mark.parametrize(
+    ("solver", "strengths"),
+    [
+        ("CLARABEL", (1e-9, 1e3, 1e-3)),
+        ("SCS", (1e-9, 1e6, 1e-3)),
+        ("CLARABEL", (1e-9, 1e6, 1e-3)),
+        ("CLARABEL", (1e6, 1e-3, 1e-3)),
+        ("CLARABEL", (1e-12, 1e-12, 1e-12)),
+        ("CLARABEL", (1e3, 1e-9, 1e6)),
+        ("CLARABEL", (1e-9, 1e-9, 1e3)),
+    ],
+)
+@pytest.mark.parametrize("seed", [0, 1])
+def test_extreme_penalties_are_solved(solver, strengths, seed):
+    """Without units to suit them relative gaps were 2e-5 to 0.81, or the solver gave up."""
     arch = mf.Architecture((1, 2, 2), (mf.Conv(1, activation="tanh"), mf.Conv(1, activation="tanh")))
-    penalty = mf.Penalty(source=1e-9, readout=readout, input=1e-3)
+    penalty = mf.Penalty(**dict(zip(("source", "readout", "input"), strengths)))
+    problem = mf.Problem(arch, random_inputs(arch, 4, seed), random_targets("squared", 1, 4, seed), penalty=penalty)
+    solution = reference.solve(mf.ConvexProgram.freeze(problem, random_network(arch, (4, 3), seed)), solver)
+    judge(problem, solution)
+    assert solution.status == "optimal"
+    assert abs(solution.relative_gap) <= 1e-6
+
+
+def test_a_solver_that_is_stopped_short_is_not_optimal_by_its_own_word():
+    """Its message says what the certificate reached."""
+    arch = mf.Architecture((1, 2, 2), (mf.Conv(1, activation="tanh"), mf.Conv(1, activation="tanh")))
+    penalty = mf.Penalty(source=1e-9, readout=1e3, input=1e-3)
     problem = mf.Problem(arch, random_inputs(arch, 4, 0), random_targets("squared", 1, 4, 0), penalty=penalty)
     frozen = mf.ConvexProgram.freeze(problem, random_network(arch, (4, 3), 0))
-    solution = reference.solve(frozen, solver)
-    assert (solution.status == "optimal") == (abs(solution.relative_gap) <= 1e-6)
-    assert ("below the tolerance" in solution.message) == (solution.status == "optimal")
+    solution = reference.solve(frozen, "SCS", max_iters=50)
+    assert solution.status == "inaccurate"
+    assert f"relative gap {solution.relative_gap:.2g}: " in solution.message
+    assert solution.relative_gap > 1e-6
+    assert len(solution.history) == len(reference.UNITS)

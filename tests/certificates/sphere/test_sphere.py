@@ -449,7 +449,7 @@ GOOD = {"A": normal((4, 3), 81), "W": normal((4, 1), 82)}
 @pytest.mark.parametrize(
     ("change", "error", "words"),
     [
-        ({"A": [[1.0]]}, TypeError, "A must be a Tensor, not list"),
+        ({"A": [[1.0]]}, TypeError, r"A must be a torch.Tensor .*, not list"),
         ({"A": torch.ones(4)}, ValueError, r"A has shape \(4,\); expected \(n, d\)"),
         ({"A": torch.ones(4, 0)}, ValueError, "at least one column"),
         ({"W": torch.ones(5, 1)}, ValueError, r"W has shape \(5, 1\); expected \(4, 1\)"),
