@@ -12,7 +12,7 @@ import meanfield as mf
 from meanfield.convex import repopulation
 from theory_checks.claim import Axes, Claim, Evidence, Setting, ranked
 from theory_checks.instances import Variety, random_network
-from theory_checks.rounding import output_error, value_error
+from theory_checks.rounding import in_units, output_error, value_error
 from theory_checks.statistics import largest, share_text
 
 WIDTHS = ((5,), (5, 4), (4, 3, 5))
@@ -31,21 +31,17 @@ def _errors(problem: mf.Problem, network: mf.ParticleNetwork, change: Change) ->
     value = float(problem.terms(network).total())
     return {
         "value": abs(float(program.value(point)) - value) / (2 * spread),
-        "output": _largest(program.output(point) - responses.output, 2 * allowed),
+        "output": in_units(program.output(point) - responses.output, 2 * allowed),
         "features": max(
             (
-                _largest(residual, _residual_error(program, point, layer))
+                in_units(residual, _residual_error(program, point, layer))
                 for layer, (residual, _) in enumerate(program.image_residuals(point, problem.inputs), start=1)
             ),
             default=0.0,
         ),
         "value of the network back": abs(float(problem.terms(back).total()) - value) / (2 * spread),
-        "output of the network back": _largest(returned.output - responses.output, 2 * allowed),
+        "output of the network back": in_units(returned.output - responses.output, 2 * allowed),
     }
-
-
-def _largest(error: Tensor, allowed: Tensor) -> float:
-    return float((error.abs() / allowed).max())
 
 
 def _residual_error(program: mf.ConvexProgram, point: mf.ProgramPoint, layer: int) -> Tensor:

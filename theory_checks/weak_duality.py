@@ -23,7 +23,7 @@ from theory_checks.statistics import largest, share_text
 
 WIDTHS = ((6,), (6, 4), (5, 4, 3))
 NOISES = (0.0, 1e-6, 1e-4, 1e-2, 0.1, 0.5, 1.0, 10.0)
-SOLVER_TOLERANCE, MOST_ITERATIONS = 1e-6, 400
+SOLVER_TOLERANCE = 1e-6
 TIGHTENED = 0.6  # a bound, of what a random network reaches: it holds the optimum back
 FEASIBLE = 1e-13  # relative violation of a point, up to which the rounding bound of its value covers it
 
@@ -40,7 +40,7 @@ def _optimal(setting: Setting, instance: int) -> tuple[mf.ConvexProgram, mf.Prog
     if instance % 2:
         problem, network = variety.bounded(problem, network, TIGHTENED, instance)
     program = mf.ConvexProgram.freeze(problem, network)
-    solved = mf.solvers.splitting.solve(program, SOLVER_TOLERANCE, max_iterations=MOST_ITERATIONS)
+    solved = mf.solvers.splitting.solve(program, SOLVER_TOLERANCE, max_iterations=setting.either(150, 400))
     assert solved.point is not None
     assert solved.multipliers is not None
     return program, program.restore(solved.point), solved.multipliers
