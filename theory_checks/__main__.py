@@ -76,7 +76,7 @@ def check(options: Options) -> None:
     console, chosen = Console(width=None if sys.stdout.isatty() else PIPED_WIDTH), claims(options.only)
     if options.list:
         for claim in chosen:
-            console.print(f"[bold]{claim.name}[/]  {claim.statement}")
+            console.print(f"[bold]{claim.name}[/]  {claim.statement}", soft_wrap=True)  # one line each
         return
     with _result(chosen, options) as result:
         try:

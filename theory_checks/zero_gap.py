@@ -365,9 +365,7 @@ CLAIMS = (
             "multipliers of the amplitude bound dropped": lambda setting: _bounded_gaps(
                 setting, (2,), change=_without_kappa
             ),
-            "the network after 50 steps, at the velocity of the last": lambda setting: _bounded_gaps(
-                setting, early=BOUNDED_EARLY
-            ),
+            "50 steps, at the last velocity": lambda setting: _bounded_gaps(setting, early=BOUNDED_EARLY),
         },
         axes=Axes("run, sorted", "gap / what the velocity allows", "y", VELOCITY_THRESHOLD),
     ),
