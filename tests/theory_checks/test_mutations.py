@@ -34,7 +34,7 @@ KEPT = {
     "mixture": measures.mixture,
     "split": measures.split,
     "terms": Problem.terms,
-    "residual": ConvexProgram.residual,
+    "image_residuals": ConvexProgram.image_residuals,
     "tangent": flow._tangent,
     "activate": Conv.activate,
     "correlate": Conv.correlate,
@@ -115,10 +115,10 @@ def penalty_with_target_outside(patch):
 
 
 def realisation_with_the_wrong_sign(patch):
-    def residual(program, point, layer):
-        return KEPT["residual"](program, replace(point, masses=tuple(-p for p in point.masses)), layer)
+    def residuals(program, point, inputs):
+        return KEPT["image_residuals"](program, replace(point, masses=tuple(-p for p in point.masses)), inputs)
 
-    patch.setattr(ConvexProgram, "residual", residual)
+    patch.setattr(ConvexProgram, "image_residuals", residuals)
 
 
 def missing_mass_constraint(patch):
