@@ -108,11 +108,6 @@ class Conv:
         columns = functional.unfold(inputs, self.kernel, padding=self.padding, stride=self.stride)  # type: ignore[arg-type]
         return columns.transpose(1, 2)
 
-    def correlate(self, inputs: Tensor, responses: Tensor) -> Tensor:
-        """Adjoint of `convolve` in the kernels: sum_{n,q} responses[n, j, q] (T_s inputs[n, i])_q -> (M, C, kh, kw)."""
-        shape = (responses.shape[1], inputs.shape[1], *self.kernel)
-        return torch.nn.grad.conv2d_weight(inputs, shape, responses, stride=self.stride, padding=self.padding)  # type: ignore[arg-type]
-
     def activate(self, preactivations: Tensor) -> Tensor:
         """f = pool(h(g)), (N, M, H', W') -> (N, M, H'', W'')."""
         features = ACTIVATIONS[self.activation].function(preactivations)

@@ -32,16 +32,6 @@ def test_patches_are_the_shifts_channel_major(conv, seed):
             np.testing.assert_array_equal(patches[n, row], expected)
 
 
-@given(convs((4, 5), ("tanh",)), seeds)
-def test_correlate_is_the_adjoint_of_convolve(conv, seed):
-    inputs, kernels = normal((2, 2, 4, 5), seed), normal((3, 2, *conv.kernel), seed + 1)
-    moved = conv.convolve(inputs, kernels)
-    responses = normal(moved.shape, seed + 2)
-    torch.testing.assert_close(
-        (moved * responses).sum(), (kernels * conv.correlate(inputs, responses)).sum(), rtol=1e-12, atol=1e-12
-    )
-
-
 @given(convs((4, 5), tuple(slow.ACTIVATIONS)), seeds)
 def test_activate_matches_the_explicit_pooling(conv, seed):
     g = normal((2, 3, 4, 5), seed)
@@ -125,7 +115,7 @@ def test_operations_keep_dtype_and_device(dtype, device):
     conv = mf.Conv(2, padding=1, stride=2, pooling="average")
     x, w = normal((2, 3, 5, 5), 0, dtype).to(device), normal((4, 3, 2, 2), 1, dtype).to(device)
     g = conv.convolve(x, w)
-    for tensor in (g, conv.activate(g), conv.patches(x), conv.correlate(x, g)):
+    for tensor in (g, conv.activate(g), conv.patches(x)):
         assert tensor.dtype == dtype
         assert tensor.device.type == device.type
 
