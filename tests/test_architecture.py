@@ -187,3 +187,12 @@ def test_from_dict_refuses_other_descriptions(description):
 def test_check_inputs_names_the_expected_shape(shape):
     with pytest.raises(ValueError, match=re.escape(f"images has shape {shape}; the architecture expects (N, 1, 3, 3)")):
         mf.Architecture((1, 3, 3), mf.Conv()).check_inputs(torch.zeros(shape), "images")
+
+
+def test_shapes_and_counts_may_come_from_arrays():
+    """And leave none in the description, which is written as JSON."""
+    arch = mf.Architecture(
+        np.array([1, 4, 4]), (mf.Conv(np.int64(2), bias=np.True_) for _ in range(2)), outputs=np.int64(2)
+    )
+    assert arch == mf.Architecture.from_dict(json.loads(json.dumps(arch.to_dict())))
+    assert arch == mf.Architecture((1, 4, 4), [mf.Conv(2, bias=True)] * 2, outputs=2)

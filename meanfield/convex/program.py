@@ -46,6 +46,7 @@ class ConvexProgram:
         network = network.detach()
         with torch.no_grad():
             responses = network.responses(problem.inputs)
+            problem.require_finite(problem.terms(network, responses.output).total())
         return cls(problem, network, tuple(responses.features), tuple(responses.preactivations))
 
     @classmethod
