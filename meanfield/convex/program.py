@@ -18,6 +18,7 @@ from meanfield.convex.restoration import BoundedRows, into_bounds, least_weighte
 from meanfield.network import ParticleNetwork, along_axis
 from meanfield.penalties import perspective
 from meanfield.problem import FEASIBLE, Problem, Terms
+from meanfield.signatures import checked
 from meanfield.validation import instance
 
 RESTORE_SWEEPS = 4
@@ -40,9 +41,10 @@ class ConvexProgram:
     preactivations: tuple[Tensor, ...]
 
     @classmethod
+    @checked
     def freeze(cls, problem: Problem, network: ParticleNetwork) -> ConvexProgram:
         """Freeze the features that `network` computes on the problem's inputs."""
-        instance(problem, "problem", Problem).require_feasible(network)
+        problem.require_feasible(network)
         network = network.detach()
         with torch.no_grad():
             responses = network.responses(problem.inputs)
@@ -50,6 +52,7 @@ class ConvexProgram:
         return cls(problem, network, tuple(responses.features), tuple(responses.preactivations))
 
     @classmethod
+    @checked
     def with_candidates(cls, problem: Problem, network: ParticleNetwork, candidates: ParticleNetwork) -> ConvexProgram:
         """Freeze the features of `network`, and those of `candidates` beside them at zero mass.
 
