@@ -1,9 +1,10 @@
-"""The contenders for one convex program, each run once from program to answer in a process of its own.
+"""The contenders for one convex program, each run once from problem and network to answer in a process of its own.
 
-Timed in CPU seconds of the process, on one thread.  The splitting's time holds everything it does: constraint basis,
-iterations, restoration, certificates.  For cvxpy, building and compiling the model (up to the matrices that the solver
-is given) is stated apart from the solver's run; restoring its point to the constraints is free of charge.  Memory is
-the growth of peak resident memory from the frozen program to the answer, compilation included.  A tiny program is
+Timed in CPU seconds of the process, on one thread.  The splitting's time holds everything it does: freezing with the
+row space of the constraints, iterations, restoration, certificates.  For cvxpy, freezing, building and compiling the
+model (up to the matrices that the solver is given) is stated apart from the solver's run; restoring its point to the
+constraints is free of charge.  Memory is
+the growth of peak resident memory from problem and network to the answer, compilation included.  A tiny program is
 solved first, so that no one pays for imports.
 """
 
@@ -26,6 +27,8 @@ from benchmarks.judge import Answer
 from benchmarks.machine import fresh_peak, peak_bytes
 from benchmarks.problems import Case
 from meanfield.convex.program import ConvexProgram
+from meanfield.network import ParticleNetwork
+from meanfield.problem import Problem
 from meanfield.solvers import splitting
 
 WARM_UP = Case(images=4, side=2, widths=(3, 2))
@@ -46,6 +49,7 @@ CVXPY_OPTIONS: dict[str, Callable[[float, float], dict[str, Any]]] = {
         "time_limit_secs": seconds,
     },
 }
+Setting = tuple[Problem, ParticleNetwork]
 CONTENDERS = ("splitting", *CVXPY_OPTIONS)
 
 
@@ -95,13 +99,17 @@ def one_run(name: str, case: Case, tolerance: float, max_seconds: float, fresh: 
 def run(order: dict[str, Any]) -> dict[str, Any]:
     """Run order["contender"] on order["case"]; the answer goes to the file order["answer"], its cost is returned."""
     name, device, dtype = order["contender"], order.get("device", "cpu"), getattr(torch, order.get("dtype", "float64"))
-    prepare = lambda case: problems.program(case).to(dtype=dtype, device=device)  # noqa: E731
+
+    def prepare(case: Case) -> Setting:
+        problem, network = problems.setting(case)
+        return problem.to(dtype=dtype, device=device), network.to(dtype=dtype, device=device)
+
     solve(name, prepare(WARM_UP), WARM_UP_TOLERANCE, 60.0)
-    program = prepare(Case.from_dict(order["case"]))
+    setting = prepare(Case.from_dict(order["case"]))
     before = fresh_peak()
     if device != "cpu":
         torch.cuda.reset_peak_memory_stats()
-    outcome = solve(name, program, order["tolerance"], order["max_seconds"], order.get("check_every"))
+    outcome = solve(name, setting, order["tolerance"], order["max_seconds"], order.get("check_every"))
     grown = peak_bytes() - before if device == "cpu" else torch.cuda.max_memory_allocated()
     if outcome.answer is not None:
         outcome.answer.save(order["answer"])
@@ -119,19 +127,19 @@ def run(order: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def solve(
-    name: str, program: ConvexProgram, tolerance: float, max_seconds: float, check_every: int | None = None
-) -> Outcome:
-    """One contender on one program; check_every is the splitting's, for a history with more rows
-    than its own choice.
+def solve(name: str, setting: Setting, tolerance: float, max_seconds: float, check_every: int | None = None) -> Outcome:
+    """One contender on the program of one problem and network.
+
+    check_every is the splitting's, for a history with more rows than its own choice.
     """
     if name == "splitting":
-        return _splitting(program, tolerance, max_seconds, check_every)
-    return _cvxpy(name, program, tolerance, max_seconds)
+        return _splitting(setting, tolerance, max_seconds, check_every)
+    return _cvxpy(name, setting, tolerance, max_seconds)
 
 
-def _splitting(program: ConvexProgram, tolerance: float, max_seconds: float, check_every: int | None) -> Outcome:
+def _splitting(setting: Setting, tolerance: float, max_seconds: float, check_every: int | None) -> Outcome:
     began, wall = time.process_time(), time.perf_counter()
+    program = ConvexProgram.freeze(*setting)
     solution = splitting.solve(
         program, tolerance, max_iterations=1_000_000, max_seconds=max_seconds, check_every=check_every
     )
@@ -145,10 +153,11 @@ def _splitting(program: ConvexProgram, tolerance: float, max_seconds: float, che
     return Outcome(solution.status, took, answer, wall_seconds=wall, iterations=iterations, history=solution.history)
 
 
-def _cvxpy(solver: str, program: ConvexProgram, tolerance: float, max_seconds: float) -> Outcome:
+def _cvxpy(solver: str, setting: Setting, tolerance: float, max_seconds: float) -> Outcome:
     reference = importlib.import_module("meanfield.solvers.reference")
     options = CVXPY_OPTIONS[solver](tolerance, max_seconds)
     began = time.process_time()
+    program = ConvexProgram.freeze(*setting)
     model = reference._Model(program, reference._Units.of(program, reference.UNITS[0]))
     data, chain, inverse = model.problem.get_problem_data(solver, solver_opts=options)
     compiled, wall = time.process_time(), time.perf_counter()

@@ -60,8 +60,13 @@ STANDARD = Case(32, 4, (128, 64))
 LARGE = Case(64, 8, (1024, 128))
 
 
-def program(case: Case, dtype: torch.dtype = torch.float64) -> mf.ConvexProgram:
+def program(case: Case) -> mf.ConvexProgram:
     """The convex program of a case, on the CPU."""
+    return mf.ConvexProgram.freeze(*setting(case))
+
+
+def setting(case: Case, dtype: torch.dtype = torch.float64) -> tuple[mf.Problem, mf.ParticleNetwork]:
+    """The problem of a case and the network whose features are to be frozen, on the CPU."""
     layer = mf.Conv(3, padding=1, activation="tanh")
     architecture = mf.Architecture((1, case.side, case.side), (layer, layer), readout="average")
     inputs, targets = digits(case.images, case.side)
@@ -72,7 +77,7 @@ def program(case: Case, dtype: torch.dtype = torch.float64) -> mf.ConvexProgram:
         bounded = replace(PENALTY, amplitude_bound=case.tightness * reached)
         problem = mf.Problem(architecture, problem.inputs, problem.targets, "squared", bounded)
         network = mf.solvers.flow.solve(problem, project_bounds(problem, network), steps=FLOW_STEPS).network
-    return mf.ConvexProgram.freeze(problem, network)
+    return problem, network
 
 
 def normal_network(

@@ -171,7 +171,7 @@ def _sweep(name: str, sweep: dict[str, Any]) -> Table:
         "products GFLOP/s",
         "matmul GFLOP/s",
         "share",
-        "basis s",
+        "freeze s",
         "peak MiB",
     )
     table = Table(
@@ -190,7 +190,7 @@ def _sweep(name: str, sweep: dict[str, Any]) -> Table:
             f"{row['products_gflops']:.1f}",
             f"{row['matmul_gflops']:.1f}",
             f"{row['products_share']:.0%}",
-            _fixed(row["basis_seconds"]),
+            _fixed(row["freeze_seconds"]),
             _mebibytes(row["peak_bytes"]),
         )
     return table

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from math import prod
 from typing import Any, NamedTuple
 
 import torch
@@ -126,17 +127,24 @@ class Conv:
         for axis, size in enumerate((height, width)):
             padded = size + 2 * self.padding[axis]  # type: ignore[index]
             if self.kernel[axis] > padded:
-                raise ValueError(
-                    f"{where}: kernel_size={self.kernel} does not fit the padded input, {padded} along "
-                    f"{('height', 'width')[axis]} (input {size}, padding {self.padding[axis]}); "  # type: ignore[index]
-                    "use a smaller kernel or more padding"
+                raise Misuse(
+                    "kernel_size",
+                    self.kernel,
+                    f"does not fit the padded input of {where}, {padded} along {('height', 'width')[axis]} "
+                    f"(input {size}, padding {self.padding[axis]}); "  # type: ignore[index]
+                    "use a smaller kernel or more padding",
                 )
             output.append((padded - self.kernel[axis]) // self.stride[axis] + 1)  # type: ignore[index]
         if self.pooling == "none":
             return (output[0], output[1]), (output[0], output[1])
         pooled = [size // step for size, step in zip(output, self.pool_size)]  # type: ignore[arg-type]
         if min(pooled) < 1:
-            raise ValueError(f"{where}: pool_size={self.pool_size} leaves no position of the output {tuple(output)}")
+            raise Misuse(
+                "pooling",
+                self.pooling,
+                f"does not fit {where}: pool_size={self.pool_size} leaves no position of the output {tuple(output)}; "
+                "pool less, or take larger images",
+            )
         return (output[0], output[1]), (pooled[0], pooled[1])
 
 
@@ -195,6 +203,11 @@ class Architecture:
         """Shapes (M_l, M_{l-1}, kh, kw) of the kernels, target first; M_0 = C_0."""
         sources = (self.input_shape[0], *widths[:-1])
         return [(m, c, *layer.kernel) for m, c, layer in zip(widths, sources, self.layers, strict=True)]
+
+    def entries(self, widths: Sequence[int]) -> int:
+        """Numbers that one image takes: its pixels, and before and after pooling the features of every layer."""
+        maps = (width * (prod(size.output) + prod(size.pooled)) for width, size in zip(widths, self.geometry))
+        return prod(self.input_shape) + sum(maps)
 
     def readout_shape(self, width: int) -> tuple[int, ...]:
         """(K, M_L), or (K, M_L, positions) for the flattened readout."""

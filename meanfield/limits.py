@@ -1,8 +1,9 @@
 """Limits of a run, time and memory: what a long piece of work looks at, and what becomes of it where they are met.
 
-Work that takes long calls `look` every few seconds at most.  Past its time that raises TimeUp, which passes through
-everything up to the solver that set the limit and holds the best answer so far; an interrupt by the user and a shortage
-of memory take the same way.
+Images are taken in blocks of BLOCK_BYTES, so that memory does not grow with their number.  Work that takes long calls
+`look` every few seconds at most.  Past its time that raises TimeUp, which passes through everything up to the solver
+that set the limit and holds the best answer so far; an interrupt by the user and a shortage of memory take the same
+way.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 
 GRACE = 3.0  # seconds for the certificate of a run that was stopped
+BLOCK_BYTES = 2**25  # of what is computed of a block of images
 
 _deadline: ContextVar[float] = ContextVar("deadline", default=math.inf)
 _watch: ContextVar[Callable[[], None]] = ContextVar("watch", default=lambda: None)
@@ -72,6 +74,15 @@ def look() -> None:
     """Raise TimeUp where the time has passed."""
     if passed():
         raise TimeUp
+
+
+def blocks(count: int, bytes_each: int) -> Iterator[slice]:
+    """Slices of `count` images that take so many bytes each, a block at a time; looks at the time between them."""
+    step = max(1, BLOCK_BYTES // bytes_each)
+    for first in range(0, count, step):
+        if first:
+            look()
+        yield slice(first, min(first + step, count))
 
 
 def status(stop: BaseException) -> str:

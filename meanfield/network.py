@@ -154,18 +154,18 @@ class ParticleNetwork:
     def detach(self) -> ParticleNetwork:
         return self.map(Tensor.detach)
 
+    @property
+    def flows(self) -> list[Tensor]:
+        """w_ij p_i per layer, (M_l, M_{l-1}, kh, kw): the kernels that act on features; on layer 1 z / C_0."""
+        channels = self.architecture.input_shape[0]
+        sources = (self.readout.new_full((channels,), 1 / channels), *self.masses[:-1])
+        # scaling the kernels costs M M' S products, scaling the features would cost N M P
+        return [kernel * source[None, :, None, None] for kernel, source in zip(self.kernels, sources)]
+
     def responses(self, inputs: Tensor) -> Responses:
         """Pre-activations, features and output on inputs (N, C_0, H, W)."""
-        signal, preactivations, features = inputs, [], []
-        channels = self.architecture.input_shape[0]
-        scales = (inputs.new_full((channels,), 1 / channels), *self.masses[:-1])
-        for layer, kernel, bias, scale in zip(self.architecture.layers, self.kernels, self.biases, scales):
-            # scaling the kernels costs M M' S products, scaling the features would cost N M P
-            weights = kernel * scale[None, :, None, None]
-            preactivations.append(layer.convolve(signal, weights, bias))
-            signal = layer.activate(preactivations[-1])
-            features.append(signal)
-        return Responses(preactivations, features, self.read(signal))
+        preactivations, features = propagate(self.architecture, self.flows, self.biases, inputs)
+        return Responses(preactivations, features, self.read(features[-1]))
 
     def read(self, features: Tensor) -> Tensor:
         """F = sum_j p_j <u_j, f_j>, (N, M_L, H, W) -> (N, K)."""
@@ -205,6 +205,18 @@ def ordinary(tensor: Any) -> Any:
         return tensor
     with torch.inference_mode(False):
         return tensor.clone()
+
+
+def propagate(
+    architecture: Architecture, flows: Sequence[Tensor], biases: Sequence[Tensor | None], inputs: Tensor
+) -> tuple[list[Tensor], list[Tensor]]:
+    """g^l = sum_i flows^l_ij * f^{l-1}_i + b^l_j and f^l, layer by layer, of inputs (N, C_0, H, W)."""
+    signal, preactivations, features = inputs, [], []
+    for layer, flow, bias in zip(architecture.layers, flows, biases):
+        preactivations.append(layer.convolve(signal, flow, bias))
+        signal = layer.activate(preactivations[-1])
+        features.append(signal)
+    return preactivations, features
 
 
 def along_axis(vector: Tensor, like: Tensor, axis: int) -> Tensor:

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from meanfield import losses
+from meanfield import limits, losses
 from meanfield.architecture import Architecture
 from meanfield.network import ParticleNetwork, ordinary
 from meanfield.penalties import Penalty, input_norms, input_projection, kernel_projection
@@ -84,9 +84,19 @@ class Problem:
         other.inputs, other.targets = ordinary(inputs), ordinary(targets.to(dtype=dtype, device=inputs.device))
         return other
 
+    def output(self, network: ParticleNetwork) -> Tensor:
+        """F on all images, (N, K); in blocks of images where no gradient is wanted, which would keep them all."""
+        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in network.tensors()):
+            return network.responses(self.inputs).output
+        each = self.inputs.element_size() * self.architecture.entries(network.widths)
+        output = self.inputs.new_empty(len(self.inputs), self.architecture.outputs)
+        for block in limits.blocks(len(self.inputs), each):
+            output[block] = network.responses(self.inputs[block]).output
+        return output
+
     def terms(self, network: ParticleNetwork, output: Tensor | None = None) -> Terms:
         """The terms of J; differentiable in the network's tensors.  `output` saves a second forward pass."""
-        output = network.responses(self.inputs).output if output is None else output
+        output = self.output(network) if output is None else output
         p, penalty = network.masses, self.penalty
         source = output.new_zeros(())
         for layer in range(1, self.architecture.depth):

@@ -5,6 +5,7 @@ Nothing here calls the library's own arithmetic, `solve` apart; networks, proble
 
 import math
 import warnings
+from functools import lru_cache
 from itertools import product
 
 import numpy as np
@@ -115,6 +116,13 @@ def respond(network, inputs):
     return every
 
 
+@lru_cache(maxsize=4)
+def frozen_maps(program):
+    """g and f of every layer, (N, M, H, W) each, as the frozen network has them; no candidates."""
+    responses, layers = respond(program.frozen, program.problem.inputs), range(program.depth)
+    return tuple([np.array([maps[kind][layer] for maps in responses]) for layer in layers] for kind in (0, 1))
+
+
 def kernel_norm(kernel, penalty):
     return (
         math.sqrt(sum(v * v for v in kernel.ravel()))
@@ -168,7 +176,7 @@ def perspective(amount, mass):
 
 def program_value(program, point):
     problem, penalty = program.problem, program.problem.penalty
-    last = array(program.features[-1])
+    last = frozen_maps(program)[1][-1]
     value = mean_loss(problem, [read(features, array(point.readout)) for features in last])
     for W, p in zip(point.kernels, point.masses):
         W = array(W)
@@ -184,7 +192,7 @@ def realisation_residual(program, point, layer):
     """sum_i sum_s W_ijs T_s f_i + B_j - p_j g_j, (N, M_l, H', W')."""
     conv, W, p = program.problem.architecture.layers[layer], array(point.kernels[layer - 1]), array(point.masses[layer])
     B = np.zeros(len(p)) if point.biases[layer - 1] is None else array(point.biases[layer - 1])
-    f, g = array(program.features[layer - 1]), array(program.preactivations[layer])
+    g, f = frozen_maps(program)[0][layer], frozen_maps(program)[1][layer - 1]
     rows = []
     for n in range(len(f)):
         ones = np.ones(len(f[n]))
@@ -223,6 +231,24 @@ def numerical_prox(name, center, target, weight):
     )
 
 
+def design(features, conv):
+    """A, one row per image and position, one column per source and offset, and one for the bias."""
+    rows = [
+        [shifted(image, *q, conv, s) for image in maps for s in offsets_of(conv)] + [1.0] * conv.bias
+        for maps in features
+        for q in positions_of(conv, maps[0])
+    ]
+    return np.array(rows)
+
+
+def realising(A, pulls, centred):
+    """beta with A^T beta nearest to the pulls b, (M, columns) -> (M, rows), of sum zero where it has to be centred."""
+    allowed = np.eye(len(A)) - centred / len(A)
+    left, values, right = np.linalg.svd(A.T @ allowed, full_matrices=False)
+    kept = values > 1e-10 * np.linalg.norm(A, 2)
+    return ((pulls @ left[:, kept]) / values[kept]) @ right[kept] @ allowed.T
+
+
 class DualTwin:
     """The dual value of (scaled) multipliers whose output part lies in the conjugate's domain."""
 
@@ -230,15 +256,15 @@ class DualTwin:
         self.program, self.penalty = program, program.problem.penalty
         self.r = array(multipliers.output)
         self.kappa = multipliers.amplitude and [np.maximum(array(k), 0) for k in multipliers.amplitude]
-        self.layers = [self._price(layer, array(beta)) for layer, beta in enumerate(multipliers.realisation, start=1)]
+        self.layers = [self._price(layer, array(pulls)) for layer, pulls in enumerate(multipliers.realisation, start=1)]
         self.readout = self._readout_norms()
         self.costs = self.penalty.input * np.array([input_cost(program.frozen, i) for i in range(program.widths[0])])
 
-    def _price(self, layer, beta):
+    def _price(self, layer, pulls):
         conv = self.program.problem.architecture.layers[layer]
-        f, g = array(self.program.features[layer - 1]), array(self.program.preactivations[layer])
-        if conv.bias and self.penalty.amplitude_bound is None:
-            beta = np.array([b - b.mean() for b in beta])
+        g, f = frozen_maps(self.program)[0][layer], frozen_maps(self.program)[1][layer - 1]
+        centred = conv.bias and self.penalty.amplitude_bound is None
+        beta = realising(design(f, conv), pulls, centred).reshape(len(pulls), len(f), -1)
         norms = np.zeros((beta.shape[0], f.shape[1]))
         for j, i in product(*map(range, norms.shape)):
             norms[j, i] = self._dual_norm([self._paired(beta[j], f[:, i], conv, s) for s in offsets_of(conv)])
@@ -262,7 +288,7 @@ class DualTwin:
         )
 
     def _readout_norms(self):
-        last, flat = array(self.program.features[-1]), self.program.problem.architecture.readout == "flatten"
+        last, flat = frozen_maps(self.program)[1][-1], self.program.problem.architecture.readout == "flatten"
         found = []
         for j in range(last.shape[1]):
             maps = np.array([image.ravel() / image.size for image in last[:, j]])

@@ -6,7 +6,8 @@ import pytest
 import reference as slow
 import torch
 from hypothesis import given
-from strategies import architectures, convs, normal, seeds
+from hypothesis import strategies as st
+from strategies import architectures, convs, normal, random_inputs, random_network, seeds
 
 import meanfield as mf
 from meanfield.architecture import ACTIVATIONS, Activation
@@ -159,13 +160,18 @@ def test_conv_names_the_bad_argument(options, message):
         ((1, 4, 4), 3, {}, "layers=3 must be a non-empty"),
         ((1, 4, 4), (mf.Conv(),), {"readout": "mean"}, "readout='mean'"),
         ((1, 4, 4), (mf.Conv(),), {"outputs": 0}, "outputs=0"),
-        ((1, 4, 2), (mf.Conv(),), {}, r"layers\[0\]: kernel_size=\(3, 3\).* 2 along width \(input 2, padding 0\)"),
-        ((1, 4, 4), (mf.Conv(), mf.Conv()), {}, r"layers\[1\]: kernel_size=\(3, 3\).* 2 along height"),
+        (
+            (1, 4, 2),
+            (mf.Conv(),),
+            {},
+            r"kernel_size=\(3, 3\) .* input of layers\[0\], 2 along width \(input 2, padding 0\)",
+        ),
+        ((1, 4, 4), (mf.Conv(), mf.Conv()), {}, r"kernel_size=\(3, 3\) .* layers\[1\], 2 along height"),
         (
             (1, 3, 3),
             (mf.Conv(3, pooling="max"),),
             {},
-            r"layers\[0\]: pool_size=\(2, 2\) leaves no position of the output \(1, 1\)",
+            r"pooling='max' does not fit layers\[0\]: pool_size=\(2, 2\) leaves no position of the output \(1, 1\)",
         ),
     ],
 )
@@ -196,3 +202,11 @@ def test_shapes_and_counts_may_come_from_arrays():
     )
     assert arch == mf.Architecture.from_dict(json.loads(json.dumps(arch.to_dict())))
     assert arch == mf.Architecture((1, 4, 4), [mf.Conv(2, bias=True)] * 2, outputs=2)
+
+
+@given(architectures(), st.integers(1, 4))
+def test_entries_are_the_numbers_that_an_image_and_its_maps_take(arch, width):
+    network, image = random_network(arch, [width] * arch.depth, 0), random_inputs(arch, 1, 0)
+    responses = network.responses(image)
+    maps = (*responses.preactivations, *responses.features)
+    assert arch.entries(network.widths) == image.numel() + sum(tensor.numel() for tensor in maps)

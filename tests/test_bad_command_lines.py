@@ -3,10 +3,12 @@
 """
 
 import importlib
+import importlib.util
 import itertools
 import typing
 from types import NoneType
 
+import numpy as np
 import pytest
 from command_line import run
 
@@ -63,6 +65,8 @@ CONTRADICTORY = [
     ("--pool", ["solve", "--pool", "3"]),
     ("--widths", ["solve", "--widths", "9999999999,4"]),
     ("--widths", ["solve", "--widths", "64,32", "--kernel-size", "4000001"]),
+    ("--pooling", ["solve", "--pool", "8", "--pooling", "average"]),
+    ("--device", ["solve", "--device", "cpu:7"]),
     ("--part", ["widths", "--part", "nosuch"]),
     ("--backend", ["widths", "--backend", "nosuch"]),
     ("--only", ["--only", "nosuch"]),
@@ -95,6 +99,23 @@ def test_a_wrong_value_is_refused_by_name(main, words, typed, tmp_path, monkeypa
 def test_what_cannot_be_is_refused_by_name_before_work_begins(typed, words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     refused(theory_checks.main if words[0] == "--only" else cli.main, words, typed, tmp_path)
+
+
+@pytest.mark.parametrize(("backend", "package"), [("dask", "distributed"), ("ray", "ray")])
+def test_a_backend_without_its_package_says_what_to_install(backend, package, tmp_path, monkeypatch):
+    """It was refused by joblib below a bar of progress, without the option's name."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    refused(cli.main, ["widths", "--backend", backend], f"pip install {package}", tmp_path)
+
+
+def test_what_is_missing_is_not_said_to_be_all(tmp_path, monkeypatch):
+    """--split was said to be "all"."""
+    monkeypatch.chdir(tmp_path)
+    images, labels = [[[0.5]], [[1.0]]], [0, 1]
+    np.savez(tmp_path / "a.npz", x_test=images, y_test=labels, x_val=images, y_val=labels)
+    ended = run("solve", "--data", tmp_path / "a.npz")
+    assert ended.stderr.startswith("error: --split must say which images of ")
 
 
 @pytest.mark.parametrize("words", list(itertools.product(["solve", "widths", "graft"], ["--nosuch", "--sampels=3"])))

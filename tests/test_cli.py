@@ -12,11 +12,13 @@ import warnings
 import numpy as np
 import pytest
 from command_line import run
-from image_files import save
+from image_files import grey, save
 
+import meanfield
 from benchmarks.__main__ import main as benchmarks
 from meanfield import cli, data
 from meanfield.bench import command
+from meanfield.data import dataset
 from meanfield.storage import load_network, locks
 from theory_checks.__main__ import main as checks
 
@@ -43,7 +45,7 @@ def solve(*arguments):
         (["--readout", "averag"], ["--readout='averag'", "'average'"]),
         (["--readout-penalty", "-1"], ["--readout-penalty=-1.0", "at least 0"]),
         (["--source-penalty", "nan"], ["--source-penalty=nan"]),
-        (["--kernel-size", "9", "--stride", "9", "--pooling", "max"], ["pool_size"]),
+        (["--kernel-size", "9", "--stride", "9", "--pooling", "max"], ["--pooling='max'", "pool_size"]),
         (["--data", "missing.npz"], ["missing.npz", "does not exist"]),
         (["--data", "digit"], ["--data='digit'", "'digits'"]),
         (["--device", "tpu"], ["--device='tpu'"]),
@@ -150,6 +152,16 @@ def test_a_machine_that_is_too_small_says_so_in_one_line(error, code, said, caps
     assert (ended.value.code, capsys.readouterr().err) == (code, said + "\n")
 
 
+def test_memory_that_runs_out_over_images_is_no_misuse(monkeypatch, capsys):
+    def short(address):
+        raise MemoryError
+
+    monkeypatch.setattr(dataset, "read", short)
+    ended = solve("--data", "digits", "--samples", "7")
+    assert ended.exit_code == 75
+    assert ended.stderr.startswith("error: memory ran out over digits, ")
+
+
 def test_a_fault_of_the_library_has_an_exit_code_of_its_own(capsys):
     """1 is the code of theory_checks for a claim that fails."""
     with pytest.raises(SystemExit) as ended, command.one_line_errors():
@@ -197,6 +209,27 @@ def test_no_command_costs_an_import_before_it_is_asked_for():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert all(name in done.stdout for name in ("solve", "widths", "graft"))
+
+
+def test_the_package_is_the_command():
+    done = subprocess.run([sys.executable, "-m", "meanfield", "--version"], capture_output=True, text=True)
+    assert done.stdout == f"meanfield {meanfield.__version__}\n", done.stderr
+
+
+def test_a_class_named_like_a_number_is_not_the_place_of_another(tmp_path):
+    """--classes 01,cat took the class at place 1."""
+    for number, name in enumerate(("01", "bear", "cat", "1_0")):
+        for image in range(2):
+            save(tmp_path / "zoo" / name / f"{image}.png", grey(40 * number + 50 + image, (4, 4)))
+    for classes in ("01,cat", "cat,1_0"):
+        said = solve("--data", tmp_path / "zoo", "--classes", classes, "--samples", "4").stderr
+        assert "classes {} (2), {} (2)".format(*classes.split(",")) in said
+
+
+def test_numbers_with_zeros_in_front_are_classes_as_the_folders_are(tmp_path):
+    for number, name in enumerate(("01", "02", "10")):
+        save(tmp_path / name / "0.png", grey(40 * number + 50))
+    assert data.load(tmp_path, classes=("02", "10")).classes == (2, 10)
 
 
 @pytest.mark.skipif(os.name == "nt", reason="closes a pipe")
@@ -254,6 +287,19 @@ def zoo(tmp_path):
         save(tmp_path / "zoo" / {3: "zebra", 5: "a $x_t"}[label] / f"{index:02}.png", image[0] * 255)
     (tmp_path / "zoo" / "notes.gif").write_bytes(b"")
     return tmp_path / "zoo"
+
+
+@pytest.mark.parametrize("command", ["solve", "widths", "graft"])
+@pytest.mark.parametrize("place", [".", "runs/digits"])
+def test_a_result_is_not_written_among_the_images(command, place, zoo, monkeypatch):
+    """The folder of the result was made first and read as a class without images."""
+    monkeypatch.chdir(zoo)
+    before = sorted(zoo.rglob("*"))
+    classes = () if command == "graft" else ("--classes", "all")
+    ended = run(command, "--data", ".", *classes, "--out", place)
+    assert ended.exit_code == 2
+    assert ended.stderr == f"error: --out={place!r} lies in the directory of images --data='.'; give one outside it\n"
+    assert sorted(zoo.rglob("*")) == before
 
 
 def test_what_was_read_is_said_before_the_run_and_in_its_results(zoo):

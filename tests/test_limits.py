@@ -91,6 +91,23 @@ def test_who_watches_is_called_at_every_look():
     assert len(calls) == 2
 
 
+@pytest.mark.parametrize(("each", "sizes"), [(1, [7]), (32, [3, 3, 1]), (100, [1] * 7), (10**9, [1] * 7)])
+def test_blocks_take_what_fits_and_at_least_one_image(monkeypatch, each, sizes):
+    monkeypatch.setattr(limits, "BLOCK_BYTES", 100)
+    found = list(limits.blocks(7, each))
+    assert [block.stop - block.start for block in found] == sizes
+    assert [block.start for block in found] + [7] == [0] + [block.stop for block in found]
+
+
+def test_the_time_is_looked_at_between_blocks(monkeypatch):
+    monkeypatch.setattr(limits, "BLOCK_BYTES", 1)
+    with limits.within(-1):
+        blocks = limits.blocks(3, 1)
+        assert next(blocks) == slice(0, 1)
+        with pytest.raises(limits.TimeUp):
+            next(blocks)
+
+
 def test_a_shortage_that_torch_reports_is_told_from_a_mistake():
     with pytest.raises(RuntimeError) as shortage:
         torch.empty(2**46)

@@ -11,6 +11,7 @@ from scipy import optimize
 from strategies import SMOOTH, architectures, bounded, cases, random_inputs, random_network, random_targets, seeded
 
 import meanfield as mf
+from meanfield import limits
 from meanfield.problem import project_bounds
 
 ARCH = mf.Architecture((1, 3, 3), (mf.Conv(2, bias=True), mf.Conv(2, bias=True)))
@@ -29,6 +30,18 @@ def test_value_is_the_sum_of_the_terms_where_the_bounds_hold(case):
     assert case.problem.value(case.network) == sum(case.problem.terms(case.network))
     output = case.network(case.problem.inputs)
     assert case.problem.terms(case.network, output).loss == case.problem.terms(case.network).loss
+
+
+@given(cases(images=(5, 5)))
+def test_blocks_of_images_change_nothing(case):
+    whole = case.problem.terms(case.network)
+    slices = [slice(0, 2), slice(2, 4), slice(4, 5)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(limits, "blocks", lambda count, _: iter(slices))
+        parts = case.problem.terms(case.network)
+        leaf = case.network.map(lambda t: t.clone().requires_grad_())
+        assert case.problem.terms(leaf).loss.requires_grad
+    np.testing.assert_allclose(parts, whole, rtol=1e-12)
 
 
 @given(cases(archs=smooth), st.integers(0, 3))

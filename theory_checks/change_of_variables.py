@@ -12,7 +12,7 @@ import meanfield as mf
 from meanfield.convex import repopulation
 from theory_checks.claim import Axes, Claim, Evidence, Setting, ranked
 from theory_checks.instances import Variety, random_network
-from theory_checks.rounding import output_error, value_error
+from theory_checks.rounding import in_units, output_error, value_error
 from theory_checks.statistics import largest, share_text
 
 WIDTHS = ((5,), (5, 4), (4, 3, 5))
@@ -31,20 +31,17 @@ def _errors(problem: mf.Problem, network: mf.ParticleNetwork, change: Change) ->
     value = float(problem.terms(network).total())
     return {
         "value": abs(float(program.value(point)) - value) / (2 * spread),
-        "output": _largest(program.output(point) - responses.output, 2 * allowed),
+        "output": in_units(program.output(point) - responses.output, 2 * allowed),
         "features": max(
-            _largest(program.residual(point, layer), _residual_error(program, point, layer))
-            for layer in range(1, program.depth)
-        )
-        if program.depth > 1
-        else 0.0,
+            (
+                in_units(residual, _residual_error(program, point, layer))
+                for layer, (residual, _) in enumerate(program.image_residuals(point, problem.inputs), start=1)
+            ),
+            default=0.0,
+        ),
         "value of the network back": abs(float(problem.terms(back).total()) - value) / (2 * spread),
-        "output of the network back": _largest(returned.output - responses.output, 2 * allowed),
+        "output of the network back": in_units(returned.output - responses.output, 2 * allowed),
     }
-
-
-def _largest(error: Tensor, allowed: Tensor) -> float:
-    return float((error.abs() / allowed).max())
 
 
 def _residual_error(program: mf.ConvexProgram, point: mf.ProgramPoint, layer: int) -> Tensor:
@@ -56,7 +53,9 @@ def _residual_error(program: mf.ConvexProgram, point: mf.ProgramPoint, layer: in
     bias = point.biases[layer - 1]
     terms = point.kernels[layer - 1][0].numel() + 8
     total = conv.convolve(
-        program.features[layer - 1].abs(), point.kernels[layer - 1].abs(), None if bias is None else bias.abs()
+        program.maps(program.problem.inputs)[1][layer - 1].abs(),
+        point.kernels[layer - 1].abs(),
+        None if bias is None else bias.abs(),
     )
     return 2 * terms * eps * total
 

@@ -16,7 +16,7 @@ import meanfield as mf
 from meanfield import finite
 from theory_checks.claim import Axes, Claim, Evidence, Setting, ranked
 from theory_checks.instances import Variety, random_network
-from theory_checks.rounding import output_error, value_error
+from theory_checks.rounding import in_units, output_error, value_error
 from theory_checks.statistics import largest, share_text
 
 WIDTHS = ((5,), (5, 4), (4, 3, 5))
@@ -125,7 +125,7 @@ def _differences(problem: mf.Problem, network: mf.ParticleNetwork, rules: Rules)
     mine = _output(network, inputs.cpu().numpy(), rules)
     allowed, spread = 2 * output_error(network, inputs), 2 * value_error(problem, network)
     modules = finite.sequential(network)(inputs).detach()
-    against = lambda output: float(((output.cpu() - torch.as_tensor(mine)).abs() / allowed.cpu()).max())  # noqa: E731
+    against = lambda output: in_units(output.cpu() - torch.as_tensor(mine), allowed.cpu())  # noqa: E731
     longer = [
         [None if each is None else BEYOND * each for each in group] for group in (network.kernels, network.biases)
     ]

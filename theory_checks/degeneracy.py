@@ -34,8 +34,9 @@ def _target_outside(norms: cp.Expression, source: cp.Variable, target: cp.Variab
 def _optimum(program: mf.ConvexProgram, order: Order) -> tuple[np.ndarray, np.ndarray, float]:
     """Source masses and outflows sum_j |W_ij| at the optimum with the given penalty, and the optimal value."""
     problem, penalty = program.problem, program.problem.penalty
-    design = problem.architecture.layers[1].patches(program.features[0]).flatten(0, 1).cpu().numpy()  # (N P, M_1 S)
-    g = program.preactivations[1].movedim(1, 0).flatten(1).cpu().numpy()  # (M_2, N P)
+    preactivations, features = program.maps(problem.inputs)
+    design = problem.architecture.layers[1].patches(features[0]).flatten(0, 1).cpu().numpy()  # (N P, M_1 S)
+    g = preactivations[1].movedim(1, 0).flatten(1).cpu().numpy()  # (M_2, N P)
     offsets = problem.architecture.layers[1].offsets
     source, target = cp.Variable(WIDTHS[0], nonneg=True), cp.Variable(WIDTHS[1], nonneg=True)
     kernels, readout = cp.Variable((WIDTHS[1] * WIDTHS[0], offsets)), cp.Variable(WIDTHS[1])

@@ -272,7 +272,7 @@ def _smooth_step(problem: mf.Problem, network: mf.ParticleNetwork) -> bool:
 
 def _at_bounds(setting: Setting, take: Step) -> Evidence:
     shares = [1 / 2**k for k in range(HALVINGS + 1)]
-    errors, pushing, drawn = [], 0, setting.either(24, 300)
+    errors, pushing, drawn = [], 0, setting.either(12, 300)
     for instance in range(drawn):
         problem, network = _bounded_case(setting, instance)
         speed, count = _projected_speed(problem, network)

@@ -11,7 +11,7 @@ from meanfield import measures
 from meanfield.starts import normal
 from theory_checks.claim import Axes, Claim, Evidence, Setting, ranked
 from theory_checks.instances import Variety, permuted, random_masses, random_network, random_problem
-from theory_checks.rounding import output_error, value_error
+from theory_checks.rounding import in_units, output_error, value_error
 from theory_checks.statistics import largest, share_text
 
 WIDTHS = ((5,), (5, 4), (4, 3, 5))
@@ -81,9 +81,9 @@ def _change(problem: mf.Problem, network: mf.ParticleNetwork, moved: mf.Particle
 
 
 def _output_change(problem: mf.Problem, network: mf.ParticleNetwork, moved: mf.ParticleNetwork) -> float:
-    outputs = (network.responses(problem.inputs).output - moved.responses(problem.inputs).output).abs()
+    outputs = network.responses(problem.inputs).output - moved.responses(problem.inputs).output
     allowed = output_error(network, problem.inputs) + output_error(moved, problem.inputs)
-    return float((outputs / allowed).max())
+    return in_units(outputs, allowed)
 
 
 def _changes(setting: Setting, moves: dict[str, Move]) -> Evidence:

@@ -16,6 +16,11 @@ STEEPEST = {"relu": 1.0, "tanh": 1.0, "softplus": 1.0, "gelu": 1.13, "identity":
 EXTRA = 8  # roundings outside the sums: products of masses, activation, pooling
 
 
+def in_units(difference: Tensor, allowed: Tensor) -> float:
+    """The largest |difference| in units of what is allowed, 0 where nothing differs: a layer may see padding alone."""
+    return float(torch.where(difference == 0, 0.0, difference.abs() / allowed).max())
+
+
 def output_error(network: ParticleNetwork, inputs: Tensor) -> Tensor:
     """Bound of |computed F - F| in every entry (N, K), first order in eps."""
     eps = torch.finfo(inputs.dtype).eps

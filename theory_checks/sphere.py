@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from meanfield.certificates import sphere
-from meanfield.certificates.sphere import branching
+from meanfield.certificates.sphere.branching import Cones, bounded_cones
 from meanfield.certificates.sphere.response import Response, reduced
 from theory_checks.claim import Axes, Claim, Evidence, Setting, ranked
 from theory_checks.statistics import largest, share_text
@@ -34,15 +34,7 @@ def _rows(generator: torch.Generator, instance: int) -> tuple[Tensor, Tensor]:
     return A, w
 
 
-def _cones(response: Response) -> tuple[branching._Relaxed, branching._Cells]:
-    """All cones after a few halvings, with their bounds."""
-    relaxed, cells = branching._Relaxed.of(response), branching._Cells.roots(response)
-    for _ in range(HALVINGS):
-        cells = branching._bound(relaxed, cells)[0].halved()
-    return relaxed, branching._bound(relaxed, cells)[0]
-
-
-def _responses(response: Response, cells: branching._Cells, points: Tensor) -> Tensor:
+def _responses(response: Response, cells: Cones, points: Tensor) -> Tensor:
     """Signed for one output, lengths for more, of directions (b, k, r) -> (b, k)."""
     q = response(torch.nn.functional.normalize(points, dim=-1).flatten(0, 1)).unflatten(0, points.shape[:2])
     return q[..., 0] * cells.signs[:, None] if q.shape[2] == 1 else q.norm(dim=2)
@@ -55,7 +47,7 @@ def _above(setting: Setting, corners_alone: bool) -> Evidence:
         generator = setting.generator(16, instance)
         A, W = _rows(generator, instance)
         response = reduced(A, W)
-        _, cells = _cones(response)
+        cells = bounded_cones(response, HALVINGS)
         count, dimension = cells.middles.shape
         boxes = 2 * torch.rand(count, DIRECTIONS, dimension, generator=generator, dtype=torch.float64) - 1
         corners = torch.tensor(list(product((-1.0, 1.0), repeat=dimension)), dtype=torch.float64).expand(count, -1, -1)

@@ -23,7 +23,7 @@ from theory_checks.statistics import largest, share_text
 
 WIDTHS = ((6,), (6, 4), (5, 4, 3))
 NOISES = (0.0, 1e-6, 1e-4, 1e-2, 0.1, 0.5, 1.0, 10.0)
-SOLVER_TOLERANCE, MOST_ITERATIONS = 1e-6, 400
+SOLVER_TOLERANCE = 1e-6
 TIGHTENED = 0.6  # a bound, of what a random network reaches: it holds the optimum back
 FEASIBLE = 1e-13  # relative violation of a point, up to which the rounding bound of its value covers it
 
@@ -40,7 +40,7 @@ def _optimal(setting: Setting, instance: int) -> tuple[mf.ConvexProgram, mf.Prog
     if instance % 2:
         problem, network = variety.bounded(problem, network, TIGHTENED, instance)
     program = mf.ConvexProgram.freeze(problem, network)
-    solved = mf.solvers.splitting.solve(program, SOLVER_TOLERANCE, max_iterations=MOST_ITERATIONS)
+    solved = mf.solvers.splitting.solve(program, SOLVER_TOLERANCE, max_iterations=setting.either(150, 400))
     assert solved.point is not None
     assert solved.multipliers is not None
     return program, program.restore(solved.point), solved.multipliers
@@ -129,13 +129,13 @@ class Section5:
         output = scale * problem.loss.feasible(count * multipliers.output, problem.targets) / count
         conjugate = float(problem.loss.conjugate(count * output, problem.targets).mean())
         gamma, mu, bound = program.feature_costs, [], penalty.amplitude_bound
-        kappas = multipliers.amplitude or [beta.new_zeros(len(beta)) for beta in multipliers.realisation]
-        for layer, (beta, kappa) in enumerate(zip(multipliers.realisation, kappas), start=1):
-            conv, g, beta = problem.architecture.layers[layer], program.preactivations[layer], scale * beta
-            if conv.bias and bound is None and centred:
-                beta = beta - beta.mean((1, 2), keepdim=True)
-            b = torch.einsum("jnq,nqs->js", beta, conv.patches(program.features[layer - 1]))
-            b = b.unflatten(1, (-1, conv.offsets))
+        preactivations, features = program.maps(problem.inputs)
+        kappas = multipliers.amplitude or [pulls.new_zeros(len(pulls)) for pulls in multipliers.realisation]
+        for layer, (pulls, kappa) in enumerate(zip(multipliers.realisation, kappas), start=1):
+            conv, g = problem.architecture.layers[layer], preactivations[layer]
+            patches = conv.patches(features[layer - 1])
+            beta = scale * _realised(pulls, patches, conv.bias, free=conv.bias and bound is None and centred)
+            b = torch.einsum("jnq,nqs->js", beta, patches).unflatten(1, (-1, conv.offsets))
             norms = b.norm(dim=2) if penalty.kernel_norm == "l2" else b.abs().amax(2)
             kappa = scale * kappa.clamp_min(0) if bound is not None else torch.zeros_like(kappa)
             t = (norms - kappa[:, None]).clamp_min(0).amax(0)
@@ -152,6 +152,20 @@ class Section5:
     @property
     def value(self) -> float:
         return -self.conjugate - sum(self.mu)
+
+
+def _realised(pulls: torch.Tensor, patches: torch.Tensor, bias: bool, *, free: bool) -> torch.Tensor:
+    """beta (M, N, positions) with A^T beta_j the part of b_j in the row space of A, and sum beta_j = 0 if free."""
+    A = patches.flatten(0, 1)
+    A = torch.cat([A, A.new_ones(len(A), 1)], 1) if bias else A
+    inverse = torch.linalg.pinv(A.T, rtol=1e-10)
+    rows = pulls @ inverse.T @ A
+    if free:
+        direction = A[:, -1].new_zeros(A.shape[1])
+        direction[-1] = 1
+        direction = A.T @ (inverse @ direction)
+        rows = rows - torch.outer(rows @ direction, direction) / (direction @ direction)
+    return (rows @ inverse.T).unflatten(1, patches.shape[:2])
 
 
 def _as_written(setting: Setting, **read: Any) -> Evidence:

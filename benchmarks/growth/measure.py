@@ -1,7 +1,7 @@
 """How the splitting's cost grows with particles, images and positions, each swept alone.
 
 Time per iteration, in CPU seconds on one thread: the difference of two runs of different length through the public
-`splitting.solve`, so that the basis, the start and the certificates cancel; medians over repetitions.  Beside it, in
+`splitting.solve`, so that the start and the certificates cancel; medians over repetitions.  Beside it, in
 the same process, the two matrix products that an iteration contains, (M_2 x M_1 S) (M_1 S x rank) and back, and the
 float64 rate of one large square product.  Sizes are one program each, in a process of its own.  Exponents are slopes of
 log time against log size with their standard errors.
@@ -119,33 +119,33 @@ def row(name: str, case: Case, sizes: Sizes, fresh: bool, report: Callable[[str]
 
 def measure(order: dict[str, Any]) -> dict[str, Any]:
     """Times, rates and memory of one program; for a process that has done nothing else."""
-    program = problems.program(Case.from_dict(order["case"]))
+    setting = problems.setting(Case.from_dict(order["case"]))
     _iterate(problems.program(WARM_UP), 3)
     before, began = fresh_peak(), time.process_time()
-    basis = program.basis(1)
-    basis_seconds = time.process_time() - began
+    program = ConvexProgram.freeze(*setting)
+    freeze_seconds = time.process_time() - began
     fast = _iterate(program, SHORT) < FAST * SHORT
     grown = peak_bytes() - before
-    products, rates, iterations = [], [], []
+    space, products, rates, iterations = program.spaces[0], [], [], []
     long, least = order["long_if_fast"] if fast else LONG, order["timed_seconds"]
     for _ in range(order["repetitions"]):
-        products.append(product_seconds(program.widths[1], basis.right, least))
+        products.append(product_seconds(program.widths[1], space.right, least))
         rates.append(square_rate(order["square"], least))
         iterations.append((_iterate(program, long) - _iterate(program, SHORT)) / (long - SHORT))
-    flops = 4.0 * program.widths[1] * basis.right.numel()
+    flops = 4.0 * program.widths[1] * space.right.numel()
     return _figures(
-        basis, flops, basis_seconds, statistics.median(iterations), statistics.median(products), max(rates), grown
+        space, flops, freeze_seconds, statistics.median(iterations), statistics.median(products), max(rates), grown
     )
 
 
 def _figures(
-    basis: Any, flops: float, basis_seconds: float, iteration: float, products: float, rate: float, grown: int
+    space: Any, flops: float, freeze_seconds: float, iteration: float, products: float, rate: float, grown: int
 ) -> dict[str, Any]:
     return {
-        "rank": basis.rank,
-        "columns": basis.right.shape[0],
+        "rank": space.rank,
+        "columns": space.right.shape[0],
         "flops": flops,
-        "basis_seconds": basis_seconds,
+        "freeze_seconds": freeze_seconds,
         "peak_bytes": grown,
         "iteration_seconds": iteration,
         "products_seconds": products,
@@ -195,8 +195,8 @@ def _repeated(action: Callable[[], Any], least: float) -> float:
 
 
 def exponents(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Slope of log time against log size, for an iteration, its products and the basis; with standard errors."""
-    keys = ("iteration_seconds", "products_seconds", "basis_seconds")
+    """Slope of log time against log size, for an iteration, its products and freezing; with standard errors."""
+    keys = ("iteration_seconds", "products_seconds", "freeze_seconds")
     return {key: slope([row["size"] for row in rows], [row[key] for row in rows]) for key in keys}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import importlib
+import importlib.util
 import inspect
 import os
 import pkgutil
@@ -32,7 +33,6 @@ from meanfield.bench.options import (
     Quiet,
     Seed,
     Settings,
-    choice,
     flag,
     option,
     spelled,
@@ -44,7 +44,15 @@ if TYPE_CHECKING:
 
 MISUSE, FAULT, SHORT, UNREAD = 2, 70, 75, 141  # exit codes: an option, this library, memory or disk, a reader gone
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.ENOMEM)
-BACKENDS = ("loky", "threading", "dask", "ray")
+BACKENDS = {"loky": None, "threading": None, "dask": "distributed", "ray": "ray"}  # -> the package that it needs
+
+
+def available(value: Any, argument: str) -> str:
+    """Where joblib runs cells; one whose package is there."""
+    package = BACKENDS[one_of(value, argument, BACKENDS)]
+    if package is not None and importlib.util.find_spec(package) is None:
+        raise Misuse(argument, value, f"needs the package {package}, which is not installed: pip install {package}")
+    return value
 
 
 def application(name: str, text: str) -> App:
@@ -141,7 +149,8 @@ def one_line_errors() -> Iterator[None]:
         except OSError as error:
             refuse(_named(error), SHORT if error.errno in NO_ROOM else MISUSE)
         except (CycloptsError, ValueError, ImportError) as error:
-            refuse(str(error))
+            short = error.__cause__ is not None and limits.is_shortage(error.__cause__)
+            refuse(str(error), SHORT if short else MISUSE)
         except Exception as error:
             if limits.is_shortage(error):
                 refuse("memory ran out; give it less at a time: fewer or smaller images, fewer particles", SHORT)
@@ -153,7 +162,8 @@ def one_line_errors() -> Iterator[None]:
 
 def _told(error: Misuse) -> str:
     value = repr(error.value) if isinstance(error.value, str) else spelled(error.value)
-    given = "" if error.value is True else f"={value}"  # a flag is given without its value
+    bare = error.value is True or error.value is None  # a flag has no value, what is missing neither
+    given = "" if bare else f"={value}"
     return f"--{error.argument.replace('_', '-')}{given} {error.remedy}"
 
 
@@ -206,7 +216,7 @@ class StudyOptions(Settings):
             "their packages and, for a cluster, a connected client.",
             WORK,
         ),
-        choice(BACKENDS),
+        available,
     ] = "loky"
     out: Out = None
     overwrite: Overwrite = False
@@ -222,6 +232,7 @@ def run_study(study: Study, options: StudyOptions, subject: Any, *program: str) 
     What is finished is kept: the same command goes on where it was stopped.
     """
     from meanfield.bench.provenance import Provenance
+    from meanfield.bench.reading import refuse_inside
     from meanfield.bench.workers import require_backend
     from meanfield.storage.results import opened
 
@@ -232,6 +243,8 @@ def run_study(study: Study, options: StudyOptions, subject: Any, *program: str) 
         raise Misuse("part", options.part, f"has nothing to measure at --size={options.size}; take a larger one")
     study.check(subject, plan)
     out = options.out or Path("runs") / study.name
+    if data := options.to_dict().get("data"):
+        refuse_inside(out, data)
     made = Provenance(options.command_line(*program), options.to_dict(), data=study.data(subject))
     work = {"seed": options.seed, "parts": options.part, "jobs": options.jobs, "backend": options.backend}
     with opened(out, study.name, study.names(), study.folders(), overwrite=options.overwrite) as result:

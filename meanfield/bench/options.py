@@ -7,6 +7,7 @@ the end of this file.
 
 from __future__ import annotations
 
+import re
 import shlex
 import typing
 from collections.abc import Sequence
@@ -63,11 +64,8 @@ def labels(value: Any, argument: str) -> tuple[int | str, ...]:
 
 
 def _label(text: int | str) -> int | str:
-    """An integer where it can be one."""
-    try:
-        return int(text)
-    except ValueError:
-        return text
+    """An integer where it is written as one; 01 and 1_0 are names."""
+    return int(text) if re.fullmatch("0|-?[1-9][0-9]*", str(text)) else text
 
 
 def source(value: Any, argument: str) -> str:
@@ -90,8 +88,9 @@ def device(value: Any, argument: str) -> str:
         return value
     import torch  # a second, which help and the default do not need
 
-    one_of(str(value).split(":")[0], argument, ("cpu", "cuda"))
-    if str(value).startswith("cuda") and not torch.cuda.is_available():
+    if not re.fullmatch("cuda(:[0-9]+)?", str(value)):
+        one_of(value, argument, ("cpu", "cuda", "cuda:N"))
+    if not torch.cuda.is_available():
         raise Misuse(argument, value, "asks for CUDA, which torch does not find on this machine; use cpu")
     try:
         torch.zeros(1, device=value)
@@ -200,9 +199,16 @@ def _read(kind: Any, tokens: Sequence[Any]) -> Any:
     if wanted is Path:
         return texts[0]  # the rule makes a path of it: Path("") would be the current directory
     try:
-        return wanted(texts[0])
+        return _number(wanted, texts[0])
     except ValueError:
         raise ValueError(f"{texts[0]!r} is no {'integer' if wanted is int else 'number'}") from None
+
+
+def _number(kind: Any, text: str) -> Any:
+    """Text is itself; a number is one that everybody reads so, unlike 6_4 and digits of other scripts."""
+    if kind is not str and (not text.isascii() or "_" in text):
+        raise ValueError
+    return kind(text)
 
 
 def _read_all(kind: Any, tokens: Sequence[Any]) -> Any:
@@ -214,7 +220,7 @@ def _read_listing(kind: Any, tokens: Sequence[Any]) -> Any:
     kinds, text = _alternatives(typing.get_args(wanted)[0]), tokens[0].value
     entry = str if str in kinds else kinds[0]
     try:
-        return tuple(entry(part) for part in text.split(","))
+        return tuple(_number(entry, part) for part in text.split(","))
     except ValueError:
         what = "integers separated by commas, such as 64,32" if entry is int else "numbers separated by commas"
         raise ValueError(f"{text!r} must be {what}") from None

@@ -123,6 +123,8 @@ class _Keeper:
 
     def stored(self, cell: Cell) -> list[Row] | None:
         key = self.key(cell)
+        if self.path(key).is_dir():  # said now: the rows could not be kept after the work
+            raise ValueError(f"{self.path(key)} is a directory where a cell is kept; remove it")
         try:
             return _rows(self.path(key), key)
         except FileNotFoundError:

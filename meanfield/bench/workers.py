@@ -80,6 +80,10 @@ def _results(function: Callable[..., Any], orders: Sequence[tuple[Any, ...]], jo
             with signals.held():  # a second signal would leave workers behind
                 found.close()  # type: ignore[union-attr]
         return
+    if backend == "ray":
+        from ray.util.joblib import register_ray  # pyright: ignore[reportMissingImports]
+
+        register_ray()
     for first in range(0, len(orders), BATCH * jobs):
         with parallel_config(backend=backend, n_jobs=jobs):
             yield from Parallel()(delayed(_one)(function, order) for order in orders[first : first + BATCH * jobs])  # type: ignore[misc]

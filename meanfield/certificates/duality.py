@@ -1,14 +1,20 @@
 """Judges any point of a convex program from outside its solver: dual value, duality gap, violation; in float64.
 
 The dual of the program (r(t) = t^2).  Multipliers r_n for the output and beta_j(n, q) for the realisation constraint
-of feature j of layers >= 2 give, for ANY values, the lower bound
+A W_j = p_j g_j of feature j of layers >= 2 give, for ANY values, the lower bound
 
     -(1/N) sum_n loss*(N r_n) - sum_l mu_l,
     mu_l = max_i (t_i^2 / (4 lambda_s) - gamma_i)  for l < L,   mu_L = max_j (|q_j|^2 / (4 lambda_u) - gamma_j),
 
-with q_j the readout's response to r, b_ij = (sum beta_j T_s f_i)_s, t_i = max_j (|b_ij|* - kappa_j)_+,
-gamma_i = lambda_1 |z_i|^2 on layer 1 and <beta_i, g_i> - B kappa_i - B |sum beta_i| on later ones.  mu is
-chosen here, kappa too unless a solver gives it, as small as they can be: no solver grades itself.
+with q_j the readout's response to r, b_j = A^T beta_j, t_i = max_j (|b_ij|* - kappa_j)_+, gamma_i = lambda_1 |z_i|^2 on
+layer 1 and <beta_i, g_i> - B kappa_i - B |sum beta_i| on later ones.  mu is chosen here, kappa too unless a solver
+gives it, as small as they can be: no solver grades itself.
+
+beta is never formed.  Only b_j counts, which may be any vector of A's row space: with g_j = A w^_j it is
+<beta_j, g_j> = <b_j, w^_j>, and sum beta_j, where the layer has a bias, is b_j's entry for the bias.  So multipliers
+are given as any b_j, of which the part in the row space is taken: with y_j = V^T b_j it is V y_j, and <y_j, c_j> is
+<beta_j, g_j>.  Every column of V is a combination of rows of A, whatever the tolerance of its rank: a direction that
+was left out has a multiplier of zero, which can only lower the bound.
 
 Rounding.  Nothing here is compared with a fixed number.  q_j, a sum over images, is known up to c e_j with
 e_j = sum_n |r_n| |f_nj|.  To take it for less than it is, by up to that, raises the bound over a network with readouts
@@ -29,7 +35,8 @@ from torch import Tensor
 from meanfield import limits
 from meanfield.certificates import concave
 from meanfield.convex.program import ConvexProgram
-from meanfield.convex.repopulation import ProgramPoint
+from meanfield.convex.repopulation import ProgramPoint, joined, parted
+from meanfield.network import ordinary, propagate
 from meanfield.signatures import checked
 from meanfield.validation import instance
 
@@ -39,7 +46,8 @@ PROJECTIONS = 50
 
 @dataclass(frozen=True, eq=False)
 class Multipliers:
-    """output r (N, K); realisation[l-1] beta (M_l, N, P_l) for layers l = 1..L-1 counted from 0.
+    """output r (N, K); realisation[l-1] b (M_l, columns of A) for layers l = 1..L-1 counted from 0: kernels source by
+    source as `repopulation.joined` has them, then the bias.  What of b lies outside the row space of A does not count.
 
     amplitude[l-1] kappa (M_l,) >= 0 of the amplitude bound, where a solver knows it; None has it searched for.
     """
@@ -96,23 +104,30 @@ def certify(program: ConvexProgram, point: ProgramPoint, *multipliers: Multiplie
 @checked
 @torch.inference_mode(False)
 def stationary_multipliers(program: ConvexProgram, point: ProgramPoint) -> Multipliers:
-    """r = d loss / d F and beta_j = -(1/p_j) d loss / d g_j: optimal where the network of the point is stationary.
+    """r = d loss / d F and b_j = -(1/p_j) d loss / d w^_j for the flows w^_j = W_j / p_j of the point's network.
 
-    Features without mass get beta_j = 0.
+    They are optimal where that network is stationary.  Features without mass get b_j = 0.
     """
-    network = program.network(point).map(lambda tensor: tensor.detach().clone().requires_grad_())
-    with torch.enable_grad():
-        responses = network.responses(program.problem.inputs)
-        loss = program.problem.loss.value(responses.output, program.problem.targets).mean()
-        wanted = [responses.output, *responses.preactivations[1:]]
-        gradients = torch.autograd.grad(loss, wanted)
-    realisation = []
-    for layer, gradient in enumerate(gradients[1:], start=1):
-        alive = point.masses[layer] > 0
-        beta = gradient.new_zeros(len(alive), gradient.shape[0], gradient.shape[2] * gradient.shape[3])
-        beta[alive] = -gradient.movedim(1, 0).flatten(2) / network.masses[layer].detach()[:, None, None]
-        realisation.append(beta)
-    return Multipliers(gradients[0], tuple(realisation))
+    problem, arch, frozen = program.problem, program.problem.architecture, program.frozen
+    point = point.map(ordinary)
+    shapes = [flows.shape for flows in program.flows[1:]]
+    masses = [p[:, None] for p in point.masses[1:]]
+    leaves = []
+    for flows, bias, W, B, p in zip(program.flows[1:], frozen.biases[1:], point.kernels, point.biases, masses):
+        leaves.append(torch.where(p > 0, joined(W, B) / p, joined(flows, bias)).detach().requires_grad_())
+    responses, slopes = torch.empty_like(program.output(point)), [torch.zeros_like(leaf) for leaf in leaves]
+    for block in program.blocks():
+        with torch.enable_grad():
+            parts = [parted(leaf, shape) for leaf, shape in zip(leaves, shapes)]
+            flows, biases = zip((program.flows[0], frozen.biases[0]), *parts)
+            _, features = propagate(arch, flows, biases, problem.inputs[block])
+            output = arch.readout_features(features[-1]).flatten(1) @ point.readout.flatten(1).T
+        responses[block] = problem.loss.gradient(output.detach(), problem.targets[block]) / len(problem.inputs)
+        if leaves:
+            for slope, more in zip(slopes, torch.autograd.grad(output, leaves, responses[block])):
+                slope += more
+    realisation = [torch.where(p > 0, -slope / p, 0.0) for slope, p in zip(slopes, masses)]
+    return Multipliers(responses, tuple(realisation))
 
 
 @checked
@@ -123,7 +138,7 @@ def dual_value(program: ConvexProgram, multipliers: Multipliers) -> float:
     the common factor that serves the bound best (not so where kappa has to be searched for on two or more layers).
     """
     program = program.to(dtype=torch.float64)
-    dual = _PricedFeatures.of(program, multipliers.map(lambda t: t.to(program.features[0])))
+    dual = _PricedFeatures.of(program, multipliers.map(lambda t: t.to(program.readout_features)))
     # kappa takes a search over several layers: one around that would cost too much
     if dual.bounded and dual.amplitude is None and program.depth > 2:
         return max(dual.value(0.0), dual.value(1.0))
@@ -134,7 +149,7 @@ def dual_value(program: ConvexProgram, multipliers: Multipliers) -> float:
 class _PricedFeatures:
     """What the dual value needs of multipliers, layer by layer, before the choice of mu and kappa.
 
-    norms[l-1] |b_ij|* (M_l, M_{l-1}); pairings[l-1] <beta_j, g_j> - B |sum beta_j| (M_l,); readout |q_j| (M_L,).
+    norms[l-1] |b_ij|* (M_l, M_{l-1}); pairings[l-1] <y_j, c_j> - B |bias entry of b_j| (M_l,); readout |q_j| (M_L,).
     """
 
     program: ConvexProgram
@@ -148,8 +163,8 @@ class _PricedFeatures:
     def of(cls, program: ConvexProgram, multipliers: Multipliers) -> _PricedFeatures:
         output, readout = _repaired_output(program, multipliers.output)
         norms, pairings = [], []
-        for layer, beta in enumerate(multipliers.realisation, start=1):
-            norm, pairing = _price_layer(program, layer, beta)
+        for layer, pulls in enumerate(multipliers.realisation, start=1):
+            norm, pairing = _price_layer(program, layer, pulls)
             norms.append(norm)
             pairings.append(pairing)
         # without a source penalty kappa_j = max_i |b_ij|* is the only choice, and the search finds it
@@ -216,23 +231,26 @@ class _PricedFeatures:
         return total + float((_square_over(scale * self.readout, penalty.readout) - gamma).max())
 
 
-def _price_layer(program: ConvexProgram, layer: int, beta: Tensor) -> tuple[Tensor, Tensor]:
+def _price_layer(program: ConvexProgram, layer: int, pulls: Tensor) -> tuple[Tensor, Tensor]:
     limits.look()
-    problem = program.problem
-    conv, penalty = problem.architecture.layers[layer], problem.penalty
-    if penalty.source == 0 and penalty.amplitude_bound is None:
-        beta = torch.zeros_like(beta)  # b_ij must vanish: the trivial choice
-    if conv.bias and penalty.amplitude_bound is None:
-        beta = beta - beta.mean((1, 2), keepdim=True)
-    g = program.preactivations[layer]
-    shaped = beta.movedim(0, 1).reshape(g.shape)
-    loads = conv.correlate(program.features[layer - 1], shaped)
+    penalty, right = program.problem.penalty, program.bases[layer - 1]
+    bias, bound = program.frozen.biases[layer] is not None, penalty.amplitude_bound
+    y = pulls @ right
+    if penalty.source == 0 and bound is None:
+        y = torch.zeros_like(y)  # b_ij must vanish: the trivial choice
+    if bias and bound is None:
+        y = _orthogonal(y, right[-1])
+    loads, sums = parted(y @ right.T, program.flows[layer].shape)
     sizes = _largest(loads.flatten(2))
     norms = penalty.dual_norms(loads / sizes[..., None, None]) * sizes
-    pairing = (shaped * g).sum((0, 2, 3))
-    if conv.bias and penalty.amplitude_bound is not None:
-        pairing = pairing - penalty.amplitude_bound * beta.sum((1, 2)).abs()
-    return norms, pairing
+    pairing = (y * program.coordinates[layer - 1]).sum(1)
+    return norms, pairing if sums is None or bound is None else pairing - bound * sums.abs()
+
+
+def _orthogonal(rows: Tensor, direction: Tensor) -> Tensor:
+    """The rows without their parts along a direction."""
+    unit = direction / torch.linalg.vector_norm(direction).clamp_min(torch.finfo(direction.dtype).tiny)
+    return rows - (rows @ unit)[:, None] * unit
 
 
 def _repaired_output(program: ConvexProgram, output: Tensor) -> tuple[Tensor, Tensor]:

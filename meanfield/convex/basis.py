@@ -1,14 +1,13 @@
-"""The linear constraints of a layer: its design matrix, and an orthonormal basis of that matrix's row space.
+"""The row space of a layer's shifted features, from one pass over the images.
 
 A has one row per image and position and one column per (source, offset), and one more where the layer has a bias.  It
-is the same for every feature of the layer, so one basis serves all of them.  A is never held as a whole: its products
-are taken in blocks, and the basis itself is the largest thing in memory.
+is the same for every feature of the layer.  All that the convex program needs of it is the space of its rows: A is
+never held, and nothing here grows with images or positions once there are more rows than columns.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+import math
 from typing import NamedTuple
 
 import torch
@@ -19,20 +18,17 @@ from meanfield import limits
 from meanfield.architecture import Conv
 
 RANK_TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
-BLOCK_ENTRIES = 2**22  # of A at a time: 32 MiB in float64
 RESOLVED = 1e-5  # the Gram matrix squares: only directions above this share of the largest are read off it
 POWER_STEPS = 20
 
 
-class ConstraintBasis(NamedTuple):
-    """right (columns of A, rank): orthonormal basis of the row space.  preimage (rows of A, rank): A^T preimage =
-    right.
+class RowSpace(NamedTuple):
+    """right (columns of A, rank): orthonormal, spanned by combinations of rows; always float64.
 
-    Directions that rows contribute below `tolerance` times the largest singular value are left out.
+    Rows that stand out of the others' span by less than `tolerance` times the largest singular value add nothing.
     """
 
     right: Tensor
-    preimage: Tensor
     tolerance: float
 
     @property
@@ -40,102 +36,67 @@ class ConstraintBasis(NamedTuple):
         return self.right.shape[1]
 
 
-@dataclass(frozen=True, eq=False)
-class Design:
-    """A of one layer: conv its convolution, features (N, M_{l-1}, H, W) what it acts on."""
+class StackedRows:
+    """T with T^T T = A^T A, in float64, from A's rows in any blocks.
 
-    conv: Conv
-    features: Tensor
+    Rows are kept as they are up to the number of columns, beyond that as the triangle of a QR decomposition of what is
+    kept with what comes (TSQR; Demmel, Grigori, Hoemmen, Langou 2012), which does not square the condition number.
+    """
 
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(N P, M_{l-1} S + bias)."""
-        height, width = self.conv.sizes(*self.features.shape[2:], where="the layer")[0]
-        return len(self.features) * height * width, self.features.shape[1] * self.conv.offsets + self.conv.bias
+    def __init__(self, rows: int, columns: int, device: torch.device | str | None = None) -> None:
+        # a triangle costs 2 (columns + new rows) columns^2: many new rows at a time, where they fit a block
+        height = min(rows, max(2 * columns, limits.BLOCK_BYTES // (8 * columns)))
+        self._held = torch.empty(columns, height, dtype=torch.float64, device=device).T  # as LAPACK takes it
+        self._count = 0
 
-    def rows(self, images: slice = slice(None)) -> Tensor:
-        """The rows of some images, all of them by default."""
-        rows = self.conv.patches(self.features[images]).flatten(0, 1)
-        return torch.cat([rows, rows.new_ones(len(rows), 1)], 1) if self.conv.bias else rows
+    def add(self, rows: Tensor) -> None:
+        """Further rows of A, (any number, columns)."""
+        while len(rows):
+            if self._count == len(self._held):
+                self._compress()
+            taken = rows[: len(self._held) - self._count]
+            self._held[self._count : self._count + len(taken)] = taken
+            self._count, rows = self._count + len(taken), rows[len(taken) :]
 
-    def row_blocks(self) -> Iterator[tuple[slice, Tensor]]:
-        """(rows of A, their entries), a few images at a time."""
-        count = len(self.features)
-        per_image = self.shape[0] // count
-        step = max(1, BLOCK_ENTRIES // (per_image * self.shape[1]))
-        for first in range(0, count, step):
-            last = min(first + step, count)
-            limits.look()
-            yield slice(first * per_image, last * per_image), self.rows(slice(first, last))
+    def _compress(self) -> None:
+        triangle = torch.linalg.qr(self._held[: self._count], mode="r").R
+        self._count = len(triangle)
+        self._held[: self._count] = triangle
 
-    def column_blocks(self) -> Iterator[tuple[slice, Tensor]]:
-        """(columns of A, their entries), a few sources at a time; the bias comes last."""
-        sources, offsets = self.features.shape[1], self.conv.offsets
-        step = max(1, BLOCK_ENTRIES // (self.shape[0] * offsets))
-        for first in range(0, sources, step):
-            last = min(first + step, sources)
-            limits.look()
-            yield slice(first * offsets, last * offsets), self.conv.patches(self.features[:, first:last]).flatten(0, 1)
-        if self.conv.bias:
-            yield slice(sources * offsets, sources * offsets + 1), self.features.new_ones(self.shape[0], 1)
+    def space(self, tolerance: float) -> RowSpace:
+        """The row space of all rows that were added; it uses them up."""
+        if self._count > self._held.shape[1]:
+            self._compress()
+        return RowSpace(_span(self._held[: self._count], tolerance), tolerance)
 
-    def gram(self) -> Tensor:
-        """A A^T or A^T A, whichever is smaller."""
-        wide, blocks = _is_wide(self), self.column_blocks() if _is_wide(self) else self.row_blocks()
-        total = self.features.new_zeros(min(self.shape), min(self.shape))
-        for _, block in blocks:
-            left = block if wide else block.T
-            total.addmm_(left, left.T)
-        return total
 
-    def apply_adjoint(self, vectors: Tensor) -> Tensor:
-        """A^T vectors, (rows, k) -> (columns, k)."""
-        result = self.features.new_empty(self.shape[1], vectors.shape[1])
-        for where, block in self.column_blocks():
-            torch.mm(block.T, vectors, out=result[where])
-        return result
+def rows_of(conv: Conv, features: Tensor) -> Tensor:
+    """The rows of A of some images, features (N, M_{l-1}, H, W) -> (N P, M_{l-1} S + bias)."""
+    rows = conv.patches(features).flatten(0, 1)
+    return torch.cat([rows, rows.new_ones(len(rows), 1)], 1) if conv.bias else rows
 
-    def lines(self, chosen: Tensor) -> Tensor:
-        """The chosen rows of a wide A, or columns of a tall one, as columns, (larger side, k)."""
-        result = self.features.new_empty(max(self.shape), len(chosen))
-        for where, block in self.column_blocks() if _is_wide(self) else self.row_blocks():
-            result[where] = block[chosen].T if _is_wide(self) else block[:, chosen]
-        return result
 
-    def basis(self) -> ConstraintBasis:
-        """Computed in float64, whatever the features' dtype; the memory is that of the basis and one copy of it."""
-        exact, tolerance = Design(self.conv, self.features.double()), RANK_TOLERANCE[self.features.dtype]
-        right, preimage = exact._span(tolerance)
-        if not _is_wide(self):  # what is spanned are the columns of A: its rows are those of A^T left
-            left = right
-            right, triangle = torch.linalg.qr(exact.apply_adjoint(left))
-            preimage = torch.linalg.solve_triangular(triangle, left, upper=True, left=False)
-        return ConstraintBasis(right.to(self.features), preimage.to(self.features), tolerance)
+def _span(rows: Tensor, tolerance: float) -> Tensor:
+    """An orthonormal basis of the rows' span, (columns, rank); the rows are scaled in place.
 
-    def _span(self, tolerance: float) -> tuple[Tensor, Tensor]:
-        """An orthonormal basis of the lines' span, (larger side, rank), and the combinations of lines that give it.
-
-        Lines are chosen by pivoted Cholesky factors of their Gram matrix, in two passes: the second looks at what the
-        lines left over in the first one add, which drowns in the rounding of the first Gram matrix.
-        """
-        gram = self.gram()
-        largest = _largest(gram)
-        chosen, rest = _independent(gram, RESOLVED * largest)
-        basis, triangle = torch.linalg.qr(self.lines(chosen))
-        shares = gram.new_zeros(len(gram), len(chosen))
-        shares[chosen] = torch.linalg.solve_triangular(triangle, torch.eye(len(chosen)).to(gram), upper=True)
-        left_over = self.lines(rest)
-        overlap = gram.new_zeros(len(chosen), len(rest))
-        for _ in range(2):  # once leaves rounding of the size of A, twice rounding of the size of what is left
-            along = basis.T @ left_over
-            left_over -= basis @ along
-            overlap += along
-        fine, _ = _independent(left_over.T @ left_over, tolerance * largest)
-        finer, triangle = torch.linalg.qr(left_over[:, fine])
-        further = -(shares @ overlap[:, fine])
-        further[rest[fine], torch.arange(len(fine), device=gram.device)] += 1
-        further = torch.linalg.solve_triangular(triangle, further, upper=True, left=False)
-        return torch.cat([basis, finer], 1), torch.cat([shares, further], 1)
+    Rows are chosen by pivoted Cholesky factors of their Gram matrix, in two passes: the second looks at what the rows
+    left over in the first one add, which drowns in the rounding of the first Gram matrix.
+    """
+    size = float(rows.abs().amax())
+    if not 0 < size < math.inf:
+        return rows.new_zeros(rows.shape[1], 0)
+    rows.div_(size)  # so that squares neither overflow nor vanish
+    gram = rows @ rows.T
+    largest = _largest(gram)
+    chosen, rest = _independent(gram, RESOLVED * largest)
+    if len(chosen) == rows.shape[1]:
+        return torch.eye(rows.shape[1], dtype=rows.dtype, device=rows.device)
+    del gram
+    basis, left_over = torch.linalg.qr(rows[chosen].T).Q, rows[rest].T
+    for _ in range(2):  # once leaves rounding of the size of A, twice rounding of the size of what is left
+        left_over = left_over - basis @ (basis.T @ left_over)
+    fine, _ = _independent(left_over.T @ left_over, tolerance * largest)
+    return torch.cat([basis, torch.linalg.qr(left_over[:, fine]).Q], 1) if len(fine) else basis
 
 
 def _largest(gram: Tensor) -> float:
@@ -157,7 +118,3 @@ def _independent(gram: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
         _, pivots, rank, _ = pivoted_cholesky(gram.numpy(force=True), tol=stop, lower=1)
         order = torch.as_tensor(pivots).long() - 1
     return order[:rank].to(gram.device), order[rank:].to(gram.device)
-
-
-def _is_wide(design: Design) -> bool:
-    return design.shape[0] <= design.shape[1]

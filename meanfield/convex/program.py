@@ -1,21 +1,22 @@
-"""The convex program over populations of frozen features: value, violation, constraint basis, restoration."""
+"""The convex program over populations of frozen features: value, violation, coordinates, restoration."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from math import prod
 
 import torch
 from torch import Tensor
 
 from meanfield import limits, measures
 from meanfield.convex import repopulation
-from meanfield.convex.basis import ConstraintBasis, Design
-from meanfield.convex.repopulation import ProgramPoint
+from meanfield.convex.basis import RANK_TOLERANCE, RowSpace, StackedRows, rows_of
+from meanfield.convex.repopulation import ProgramPoint, joined, parted
 from meanfield.convex.restoration import BoundedRows, into_bounds, least_weighted, towards
-from meanfield.network import ParticleNetwork, along_axis
+from meanfield.network import ParticleNetwork, along_axis, propagate
 from meanfield.penalties import perspective
 from meanfield.problem import FEASIBLE, Problem, Terms
 from meanfield.signatures import checked
@@ -33,47 +34,81 @@ class ConvexProgram:
         p >= 0, sum p = 1, and the amplitude bound  sum_i |W_ij| <= B p_j, |B_j| <= B p_j  where it is on.
 
     Fang et al. 2019, section 4.  Features of zero mass in the frozen network are candidates.
+
+    The constraint is A (W_j, B_j) = p_j g_j with the shifted features A of the layer, and g_j = A w^_j for the flows
+    w^_j that made the features.  With an orthonormal basis V of A's row space it is V^T (W_j, B_j) = p_j V^T w^_j:
+    that is how it is held.  No feature map is; `maps` computes those of some inputs.
+
+    flows[l] (M_l, M_{l-1}, kh, kw), kernels times source masses, of layer 1 kernels over C_0, with the frozen biases;
+    spaces[l-1] the row space of layer l, counted from 0; readout_features (N, M_L) or (N, M_L, positions), what the
+    readout multiplies.
     """
 
     problem: Problem
     frozen: ParticleNetwork
-    features: tuple[Tensor, ...]
-    preactivations: tuple[Tensor, ...]
+    flows: tuple[Tensor, ...]
+    spaces: tuple[RowSpace, ...]
+    readout_features: Tensor
 
     @classmethod
     @checked
+    @torch.inference_mode(False)
     def freeze(cls, problem: Problem, network: ParticleNetwork) -> ConvexProgram:
-        """Freeze the features that `network` computes on the problem's inputs."""
+        """Freeze the features that `network` computes on the problem's inputs: one pass over them, in float64."""
         problem.require_feasible(network)
         network = network.detach()
-        with torch.no_grad():
-            responses = network.responses(problem.inputs)
-            problem.require_finite(problem.terms(network, responses.output).total())
-        return cls(problem, network, tuple(responses.features), tuple(responses.preactivations))
+        program = cls._gathered(problem, network, network.flows)
+        point = repopulation.to_program(network)
+        problem.require_finite(problem.terms(network, program.output(point)).total())
+        return program
 
     @classmethod
     @checked
+    @torch.inference_mode(False)
     def with_candidates(cls, problem: Problem, network: ParticleNetwork, candidates: ParticleNetwork) -> ConvexProgram:
         """Freeze the features of `network`, and those of `candidates` beside them at zero mass.
 
         A candidate of a later layer stands on lower candidates without mass: its features are those it has in the
         network `candidates`, where they do have mass.  Its readout is not used.
         """
-        own, other = cls.freeze(problem, network), cls.freeze(problem, candidates)
-        return cls(
-            problem,
-            measures.adjoin(own.frozen, other.frozen),
-            tuple(torch.cat(pair, 1) for pair in zip(own.features, other.features)),
-            tuple(torch.cat(pair, 1) for pair in zip(own.preactivations, other.preactivations)),
-        )
+        problem.require_feasible(network)
+        problem.require_feasible(candidates)
+        network, candidates = network.detach(), candidates.detach()
+        own, others = network.flows, candidates.flows
+        flows = [torch.cat([own[0], others[0]]), *map(_side_by_side, own[1:], others[1:])]
+        return cls._gathered(problem, measures.adjoin(network, candidates), flows)
 
+    @classmethod
+    def _gathered(cls, problem: Problem, frozen: ParticleNetwork, flows: Sequence[Tensor]) -> ConvexProgram:
+        arch, inputs, widths = problem.architecture, problem.inputs, frozen.widths
+        exact = [flow.double() for flow in flows]
+        biases = [None if bias is None else bias.double() for bias in frozen.biases]
+        shapes = [
+            (prod(size.output), width * conv.offsets + conv.bias)
+            for size, width, conv in zip(arch.geometry[1:], widths, arch.layers[1:])
+        ]
+        stacks = [StackedRows(len(inputs) * rows, columns, inputs.device) for rows, columns in shapes]
+        read = inputs.new_empty(len(inputs), *arch.readout_shape(widths[-1])[1:])
+        with torch.no_grad():
+            for block in limits.blocks(len(inputs), 8 * (arch.entries(widths) + max(map(prod, shapes), default=0))):
+                _, features = propagate(arch, exact, biases, inputs[block].double())
+                for stack, conv, below in zip(stacks, arch.layers[1:], features):
+                    stack.add(rows_of(conv, below))
+                read[block] = arch.readout_features(features[-1]).to(inputs.dtype)
+            spaces = tuple(stack.space(RANK_TOLERANCE[inputs.dtype]) for stack in stacks)
+        return cls(problem, frozen, tuple(flows), spaces, read)
+
+    @torch.inference_mode(False)
     def to(self, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> ConvexProgram:
         convert = lambda tensor: tensor.to(dtype=dtype, device=device)  # noqa: E731
+        if convert(self.readout_features) is self.readout_features:
+            return self  # with what it has computed
         return ConvexProgram(
             self.problem.to(dtype=dtype, device=device),
             self.frozen.map(convert),
-            tuple(map(convert, self.features)),
-            tuple(map(convert, self.preactivations)),
+            tuple(map(convert, self.flows)),
+            tuple(space._replace(right=space.right.to(device=device)) for space in self.spaces),
+            convert(self.readout_features),
         )
 
     @property
@@ -93,23 +128,27 @@ class ConvexProgram:
         return self.problem.penalty.input * cost
 
     @cached_property
-    def readout_features(self) -> Tensor:
-        """What the readout multiplies, (N, M_L) or (N, M_L, positions)."""
-        return self.problem.architecture.readout_features(self.features[-1])
-
-    def design(self, layer: int) -> Design:
-        """A of `layer` (counted from 0, >= 1)."""
-        return Design(self.problem.architecture.layers[layer], self.features[layer - 1])
-
-    def basis(self, layer: int) -> ConstraintBasis:
-        """The constraint basis of `layer`, computed once."""
-        if layer not in self._bases:
-            self._bases[layer] = self.design(layer).basis()
-        return self._bases[layer]
+    def bases(self) -> tuple[Tensor, ...]:
+        """V of every layer >= 2 in the program's dtype, (columns, rank): kernels source by source, then the bias."""
+        return tuple(space.right.to(self.frozen.dtype) for space in self.spaces)
 
     @cached_property
-    def _bases(self) -> dict[int, ConstraintBasis]:
-        return {}
+    def coordinates(self) -> tuple[Tensor, ...]:
+        """c_j = V^T w^_j of every layer >= 2, (M_l, rank)."""
+        frozen = zip(self.flows[1:], self.frozen.biases[1:], self.spaces)
+        return tuple(
+            (joined(flows, bias).double() @ space.right).to(self.frozen.dtype) for flows, bias, space in frozen
+        )
+
+    def maps(self, inputs: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """g^l (N, M_l, H', W') and f^l (N, M_l, H'', W'') of every frozen feature on inputs (N, C_0, H, W)."""
+        return propagate(self.problem.architecture, self.flows, self.frozen.biases, inputs)
+
+    def blocks(self) -> Iterator[slice]:
+        """The images in blocks for which the maps, and as much again, fit the memory of a block."""
+        inputs = self.problem.inputs
+        each = 2 * inputs.element_size() * self.problem.architecture.entries(self.widths)
+        return limits.blocks(len(inputs), each)
 
     def point(self, network: ParticleNetwork) -> ProgramPoint:
         """The program variables of the frozen network, or of any network with the same features."""
@@ -121,7 +160,7 @@ class ConvexProgram:
         network = network.detach()
         point = repopulation.to_program(network)
         # of the coarsest dtype: features may have been computed in another one than they are in now
-        if max(self._first_layer_change(network), self.violation(point)) > max(FEASIBLE.values()):
+        if max(self._first_layer_change(network), self.discord(point)) > max(FEASIBLE.values()):
             raise ValueError("the network's features differ from the frozen ones; freeze a program at this network")
         return point
 
@@ -162,25 +201,62 @@ class ConvexProgram:
         return self.terms(point).total()
 
     def residual(self, point: ProgramPoint, layer: int) -> Tensor:
-        """sum_i sum_s W_ijs T_s f_i + B_j - p_j g_j of `layer` (>= 1), (N, M_l, H', W')."""
-        conv = self.problem.architecture.layers[layer]
-        moved = conv.convolve(self.features[layer - 1], point.kernels[layer - 1], point.biases[layer - 1])
-        return moved - point.masses[layer][None, :, None, None] * self.preactivations[layer]
+        """V^T (W_j, B_j) - p_j c_j of `layer` (>= 1), (M_l, rank): zero where the features are realised."""
+        rows = joined(point.kernels[layer - 1], point.biases[layer - 1])
+        return rows @ self.bases[layer - 1] - point.masses[layer][:, None] * self.coordinates[layer - 1]
+
+    def image_residuals(self, point: ProgramPoint, inputs: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """sum_i sum_s W_ijs T_s f_i + B_j - p_j g_j on some inputs, and p_j g_j; (N, M_l, H', W') for layers >= 2."""
+        preactivations, features = self.maps(inputs)
+        found = []
+        for conv, below, W, B, p, g in zip(
+            self.problem.architecture.layers[1:],
+            features,
+            point.kernels,
+            point.biases,
+            point.masses[1:],
+            preactivations[1:],
+        ):
+            wanted = p[None, :, None, None] * g
+            found.append((conv.convolve(below, W, B) - wanted, wanted))
+        return found
 
     def violation(self, point: ProgramPoint) -> float:
-        """Largest violation of any constraint, relative to its own scale.
+        """Largest violation of any constraint, relative to its own scale, evaluated afresh over all images.
 
         Masses: |sum p - 1| and -p M.  Realisation: the largest |residual| over the largest |p_j g_j|, per layer.
         Bounds: the largest excess over B p_j, over B p_j (over B max p where p_j = 0), as `Problem.excess` has it.
         """
+        largest = point.readout.new_zeros(self.depth - 1, 2)
+        if self.depth > 1:
+            for block in self.blocks():
+                pairs = self.image_residuals(point, self.problem.inputs[block])
+                here = torch.stack([tensor.abs().amax() for pair in pairs for tensor in pair])
+                largest = torch.maximum(largest, here.reshape(largest.shape))
+        ratios = largest[:, 0] / largest[:, 1].clamp_min(torch.finfo(largest.dtype).tiny)
+        return _worst([*self._excesses(point), *ratios.tolist()])
+
+    def discord(self, point: ProgramPoint) -> float:
+        """As `violation`, but by coordinates: the largest |V^T (W_j, B_j) - p_j c_j| over p_j |c_j| of any feature.
+
+        It touches no image, and leaves aside what rounding explains.  Where it is small every feature of the point's
+        network is the frozen one; where it is not, the directions that A hardly sees may be all that is amiss.
+        """
+        ratios = []
+        for layer in range(1, self.depth):
+            rows = joined(point.kernels[layer - 1], point.biases[layer - 1])
+            rounding = rows.shape[1] * torch.finfo(rows.dtype).eps * torch.linalg.vector_norm(rows, dim=1)
+            off = (torch.linalg.vector_norm(self.residual(point, layer), dim=1) - rounding).clamp_min(0)
+            size = point.masses[layer] * torch.linalg.vector_norm(self.coordinates[layer - 1], dim=1)
+            ratios.append(float((off / size.clamp_min(torch.finfo(off.dtype).tiny)).max()))
+        return _worst([*self._excesses(point), *ratios])
+
+    def _excesses(self, point: ProgramPoint) -> list[float]:
+        """By how much masses and bounds are broken."""
         found = [abs(float(p.sum()) - 1) for p in point.masses] + [-float(p.min()) * len(p) for p in point.masses]
         for layer in range(1, self.depth):
-            limits.look()
-            p = point.masses[layer]
-            scale = float((p[None, :, None, None] * self.preactivations[layer]).abs().max())
-            found.append(float(self.residual(point, layer).abs().max()) / max(scale, torch.finfo(p.dtype).tiny))
             found.extend(self._bound_excess(point, layer))
-        return float(torch.tensor([0.0, *found], dtype=torch.float64).max())  # NaN stays NaN
+        return found
 
     def _bound_excess(self, point: ProgramPoint, layer: int) -> list[float]:
         bound, p, bias = self.problem.penalty.amplitude_bound, point.masses[layer], point.biases[layer - 1]
@@ -242,62 +318,48 @@ class ConvexProgram:
 
     def _restore_layer(self, point: ProgramPoint, layer: int) -> ProgramPoint:
         source, target = point.masses[layer - 1], point.masses[layer]
-        conv, basis = self.problem.architecture.layers[layer], self.basis(layer)
+        conv, right = self.problem.architecture.layers[layer], self.bases[layer - 1]
         scale = (source * len(source)).clamp_max(1).sqrt().repeat_interleave(conv.offsets)
         if conv.bias:
             scale = torch.cat([scale, scale.new_ones(1)])
-        solve = least_weighted(basis.right, scale)
+        solve = least_weighted(right, scale)
         kernels, biases = list(point.kernels), list(point.biases)
+        rows, wanted = joined(kernels[layer - 1], biases[layer - 1]), target[:, None] * self.coordinates[layer - 1]
         for _ in range(RESTORE_SWEEPS):
             limits.look()
-            current = ProgramPoint(point.masses, tuple(kernels), point.readout, tuple(biases))
-            error = self.residual(current, layer).movedim(1, 0).flatten(1)  # (M_l, N P)
-            step = solve(error @ basis.preimage) * (target > 0)[:, None]
-            bias = biases[layer - 1]
-            if bias is not None:
-                biases[layer - 1] = bias - step[:, -1]
-                step = step[:, :-1]
-            kernels[layer - 1] = kernels[layer - 1] - step.reshape(kernels[layer - 1].shape)
+            rows = rows - solve(rows @ right - wanted) * (target > 0)[:, None]
         bound = self.problem.penalty.amplitude_bound
         if bound is not None:
-            rows = _joined(kernels[layer - 1], biases[layer - 1])
             alive = torch.nonzero(target > 0).flatten()
             unit = bound * target[alive, None]
             rows[alive] = unit * self._bounded(layer, alive, rows[alive] / unit, solve, scale)
-            kernels[layer - 1], biases[layer - 1] = _parted(rows, kernels[layer - 1].shape, biases[layer - 1])
+        kernels[layer - 1], biases[layer - 1] = parted(rows, kernels[layer - 1].shape)
         return ProgramPoint(point.masses, tuple(kernels), point.readout, tuple(biases))
 
     def _bounded(
         self, layer: int, alive: Tensor, rows: Tensor, solve: Callable[[Tensor], Tensor], scale: Tensor
     ) -> Tensor:
         """Rows (W_j, B_j) / (B p_j) of the features `alive`, moved inside the bounds; their coordinates are right."""
-        kernel, bias = self.frozen.kernels[layer], self.frozen.biases[layer]
+        kernel, bias = self.flows[layer], self.frozen.biases[layer]
         bounds = BoundedRows(self.problem.penalty, tuple(kernel.shape[1:]), scale, bias is not None)
-        rows = into_bounds(rows, self.basis(layer).right, solve, bounds)
-        anchors, own = self._anchors(layer)
-        anchors, own = anchors[alive], own[alive]
-        usable = own & ~(anchors[:, scale == 0] != 0).any(1) & (bounds.excess(rows) > FEASIBLE[rows.dtype])
+        rows = into_bounds(rows, self.bases[layer - 1], solve, bounds)
+        # the flows that made a feature realise it inside the bounds, where their sources have mass
+        anchors = joined(kernel, bias)[alive] / (self.problem.penalty.amplitude_bound or math.inf)
+        usable = ~(anchors[:, scale == 0] != 0).any(1) & (bounds.excess(rows) > FEASIBLE[rows.dtype])
         return torch.where(usable[:, None], towards(rows, anchors, bounds), rows)
 
-    def _anchors(self, layer: int) -> tuple[Tensor, Tensor]:
-        """The frozen network's rows (w_ij p_i, b_j) / B, and which realise their g_j: those of candidates need not."""
-        source, bias, g = self.frozen.masses[layer - 1], self.frozen.biases[layer], self.preactivations[layer]
-        flows = self.frozen.kernels[layer] * source[None, :, None, None]
-        error = self.problem.architecture.layers[layer].convolve(self.features[layer - 1], flows, bias) - g
-        size = lambda maps: maps.abs().amax((0, 2, 3))  # noqa: E731
-        realised = size(error) <= FEASIBLE[g.dtype] * size(g)
-        return _joined(flows, bias) / (self.problem.penalty.amplitude_bound or math.inf), realised
+
+def _side_by_side(own: Tensor, others: Tensor) -> Tensor:
+    """Flows (M, M', kh, kw) of two networks as those of one, block-diagonal."""
+    both = own.new_zeros(own.shape[0] + others.shape[0], own.shape[1] + others.shape[1], *own.shape[2:])
+    both[: own.shape[0], : own.shape[1]] = own
+    both[own.shape[0] :, own.shape[1] :] = others
+    return both
 
 
-def _joined(kernels: Tensor, bias: Tensor | None) -> Tensor:
-    """(W_j, B_j) as rows (M_l, columns)."""
-    rows = kernels.flatten(1)
-    return rows.clone() if bias is None else torch.cat([rows, bias[:, None]], 1)
-
-
-def _parted(rows: Tensor, shape: torch.Size, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """What `_joined` joined."""
-    return (rows.reshape(shape), None) if bias is None else (rows[:, :-1].reshape(shape), rows[:, -1])
+def _worst(found: list[float]) -> float:
+    """The largest, at least 0; NaN stays NaN."""
+    return float(torch.tensor([0.0, *found], dtype=torch.float64).max())
 
 
 def _spread(point: ProgramPoint, share: float) -> ProgramPoint:

@@ -98,3 +98,15 @@ def to_network(point: ProgramPoint, frozen: ParticleNetwork) -> ParticleNetwork:
     biases += [None if b is None else b[rows] / target for b, target, rows in zip(point.biases, p[1:], keep[1:])]
     readout = point.readout[:, keep[-1]] / along_axis(p[-1], point.readout, 1)
     return ParticleNetwork(frozen.architecture, p, kernels, readout, biases)
+
+
+def joined(kernels: Tensor, bias: Tensor | None) -> Tensor:
+    """(W_j, B_j) as rows (M_l, columns): the kernels source by source, then the bias."""
+    rows = kernels.flatten(1)
+    return rows if bias is None else torch.cat([rows, bias[:, None]], 1)
+
+
+def parted(rows: Tensor, shape: torch.Size) -> tuple[Tensor, Tensor | None]:
+    """Kernels of the given shape and bias of rows (M_l, columns): what `joined` joined."""
+    size = shape[1:].numel()
+    return rows[:, :size].reshape(shape), rows[:, -1] if rows.shape[1] > size else None

@@ -72,7 +72,7 @@ class Address:
             found = float(low), float(high)
         except ValueError:
             found = (math.nan, math.nan)
-        if not dots or not all(map(math.isfinite, found)) or found[0] >= found[1]:
+        if not dots or not math.isfinite(found[1] - found[0]) or found[0] >= found[1]:
             raise Misuse("range", self.range, "must be LOW..HIGH with LOW < HIGH, such as 0..255")
         return found
 

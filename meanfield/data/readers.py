@@ -7,11 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from meanfield.data import keys
 from meanfield.data.address import NAMES, Address, exists
 from meanfield.data.archives import Archive, opened
-from meanfield.data.arrays import arranged, classes, numbered, scaled
+from meanfield.data.arrays import arranged, classes, numbered, scaled, text
 from meanfield.data.cifar import find_cifar, read_cifar
 from meanfield.data.folders import survey
 from meanfield.data.image_files import decode
@@ -77,8 +78,9 @@ def _read_file(path: Path, address: Address) -> Source:
     images, guessed = arranged(images, str(path), address.axes)
     pixels, notes, doubts = scaled(images, str(path), address.limits)
     marks, named = classes(labels, len(images), str(path))
-    if names and not named and int(marks.min()) >= 0 and int(marks.max()) < len(names):
-        named = dict(enumerate(names))
+    if not named:
+        named, unnamed = _numbered(names, marks)
+        doubts = [*doubts, *unnamed]
     return Source(path.name, pixels, marks, named, tuple(notes), (*found.doubts, *guessed, *doubts))
 
 
@@ -98,11 +100,22 @@ def _refuse_others(archive: Archive, found: keys.Keys, images: np.ndarray, label
 
 
 def _names(archive: Archive) -> list[str]:
+    """Of the classes 0, 1, ..., [] where the file has none."""
     key = next((key for key in keys.NAMES if key in archive.keys), None)
     if key is None:
         return []
-    names = archive.array(key, "names of classes", "biufUS")
-    return [str(name) for name in names.tolist()] if names.ndim == 1 and names.dtype.kind == "U" else []
+    names = text(archive.array(key, "names of classes", "iuUS"), f"{archive.path}: {key!r}")
+    if names.ndim != 1 or len(set(names.tolist())) < len(names):
+        raise ValueError(f"{archive.path}: {key!r} must be a row of names, a different one for every class 0, 1, ...")
+    return names.tolist()
+
+
+def _numbered(names: list[str], labels: Tensor) -> tuple[dict[int, str], list[str]]:
+    """Label -> name; and that there are none for some, as where the labels begin with 1."""
+    least, most = int(labels.min()), int(labels.max())
+    if names and (least < 0 or most >= len(names)):
+        return {}, [f"{len(names)} names of classes left out: the labels {least}..{most} are not 0..{len(names) - 1}"]
+    return dict(enumerate(names)), []
 
 
 def _read_directory(path: Path, address: Address) -> Source:
@@ -111,15 +124,20 @@ def _read_directory(path: Path, address: Address) -> Source:
     counts = torch.tensor([len(images) for images in found.images.values()])
     marks = torch.tensor(labels).repeat_interleave(counts)
     pixels, rotated = decode([file for images in found.images.values() for file in images])
-    images, notes, _ = scaled(np.moveaxis(pixels, -1, 1), str(path), address.limits, of_bytes=True)
+    images, notes, dark = scaled(np.moveaxis(pixels, -1, 1), str(path), address.limits, of_bytes=True)
     order, left = in_turn(marks), _left_out(found.left_out)
+    inside = [f"{found.nested} images in folders inside class folders"] if found.nested else []
     return Source(
         printable(path.resolve().name),
         images[order],
         marks[order],
         named,
-        (*notes, "one of every class in turn", *([] if found.any_image else left)),
-        (*(left if found.any_image else ()), *([f"a rotation noted in {rotated} not applied"] if rotated else ())),
+        (*notes, *dark, "one of every class in turn", *([] if found.any_image else left)),
+        (
+            *inside,
+            *(left if found.any_image else ()),
+            *([f"a rotation noted in {rotated} not applied"] if rotated else ()),
+        ),
     )
 
 

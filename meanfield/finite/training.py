@@ -274,7 +274,8 @@ class _Run:
         return time.perf_counter() - self.began
 
     def result(self, status: str) -> Training:
-        value = float(self.problem.value(self.best.particles()))
+        with torch.no_grad(), limits.grace(math.inf):
+            value = float(self.problem.value(self.best.particles()))
         message = f"J = {value:.6g} after {self.steps} steps: {STATUS_TEXTS[status]}"
         return Training(
             self.best, value, self.history, self.steps, self.seconds, status, message, tuple(self.checkpoints)

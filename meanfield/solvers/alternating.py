@@ -129,7 +129,6 @@ class _Run:
 
     def round(self, index: int, steps: int, rate: float) -> str:
         """One flow and one convex program; returns the status that ended it early, or "done"."""
-        before = float(self.problem.value(self.network))
         flowed = self._quietly(
             flow.solve,
             self.problem,
@@ -155,7 +154,9 @@ class _Run:
                 growth = self._growth(program, solved)
             except limits.STOPS as stop:  # the program's answer is kept
                 ended = limits.status(stop)
-        self._close(index, program, flowed, solved, {"rate": rate, "flow_drop": before - flowed.value, **growth})
+        drop = flowed.history[0]["value"] - flowed.value
+        with limits.grace(math.inf):  # what was found is kept, whatever the time
+            self._close(index, program, flowed, solved, {"rate": rate, "flow_drop": drop, **growth})
         return ended
 
     def _close(

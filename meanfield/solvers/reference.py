@@ -16,7 +16,7 @@ from torch import Tensor
 from meanfield import certificates
 from meanfield.certificates import Multipliers
 from meanfield.convex.program import ConvexProgram
-from meanfield.convex.repopulation import ProgramPoint
+from meanfield.convex.repopulation import ProgramPoint, joined
 from meanfield.signatures import Positive, checked
 from meanfield.solvers.solution import Solution, message, proven
 from meanfield.validation import choice
@@ -83,7 +83,7 @@ def _certified(
     duals = [model.multipliers(sign) for sign in (1.0, -1.0)]
     if before is not None and before.multipliers is not None:
         duals.append(before.multipliers)
-    found = model.point().map(lambda tensor: tensor.to(program.features[0]))
+    found = model.point().map(lambda tensor: tensor.to(program.readout_features))
     points = [program.point(program.frozen) if before is None else before.point, *_cleaned(program, found)]
     judged = [(certificates.certify(program, point, *duals), point) for point in points]
     certificate, point = min(judged, key=lambda pair: pair[0].value)
@@ -170,7 +170,7 @@ class _Model:
         self.readout = cp.Variable((program.readout_features.flatten(1).shape[1], arch.outputs))
         self.biases = [cp.Variable(n) if layer.bias else None for layer, n in zip(arch.layers[1:], program.widths[1:])]
         self.constraints: list[Any] = [cp.sum(p) == 1 for p in self.masses]
-        self.realisation: list[Any] = []
+        self.realisation: dict[int, Any] = {}  # none where every feature below is dead
         self.amplitude: list[Any] = []
         objective = self._loss() + self._readout() + _numpy(program.feature_costs) / self.units.value @ self.masses[0]
         for layer in range(1, program.depth):
@@ -203,15 +203,12 @@ class _Model:
     def _layer(self, layer: int, penalty: Any) -> Any:
         program, W, bias = self.program, self.kernels[layer - 1], self.biases[layer - 1]
         offsets = program.problem.architecture.layers[layer].offsets
-        design = _numpy(program.design(layer).rows())[:, : W.shape[0]]
-        g = _numpy(program.preactivations[layer].movedim(1, 3).flatten(0, 2)) / self.units.kernels  # (N P, M_l)
-        moved = (
-            design @ W
-            if bias is None
-            else design @ W + np.ones((len(design), 1)) @ cp.reshape(bias, (1, -1), order="C")
-        )
-        self.realisation.append(moved == g @ cp.diag(self.masses[layer]))
-        self.constraints.append(self.realisation[-1])
+        right, coordinates = _numpy(program.bases[layer - 1]), _numpy(program.coordinates[layer - 1])
+        rows = W if bias is None else cp.vstack([W, cp.reshape(bias, (1, -1), order="C")])
+        if right.shape[1]:
+            wanted = coordinates.T / self.units.kernels
+            self.realisation[layer] = right.T @ rows == wanted @ cp.diag(self.masses[layer])
+            self.constraints.append(self.realisation[layer])
         norms = [self._norms(W[i * offsets : (i + 1) * offsets, :], penalty) for i in range(program.widths[layer - 1])]
         if penalty.amplitude_bound is not None:
             bound = penalty.amplitude_bound / self.units.kernels
@@ -239,17 +236,18 @@ class _Model:
         return float("nan") if solution is None else self.units.value * float(solution.opt_val)
 
     def multipliers(self, sign: float) -> Multipliers:
-        """r = d loss / d F at cvxpy's output, beta from its equality duals times `sign`, kappa
+        """r = d loss / d F at cvxpy's output, b = V y from its equality duals y times `sign`, kappa
         from the bound's duals.
         """
         problem, count = self.program.problem, len(self.program.problem.inputs)
         output = torch.as_tensor(self._output().value)
         r, price = problem.loss.gradient(output, problem.targets) / count, self.units.value / self.units.kernels
-        betas = [
-            sign * price * torch.as_tensor(c.dual_value).T.reshape(c.shape[1], count, -1) for c in self.realisation
-        ]
+        pulls = [torch.zeros_like(joined(w, b)) for w, b in zip(self.program.flows[1:], self.program.frozen.biases[1:])]
+        for layer, constraint in self.realisation.items():
+            duals = sign * price * torch.as_tensor(constraint.dual_value)
+            pulls[layer - 1] = duals.T @ self.program.bases[layer - 1].T
         kappas = tuple(price * torch.as_tensor(np.array(c.dual_value, dtype=float)) for c in self.amplitude)
-        return Multipliers(r, tuple(betas), kappas or None)
+        return Multipliers(r, tuple(pulls), kappas or None)
 
 
 def _tensor(variable: Any) -> Tensor:

@@ -30,8 +30,9 @@ from torch import Tensor
 from meanfield import certificates, limits
 from meanfield.certificates import Certificate, Multipliers
 from meanfield.convex.program import ConvexProgram
-from meanfield.convex.repopulation import ProgramPoint
+from meanfield.convex.repopulation import ProgramPoint, joined, parted
 from meanfield.penalties import Penalty, cone_projection, row_prox
+from meanfield.problem import FEASIBLE
 from meanfield.signatures import Count, Positive, Seconds, checked
 from meanfield.solvers.acceleration import Anderson
 from meanfield.solvers.solution import Solution, message, proven
@@ -78,7 +79,11 @@ def solve(
 
 @dataclass
 class _Run:
-    """Keeps the best point and the best multipliers, each certified, and the history."""
+    """Keeps the best point and the best multipliers, and the history.
+
+    While it runs, points are judged by their coordinates, which touches no image.  What it returns, and what it calls
+    optimal, is judged afresh over all images.  Once the two have disagreed, every point is.
+    """
 
     program: ConvexProgram
     rho: float
@@ -89,12 +94,17 @@ class _Run:
         self.began, self.cpu_began = time.perf_counter(), time.process_time()
         self.exact = self.program.to(dtype=torch.float64)
         self.history: list[dict[str, Any]] = []
-        self.point = self.program.point(self.program.frozen)
+        self.start = self.point = self.program.point(self.program.frozen)
         self.multipliers = certificates.stationary_multipliers(self.exact, self.point.map(Tensor.double))
-        self.certificate = certificates.certify(self.exact, self.point, self.multipliers)
+        self.value, self.dual = self.exact_value(self.point), certificates.dual_value(self.exact, self.multipliers)
+        self.doubted = False
+        self.violation: float | None = None  # of the best point over all images, once somebody has looked
         self.splitting = _Splitting(
             self.program, self.rho, self.point, self.multipliers.map(lambda t: t.to(self.point.readout))
         )
+
+    def exact_value(self, point: ProgramPoint) -> float:
+        return float(self.exact.value(point.map(Tensor.double)))
 
     def seconds(self) -> float:
         return time.perf_counter() - self.began
@@ -103,9 +113,9 @@ class _Run:
         """Iterations of which a check costs CHECK_SHARE: its Gram matrix of the basis beside their two products a
         layer.
         """
-        bases, widths = self.splitting.bases, self.program.widths
-        gram = sum(basis.rank * basis.right.numel() for basis in bases.values())
-        products = sum(2 * widths[layer] * basis.right.numel() for layer, basis in bases.items())
+        spaces, widths = self.program.spaces, self.program.widths[1:]
+        gram = sum(space.rank * space.right.numel() for space in spaces)
+        products = sum(2 * width * space.right.numel() for width, space in zip(widths, spaces))
         return math.ceil((CHECK_COST + gram / max(products, 1)) / CHECK_SHARE)
 
     def iterate(self, max_iterations: int, check_every: int) -> str:
@@ -132,24 +142,22 @@ class _Run:
         return iteration % BALANCE_EVERY == 0 and iteration <= max_iterations // 2 and self.splitting.balance()
 
     def check(self, iteration: int) -> bool:
-        """Certify the current iterate; True once the relative gap is below the tolerance."""
-        point, multipliers = self.program.admitted(self.splitting.point()), self.splitting.multipliers()
-        found = certificates.certify(self.exact, self.point if point is None else point, multipliers)
-        if found.dual_value > self.certificate.dual_value:
-            self.multipliers = multipliers
-        dual = max(found.dual_value, self.certificate.dual_value)
-        value, violation = self.certificate.value, self.certificate.violation
-        if point is not None and found.value < value:
-            self.point, value, violation = point, found.value, found.violation
-        self.certificate = Certificate(value, dual, value - dual, violation)
+        """Judge the current iterate; True once the best point's relative gap is proven to be below the tolerance."""
+        point, multipliers = self.offered(self.splitting.point()), self.splitting.multipliers()
+        dual = certificates.dual_value(self.exact, multipliers)
+        if dual > self.dual:
+            self.dual, self.multipliers = dual, multipliers
+        if point is not None and (value := self.exact_value(point)) < self.value:
+            self.point, self.value, self.violation = point, value, None
+        ended = abs(self.value - self.dual) <= self.tolerance * abs(self.value) and self.confirm()
         primal, drift = self.splitting.residuals()
         row = {
             "iteration": iteration,
             "seconds": self.seconds(),
             "cpu_seconds": time.process_time() - self.cpu_began,
-            "value": value,
-            "dual_value": dual,
-            "gap": value - dual,
+            "value": self.value,
+            "dual_value": self.dual,
+            "gap": self.value - self.dual,
             "primal_residual": primal,
             "dual_residual": drift,
             "rho": self.splitting.rho,
@@ -157,23 +165,54 @@ class _Run:
         self.history.append(row)
         if self.callback is not None:
             self.callback(row)
-        return proven(self.certificate, self.tolerance)
+        return ended
+
+    def offered(self, point: ProgramPoint) -> ProgramPoint | None:
+        """The point restored, where its coordinates, or else a look at all images, say that it may be returned."""
+        if not self.doubted:
+            restored = self.program.restore(point)
+            if self.program.discord(restored) <= FEASIBLE[point.readout.dtype]:
+                return restored
+        return self.program.admitted(point)
+
+    def confirm(self) -> bool:
+        """Judge the best point over all images, and whether the gap is proven to be below the tolerance."""
+        if self.violation is None:
+            if self.point is not self.start and not self.program.admits(self.point):
+                self.doubted = True
+                others = [self.start, self.program.admitted(self.point)]
+                self.point = min((each for each in others if each is not None), key=self.exact_value)
+                self.value = self.exact_value(self.point)
+            self.violation = self.exact.violation(self.point.map(Tensor.double))
+        return proven(self.certificate(), self.tolerance)
+
+    def certificate(self) -> Certificate:
+        """Of the best point; its violation is infinite where nobody has looked."""
+        violation = math.inf if self.violation is None else self.violation
+        return Certificate(self.value, self.dual, self.value - self.dual, violation)
 
     def solution(self, status: str) -> Solution:
-        detail = f"relative gap {self.certificate.relative_gap:.2g}"
-        if self.splitting.bases:
-            tolerance = next(iter(self.splitting.bases.values())).tolerance
-            ranks = ", ".join(str(basis.rank) for basis in self.splitting.bases.values())
-            detail += f", constraints of rank {ranks} at tolerance {tolerance:.0e}"
+        """The best point, confirmed whatever the time; the start, uncertified, where even that is stopped."""
+        try:
+            with limits.grace(math.inf):
+                self.confirm()
+        except limits.STOPS as stop:
+            status = limits.status(stop)
+            self.point, self.value = self.start, self.exact_value(self.start)
+        certified = self.violation is not None
+        detail = f"relative gap {self.certificate().relative_gap:.2g}"
+        if self.program.spaces:
+            ranks = ", ".join(str(space.rank) for space in self.program.spaces)
+            detail += f", constraints of rank {ranks} at tolerance {self.program.spaces[0].tolerance:.0e}"
         return Solution(
-            value=self.certificate.value,
-            gap=self.certificate.gap,
+            value=self.value,
+            gap=self.value - self.dual if certified else math.inf,
             status=status,
-            message=message(status, detail),
+            message=message(status, detail, certified=certified),
             network=self.program.network(self.point),
             point=self.point,
             history=self.history,
-            certificate=self.certificate,
+            certificate=self.certificate() if certified else None,
             multipliers=self.multipliers,
             seconds=self.seconds(),
         )
@@ -190,10 +229,11 @@ class _Splitting:
     def __init__(self, program: ConvexProgram, rho: float, point: ProgramPoint, guess: Multipliers):
         self.program, self.rho = program, rho
         self.layers = range(1, program.depth)
-        self.bases = {layer: program.basis(layer) for layer in self.layers}
-        self.images = self._images()
-        rows = program.readout_features.flatten(1)
-        self.gram_values, self.gram_vectors = torch.linalg.eigh(rows @ rows.T)
+        self.rows = program.readout_features.flatten(1)  # (N, M_L positions)
+        self.wide = self.rows.shape[0] <= self.rows.shape[1]
+        self.gram_values, self.gram_vectors = torch.linalg.eigh(
+            self.rows @ self.rows.T if self.wide else self.rows.T @ self.rows
+        )
         start = self._start(point)
         self.shapes = {key: block.shape for key, block in start.items()}
         self.natural = self._natural_weights()
@@ -212,22 +252,12 @@ class _Splitting:
 
     @property
     def bare(self) -> Tensor:
-        return self.program.features[0]
+        return self.program.readout_features
 
     def blocks(self, vector: Tensor) -> Blocks:
         """Views of the blocks of a vector (n,)."""
         pieces = vector.split([shape.numel() for shape in self.shapes.values()])
         return {key: piece.view(shape) for (key, shape), piece in zip(self.shapes.items(), pieces)}
-
-    def _images(self) -> dict[int, Tensor]:
-        """c_j of the frozen features, (M_l, rank): A^T-coordinates of g_j, so that V^T W_j = p_j c_j keeps them as
-        they are.
-        """
-        images = {}
-        for layer, basis in self.bases.items():
-            g = self.program.preactivations[layer].movedim(1, 0).flatten(1)  # (M_l, N P)
-            images[layer] = g @ basis.preimage
-        return images
 
     def _natural_weights(self) -> dict[Key, float]:
         """Curvature of every block's own term per particle or image, the metric for rho = 1 at the start."""
@@ -244,8 +274,9 @@ class _Splitting:
     def rescale(self) -> None:
         """Set the weight of every block to |its multiplier| / |it| / rho, within RESCALE_RANGE of the natural weight.
 
-        Copies of one block share one weight, and so do a kernel and its bias: their projection is orthogonal.  The
-        constant part of a mass multiplier belongs to sum p = 1 and is left out.
+        Copies of one block share one weight, and so do a kernel and its bias: their projection is orthogonal.  A mass
+        multiplier counts with the constant part that belongs to sum p = 1: the price lambda s^2 / p^2 of a mass, twice
+        which over p is the curvature of its term.  No rule depends on whether a multiplier is zero or rounding noise.
         """
         z, u = self._parts()
         for names in (("F",), ("U",), ("W", "Wc", "b", "bd"), ("p", "pc", "pd")):
@@ -260,11 +291,9 @@ class _Splitting:
         pulls: dict[str, Tensor] = {}  # multipliers, those of copies added up
         for name, layer in keys:
             pulls[name[0]] = pulls.get(name[0], 0) + self.weight((name, layer)) * u[name, layer]
-        if "p" in pulls:
-            pulls["p"] = pulls["p"] - pulls["p"].mean()
         sizes = [z[name, keys[0][1]] for name in pulls]
         amount, size = (math.sqrt(sum(float(t.square().sum()) for t in group)) for group in (pulls.values(), sizes))
-        if amount == 0 or size == 0:
+        if size == 0:
             return
         natural = self.natural[keys[0]]
         weight = min(max(amount / size / self.rho, natural / RESCALE_RANGE), natural * RESCALE_RANGE)
@@ -303,13 +332,9 @@ class _Splitting:
         prices["F", 0] = guess.output
         response = torch.einsum("nk,nj...->j...k", guess.output, program.readout_features)
         prices["U", 0] = response.reshape(len(response), -1, guess.output.shape[1]).movedim(2, 1)[None]
-        for layer, beta in zip(self.layers, guess.realisation):
-            g = program.preactivations[layer]
-            shaped = beta.movedim(0, 1).reshape(g.shape)
-            prices["W", layer] = program.problem.architecture.layers[layer].correlate(
-                program.features[layer - 1], shaped
-            )
-            pairing = (shaped * g).sum((0, 2, 3))
+        for layer, pulls in zip(self.layers, guess.realisation):
+            prices["W", layer], _ = parted(pulls, self.shapes["W", layer])
+            pairing = (pulls * joined(program.flows[layer], program.frozen.biases[layer])).sum(1)
             prices["p", layer] = point.masses[layer] @ pairing - pairing
         return {key: -price / self.weight(key) for key, price in prices.items()}
 
@@ -391,7 +416,7 @@ class _Splitting:
         """The nearest (W, b, p) with V^T (W_j, b_j) = p_j c_j and sum p = 1; copies of one block move as their mean."""
         W, kernel_weight = self._mean(center, ["W", "Wc"], layer)
         p, mass_weight = self._mean(center, ["p", "pc", "pd"], layer)
-        rows, right, image = W.flatten(1), self.bases[layer].right, self.images[layer]
+        rows, right, image = W.flatten(1), self.program.bases[layer - 1], self.program.coordinates[layer - 1]
         if ("b", layer) in center:
             rows = torch.cat([rows, self._mean(center, ["b", "bd"], layer)[0][:, None]], 1)
         coordinates = rows @ right  # (M_l, rank)
@@ -420,13 +445,14 @@ class _Splitting:
                 new[name, layer].copy_(block)
 
     def _project_readout(self, center: Blocks, new: Blocks) -> None:
-        """The nearest (U, F) with F = features U: one solve in the eigenbasis of the Gram matrix over images."""
-        rows = self.program.readout_features.flatten(1)  # (N, M_L positions)
+        """The nearest (U, F) with F = features U: one solve in the eigenbasis of the smaller Gram matrix."""
+        rows, vectors = self.rows, self.gram_vectors
         U = center["U", 0][0]  # (M_L, K, positions)
         flat = U.movedim(1, 2).flatten(0, 1)  # (M_L positions, K)
         ratio = self.weight(("U", 0)) / self.weight(("F", 0))
-        error = self.gram_vectors.T @ (center["F", 0] - rows @ flat)
-        flat = flat + rows.T @ (self.gram_vectors @ (error / (ratio + self.gram_values)[:, None]))
+        error = center["F", 0] - rows @ flat
+        solve = lambda e: vectors @ ((vectors.T @ e) / (ratio + self.gram_values)[:, None])  # noqa: E731
+        flat = flat + (rows.T @ solve(error) if self.wide else solve(rows.T @ error))
         new["U", 0][0] = flat.reshape(U.shape[0], U.shape[2], U.shape[1]).movedim(2, 1)
         torch.mm(rows, flat, out=new["F", 0])
 
@@ -464,17 +490,12 @@ class _Splitting:
         )
 
     def multipliers(self) -> Multipliers:
-        """The splitting's own, from u = s - z: r = -rho u_F; b_j = -rho u_W lies in the row space of A, beta_j =
-        A^{T+} b_j.
-        """
+        """The splitting's own, from u = s - z: r = -rho u_F; b_j = -rho u_W lies in the row space of A."""
         u = self.blocks(self.at - self.z)
         realisation = []
         for layer in self.layers:
-            rows = self._pull(u, "W", "Wc", layer).flatten(1)
-            if ("b", layer) in u:
-                rows = torch.cat([rows, self._pull(u, "b", "bd", layer)[:, None]], 1)
-            beta = (rows @ self.bases[layer].right) @ self.bases[layer].preimage.T
-            realisation.append(beta.reshape(len(rows), len(self.program.problem.inputs), -1))
+            bias = self._pull(u, "b", "bd", layer) if ("b", layer) in u else None
+            realisation.append(joined(self._pull(u, "W", "Wc", layer), bias))
         return Multipliers(-self.weight(("F", 0)) * u["F", 0], tuple(realisation), self._bound_multipliers(u))
 
     def _bound_multipliers(self, u: Blocks) -> tuple[Tensor, ...] | None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from torch import Tensor
 
+from meanfield import validation
 from meanfield.architecture import Architecture
 from meanfield.network import ParticleNetwork
 from meanfield.signatures import checked
@@ -24,7 +25,9 @@ OLDER = (
 
 
 @checked
-def save_network(network: ParticleNetwork, path: str | Path, made: Mapping[str, Any] | None = None) -> Path:
+def save_network(
+    network: ParticleNetwork, path: Annotated[str | Path, validation.path], made: Mapping[str, Any] | None = None
+) -> Path:
     """Write `path` (.safetensors), which holds everything `load_network` needs; returns it.  made: what made it, for
     the reader.
     """
@@ -42,7 +45,8 @@ def pack(network: ParticleNetwork, made: Mapping[str, Any] | None = None) -> byt
     return tensors.pack(_named(network), KIND, about)
 
 
-def load_network(path: str | Path) -> ParticleNetwork:
+@checked
+def load_network(path: Annotated[str | Path, validation.path]) -> ParticleNetwork:
     """The network of `path` (.safetensors, or the directory of a report), on the CPU in the dtype it was saved in.
 
     Raises FileNotFoundError, and ValueError where a file is truncated or changed, of another kind, or where the

@@ -94,8 +94,9 @@ class Result:
 
     def finish(self) -> None:
         """Complete a change that was decided, whoever began it; may be called again after an end at any moment."""
-        if not self._decided.exists():
+        if not os.path.lexists(self._decided):
             return
+        self._refuse_odd(self._decided)
         waiting = self._decided / self.manifest
         if waiting.exists():
             new = _listed(files.read(waiting), waiting)
@@ -108,6 +109,16 @@ class Result:
             os.replace(waiting, self.directory / self.manifest)
             _sync(self.directory)
         self._decided.rmdir()
+
+    def _refuse_odd(self, stage: Path) -> None:
+        """What nobody who writes results leaves."""
+        if os.path.lexists(stage) and (stage.is_symlink() or not stage.is_dir()):
+            raise ValueError(f"{stage} is no directory")
+
+    def check_stages(self) -> None:
+        """Complete an older change; ValueError or OSError where what lies there was not left by one."""
+        self._refuse_odd(self._written)
+        self.finish()
 
     def _older(self) -> list[str]:
         """The files of the result in place that nobody has changed."""
@@ -138,7 +149,7 @@ def opened(
     try:
         with _own(directory, made):
             result = Result(directory, name)
-            result.finish()
+            _check_stages(result)
             _claim(result, contents, folders, overwrite)
             yield result
     finally:
@@ -162,6 +173,15 @@ def _own(directory: Path, made: list[Path]) -> Iterator[None]:
             text = "it is no directory" if directory.exists() and not directory.is_dir() else error.strerror
             raise _unfit(directory, f"cannot be written to ({text}); give a directory that you may write in") from None
         yield
+
+
+def _check_stages(result: Result) -> None:
+    """Before the work: `publish` could not write over them after it."""
+    try:
+        result.check_stages()
+    except (ValueError, OSError) as error:
+        text = f"has the remains of a change that cannot be completed ({error}); remove them or give another directory"
+        raise _unfit(result.directory, text) from error
 
 
 def _claim(result: Result, contents: Iterable[str], folders: Iterable[str], overwrite: bool) -> None:

@@ -114,7 +114,11 @@ def test_misuse_carries_the_argument_what_came_and_the_remedy(changed, remedy):
 
 
 @pytest.mark.parametrize(
-    "word", ["--count=0.5", "--count=1e2", "--count=x", "--widths=3,", "--gaps=1,x", "--rate=fast", "--kind=tow"]
+    "word",
+    [
+        *("--count=0.5", "--count=1e2", "--count=x", "--widths=3,", "--gaps=1,x", "--rate=fast", "--kind=tow"),
+        *("--count=1_0", "--count=٣", "--widths=6_4,3", "--rate=1_0", "--gaps=1_0"),  # numbers to Python
+    ],
 )
 def test_what_is_typed_is_read_strictly_and_refused_in_one_line(word, capsys):
     with pytest.raises(SystemExit) as end:

@@ -270,3 +270,15 @@ def test_rows_that_are_not_lasting_are_measured_again(tmp_path):
     options = {"backend": "sequential", "lasting": lambda rows: rows[0]["n"] != 1}
     assert sweep.run(squares, cells(3), tmp_path, **options) == sweep.run(squares, cells(3), tmp_path, **options)
     assert CALLS == [0, 1, 2, 1]
+
+
+def test_a_folder_in_the_place_of_a_cell_is_refused_before_any_is_measured(tmp_path):
+    """It was measured, and the write ended in IsADirectoryError."""
+    sweep.run(squares, cells(2), tmp_path, backend="sequential")
+    (path, *others) = sorted(tmp_path.iterdir())
+    path.unlink()
+    path.mkdir()
+    others[0].unlink()
+    with pytest.raises(ValueError, match=rf"{path} is a directory where a cell is kept; remove it"):
+        sweep.run(squares, cells(2), tmp_path, backend="sequential")
+    assert list(tmp_path.iterdir()) == [path]

@@ -196,7 +196,7 @@ def tiny():
 def test_standard_programs_are_those_of_the_seed():
     program = problems.program(problems.TINY)
     assert program.widths == (6, 4)
-    assert program.preactivations[1].shape == (6, 4, 4, 4)
+    assert program.maps(program.problem.inputs)[0][1].shape == (6, 4, 4, 4)
     assert torch.equal(program.frozen.kernels[0], problems.program(problems.TINY).frozen.kernels[0])
     assert not torch.equal(
         program.frozen.kernels[0], problems.program(replace(problems.TINY, seed=1)).frozen.kernels[0]

@@ -29,7 +29,10 @@ def random_multipliers(program, seed, size=1.0, output_size=1.0):
         problem.loss.gradient(output_size * normal((count, problem.architecture.outputs), seed), problem.targets)
         / count
     )
-    shapes = [(g.shape[1], count, g.shape[2] * g.shape[3]) for g in program.preactivations[1:]]
+    shapes = [
+        (flows.shape[0], flows[0].numel() + (bias is not None))
+        for flows, bias in zip(program.flows[1:], program.frozen.biases[1:])
+    ]
     return Multipliers(r, tuple(size * normal(shape, seed + 1 + k) / count for k, shape in enumerate(shapes)))
 
 
@@ -190,27 +193,30 @@ def test_relative_gap_is_the_share_of_the_value():
     )
 )
 def test_stationary_multipliers_are_gradients_of_the_loss_over_masses(case):
+    """In the flows w_ij p_i of a feature, and its bias."""
     program = case.freeze
     multipliers = stationary_multipliers(program, program.point(case.network))
     output = program.output(program.point(case.network))
     expected = case.problem.loss.gradient(output, case.problem.targets) / len(output)
     torch.testing.assert_close(multipliers.output, expected, rtol=1e-10, atol=1e-12)
-    for layer, beta in enumerate(multipliers.realisation, start=1):
-        p, g = case.network.masses[layer], program.preactivations[layer]
-        assert not bool(beta[p == 0].any())
-        step, direction = 1e-6, normal(g.shape, case.seed)
-        ends = [loss_after(case, program, layer, g + sign * step * direction) for sign in (1, -1)]
-        slope = (beta * -p[:, None, None] * direction.movedim(0, 1).flatten(2)).sum().item()
+    for layer, pulls in enumerate(multipliers.realisation, start=1):
+        p, step = case.network.masses[layer], 1e-6
+        assert not bool(pulls[p == 0].any())
+        direction = normal(pulls.shape, case.seed)
+        ends = [loss_after(case, layer, sign * step * direction) for sign in (1, -1)]
+        slope = (pulls * -p[:, None] * direction).sum().item()
         assert (ends[0] - ends[1]) / (2 * step) == pytest.approx(slope, rel=1e-5, abs=1e-8 * (1 + ends[0]))
 
 
-def loss_after(case, program, layer, preactivations):
-    """The mean loss of the network when the pre-activations of one layer are replaced."""
-    network, signal = case.network, case.network.architecture.layers[layer].activate(preactivations)
-    for conv, w, b, p in list(
-        zip(network.architecture.layers, network.kernels, network.biases, (None, *network.masses[:-1]))
-    )[layer + 1 :]:
-        signal = conv.activate(conv.convolve(signal, w * p[None, :, None, None], b))
+def loss_after(case, changed, rows):
+    """The mean loss of the network when the flows and the biases of one layer are moved by rows of both."""
+    network, signal = case.network, case.problem.inputs
+    sources = (torch.full((signal.shape[1],), 1 / signal.shape[1]).double(), *network.masses[:-1])
+    for layer, (conv, w, b, p) in enumerate(zip(network.architecture.layers, network.kernels, network.biases, sources)):
+        flows = w * p[None, :, None, None]
+        if layer == changed:
+            flows, b = flows + rows[:, : flows[0].numel()].reshape(flows.shape), None if b is None else b + rows[:, -1]
+        signal = conv.activate(conv.convolve(signal, flows, b))
     return case.problem.loss.value(network.read(signal), case.problem.targets).mean().item()
 
 
@@ -251,10 +257,24 @@ def test_weak_duality_holds_where_a_strength_is_zero(zero, norm, bound):
 
 
 def test_free_bias_needs_centred_multipliers_and_gets_them():
+    """A multiplier along the nearest direction of the row space to the bias changes nothing."""
     problem, network = roomy_case(bias=True)
     program = mf.ConvexProgram.freeze(problem, network)
     multipliers = random_multipliers(program, 0, 0.03)
-    moved = Multipliers(multipliers.output, tuple(b + 5.0 for b in multipliers.realisation))
+    ones = [space.right @ space.right[-1] for space in program.spaces]
+    assert all(float(direction[-1]) > 0.1 for direction in ones)
+    moved = Multipliers(multipliers.output, tuple(b + 5.0 * d for b, d in zip(multipliers.realisation, ones)))
+    assert dual_value(program, moved) == pytest.approx(dual_value(program, multipliers), rel=1e-9)
+
+
+def test_what_lies_outside_the_row_space_does_not_count():
+    problem, network = roomy_case(bias=False)
+    program = mf.ConvexProgram.freeze(problem, network)
+    multipliers, right = random_multipliers(program, 0, 0.03), program.spaces[0].right
+    step = normal(multipliers.realisation[0].shape, 3)
+    step = step - (step @ right) @ right.T
+    assert float(step.norm()) > 1
+    moved = Multipliers(multipliers.output, (multipliers.realisation[0] + step,))
     assert dual_value(program, moved) == pytest.approx(dual_value(program, multipliers), rel=1e-9)
 
 

@@ -1,6 +1,7 @@
 import math
 from dataclasses import replace
 
+import cvxpy as cp
 import numpy as np
 import pytest
 import reference as slow
@@ -8,8 +9,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from strategies import architectures, cases, costly, normal, random_inputs, random_masses, random_network
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import meanfield as mf
+from meanfield import certificates, limits
 from meanfield.convex.repopulation import ProgramPoint
 from meanfield.solvers import splitting
 
@@ -43,34 +46,40 @@ def test_value_matches_the_explicit_sums_at_any_point(case):
 
 
 @given(cases(archs=deep))
-def test_residual_matches_the_explicit_sums_at_any_point(case):
+def test_residuals_match_the_explicit_sums_at_any_point(case):
     program = case.freeze
     point = random_point(program, case.seed)
-    for layer in range(1, program.depth):
-        np.testing.assert_allclose(
-            program.residual(point, layer), slow.realisation_residual(program, point, layer), atol=1e-11
-        )
+    for layer, (residual, wanted) in enumerate(program.image_residuals(point, case.problem.inputs), start=1):
+        expected = slow.realisation_residual(program, point, layer)
+        np.testing.assert_allclose(residual, expected, atol=1e-11)
+        flows = slow.array(point.masses[layer])[:, None, None] * slow.frozen_maps(program)[0][layer]
+        np.testing.assert_allclose(wanted, flows, atol=1e-11)
 
 
 @given(cases(archs=deep))
-def test_design_has_one_column_per_source_and_offset_and_one_for_the_bias(case):
+def test_the_residual_in_coordinates_has_the_size_of_its_rows_seen_by_the_images(case):
+    """A V times it is the residual on images and positions, whose rows are A's."""
     program = case.freeze
     point = random_point(program, case.seed)
+    features = slow.frozen_maps(program)[1]
     for layer in range(1, program.depth):
-        W, bias = point.kernels[layer - 1].flatten(1), point.biases[layer - 1]
-        columns = W if bias is None else torch.cat([W, bias[:, None]], 1)
-        moved = program.design(layer).rows() @ columns.T - point.masses[layer] * program.preactivations[layer].movedim(
-            1, 3
-        ).flatten(0, 2)
-        torch.testing.assert_close(
-            moved, program.residual(point, layer).movedim(1, 3).flatten(0, 2), rtol=1e-11, atol=1e-11
-        )
+        A = slow.design(features[layer - 1], case.problem.architecture.layers[layer])
+        expected = slow.realisation_residual(program, point, layer)
+        seen = A @ slow.array(program.bases[layer - 1] @ program.residual(point, layer).T)
+        size = np.abs(A).max() * float(point.kernels[layer - 1].abs().max() + 1)
+        np.testing.assert_allclose(seen, np.moveaxis(expected, 1, 3).reshape(seen.shape), atol=1e-9 * size)
 
 
 @given(cases(archs=deep))
-def test_basis_is_computed_once(case):
+def test_coordinates_are_those_of_the_flows_in_the_row_space(case):
     program = case.freeze
-    assert all(program.basis(layer) is program.basis(layer) for layer in range(1, program.depth))
+    for layer, space in enumerate(program.spaces, start=1):
+        flows = case.network.kernels[layer] * case.network.masses[layer - 1][None, :, None, None]
+        torch.testing.assert_close(program.flows[layer], flows)
+        rows = flows.flatten(1)
+        if case.network.biases[layer] is not None:
+            rows = torch.cat([rows, case.network.biases[layer][:, None]], 1)
+        torch.testing.assert_close(program.coordinates[layer - 1], rows @ space.right)
 
 
 @given(cases(), st.floats(0, 1))
@@ -171,10 +180,11 @@ def test_violation_of_the_realisation_is_relative_to_the_flow():
     program = bounded_program()
     point = program.point(program.frozen)
     moved = replace(point, biases=(edited(point.biases[0], 1, 1e-4),))
-    scale = (point.masses[1][None, :, None, None] * program.preactivations[1]).abs().max().item()
+    preactivations, features = program.maps(program.problem.inputs)
+    scale = (point.masses[1][None, :, None, None] * preactivations[1]).abs().max().item()
     assert program.violation(moved) == pytest.approx(1e-4 / scale, rel=1e-8)
     kernels = (edited(point.kernels[0], (1, 2, 0, 1), 1e-3),)
-    expected = 1e-3 * program.features[0][:, 2].abs().max().item() / scale
+    expected = 1e-3 * features[0][:, 2].abs().max().item() / scale
     assert 0.1 * expected < program.violation(replace(point, kernels=kernels)) <= expected * (1 + 1e-9)
 
 
@@ -296,7 +306,7 @@ def crossing_program():
 def test_restore_brings_a_point_that_realises_its_features_back_inside_the_bound():
     """A step along the null space that raises the amplitude by 1e-7 to 1e-3, as a solver's point would be off."""
     program = crossing_program()
-    point, right = program.point(program.frozen), program.basis(1).right
+    point, right = program.point(program.frozen), program.bases[0]
     rows = torch.cat([point.kernels[0].flatten(1), point.biases[0][:, None]], 1)
     step = normal(rows.shape, 3)
     step = step - (step @ right) @ right.T
@@ -323,7 +333,7 @@ def test_restore_falls_back_on_the_frozen_kernels_where_nothing_else_is_inside()
     off = (1 + 1e-5) * rows
     reached = torch.maximum(program.problem.penalty.norms(off[:, :-1].reshape(3, 2, 2, 2)).sum(1), off[:, -1].abs())
     fixed = torch.eye(rows.shape[1], dtype=torch.float64)
-    program._bases[1] = program.basis(1)._replace(right=fixed)
+    program = replace(program, spaces=(program.spaces[0]._replace(right=fixed),))
     found = program._bounded(1, torch.arange(3), off, torch.clone, fixed.diagonal())
     assert 0 < int((reached > 1).sum()) < 3
     torch.testing.assert_close(found, torch.where((reached > 1)[:, None], rows, off), rtol=1e-12, atol=0)
@@ -365,7 +375,8 @@ def test_freezing_cuts_the_graph():
     network = bounded_program().frozen.map(lambda t: t.clone().requires_grad_())
     problem = mf.Problem(PLAIN, random_inputs(PLAIN, 4, 1), normal((4, 2), 3))
     program = mf.ConvexProgram.freeze(problem, network)
-    assert not any(t.requires_grad for t in (*program.features, *program.preactivations, *program.frozen.tensors()))
+    held = (*program.flows, *program.coordinates, program.readout_features, *program.frozen.tensors())
+    assert not any(t.requires_grad for t in held)
     assert not program.point(network).readout.requires_grad
 
 
@@ -373,10 +384,10 @@ def test_freezing_cuts_the_graph():
 def test_dtype_and_device_are_kept(dtype, device):
     program = bounded_program().to(dtype=dtype, device=device)
     point = program.restore(program.point(program.frozen))
-    tensors = [*program.features, program.feature_costs, program.design(1).rows(), program.value(point), *point.masses]
+    tensors = [*program.flows, program.feature_costs, program.readout_features, program.value(point), *point.masses]
     tensors += [
-        program.basis(1).right,
-        program.basis(1).preimage,
+        *program.bases,
+        *program.coordinates,
         *point.kernels,
         point.readout,
         *program.network(point).tensors(),
@@ -422,6 +433,30 @@ def test_point_refuses_another_first_bias():
         program.point(other)
 
 
+def test_point_accepts_a_feature_that_no_image_sees():
+    """Kernels of sum zero on constant images: their coordinates are rounding, and so is what they are held against."""
+    arch = mf.Architecture((1, 4, 4), (mf.Conv(2, activation="tanh"), mf.Conv(2, activation="tanh")))
+    network, inputs = (
+        random_network(arch, (3, 3), 0),
+        torch.ones(3, 1, 4, 4) * torch.tensor([0.3, 0.7, 1.1])[:, None, None, None],
+    )
+    blind = network.kernels[1] - torch.eye(3, dtype=torch.float64)[:1].T[:, :, None, None] * network.kernels[1].mean(
+        (2, 3), keepdim=True
+    )
+    kernels = [network.kernels[0], blind]
+    unseen = mf.ParticleNetwork(arch, network.masses, kernels, network.readout)
+    program = mf.ConvexProgram.freeze(mf.Problem(arch, inputs.double(), [0.0, 1.0, 2.0]), unseen)
+    sizes = program.coordinates[0].norm(dim=1)
+    assert 0 < float(sizes[0]) < 1e-14 < float(sizes[1])
+    assert program.discord(program.point(unseen)) < 1e-12
+
+
+def test_converting_to_what_it_is_keeps_what_was_computed():
+    program = bounded_program()
+    assert program.to(dtype=torch.float64, device="cpu") is program
+    assert program.to(dtype=torch.float32) is not program
+
+
 def test_point_accepts_the_same_features_with_other_readout_and_masses():
     program = bounded_program()
     network = program.frozen
@@ -438,7 +473,7 @@ def test_dead_features_are_harmless():
     dead = mf.ParticleNetwork(arch, network.masses, [-network.kernels[0].abs(), network.kernels[1]], network.readout)
     program = mf.ConvexProgram.freeze(mf.Problem(arch, random_inputs(arch, 3, 0).abs(), [0.0, 1.0, 2.0]), dead)
     point = program.restore(program.point(dead))
-    assert program.basis(1).rank == 0
+    assert program.spaces[0].rank == 0
     assert program.violation(point) == 0
     assert math.isfinite(program.value(point))
 
@@ -458,9 +493,129 @@ def test_a_program_with_candidates_starts_at_the_network_and_gains(bias):
     assert joined.value(start).item() == pytest.approx(problem.value(network).item(), rel=1e-12)
     assert joined.violation(start) < 1e-10
     assert joined.widths == (5, 5)
+    found = joined.maps(problem.inputs)
     for layer in range(2):
-        expected = others.responses(problem.inputs).preactivations[layer]
-        torch.testing.assert_close(joined.preactivations[layer][:, network.widths[layer] :], expected)
+        for maps, own, expected in zip(found, network.responses(problem.inputs), others.responses(problem.inputs)):
+            torch.testing.assert_close(maps[layer], torch.cat([own[layer], expected[layer]], 1))
     few, many = splitting.solve(alone, 1e-4), splitting.solve(joined, 1e-4)
     assert many.value < few.value - few.gap - many.gap
     assert problem.value(many.network).item() == pytest.approx(many.value, rel=1e-6)
+
+
+def two_layers(count, bias=True, pooling="average", widths=(3, 2), seed=0, **penalty):
+    """tanh layers with 2x2 pooling between, images of 6x6: 9 positions each on the second layer."""
+    layers = (mf.Conv(3, 1, activation="tanh", pooling=pooling, bias=bias), mf.Conv(3, 1, activation="tanh", bias=bias))
+    arch = mf.Architecture((1, 6, 6), layers, outputs=2)
+    strengths = mf.Penalty(**({"source": 1e-3, "readout": 2e-3, "input": 1e-3} | penalty))
+    problem = mf.Problem(arch, random_inputs(arch, count, seed), normal((count, 2), 3), penalty=strengths)
+    return problem, random_network(arch, widths, seed)
+
+
+@pytest.mark.parametrize("images", [1, 2, 5])
+@pytest.mark.parametrize("joined", [False, True])
+def test_the_size_of_a_block_changes_nothing(monkeypatch, images, joined):
+    """Blocks of so many images; 7 in all: the last block is smaller."""
+    problem, network = two_layers(7)
+    others = random_network(problem.architecture, (2, 3), 9)
+
+    def frozen():
+        if joined:
+            return mf.ConvexProgram.with_candidates(problem, network, others)
+        return mf.ConvexProgram.freeze(problem, network)
+
+    def figures(program):
+        point = program.point(program.frozen)
+        moved = point.map(lambda tensor: 1.01 * tensor)
+        multipliers = certificates.stationary_multipliers(program, point)
+        found = [
+            program.violation(moved),
+            splitting.solve(program, 1e-8).value,
+            *(space.rank for space in program.spaces),
+        ]
+        projections = [space.right @ space.right.T for space in program.spaces]
+        return [*found, program.readout_features, multipliers.output, *multipliers.realisation, *projections]
+
+    whole = figures(frozen())
+    monkeypatch.setattr(limits, "blocks", lambda count, _: (slice(k, k + images) for k in range(0, count, images)))
+    for one, other in zip(whole, figures(frozen()), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-12)
+
+
+class Largest(TorchDispatchMode):
+    """The bytes of the largest tensor that any operation made."""
+
+    bytes = 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        made = function(*arguments, **(options or {}))
+        for tensor in made if isinstance(made, (tuple, list)) else [made]:
+            if isinstance(tensor, torch.Tensor):
+                self.bytes = max(self.bytes, tensor.numel() * tensor.element_size())
+        return made
+
+
+def test_memory_does_not_grow_with_images(monkeypatch):
+    """Blocks of two images: nothing that any pass makes is larger for 120 images than for 24; A has 73 columns."""
+    monkeypatch.setattr(limits, "BLOCK_BYTES", 2 * 8 * 1200)
+    found = []
+    for count in (24, 120):
+        problem, network = two_layers(count, widths=(8, 2))
+        with Largest() as largest:
+            program = mf.ConvexProgram.freeze(problem, network)
+            point = program.point(program.frozen)
+            program.violation(point)
+            problem.value(network)
+            certificates.dual_value(program, certificates.stationary_multipliers(program, point))
+        found.append(largest.bytes)
+    assert found[0] == found[1] == 8 * 73 * 2 * 73
+
+
+def test_a_tall_layer_of_full_rank_leaves_masses_and_readout_alone():
+    """More positions than columns force W_j = p_j w^_j: the program in (p, U), stated for cvxpy on its own."""
+    problem, network = two_layers(8, widths=(4, 5))
+    program = mf.ConvexProgram.freeze(problem, network)
+    assert program.spaces[0].right.shape == (37, 37)
+    solution = splitting.solve(program, 1e-7)
+    for part, expected in (
+        (solution.point.kernels[0], program.flows[1]),
+        (solution.point.biases[0], program.frozen.biases[1]),
+    ):
+        wanted = expected * solution.point.masses[1].reshape(-1, *[1] * (expected.ndim - 1))
+        torch.testing.assert_close(part, wanted, rtol=1e-9, atol=1e-12)
+    source, target, readout = cp.Variable(4, nonneg=True), cp.Variable(5, nonneg=True), cp.Variable((5, 2))
+    sizes = np.linalg.norm(slow.array(network.kernels[1]).reshape(5, 4, 9), axis=2) * slow.array(network.masses[0])
+    outflow = sizes.T @ target
+    features = np.array([maps[-1].mean((1, 2)) for _, maps, _ in slow.respond(network, problem.inputs)])
+    penalty = problem.penalty
+    objective = (
+        cp.sum_squares(features @ readout - slow.array(problem.targets)) / (2 * len(features))
+        + penalty.source * cp.sum([cp.quad_over_lin(outflow[i], source[i]) for i in range(4)])
+        + penalty.readout * cp.sum([cp.quad_over_lin(readout[j], target[j]) for j in range(5)])
+        + penalty.input * np.array([slow.input_cost(network, i) for i in range(4)]) @ source
+    )
+    model = cp.Problem(cp.Minimize(objective), [cp.sum(source) == 1, cp.sum(target) == 1])
+    model.solve(solver="CLARABEL")
+    assert solution.status == "optimal"
+    assert solution.value == pytest.approx(model.value, rel=1e-6)
+    assert solution.value < 0.9 * problem.value(network).item()
+
+
+def test_a_candidate_outside_its_bound_falls_back_on_the_flows_that_made_it():
+    """Its sources are candidates themselves, with mass at the point though none in the frozen network."""
+    problem, network = two_layers(6)
+    others = random_network(problem.architecture, (2, 3), 9)
+    bound = max(problem.penalty.norms(net.flows[1]).sum(1).max().item() for net in (network, others))
+    bound = max(bound, *(net.biases[1].abs().max().item() for net in (network, others)))
+    tight = mf.Problem(
+        problem.architecture,
+        problem.inputs,
+        problem.targets,
+        penalty=replace(problem.penalty, amplitude_bound=bound * (1 + 1e-9)),
+    )
+    program = mf.ConvexProgram.with_candidates(tight, network, others)
+    masses = tuple(torch.full_like(p, 1 / len(p)) for p in program.frozen.masses)
+    flows, biases = program.flows[1], program.frozen.biases[1]
+    kernels = (1 + 1e-3) * flows * masses[1][:, None, None, None]
+    restored = program.restore(ProgramPoint(masses, (kernels,), program.frozen.readout * 0.1, (biases * masses[1],)))
+    assert program.admits(restored)
+    torch.testing.assert_close(restored.kernels[0], flows * masses[1][:, None, None, None], rtol=1e-8, atol=1e-10)

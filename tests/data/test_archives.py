@@ -85,3 +85,14 @@ def test_a_pipe_or_a_device_is_refused_and_not_waited_for(tmp_path):
 def test_what_is_no_path_is_refused(name):
     with pytest.raises(Misuse, match=r"^data=.* (must be one of|is too long)"):
         data.load(name)
+
+
+def test_a_damaged_length_of_a_name_does_not_fill_the_screen(tmp_path, rng):
+    """The whole file was quoted as the name of an array."""
+    path = write(tmp_path / "a.npz", x=rng.random((4, 30, 30)), y=np.array([0, 1, 0, 1]))
+    content = bytearray(path.read_bytes())
+    content[26:28] = (20000).to_bytes(2, "little")  # of the name in the first local header
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"a.npz: 'x' cannot be read, the file is damaged") as refused:
+        data.load(path)
+    assert len(str(refused.value)) < 500

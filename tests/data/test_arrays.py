@@ -1,5 +1,6 @@
 """What arrays mean: range, axes, labels, keys.  What is ambiguous is refused with the words that settle it."""
 
+import re
 import warnings
 
 import numpy as np
@@ -82,6 +83,25 @@ class TestRange:
         np.testing.assert_allclose(found.inputs[:, 0].numpy(), images / becomes, rtol=1e-12)
         assert not heard
 
+    @pytest.mark.parametrize(
+        ("images", "advice"),
+        [
+            (steps(0, 1.001), "0..2"),
+            (steps(0, 0.5, 1.99), "0..2"),
+            (steps(-3.3, 0.5, 3.1), "-4..4"),
+            (steps(-128, 127, dtype=np.int8), "-128..127"),
+            (steps(-300, 5, dtype=np.int16), "-512..511"),
+            (steps(0, 1e300), "LOW..HIGH"),
+        ],
+    )
+    def test_the_range_that_a_refusal_names_holds_the_images_closely(self, tmp_path, images, advice):
+        """Fractions up to 1.001 were advised to take 0..15, which makes them nearly black."""
+        path = write(tmp_path / "a.npz", x=images, y=LABELS)
+        with pytest.raises(ValueError, match=f"as range={re.escape(advice)}, or rescale"):
+            data.load(path)
+        if advice != "LOW..HIGH":
+            data.load(f"{path}:range={advice}")
+
     def test_negative_values(self, tmp_path):
         path = write(tmp_path / "a.npz", x=steps(-1, 0, 1), y=LABELS)
         with pytest.raises(ValueError, match=r"lie in -1..1; expected 0..1 .*range=-1..1"):
@@ -89,7 +109,7 @@ class TestRange:
         np.testing.assert_array_equal(data.load(f"{path}:range=-1..1").inputs[:, 0], (steps(-1, 0, 1) + 1) / 2)
         with pytest.raises(Misuse, match=r"range='0..1' does not hold the images of .*a.npz, which lie in -1..1"):
             data.load(f"{path}:range=0..1")
-        for wrong in ("1..0", "0..nan", "0-1", "0..", "0..inf"):
+        for wrong in ("1..0", "0..nan", "0-1", "0..", "0..inf", "-1e308..1e308"):
             with pytest.raises(Misuse, match=rf"range='{wrong}' must be LOW..HIGH"):
                 data.load(f"{path}:range={wrong}")
 
@@ -198,6 +218,31 @@ class TestLabels:
         found, _ = loaded(write(tmp_path / "a.npz", **contents), classes=("yes", "no"))
         assert (found.classes, found.class_names) == ((1, 0), ("yes", "no"))
 
+    @pytest.mark.parametrize("names", [np.array([b"no", b"yes"]), np.array(["no", "yes", "perhaps"])])
+    def test_names_of_classes_in_other_forms(self, tmp_path, rng, names):
+        path = write(tmp_path / "a.npz", x=rng.random((4, 4, 4)), y=LABELS, class_names=names)
+        assert data.load(path).class_names == ("no", "yes")
+
+    @pytest.mark.parametrize("names", [["no", "no"], [["no", "yes"]]])
+    def test_names_that_do_not_tell_classes_apart_are_refused(self, tmp_path, rng, names):
+        path = write(tmp_path / "a.npz", x=rng.random((4, 4, 4)), y=LABELS, class_names=np.array(names))
+        with pytest.raises(ValueError, match=r"a.npz: 'class_names' must be a row of names, a different one"):
+            data.load(path)
+
+    @pytest.mark.parametrize(("labels", "said"), [(LABELS + 1, r"1\.\.2"), (2 * LABELS - 1, r"-1\.\.1")])
+    def test_names_that_fit_no_label_are_said_to_be_left_out(self, tmp_path, rng, labels, said):
+        """Labels from 1 lost their names in silence."""
+        path = write(tmp_path / "a.npz", x=rng.random((4, 4, 4)), y=labels, class_names=np.array(["no", "yes"]))
+        with pytest.warns(data.DataWarning, match=rf"2 names of classes left out: the labels {said} are not 0\.\.1"):
+            found = data.load(path)
+        assert set(found.class_names) == set(map(str, labels.tolist()))
+
+    @pytest.mark.parametrize("blank", ["", " "])
+    def test_a_blank_label_is_no_class(self, tmp_path, rng, blank):
+        path = write(tmp_path / "a.npz", x=rng.random((4, 4, 4)), y=np.array(["ant", blank, "ant", "bee"]))
+        with pytest.raises(ValueError, match=rf"a.npz: labels contain '{blank}', which names no class"):
+            data.load(path)
+
     def test_a_name_that_is_the_place_of_another_class(self, tmp_path, rng):
         path = write(tmp_path / "a.npz", x=rng.random((4, 2, 2)), y=np.array(["1", "x", "1", "x"]))  # places 0 and 1
         with pytest.raises(Misuse, match=r"classes=1 is the name of one class of a.npz and the place of another"):
@@ -233,6 +278,23 @@ class TestKeys:
         }
         with pytest.raises(Misuse, match=r"which images of .*a.npz to read: test or val"):
             data.load(write(tmp_path / "a.npz", **contents))
+
+    def test_a_split_is_not_taken_in_silence_for_others_without_a_partner(self, tmp_path, rng):
+        """x, y_train, x_test and y_test used to be read as the test images, without a word."""
+        images, path = rng.random((4, 2, 2)), tmp_path / "a.npz"
+        tested = {"x_test": images, "y_test": LABELS}
+        with pytest.raises(Misuse, match=r"which images of .*a.npz to read: test; 'x', 'y_train' has no partner"):
+            data.load(write(path, x=images, y_train=LABELS, **tested))
+        _, heard = loaded(write(path, **tested))
+        assert "split test of the file" in heard
+        _, heard = loaded(write(path, x_train=images, y_train=LABELS, x_test=images))
+        assert "split train of the file; left out: 'x_test', without a partner" in heard
+
+    def test_one_image_and_one_label_are_customary_as_well(self, tmp_path, rng):
+        images, path = rng.random((4, 2, 2)), tmp_path / "a.npz"
+        np.testing.assert_array_equal(data.load(write(path, image=images, label=LABELS)).inputs[:, 0], images)
+        with pytest.raises(ValueError, match=r"has labels under 'y' and others under 'label'"):
+            data.load(write(path, x=images, y=LABELS, label=1 - LABELS))
 
     def test_keys_can_be_named(self, tmp_path, rng):
         images = rng.random((2, 4, 2, 2))

@@ -230,6 +230,26 @@ class TestOtherLayouts:
         ):
             data.load(tmp_path / "b")
 
+    @pytest.mark.parametrize("names", [("train", "test"), ("Train", "valid", "test"), ("train/ant", "train", "val")])
+    def test_parts_of_a_data_set_are_no_classes(self, tmp_path, names):
+        """Images without class folders, in train/ and val/, were learned as the classes train and val."""
+        self.nested(tmp_path, *names)
+        with pytest.raises(ValueError, match=r"named as parts of a data set, not as classes"):
+            data.load(tmp_path)
+
+    def test_a_class_may_be_called_train(self, tmp_path):
+        assert data.load(self.nested(tmp_path, "bus", "train")).class_names == ("bus", "train")
+
+    def test_images_in_folders_inside_a_class_are_said(self, tmp_path):
+        self.nested(tmp_path, "ant", "ant/red", "bee")
+        with pytest.warns(data.DataWarning, match=r"2 images in folders inside class folders"):
+            assert len(data.load(tmp_path)) == 6
+
+    def test_dark_bytes_are_said(self, tmp_path):
+        for name, value in {"a": 3, "b": 20}.items():
+            save(tmp_path / name / "1.png", grey(0) * 0 + value)
+        assert "no value above 20 of 255" in data.load(tmp_path).summary
+
     def test_kinds_that_are_not_read_and_links_are_counted_and_said(self, folder, tmp_path):
         for name in ("1.gif", "2.GIF", "3.heic", ".DS_Store"):
             (folder / "dog" / name).write_bytes(b"")

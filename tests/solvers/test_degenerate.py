@@ -72,7 +72,7 @@ def test_equal_images_leave_redundant_constraints(copies):
     repeated = mf.Problem(TWO_LAYERS, inputs, targets, penalty=problem.penalty)
     program, solution = certified(repeated, network)
     assert solution.status == "optimal"
-    assert program.basis(1).rank <= 4  # positions of one image
+    assert program.spaces[0].rank <= 4  # positions of one image
 
 
 def test_repeating_all_images_changes_nothing():

@@ -25,6 +25,7 @@ from strategies import (
 )
 
 import meanfield as mf
+from meanfield import limits
 from meanfield.problem import project_bounds
 from meanfield.solvers import alternating, flow, reference
 
@@ -476,6 +477,39 @@ def test_masses_stay_positive_and_sum_to_one(descent, case):
     for p in answer.masses:
         assert (p > 0).all()
         assert p.sum().item() == pytest.approx(1, abs=len(p) * EPS)
+
+
+@pytest.mark.parametrize("loss", ["squared", "logistic", "softmax"])
+@pytest.mark.parametrize("images", [1, 2, 3])
+def test_velocities_are_the_same_for_any_block_size(monkeypatch, images, loss):
+    problem, network = make(depth=3, bias=True, loss=loss, count=5)
+    terms, whole = flow.velocity(problem, network)
+    each = flow.GRAPH * 8 * problem.architecture.entries(network.widths)
+    monkeypatch.setattr(limits, "BLOCK_BYTES", images * each)
+    assert len(list(limits.blocks(5, each))) == math.ceil(5 / images)
+    terms_again, blocked = flow.velocity(problem, network)
+    torch.testing.assert_close(terms_again, terms, rtol=1e-14, atol=0)
+    tensors = lambda found: [*found.masses, *found.kernels, found.readout, *found.biases]  # noqa: E731
+    torch.testing.assert_close(tensors(blocked), tensors(whole), rtol=1e-11, atol=1e-13)
+
+
+def test_a_velocity_holds_the_graph_of_one_block_only(monkeypatch):
+    """The largest tensor that is kept for a backward pass is the same for 6 and for 60 images."""
+
+    def largest(count):
+        problem, network = make(count=count)
+        monkeypatch.setattr(limits, "BLOCK_BYTES", 6 * flow.GRAPH * 8 * problem.architecture.entries(network.widths))
+        sizes = []
+
+        def pack(tensor):
+            sizes.append(tensor.numel())
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            flow.velocity(problem, network)
+        return max(sizes)
+
+    assert largest(60) == largest(6)
 
 
 @pytest.mark.parametrize("loss", ["squared", "softmax"])

@@ -1,6 +1,7 @@
 """The splitting solver against stored optima, against CLARABEL, and in the corners of the convex program."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import reference as slow
@@ -256,3 +257,64 @@ def test_a_perturbed_feasible_point_has_a_larger_gap():
     assert judged.violation < 1e-7
     assert judged.gap >= judged.value - solution.value - ROUNDING
     assert judged.gap > solution.gap
+
+
+@pytest.mark.parametrize("name", sorted(TRUTH))
+def test_the_order_of_the_images_changes_nothing_but_rounding(name):
+    """Down to the weights of the metric: they follow from multipliers, and must not tell a zero from its rounding."""
+    problem, network, _ = stored_case(name)
+    backwards = problem.batch(torch.arange(len(problem.inputs)).flip(0))
+    runs = []
+    for each in (problem, backwards):
+        run = splitting._Run(mf.ConvexProgram.freeze(each, network), 1.0, 1e-12, None)
+        run.iterate(100, 200)
+        runs.append(run)
+    first, second = (run.splitting.weights for run in runs)
+    assert first == {key: pytest.approx(weight, rel=1e-6) for key, weight in second.items()}
+    assert runs[0].value == pytest.approx(runs[1].value, rel=1e-9)
+
+
+@pytest.mark.parametrize("count", [3, 40])
+@pytest.mark.parametrize("readout", ["average", "flatten"])
+def test_readout_and_output_move_to_the_nearest_pair(count, readout):
+    """min w_U |U - U^|^2 + w_F |F - F^|^2 over F = features U, whichever side of the features is smaller."""
+    arch = mf.Architecture((1, 3, 3), (mf.Conv(2, activation="tanh"),), readout, 2)
+    problem = mf.Problem(arch, random_inputs(arch, count, 0), normal((count, 2), 1))
+    frozen = mf.ConvexProgram.freeze(problem, random_network(arch, (5,), 0))
+    run = splitting._Run(frozen, 1.0, 1e-6, None).splitting
+    state = run.state + normal(run.state.shape, 4)
+    U, F = (run.blocks(run._project(run.blocks(state)))[key] for key in (("U", 0), ("F", 0)))
+    rows, roots = frozen.readout_features.flatten(1), [math.sqrt(run.weight(key)) for key in (("U", 0), ("F", 0))]
+    wanted = run.blocks(state)["U", 0][0].movedim(1, 2).flatten(0, 1)
+    stacked = torch.cat([roots[0] * torch.eye(rows.shape[1], dtype=torch.float64), roots[1] * rows])
+    goal = torch.cat([roots[0] * wanted, roots[1] * run.blocks(state)["F", 0]])
+    best = torch.linalg.lstsq(stacked, goal).solution
+    torch.testing.assert_close(U[0].movedim(1, 2).flatten(0, 1), best)
+    torch.testing.assert_close(F, rows @ best)
+
+
+def test_what_coordinates_promise_is_confirmed_on_the_images():
+    """A row space that is empty promises that any kernels will do: no such point is returned, or called optimal."""
+    whole = program()
+    space = whole.spaces[0]
+    blind = replace(whole, spaces=(space._replace(right=space.right[:, :0]),))
+    solution = splitting.solve(blind, 1e-6, max_iterations=400)
+    assert solution.status == "max_iterations"
+    assert solution.certificate.violation <= 1e-12
+    assert solution.value == pytest.approx(whole.problem.value(solution.network).item(), rel=1e-12)
+    assert splitting.solve(whole, 1e-6, max_iterations=400).value <= solution.value
+
+
+def test_an_answer_that_nobody_could_confirm_says_so(monkeypatch):
+    frozen = program()
+    monkeypatch.setattr(mf.ConvexProgram, "violation", stopped)
+    solution = splitting.solve(frozen, 1e-6, max_iterations=50)
+    assert solution.status == "interrupted"
+    assert solution.certificate is None
+    assert math.isinf(solution.gap)
+    assert "no time or memory left to certify it" in solution.message
+    assert solution.value == pytest.approx(frozen.problem.value(frozen.frozen).item(), rel=1e-12)
+
+
+def stopped(*_):
+    raise KeyboardInterrupt

@@ -28,6 +28,20 @@ def listed(directory):
     return sorted(path.name for path in directory.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        (lambda path, network: mf.save_network(3, path), "network must be a ParticleNetwork, not int"),
+        (lambda path, network: mf.save_network(network, None), "path=None must be the path"),
+        (lambda path, network: mf.load_network(None), "path=None must be the path"),
+        (lambda path, network: mf.load_network(""), "path='' must be the path"),
+    ],
+)
+def test_wrong_arguments_are_named(saved, call, said):
+    with pytest.raises((TypeError, ValueError), match=said):
+        call(*saved)
+
+
 class TestRoundTrip:
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
     @given(architectures(), seeds)

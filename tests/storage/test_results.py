@@ -267,3 +267,27 @@ def test_where_there_are_no_locks_a_warning_says_so(tmp_path, monkeypatch):
     monkeypatch.setattr(locks.fcntl, "flock", no_locks)
     with pytest.warns(UserWarning, match=r"cannot be locked \(Function not implemented\)"), opened(tmp_path, "r"):
         assert Path(tmp_path, locks.LOCK).exists()
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda place: (place / ".r.part").write_text("a file"),
+        lambda place: (place / ".r.part").symlink_to(place.parent),
+        lambda place: (place / ".r.new").write_text("a file"),
+        lambda place: (place / ".r.new").symlink_to(place.parent / "nowhere"),
+        lambda place: [(place / ".r.new").mkdir(), (place / ".r.new" / "a.txt").write_text("no manifest")],
+        lambda place: [(place / ".r.new").mkdir(), (place / ".r.new" / "r.manifest.json").write_text("{")],
+    ],
+)
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_what_would_be_in_the_way_of_a_result_is_refused_before_the_work(tmp_path, spoil, overwrite):
+    """It ended the write after all work, or the opening without the name of an argument."""
+    place = tmp_path / "out"
+    with opened(place, "r", OLD) as result:
+        result.publish(OLD)
+    spoil(place)
+    message = r"out='.*out' has the remains of a change that cannot be completed \(.*\); remove them or give another"
+    with pytest.raises(Misuse, match=message):
+        opened(place, "r", {**OLD, **NEW}, overwrite=overwrite).__enter__()
+    assert not (place / locks.LOCK).exists()

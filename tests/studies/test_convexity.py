@@ -164,7 +164,7 @@ def test_sampled_vectors_are_feasible_and_the_tangent_keeps_them_so(case, seed):
     moved = variables.point(vector + tangent @ (1e-2 * normal((tangent.shape[1],), seed)))
     assert all(abs(float(p.sum()) - 1) < 1e-12 for p in moved.masses)
     for layer in range(1, variables.program.depth):
-        scale = float(variables.program.preactivations[layer].abs().max()) + float(moved.kernels[layer - 1].abs().max())
+        scale = float(variables.program.flows[layer].abs().max()) + float(moved.kernels[layer - 1].abs().max())
         assert float(variables.program.residual(moved, layer).abs().max()) < 1e-10 * (1 + scale)
 
 

@@ -23,8 +23,8 @@ TYPICAL_COSINE = 0.15
 
 
 @dataclass(frozen=True, eq=False)
-class _Cells:
-    """Cones over boxes on the facets of the cube [-1, 1]^r.
+class Cones:
+    """Cones over boxes on the facets of the cube [-1, 1]^r, together all directions or some of them.
 
     middles, halves (b, r): the box; on its facet's axis the middle is 1 or -1 and the half-width 0.  facets (b,): that
     axis.  signs (b,): 1 or -1, whether q or -q is bounded (one output).  uppers (b,): bound of |q|; splits (b,): the
@@ -44,14 +44,14 @@ class _Cells:
     def _tensors(self) -> tuple[Tensor, ...]:
         return self.middles, self.halves, self.facets, self.signs, self.uppers, self.splits
 
-    def __getitem__(self, index: Tensor) -> _Cells:
-        return _Cells(*(tensor[index] for tensor in self._tensors()))
+    def __getitem__(self, index: Tensor) -> Cones:
+        return Cones(*(tensor[index] for tensor in self._tensors()))
 
-    def join(self, other: _Cells) -> _Cells:
-        return _Cells(*(torch.cat(pair) for pair in zip(self._tensors(), other._tensors())))
+    def join(self, other: Cones) -> Cones:
+        return Cones(*(torch.cat(pair) for pair in zip(self._tensors(), other._tensors())))
 
     @classmethod
-    def roots(cls, response: Response) -> _Cells:
+    def roots(cls, response: Response) -> Cones:
         """All facets; twice, with both signs, for one output."""
         dimension, outputs = response.linear.shape
         eye = torch.eye(dimension, dtype=response.linear.dtype, device=response.linear.device)
@@ -68,13 +68,13 @@ class _Cells:
             (facets + 1) % dimension,
         )
 
-    def halved(self) -> _Cells:
+    def halved(self) -> Cones:
         """Both halves of every cell along its split axis."""
         at = self.splits[:, None]
         halves = self.halves.scatter(1, at, 0.5 * self.halves.gather(1, at))
         step = torch.zeros_like(halves).scatter(1, at, halves.gather(1, at))
-        twins = _Cells(self.middles - step, halves, self.facets, self.signs, self.uppers, self.splits)
-        return twins.join(_Cells(self.middles + step, *twins._tensors()[1:]))
+        twins = Cones(self.middles - step, halves, self.facets, self.signs, self.uppers, self.splits)
+        return twins.join(Cones(self.middles + step, *twins._tensors()[1:]))
 
 
 @dataclass(frozen=True, eq=False)
@@ -149,7 +149,7 @@ def maximise_branching(response: Response, starts: Tensor, deadline: float, tole
     """Best-first search in batches: the open cells of the largest bounds are halved, those that
     cannot matter dropped.
     """
-    cells, relaxed = _Cells.roots(response), _Relaxed.of(response)
+    cells, relaxed = Cones.roots(response), _Relaxed.of(response)
     lower, argmax = ascend(response, start_directions(response, starts))
     batch = max(64, min(MAX_BATCH, BATCH_ENTRIES // max(1, len(response.rows))))
     looked, dropped = 0, 0.0
@@ -173,7 +173,15 @@ def maximise_branching(response: Response, starts: Tensor, deadline: float, tole
     return Found(lower, upper, argmax, "branch and bound", looked)
 
 
-def _bound(relaxed: _Relaxed, cells: _Cells) -> tuple[_Cells, Tensor]:
+def bounded_cones(response: Response, halvings: int) -> Cones:
+    """Cones that cover all directions, every one halved so often, with their bounds."""
+    relaxed, cells = _Relaxed.of(response), Cones.roots(response)
+    for _ in range(halvings):
+        cells = _bound(relaxed, cells)[0].halved()
+    return _bound(relaxed, cells)[0]
+
+
+def _bound(relaxed: _Relaxed, cells: Cones) -> tuple[Cones, Tensor]:
     """Cells (in another order) with bounds and split axes, and the directions (b, r) at which their relaxations are
     largest.
     """
@@ -189,14 +197,14 @@ def _bound(relaxed: _Relaxed, cells: _Cells) -> tuple[_Cells, Tensor]:
     cells = cells[order]
     # a child lies in its parent: the parent's bound holds for it
     uppers = torch.minimum(uppers, cells.uppers)
-    return _Cells(cells.middles, cells.halves, cells.facets, cells.signs, uppers, scores.argmax(1)), tops
+    return Cones(cells.middles, cells.halves, cells.facets, cells.signs, uppers, scores.argmax(1)), tops
 
 
-def _bound_scalar(relaxed: _Relaxed, cells: _Cells) -> tuple[Tensor, Tensor, Tensor]:
+def _bound_scalar(relaxed: _Relaxed, cells: Cones) -> tuple[Tensor, Tensor, Tensor]:
     return _bound_outputs(relaxed, cells, cells.signs[:, None])
 
 
-def _bound_vector(relaxed: _Relaxed, cells: _Cells) -> tuple[Tensor, Tensor, Tensor]:
+def _bound_vector(relaxed: _Relaxed, cells: Cones) -> tuple[Tensor, Tensor, Tensor]:
     """|q|^2 as a sum over orthonormal outputs, the first of them along q at the middle.
 
     The others are small in a small cell, so that their bounds matter to second order only.
@@ -219,7 +227,7 @@ def _frames(first: Tensor) -> Tensor:
     return frames * torch.where(first[:, :1, None] < 0, 1.0, -1.0)
 
 
-def _bound_outputs(relaxed: _Relaxed, cells: _Cells, outputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _bound_outputs(relaxed: _Relaxed, cells: Cones, outputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Upper bounds (b,) of <outputs, q(z)> over the unit vectors of each cone, split scores (b, r), tops (b, r).
 
     outputs (b, C): one direction per cell.  The score of an axis is its share in the widths of the mixed rows.
@@ -254,7 +262,7 @@ class _Above:
     widths: Tensor
 
 
-def _single_bound(single: Response, cells: _Cells, outputs: Tensor) -> _Above:
+def _single_bound(single: Response, cells: Cones, outputs: Tensor) -> _Above:
     """Above <outputs, q> less its linear part: every row by itself."""
     rows, weights = single.rows, outputs @ single.weights.T
     heights, reach = cells.middles @ rows.T, cells.halves @ rows.abs().T
@@ -265,7 +273,7 @@ def _single_bound(single: Response, cells: _Cells, outputs: Tensor) -> _Above:
     return _Above(slopes @ rows, offset, torch.zeros_like(offset), widths)
 
 
-def _pair_bound(relaxed: _Relaxed, cells: _Cells) -> _Above:
+def _pair_bound(relaxed: _Relaxed, cells: Cones) -> _Above:
     """Above sum flows (relu(left z) - relu(right z)) times the sign that the cells share, term by term the lower at
     the middle of
 
@@ -291,7 +299,7 @@ def _pair_bound(relaxed: _Relaxed, cells: _Cells) -> _Above:
     return _Above(rising @ left - falling @ right, (offsets * apart).sum(1), slack, widths)
 
 
-def _cone_maxima(linear: Tensor, cells: _Cells) -> tuple[Tensor, Tensor]:
+def _cone_maxima(linear: Tensor, cells: Cones) -> tuple[Tensor, Tensor]:
     """max of <linear, z> over the unit vectors of each cone: upper bounds (b,), where attained (b, r).
 
     The maximum is the length of the projection on the cone.  On the slice where the facet's coordinate is s the

@@ -13,7 +13,7 @@ from typing import Annotated, Any, NoReturn
 import torch
 
 from meanfield import limits, starts, storage
-from meanfield.bench import signals
+from meanfield.bench import reading, signals
 from meanfield.bench.command import SHORT, say_data, stop
 from meanfield.bench.options import (
     MODEL,
@@ -39,6 +39,8 @@ from meanfield.storage import networks, results
 from meanfield.studies.solve import page
 from meanfield.studies.solve.measure import Run, heading, solution_figures
 from meanfield.validation import positive
+
+REPORT_SHARE = 0.25  # of --max-seconds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,12 +89,16 @@ def command(options: Options) -> None:
     or two and leaves report.html, which opens in any browser, its pictures, results.json and the network; without it a
     summary is printed and nothing is written.
 
+    --max-seconds is for the solve; measurements of the report that take longer than what it leaves, or a quarter more,
+    are cut short or left out.
+
     Ctrl-C, SIGTERM and SIGHUP stop the solve, keep the best network so far and say where it is. An earlier report in
     the same directory is replaced as a whole.
     """
     with contextlib.ExitStack() as stack:
         result = None
         if options.out is not None:
+            reading.refuse_inside(options.out, options.data)
             result = stack.enter_context(
                 results.opened(options.out, networks.RESULT, page.FILES, overwrite=options.overwrite)
             )
@@ -112,15 +118,27 @@ def command(options: Options) -> None:
             _ended(run, result, watch, "memory ran out", SHORT)
         if result is not None:
             try:
-                figures, written = page.files(run, watch.say)
+                with limits.within(_for_report(options, run)):
+                    figures, written = page.files(run, watch.say)
                 stack.enter_context(signals.held())  # from here on there is a report
             except KeyboardInterrupt:
                 _ended(run, result, watch)
+            except (MemoryError, RuntimeError) as error:
+                if not limits.is_shortage(error):
+                    raise
+                _ended(run, result, watch, "memory ran out", SHORT)
             result.publish(written)
     if options.json:
         sys.stdout.write(storage.to_json(figures))
     elif not options.quiet:
         _summarise(figures["solution"], options)
+
+
+def _for_report(options: Options, run: Run) -> float:
+    """Seconds: what the solve has left of --max-seconds, or a share of it on top."""
+    if options.max_seconds is None:
+        return math.inf
+    return max(options.max_seconds - run.solution.seconds, REPORT_SHARE * options.max_seconds)
 
 
 def _keep(run: Run, result: results.Result | None) -> dict[str, Any]:

@@ -27,6 +27,7 @@ TRAINED_WIDTHS, TRAINED_SEEDS, TRAINED_RATE = (4, 8, 16, 32), 2, 0.2
 POINTS = 11
 HELD_OUT_MOST = 1000
 KERNELS_SHOWN, IMAGES_SHOWN = 12, 12
+NO_TIME = "no time was left"
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,6 +127,8 @@ def _reference(run: Run) -> dict[str, Any]:
             "skipped": f"{size:,} entries (particles x particles x constraint rows); cvxpy is given at most "
             f"{REFERENCE_LIMIT:,}"
         }
+    if limits.passed():
+        return found | {"skipped": NO_TIME}
     began = time.perf_counter()
     try:
         solved = solvers.reference.solve(program)
@@ -146,7 +149,7 @@ def _reference(run: Run) -> dict[str, Any]:
 
 def _rows(program: ConvexProgram) -> list[int]:
     """Images times positions of layers >= 2."""
-    return [g.shape[0] * g.shape[2] * g.shape[3] for g in program.preactivations[1:]]
+    return [len(program.problem.inputs) * math.prod(size.output) for size in program.problem.architecture.geometry[1:]]
 
 
 def _constraints(program: ConvexProgram) -> int:
@@ -249,6 +252,14 @@ def _trained(run: Run) -> dict[int, list[float]]:
 @torch.no_grad()
 def _segment(run: Run) -> dict[str, Any]:
     """J between two flows' answers from two seeds, all particles kept: mixture of measures, and averaged weights."""
+    try:
+        return _joined(run)
+    except limits.TimeUp:
+        return {"skipped": NO_TIME}
+
+
+def _joined(run: Run) -> dict[str, Any]:
+    limits.look()
     (first, steps), (second, _) = (_flowed(run, run.seed + offset) for offset in (1, 2))
     times = [i / (POINTS - 1) for i in range(POINTS)]
     ends = float(run.problem.terms(first).total()), float(run.problem.terms(second).total())
@@ -260,7 +271,10 @@ def _segment(run: Run) -> dict[str, Any]:
         "steps": steps,
     }
     for name, join in inner.items():
-        values = [float(run.problem.terms(join(first, second, t)).total()) for t in times[1:-1]]
+        values = []
+        for t in times[1:-1]:
+            limits.look()
+            values.append(float(run.problem.terms(join(first, second, t)).total()))
         found[name] = [ends[0], *values, ends[1]]
     middle = POINTS // 2
     found["midpoint_violation"] = {name: max(0.0, found[name][middle] - sum(ends) / 2) for name in inner}

@@ -203,11 +203,14 @@ def _finite(results: Results) -> Section:
         drawn = sorted(found["sampled"].get(m, []))
         middle, spread = (f"{np.median(drawn):.4g}", f"{drawn[0]:.4g} to {drawn[-1]:.4g}") if drawn else ("–", "–")
         rows.append([m, middle, spread, ", ".join(f"{value:.4g}" for value in found["trained"].get(m, [])) or "–"])
-    return Section("Finite networks against the limit", [text, Figure("finite", caption), Table(head, rows)])
+    measured = [Figure("finite", caption), Table(head, rows)] if rows else []
+    return Section("Finite networks against the limit", [text, *measured])
 
 
 def _segment(results: Results) -> Section:
     found = results["segment"]
+    if "skipped" in found:
+        return Section("Convex in populations, not in weights", [f"Not measured: {found['skipped']}."])
     violation, (a, b) = found["midpoint_violation"], found["seeds"]
     shown = "J is not convex" if violation["weights"] > 1e-6 else "this pair does not show that J is not convex"
     text = Markup(

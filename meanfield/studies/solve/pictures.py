@@ -25,8 +25,10 @@ def pictures(results: Results) -> dict[str, Any]:
     found["images"] = _image_strip(results["predictions"])
     found["predictions"] = _prediction_scatter(results["predictions"])
     sampled, trained = ({int(m): drawn for m, drawn in finite[kind].items()} for kind in ("sampled", "trained"))
-    found["finite"] = plotting.finite_networks(sampled, trained, finite["limit"])
-    found["segment"] = plotting.segment(segment, segment["midpoint_violation"])
+    if sampled or trained:
+        found["finite"] = plotting.finite_networks(sampled, trained, finite["limit"])
+    if "skipped" not in segment:
+        found["segment"] = plotting.segment(segment, segment["midpoint_violation"])
     return found
 
 

@@ -43,6 +43,32 @@ def test_results_agree_with_the_saved_network(directory):
     assert results["segment"]["midpoint_violation"]["program"] <= 1e-12
 
 
+def test_the_report_ends_with_the_time_of_the_solve(tmp_path):
+    """It took minutes more than --max-seconds allowed."""
+    words = ("--widths=6,4", "--samples=6", "--rounds=1", "--flow-steps=5", "--max-seconds=1e-9")
+    ended = run("solve", *words, "--out", tmp_path, "--quiet")
+    assert ended.exit_code == 0, ended.stderr
+    results, text = (json.loads((tmp_path / "results.json").read_text()), (tmp_path / "report.html").read_text())
+    assert results["segment"] == {"skipped": measure.NO_TIME}
+    assert not results["finite"]["sampled"]
+    assert not results["finite"]["trained"]
+    assert f"Not measured: {measure.NO_TIME}." in text
+    assert not (tmp_path / "segment.png").exists()
+    assert not Result(tmp_path, "solve").faults()
+
+
+def test_memory_that_runs_out_in_the_report_leaves_the_network_and_one_line(tmp_path, monkeypatch):
+    def short(run):
+        raise MemoryError
+
+    monkeypatch.setattr(measure, "_populations", short)
+    ended = run("solve", "--widths=6,4", "--samples=6", "--rounds=1", "--flow-steps=5", "--out", tmp_path, "--quiet")
+    assert ended.exit_code == 75
+    assert ended.stderr.startswith("memory ran out: the best network so far, J = ")
+    assert ended.stderr.count("\n") == 1
+    assert load_network(tmp_path).widths[0] == 6
+
+
 def test_every_file_says_what_made_it_and_that_gives_the_same_figures(directory, tmp_path, monkeypatch):
     """A page used to drop most options of the run that made it."""
     monkeypatch.setattr(measure, "TRAINED_WIDTHS", ())
