@@ -175,6 +175,6 @@ def test_no_bound_comes_of_what_rounding_left_of_float32_features(seed):
     penalty = mf.Penalty(source=1e-3, readout=1e-3, input=1e-9)
     problem = mf.Problem(arch, inputs, targets, penalty=penalty).to(dtype=torch.float32)
     network = mf.starts.draw(problem, (8, 3), generator, "low_rank")
-    solution = reference.solve(mf.ConvexProgram.freeze(problem, network))
+    solution = mf.solvers.reference.solve(mf.ConvexProgram.freeze(problem, network))
     assert solution.status == "optimal"
     assert abs(solution.relative_gap) <= 1e-6
