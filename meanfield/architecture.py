@@ -6,7 +6,7 @@ T_s picks, for every output position, the input value at offset s (one column of
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from math import prod
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from meanfield.validation import Misuse, instance, integer, one_of, pair
+from meanfield.validation import Misuse, boolean, instance, integer, one_of, pair
 
 
 @dataclass(frozen=True)
@@ -76,8 +76,7 @@ class Conv:
             object.__setattr__(self, name, pair(getattr(self, name), name, minimum))
         one_of(self.activation, "activation", ACTIVATIONS)
         one_of(self.pooling, "pooling", POOLINGS)
-        if not isinstance(self.bias, bool):
-            raise Misuse("bias", self.bias, "must be True or False")
+        object.__setattr__(self, "bias", boolean(self.bias, "bias"))
 
     @property
     def kernel(self) -> tuple[int, int]:
@@ -162,16 +161,16 @@ class Architecture:
     outputs: int = 1
 
     def __post_init__(self) -> None:
-        shape = tuple(self.input_shape) if isinstance(self.input_shape, Sequence) else (self.input_shape,)
+        shape = tuple(self.input_shape) if isinstance(self.input_shape, Iterable) else (self.input_shape,)
         if len(shape) != 3:
             raise Misuse("input_shape", self.input_shape, "must be (channels, height, width)")
         object.__setattr__(self, "input_shape", tuple(integer(size, "input_shape") for size in shape))
-        layers = tuple(self.layers) if isinstance(self.layers, Sequence) else (self.layers,)
+        layers = tuple(self.layers) if isinstance(self.layers, Iterable) else (self.layers,)
         if not layers or not all(isinstance(layer, Conv) for layer in layers):
             raise Misuse("layers", self.layers, "must be a non-empty sequence of Conv")
         object.__setattr__(self, "layers", layers)
         one_of(self.readout, "readout", READOUTS)
-        integer(self.outputs, "outputs")
+        object.__setattr__(self, "outputs", integer(self.outputs, "outputs"))
         _ = self.geometry  # shapes are checked at construction
 
     @property

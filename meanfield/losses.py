@@ -94,6 +94,8 @@ def _check_count(targets: Tensor, count: int) -> None:
 def _columns(targets: Tensor, count: int, outputs: int, like: Tensor) -> Tensor:
     """Targets (N,) or (N, K) as a floating tensor (N, K)."""
     _check_count(targets, count)
+    if targets.is_complex():
+        raise ValueError(f"targets has dtype {targets.dtype}; targets are real")
     columns = targets.reshape(count, -1) if targets.ndim <= 2 else targets
     if tuple(columns.shape) != (count, outputs):
         raise ValueError(
@@ -209,9 +211,14 @@ class SoftmaxLoss(Loss):
         _check_count(targets, count)
         if outputs < 2:
             raise Misuse("outputs", outputs, "is too few: the softmax loss needs one output per class, at least 2")
-        if targets.ndim != 1 or bool((targets != targets.floor()).any() if targets.is_floating_point() else False):
+        if (
+            targets.ndim != 1
+            or targets.is_complex()
+            or bool((targets != targets.floor()).any() if targets.is_floating_point() else False)
+        ):
             raise ValueError(
-                f"targets of shape {tuple(targets.shape)}: the softmax loss expects ({count},) integer classes"
+                f"targets of shape {tuple(targets.shape)} and dtype {targets.dtype}: the softmax loss expects "
+                f"({count},) integer classes"
             )
         classes = targets.to(dtype=torch.int64, device=like.device)
         if int(classes.min()) < 0 or int(classes.max()) >= outputs:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from meanfield.architecture import Architecture
-from meanfield.validation import finite, instance, shaped
+from meanfield.validation import finite, instance, shaped, working
 
 MASS_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-8}
 
@@ -101,8 +101,14 @@ class ParticleNetwork:
             raise ValueError(
                 f"all tensors must share one dtype, float32 or float64, and one device; got {sorted(map(str, kinds))}"
             )
+        self.require_finite()
         for index, masses in enumerate(self.masses):
             _check_masses(masses, f"masses[{index}]")
+
+    def require_finite(self) -> None:
+        """Refuse NaN and infinities, naming the tensor and the position."""
+        for index, masses in enumerate(self.masses):
+            finite(masses, f"masses[{index}]")
         for index, kernel in enumerate(self.kernels):
             finite(kernel, f"kernels[{index}]")
         finite(self.readout, "readout")
@@ -142,6 +148,7 @@ class ParticleNetwork:
         )
 
     def to(self, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> ParticleNetwork:
+        working(dtype)
         return self.map(lambda tensor: tensor.to(dtype=dtype, device=device))
 
     def detach(self) -> ParticleNetwork:
@@ -222,7 +229,6 @@ def _describe(value: object) -> str:
 
 
 def _check_masses(masses: Tensor, argument: str) -> None:
-    finite(masses, argument)
     low, total = float(masses.min()), float(masses.sum())
     if low < 0:
         raise ValueError(f"{argument} has the negative entry {low:g}; masses are probabilities, at least 0")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -11,7 +12,7 @@ from meanfield import limits, losses
 from meanfield.architecture import Architecture
 from meanfield.network import ParticleNetwork, ordinary
 from meanfield.penalties import Penalty, input_norms, input_projection, kernel_projection
-from meanfield.validation import Misuse, finite, instance
+from meanfield.validation import Misuse, finite, instance, working
 
 # The relative violation, of a bound or of any constraint of the convex program, up to which a network or a point counts
 # as feasible; solvers end at rounding.  float32: sums of 2^10 terms with one rounding each (2^-24) may be off by 6e-5.
@@ -65,7 +66,7 @@ class Problem:
 
     def to(self, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> Problem:
         """The same problem with its tensors converted."""
-        return self._with_data(self.inputs.to(dtype=dtype, device=device), self.targets)
+        return self._with_data(self.inputs.to(dtype=working(dtype), device=device), self.targets)
 
     def batch(self, indices: Tensor) -> Problem:
         """The problem on some of its images: its gradient is an unbiased estimate of the whole one's."""
@@ -118,6 +119,14 @@ class Problem:
         total = self.terms(network).total()
         return total if self.excess(network) <= FEASIBLE[network.dtype] else total + torch.inf
 
+    def require_finite(self, total: Tensor) -> None:
+        """Refuse a network whose J, as `terms` has it, overflows: no solver can tell what lowers it."""
+        if not bool(total.isfinite()):
+            raise ValueError(
+                f"network has J = {total.item():g} in {total.dtype}, where no solver can begin; scale its kernels and "
+                "readout down"
+            )
+
     def excess(self, network: ParticleNetwork) -> float:
         """Largest relative excess over the bounds, 0 where they hold: max of (reached / bound - 1)."""
         return max((reached / bound - 1 for _, reached, bound in self.bounds(network)), default=0.0)
@@ -140,8 +149,9 @@ class Problem:
         return found
 
     def require_feasible(self, network: ParticleNetwork) -> None:
-        """Refuse a network that breaks a bound, naming the bound and the value reached."""
+        """Refuse a network that is not finite, or breaks a bound, naming the bound and the value reached."""
         self._check_network(network)
+        network.require_finite()
         for name, reached, bound in self.bounds(network):
             if reached > bound * (1 + FEASIBLE[network.dtype]):
                 raise Misuse(
@@ -200,7 +210,12 @@ def project_bounds(problem: Problem, network: ParticleNetwork, *, input_bias_ste
 
 
 def _tensor(values: Any, argument: str) -> Tensor:
+    """Of lists, of lists of tensors, and of arrays in any byte order and with any strides."""
     try:
+        if isinstance(values, (list, tuple)) and values and all(isinstance(each, Tensor) for each in values):
+            return torch.stack(list(values))
+        if isinstance(values, np.ndarray):
+            values = np.ascontiguousarray(values, values.dtype.newbyteorder("="))
         return torch.as_tensor(values)
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(f"{argument} of type {type(values).__name__} is not a tensor or an array of numbers") from error

@@ -16,11 +16,21 @@ import inspect
 import math
 import typing
 from collections.abc import Callable
-from numbers import Real
 from types import NoneType, UnionType
 from typing import Annotated, Any, ParamSpec, TypeVar, Union
 
-from meanfield.validation import Misuse, Rule, at_least, instance, integer, nonnegative, positive, seconds, seed
+from meanfield.validation import (
+    Rule,
+    at_least,
+    boolean,
+    instance,
+    integer,
+    nonnegative,
+    number,
+    positive,
+    seconds,
+    seed,
+)
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -73,7 +83,7 @@ def _rule(hint: Any) -> Rule | None:
         return functools.partial(_all, rules=inner[1:])
     if origin is collections.abc.Callable:
         return _callable
-    plain = {bool: _boolean, int: functools.partial(integer, minimum=-math.inf), float: _number}
+    plain = {bool: boolean, int: functools.partial(integer, minimum=-math.inf), float: number}
     if hint in plain:
         return plain[hint]
     is_class = inspect.isclass(hint) and origin is None and hint is not Any
@@ -98,16 +108,4 @@ def _all(value: Any, argument: str, rules: tuple[Rule, ...]) -> Any:
 def _callable(value: Any, argument: str) -> Any:
     if not callable(value):
         raise TypeError(f"{argument} must be a function, not {type(value).__name__}")
-    return value
-
-
-def _boolean(value: Any, argument: str) -> bool:
-    if not isinstance(value, bool):
-        raise Misuse(argument, value, "must be True or False")
-    return value
-
-
-def _number(value: Any, argument: str) -> Any:
-    if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
-        raise Misuse(argument, value, "must be a finite number")
     return value

@@ -53,7 +53,7 @@ def start(
     dtype and device are those of `inputs`, (N, C_0, H, W).
     """
     widths = validation.widths(widths, architecture.depth)
-    architecture.check_inputs(inputs)
+    validation.working(architecture.check_inputs(inputs).dtype, "inputs.dtype")
     _require_memory(architecture, widths, inputs.dtype.itemsize)
     masses = [inputs.new_full((m,), 1 / m) for m in widths]
     shapes = architecture.kernel_shapes(widths)

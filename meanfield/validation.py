@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable
 from functools import partial
 from numbers import Integral, Real
 from pathlib import Path
@@ -78,7 +78,27 @@ def choice(options: Collection[str]) -> Rule:
     return partial(one_of, options=options)
 
 
+def plain(value: Any) -> Any:
+    """The number in a 0-dimensional array or tensor, or in a number of numpy; anything else as it is."""
+    return value.item() if getattr(value, "ndim", None) == 0 else value
+
+
+def boolean(value: Any, argument: str) -> bool:
+    if not isinstance(plain(value), bool):
+        raise Misuse(argument, value, "must be True or False")
+    return plain(value)
+
+
+def number(value: Any, argument: str) -> float:
+    """A finite one; integers stay what they are."""
+    value = plain(value)
+    if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
+        raise Misuse(argument, value, "must be a finite number")
+    return value  # type: ignore[return-value]
+
+
 def integer(value: Any, argument: str, minimum: float = 1) -> int:
+    value = plain(value)
     if isinstance(value, bool) or not isinstance(value, Integral) or value < minimum:
         least = f" of at least {minimum}" if math.isfinite(minimum) else ""
         raise Misuse(argument, value, f"must be an integer{least}")
@@ -98,7 +118,8 @@ def seed(value: Any, argument: str) -> int:
 
 def pair(value: Any, argument: str, minimum: int) -> tuple[int, int]:
     """An integer or a (height, width) pair of integers, as a pair."""
-    entries = tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else (value, value)
+    value = plain(value)
+    entries = tuple(value) if isinstance(value, Iterable) and not isinstance(value, str) else (value, value)
     if len(entries) != 2:
         raise Misuse(argument, value, "must be one integer or a pair (height, width)")
     height, width = (integer(entry, argument, minimum) for entry in entries)
@@ -106,6 +127,7 @@ def pair(value: Any, argument: str, minimum: int) -> tuple[int, int]:
 
 
 def nonnegative(value: Any, argument: str) -> float:
+    value = plain(value)
     if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value) or value < 0:
         raise Misuse(argument, value, "must be a finite number of at least 0")
     return float(value)
@@ -119,7 +141,8 @@ def positive(value: Any, argument: str) -> float:
 
 def seconds(value: Any, argument: str) -> float:
     """A time of at least 0, infinity included."""
-    return math.inf if value == math.inf else nonnegative(value, argument)
+    value = plain(value)
+    return math.inf if isinstance(value, Real) and value == math.inf else nonnegative(value, argument)
 
 
 def path(value: Any, argument: str) -> Path:
@@ -149,8 +172,22 @@ def shaped(tensor: Any, shape: tuple[int, ...], argument: str) -> torch.Tensor:
     return tensor
 
 
+def working(dtype: torch.dtype | None, argument: str = "dtype") -> torch.dtype | None:
+    """float32 or float64, in which everything here computes; None leaves a dtype as it is."""
+    import torch
+
+    if dtype not in (None, torch.float32, torch.float64):
+        raise Misuse(argument, dtype, "must be torch.float32 or torch.float64")
+    return dtype
+
+
 def finite(tensor: torch.Tensor, argument: str) -> torch.Tensor:
-    """Refuse NaN and infinities, naming the first bad position."""
+    """Refuse NaN and infinities, naming the first bad position, and tensors whose entries nothing here can read."""
+    import torch
+
+    if tensor.layout != torch.strided or tensor.is_meta:
+        kind = "has no entries (it is on the device 'meta')" if tensor.is_meta else f"has the layout {tensor.layout}"
+        raise ValueError(f"{argument} {kind}; give a dense tensor with entries")
     bad = ~tensor.isfinite()
     if bool(bad.any()):
         where = tuple(int(i) for i in bad.nonzero()[0])

@@ -185,6 +185,15 @@ def test_check_inputs_names_the_expected_shape(shape):
         mf.Architecture((1, 3, 3), mf.Conv()).check_inputs(torch.zeros(shape), "images")
 
 
+def test_shapes_and_counts_may_come_from_arrays():
+    """And leave none in the description, which is written as JSON."""
+    arch = mf.Architecture(
+        np.array([1, 4, 4]), (mf.Conv(np.int64(2), bias=np.True_) for _ in range(2)), outputs=np.int64(2)
+    )
+    assert arch == mf.Architecture.from_dict(json.loads(json.dumps(arch.to_dict())))
+    assert arch == mf.Architecture((1, 4, 4), [mf.Conv(2, bias=True)] * 2, outputs=2)
+
+
 @given(architectures(), st.integers(1, 4))
 def test_entries_are_the_numbers_that_an_image_and_its_maps_take(arch, width):
     network, image = random_network(arch, [width] * arch.depth, 0), random_inputs(arch, 1, 0)

@@ -157,7 +157,7 @@ def test_constructor_names_the_bad_argument(changes, message):
 
 
 def test_half_precision_is_refused():
-    half = random_network(ARCH, (3, 2), 0).to(dtype=torch.float16)
+    half = random_network(ARCH, (3, 2), 0).map(torch.Tensor.half)
     with pytest.raises(ValueError, match=r"one dtype, float32 or float64.*torch.float16"):
         mf.ParticleNetwork(ARCH, half.masses, half.kernels, half.readout, half.biases)
 

@@ -288,3 +288,48 @@ def test_networks_of_another_architecture_or_dtype_are_refused():
         problem.value(random_network(other, (3,), 0))
     with pytest.raises(ValueError, match=r"the network is torch.float32 on cpu, the problem torch.float64 on cpu"):
         problem.value(random_network(ARCH, (3, 2), 0, dtype=torch.float32))
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        lambda x: x.numpy().astype(">f8"),
+        lambda x: np.flip(np.flip(x.numpy(), 2).copy(), 2),
+        lambda x: list(x),
+        lambda x: np.asfortranarray(x.numpy()),
+    ],
+    ids=["big-endian", "negative strides", "list of tensors", "columns first"],
+)
+def test_arrays_of_any_layout_are_read_as_they_are(given):
+    arch = mf.Architecture((1, 2, 3), mf.Conv(1))
+    inputs = torch.arange(12.0, dtype=torch.float64).reshape(2, 1, 2, 3)
+    assert torch.equal(mf.Problem(arch, given(inputs), [1.0, 2.0]).inputs, inputs)
+
+
+def test_complex_targets_are_refused():
+    arch = mf.Architecture((1, 2, 3), mf.Conv(1))
+    with pytest.raises(ValueError, match=r"targets has dtype torch\.complex64; targets are real"):
+        mf.Problem(arch, torch.ones(2, 1, 2, 3), torch.ones(2) + 1j)
+
+
+def test_only_dtypes_in_which_the_library_computes():
+    arch = mf.Architecture((1, 2, 3), mf.Conv(1))
+    problem = mf.Problem(arch, torch.ones(2, 1, 2, 3), [1.0, 2.0])
+    network = mf.starts.draw(problem, (2,), torch.Generator())
+    for thing in (problem, network, mf.ConvexProgram.freeze(problem, network)):
+        with pytest.raises(ValueError, match=r"dtype=torch\.float16 must be torch\.float32 or torch\.float64"):
+            thing.to(dtype=torch.float16)
+
+
+@pytest.mark.parametrize("solver", ["flow", "freeze"])
+def test_networks_from_which_no_solver_can_begin_are_refused(solver):
+    """NaN, and finite entries with an infinite J: solvers ran to their limits and returned J = inf."""
+    arch = mf.Architecture((1, 2, 3), mf.Conv(1))
+    problem = mf.Problem(arch, torch.ones(2, 1, 2, 3, dtype=torch.float64), [1.0, 2.0])
+    network = mf.starts.draw(problem, (2,), torch.Generator())
+    begin = {"flow": lambda start: mf.solvers.flow.solve(problem, start, steps=1), "freeze": None}[solver]
+    begin = begin or (lambda start: mf.ConvexProgram.freeze(problem, start))
+    with pytest.raises(ValueError, match=r"kernels\[0\]\[0, 0, 0, 0\] is nan"):
+        begin(network.map(lambda tensor: tensor * (math.nan if tensor.ndim == 4 else 1)))
+    with pytest.raises(ValueError, match=r"network has J = (inf|nan) in torch\.float64, where no solver can begin"):
+        begin(network.map(lambda tensor: tensor * (1e200 if tensor.ndim > 1 else 1)))

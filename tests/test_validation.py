@@ -112,3 +112,37 @@ def test_finite_names_the_first_bad_position(bad):
 def test_finite_accepts_empty_and_integer_tensors():
     assert validation.finite(torch.zeros(0), "inputs").numel() == 0
     assert validation.finite(torch.ones(2, dtype=torch.int64), "inputs").sum() == 2
+
+
+@pytest.mark.parametrize("wrap", [np.array, np.asarray, torch.tensor, np.float32, np.int64])
+def test_numbers_may_come_in_arrays_and_tensors_without_dimensions(wrap):
+    """As indexing and summing give them."""
+    assert validation.integer(wrap(3) if wrap is not np.float32 else np.int8(3), "steps") == 3
+    assert (
+        validation.pair(np.array([3, 2]), "kernel_size", 1) == validation.pair(torch.tensor([3, 2]), "k", 1) == (3, 2)
+    )
+    assert validation.widths(torch.tensor([4, 3]), 2) == (4, 3)
+    for rule in (validation.positive, validation.number, validation.seconds):
+        assert rule(wrap(2), "value") == 2
+        assert not hasattr(rule(wrap(2), "value"), "ndim")
+    assert validation.seconds(np.float32("inf"), "max_seconds") == float("inf")
+
+
+@pytest.mark.parametrize("value", [np.True_, np.array(True), torch.tensor(True)])
+def test_booleans_of_arrays_are_booleans_and_no_numbers(value):
+    assert validation.boolean(value, "masses") is True
+    for rule in (validation.integer, validation.number, validation.nonnegative):
+        with pytest.raises(ValueError, match="value="):
+            rule(value, "value")
+
+
+@pytest.mark.parametrize(
+    ("tensor", "message"),
+    [
+        (torch.ones(2).to_sparse(), r"inputs has the layout torch.sparse_coo; give a dense tensor with entries"),
+        (torch.ones(2, device="meta"), r"inputs has no entries \(it is on the device 'meta'\); give a dense tensor"),
+    ],
+)
+def test_finite_refuses_tensors_whose_entries_cannot_be_read(tensor, message):
+    with pytest.raises(ValueError, match=message):
+        validation.finite(tensor, "inputs")

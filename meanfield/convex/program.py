@@ -19,6 +19,7 @@ from meanfield.convex.restoration import BoundedRows, into_bounds, least_weighte
 from meanfield.network import ParticleNetwork, along_axis, propagate
 from meanfield.penalties import perspective
 from meanfield.problem import FEASIBLE, Problem, Terms
+from meanfield.signatures import checked
 from meanfield.validation import instance
 
 RESTORE_SWEEPS = 4
@@ -50,14 +51,19 @@ class ConvexProgram:
     readout_features: Tensor
 
     @classmethod
+    @checked
     @torch.inference_mode(False)
     def freeze(cls, problem: Problem, network: ParticleNetwork) -> ConvexProgram:
         """Freeze the features that `network` computes on the problem's inputs: one pass over them, in float64."""
-        instance(problem, "problem", Problem).require_feasible(network)
+        problem.require_feasible(network)
         network = network.detach()
-        return cls._gathered(problem, network, network.flows)
+        program = cls._gathered(problem, network, network.flows)
+        point = repopulation.to_program(network)
+        problem.require_finite(problem.terms(network, program.output(point)).total())
+        return program
 
     @classmethod
+    @checked
     @torch.inference_mode(False)
     def with_candidates(cls, problem: Problem, network: ParticleNetwork, candidates: ParticleNetwork) -> ConvexProgram:
         """Freeze the features of `network`, and those of `candidates` beside them at zero mass.

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.utils.checkpoint import checkpoint
 
+from meanfield import validation
 from meanfield.architecture import ACTIVATIONS, Architecture
 from meanfield.finite.network import SCALINGS, FiniteCNN
 from meanfield.signatures import checked
@@ -35,7 +36,8 @@ def empirical(network: FiniteCNN, inputs: Tensor) -> Tensor:
     The result carries no graph: derivatives of Theta itself are not taken.
     """
     _check_single_output(network.architecture)
-    network.architecture.check_inputs(inputs)
+    if (own := next(network.parameters()).dtype) != _images(network.architecture, inputs).dtype:
+        raise ValueError(f"inputs are {inputs.dtype}, the network is {own}; convert one with .to(...)")
     step = max(1, BLOCK_ENTRIES // _entries_per_image(network))
     jacobian = torch.cat([_gradients(network, images) for images in inputs.split(step)])  # (N, parameters)
     return jacobian @ jacobian.T
@@ -74,12 +76,18 @@ def infinite(architecture: Architecture, inputs: Tensor) -> Tensor:
     taken as 0, as h'(0).
     """
     _check_covered(architecture)
-    groups = _pooled_patches(architecture, architecture.check_inputs(inputs).double())  # (G, N, W, C_0 S)
+    groups = _pooled_patches(architecture, _images(architecture, inputs).double())  # (G, N, W, C_0 S)
     count, positions = len(inputs), groups.shape[0] * groups.shape[2]
     upper = (
         sum((_pair_sums(architecture, patches) for patches in groups), groups.new_zeros(count, count)) / positions**2
     )
     return (upper.triu() + upper.triu(1).T).to(inputs.dtype)
+
+
+def _images(architecture: Architecture, inputs: Tensor) -> Tensor:
+    """Inputs of which the kernel, in their dtype, is a number: as integers all of it could be 0."""
+    validation.working(architecture.check_inputs(inputs).dtype, "inputs.dtype")
+    return validation.finite(inputs, "inputs")
 
 
 def _check_single_output(architecture: Architecture) -> None:

@@ -55,6 +55,7 @@ class FiniteCNN(nn.Module):
         )
 
     @classmethod
+    @checked
     def random(
         cls,
         architecture: Architecture,
@@ -72,7 +73,7 @@ class FiniteCNN(nn.Module):
         """
         validation.one_of(scaling, "scaling", SCALINGS)
         widths = validation.widths(widths, architecture.depth)
-        architecture.check_inputs(inputs)
+        validation.working(architecture.check_inputs(inputs).dtype, "inputs.dtype")
         if scaling == "mean_field":
             return cls.from_particles(starts.start(architecture, widths, inputs, generator))
         return cls._he(architecture, widths, inputs, generator, scaling)

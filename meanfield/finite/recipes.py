@@ -93,8 +93,7 @@ class Recipe:
         object.__setattr__(self, "momentum", float(self.momentum))
         if validation.one_of(self.penalty, "penalty", PENALTIES) == "none" and self.strength:
             raise Misuse("strength", self.strength, "needs a penalty: 'l12' or 'l2', not 'none'")
-        if not isinstance(self.augment, bool):
-            raise Misuse("augment", self.augment, "must be True or False")
+        object.__setattr__(self, "augment", validation.boolean(self.augment, "augment"))
 
     @classmethod
     def authors(cls, penalty: str = "none", strength: float = 0.0) -> Recipe:

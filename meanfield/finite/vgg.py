@@ -164,8 +164,7 @@ def residual(
     linear1.  The start is as in `vgg` with fan_in="kernel".
     """
     shape, classes = _image_shape(input_shape), validation.integer(classes, "classes", minimum=2)
-    if not isinstance(batch_norm, bool):
-        raise Misuse("batch_norm", batch_norm, "must be True or False")
+    batch_norm = validation.boolean(batch_norm, "batch_norm")
     counts = _all_integers(blocks, "blocks")
     if not counts:
         raise Misuse("blocks", blocks, "must hold one integer per stage, at least one")

@@ -64,7 +64,7 @@ def solve(problem: Problem) -> Solution:
     exact = problem.to(dtype=torch.float64, device="cpu")
     layer = _Layer.of(exact)
     found = layer.optimum()
-    network = _best_network(exact, found.atoms).to(dtype=problem.inputs.dtype, device=problem.inputs.device)
+    network = _best_network(exact, found.atoms, problem.inputs)
     program = ConvexProgram.freeze(problem, network)
     point = program.point(network)
     multipliers = Multipliers(torch.as_tensor(found.multipliers)[:, None], ())
@@ -378,13 +378,14 @@ def _facet_matrix(arrangement: Arrangement, cells: np.ndarray) -> sparse.csr_arr
     return sparse.csr_array((entries.reshape(-1), (rows, columns)), shape=(len(facets), d * len(cells)))
 
 
-def _best_network(problem: Problem, atoms: _Atoms) -> ParticleNetwork:
-    """The network of least value among those of the atoms, merged or not, with the lightest left out; of equals the
-    smallest.
+def _best_network(problem: Problem, atoms: _Atoms, like: Tensor) -> ParticleNetwork:
+    """The network, in dtype and on the device of `like`, of least value among those of the atoms, merged or not, with
+    the lightest or all left out; of equals the smallest.  What counts is the value after rounding to that dtype.
     """
     choices = [some.heavier(share) for some in (atoms, atoms.merged()) for share in (*DROPPED_SHARES, 1.0)]
-    networks = [_network(problem, some) for some in sorted(choices, key=lambda some: -len(some.signs))]
-    values = [float(problem.value(network)) for network in networks]
+    exact = [_network(problem, some) for some in sorted(choices, key=lambda some: -len(some.signs))]
+    networks = [network.to(dtype=like.dtype, device=like.device) for network in exact]
+    values = [float(problem.value(network.to(dtype=torch.float64, device="cpu"))) for network in networks]
     least = min(values)
     return [network for network, value in zip(networks, values) if value <= least * (1 + 1e-12)][-1]
 

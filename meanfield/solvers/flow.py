@@ -411,6 +411,8 @@ class _Trail:
 
     def record(self, step: int, network: ParticleNetwork, terms: Terms, speed: float, method: Descent) -> float:
         row = {"step": step, "seconds": self.seconds(), "time": method.time, "value": float(terms.total())}
+        if self.network is None:
+            self.problem.require_finite(terms.total())
         row |= {name: float(term) for name, term in terms._asdict().items()} | {"speed": speed}
         if isinstance(method, GradientDescent):
             row |= {"dissipated": method.dissipated, "identity_error": method.identity_error, "step_size": method.step}

@@ -3,6 +3,7 @@ width.
 """
 
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -228,6 +229,18 @@ class TestMisuse:
             network = FiniteCNN.random(arch, (3,), torch.rand(1, 1, 3, 3), seeded(0), "ntk")
             with pytest.raises(ValueError, match=message):
                 kernel.empirical(network, inputs)
+
+    def test_images_are_finite_and_of_a_dtype_in_which_the_kernel_is_a_number(self):
+        """The limit of images of whole numbers was a matrix of zeros."""
+        arch, images = mf.Architecture((1, 3, 3), (mf.Conv(2),)), torch.ones(2, 1, 3, 3)
+        network = FiniteCNN.random(arch, (3,), images, seeded(0), "ntk")
+        for of in (partial(kernel.infinite, arch), partial(kernel.empirical, network)):
+            with pytest.raises(ValueError, match=r"inputs.dtype=torch.int64 must be torch.float32 or torch.float64"):
+                of(images.long())
+            with pytest.raises(ValueError, match=r"inputs\[0, 0, 0, 0\] is nan; every entry must be finite"):
+                of(images * torch.nan)
+        with pytest.raises(ValueError, match=r"inputs are torch.float64, the network is torch.float32; convert"):
+            kernel.empirical(network, images.double())
 
 
 class TestGradient:

@@ -324,3 +324,13 @@ def test_large_images_and_large_targets_at_fixed_penalties_are_solved(images, ta
     plain = one_layer(bias=bias)
     problem = mf.Problem(plain.architecture, images * plain.inputs, targets * plain.targets, penalty=PENALTY)
     certified(problem, tolerance=1e-6)
+
+
+def test_what_rounding_to_float32_leaves_is_judged():
+    """Atoms that cancel in float64 are of no use after rounding: J was 28,000 times that of the network without any."""
+    arch = mf.Architecture((1, 2, 3), mf.Conv((1, 1), bias=True))
+    inputs, targets = normal((4, 1, 2, 3), 7) * 1e12, normal((4,), 8) * 1e-3
+    problem = mf.Problem(arch, inputs, targets, penalty=mf.Penalty(readout=1e-12, input=1e-3)).to(dtype=torch.float32)
+    solution = arrangements.solve(problem)
+    assert solution.value <= float(problem.targets.double().square().mean() / 2)
+    assert solution.status == "inaccurate"

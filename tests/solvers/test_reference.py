@@ -163,3 +163,18 @@ def test_a_solver_without_an_answer_is_a_failed_solution(monkeypatch, outcome, t
 def test_unknown_solver_is_named():
     with pytest.raises(ValueError, match=r"solver='CLARBEL' is unknown.*did you mean 'CLARABEL'"):
         slow.solve(small_program(), solver="CLARBEL")
+
+
+@pytest.mark.parametrize("seed", [3, 4])
+def test_no_bound_comes_of_what_rounding_left_of_float32_features(seed):
+    """Multipliers outside the range of the design made of it bounds 4% and 15% above the optimum."""
+    arch = mf.Architecture((1, 4, 4), (mf.Conv(2, padding=1, activation="identity"), mf.Conv(3, activation="tanh")))
+    generator = torch.Generator().manual_seed(seed)
+    inputs = torch.randn(8, 1, 4, 4, generator=generator, dtype=torch.float64)
+    targets = torch.randn(8, generator=generator, dtype=torch.float64)
+    penalty = mf.Penalty(source=1e-3, readout=1e-3, input=1e-9)
+    problem = mf.Problem(arch, inputs, targets, penalty=penalty).to(dtype=torch.float32)
+    network = mf.starts.draw(problem, (8, 3), generator, "low_rank")
+    solution = mf.solvers.reference.solve(mf.ConvexProgram.freeze(problem, network))
+    assert solution.status == "optimal"
+    assert abs(solution.relative_gap) <= 1e-6
