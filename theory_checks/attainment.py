@@ -123,7 +123,7 @@ def _instances(setting: Setting, depth: int, quick: int, full: int) -> list[tupl
     2; random particles.
     """
     found = []
-    for index in range(setting.either(quick, full)):
+    for index in range(setting.instances(quick, full)):
         generator = setting.generator(6, depth, index)
         if depth == 2 and index == 0:
             problem, widths = digits_problem(setting, 2, activation="relu"), DIGITS_WIDTHS
@@ -367,7 +367,7 @@ def _rounds(setting: Setting, activation: str) -> list[float]:
 
 def _floors(setting: Setting, cases: Sequence[Case]) -> Evidence:
     ratios, series, more = [], [], ""
-    for index in range(setting.either(2, 4)):
+    for index in range(setting.instances(2, 4)):
         for case in cases:
             family, others = _lowest(setting, case, 2 + index % 2, index // 2)
             ratios.append(smallest(family + others))
@@ -474,7 +474,7 @@ def _ends_of_growing_widths(setting: Setting, bounds: str) -> Evidence:
     """
     ratios, series, open_by = [], [], []
     widths = GROWING_WIDTHS if setting.full else GROWING_WIDTHS[:2]
-    for index in range(setting.either(1, 8)):
+    for index in range(setting.instances(1, 8)):
         problem = _brightness(setting, index)
         value, bound = Brightness(problem).minimum()
         open_by.append(abs(value / bound - 1))

@@ -64,7 +64,7 @@ def _compare(setting: Setting, change: Change) -> Evidence:
     worst: list[float] = []
     names: list[str] = []
     variety = Variety(setting, 1)
-    for instance in range(setting.either(24, 240)):
+    for instance in range(setting.instances(24, 240)):
         depth = 1 + instance % 3
         problem = variety.problem(instance, depth)
         network = random_network(problem, WIDTHS[depth - 1], setting.generator(101, instance))

@@ -27,6 +27,10 @@ class Setting:
         """A size of the measurement at this effort."""
         return full if self.full else quick
 
+    def instances(self, quick: int, full: int) -> int:
+        """How many instances, numbered from 0, are measured at this effort."""
+        return self.either(quick, full)
+
     def generator(self, *place: int) -> torch.Generator:
         """A generator of its own for every place (instance, width, ...), on the CPU: the same draws on every device."""
         return torch.Generator().manual_seed(self.derived_seed(*place))

@@ -147,7 +147,7 @@ def _differences(problem: mf.Problem, network: mf.ParticleNetwork, rules: Rules)
 
 def _against_formulas(setting: Setting, rules: Rules) -> Evidence:
     variety, worst, names = Variety(setting, 13), [], []
-    for instance in range(setting.either(24, 240)):
+    for instance in range(setting.instances(24, 240)):
         depth = 1 + instance % 3
         problem = variety.problem(instance, depth)
         network = random_network(problem, WIDTHS[depth - 1], setting.generator(131, instance))

@@ -64,7 +64,7 @@ def _optimum(program: mf.ConvexProgram, order: Order) -> tuple[np.ndarray, np.nd
 def _through_light_sources(setting: Setting, order: Order) -> Evidence:
     """How much flows out of a source, against the most that a finite source penalty allows: sqrt(J p_i / lambda_s)."""
     ratios, shares, series = [], [], []
-    for instance in range(setting.either(3, 20)):
+    for instance in range(setting.instances(3, 20)):
         generator = setting.generator(3, instance)
         problem = random_problem(generator, 2, side=2, images=1, loss="squared", device=setting.device)
         program = mf.ConvexProgram.freeze(problem, random_network(problem, WIDTHS, generator))

@@ -128,7 +128,7 @@ def _away_from_zero(problem: mf.Problem, network: mf.ParticleNetwork) -> bool:
 
 def _identity(setting: Setting, rescaling: Rescaling, factor: float = 1.0) -> Evidence:
     shares = [factor / 2**k for k in range(HALVINGS + 1)]
-    drawn = [_identity_case(setting, instance) for instance in range(setting.either(24, 300))]
+    drawn = [_identity_case(setting, instance) for instance in range(setting.instances(24, 300))]
     cases = [(*case, _largest_step(*case)) for case in drawn if _away_from_zero(*case)]
     found = [
         _identity_errors(problem, network, [share * step for share in shares], rescaling)
@@ -272,7 +272,7 @@ def _smooth_step(problem: mf.Problem, network: mf.ParticleNetwork) -> bool:
 
 def _at_bounds(setting: Setting, take: Step) -> Evidence:
     shares = [1 / 2**k for k in range(HALVINGS + 1)]
-    errors, pushing, drawn = [], 0, setting.either(12, 300)
+    errors, pushing, drawn = [], 0, setting.instances(12, 300)
     for instance in range(drawn):
         problem, network = _bounded_case(setting, instance)
         speed, count = _projected_speed(problem, network)

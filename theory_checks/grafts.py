@@ -33,7 +33,7 @@ def _gradients(setting: Setting, change: Change) -> Evidence:
     roundings.
     """
     ratios = []
-    for instance in range(setting.either(16, 200)):
+    for instance in range(setting.instances(16, 200)):
         generator, wide = setting.generator(17, instance), bool(instance % 2)
         draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)  # noqa: B023, E731
         a, b = draw(UNKNOWNS, SAMPLES) + 2, draw(TARGETS, SAMPLES) - 1

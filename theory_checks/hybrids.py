@@ -48,7 +48,7 @@ class Pair:
 @lru_cache(maxsize=1)
 def _pairs(setting: Setting) -> tuple[Pair, ...]:
     """The same for the claim and its controls."""
-    return tuple(_pair(setting, index) for index in range(setting.either(1, 3)))
+    return tuple(_pair(setting, index) for index in range(setting.instances(1, 3)))
 
 
 def _pair(setting: Setting, index: int) -> Pair:

@@ -89,7 +89,7 @@ def _output_change(problem: mf.Problem, network: mf.ParticleNetwork, moved: mf.P
 def _changes(setting: Setting, moves: dict[str, Move]) -> Evidence:
     found: dict[str, list[float]] = {}
     variety = Variety(setting, 92)
-    for instance in range(setting.either(24, 240)):
+    for instance in range(setting.instances(24, 240)):
         generator, depth = setting.generator(9, instance), 1 + instance % 3
         problem = variety.problem(instance, depth)
         network = random_network(problem, WIDTHS[depth - 1], generator)
@@ -130,7 +130,7 @@ def _rescalings(setting: Setting, activation: str) -> Evidence:
     and its penalties are 2 sqrt(lambda_1 lambda_u) sum p |z| |u|.
     """
     changes = []
-    for instance in range(setting.either(24, 240)):
+    for instance in range(setting.instances(24, 240)):
         generator = setting.generator(91, instance)
         problem = random_problem(generator, 1, activation=activation, device=setting.device)
         network = random_network(problem, WIDTHS[0], generator)

@@ -102,7 +102,8 @@ Objective = Callable[[ProgramVariables], Function]
 def _cases(setting: Setting, quick: int, full: int, least_depth: int) -> list[ProgramVariables]:
     depths = range(least_depth, 4)
     return [
-        _variables(setting, instance, depths[instance % len(depths)]) for instance in range(setting.either(quick, full))
+        _variables(setting, instance, depths[instance % len(depths)])
+        for instance in range(setting.instances(quick, full))
     ]
 
 

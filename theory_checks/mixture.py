@@ -38,7 +38,7 @@ def _pairs(setting: Setting, widths: tuple[tuple[int, int], ...]) -> list[Pair]:
     return [
         (problem, _trained(setting, a, index), _trained(setting, b, 100 + index))
         for a, b in widths
-        for index in range(setting.either(1, 2))
+        for index in range(setting.instances(1, 2))
     ]
 
 

@@ -33,7 +33,7 @@ def _masses_ignored(network: mf.ParticleNetwork, width: int, generator: torch.Ge
 def _rates(setting: Setting, draw: Draw) -> Evidence:
     """Slope of E|F_m - F|^2 in m, its worst upper end over problems of every kind."""
     variety, ends, series = Variety(setting, 14), [], []
-    for instance in range(setting.either(6, 24)):
+    for instance in range(setting.instances(6, 24)):
         depth = 1 + instance % 3
         problem = variety.problem(instance, depth, side=4)
         network = random_network(problem, PARTICLES[depth - 1], setting.generator(141, instance))
@@ -64,7 +64,7 @@ Theta = Callable[[mf.Architecture, Tensor], Tensor]
 def _mean_kernel(setting: Setting, limit: Theta) -> Evidence:
     """The closed form against the mean of empirical kernels, entry by entry, in standard errors of that mean."""
     variety, worst, count = Variety(setting, 15), [], setting.either(200, 800)
-    for instance in range(setting.either(6, 24)):
+    for instance in range(setting.instances(6, 24)):
         problem = variety.problem(
             instance, 1, activations=("relu",), poolings=("none", "average"), losses=("squared",), side=4
         )

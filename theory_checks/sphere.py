@@ -43,7 +43,7 @@ def _responses(response: Response, cells: Cones, points: Tensor) -> Tensor:
 def _above(setting: Setting, corners_alone: bool) -> Evidence:
     """Largest response in a cone over its bound; the control takes the largest at its corners for a bound."""
     ratios, listed = [], []
-    for instance in range(setting.either(12, 48)):
+    for instance in range(setting.instances(12, 48)):
         generator = setting.generator(16, instance)
         A, W = _rows(generator, instance)
         response = reduced(A, W)

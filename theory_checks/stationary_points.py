@@ -82,7 +82,7 @@ def _against_optimum(setting: Setting, descend, starts: list[tuple[int, int]]) -
 
 
 def _small_starts(setting: Setting) -> list[tuple[int, int]]:
-    return [(SMALL, number) for number in range(setting.either(4, 20))]
+    return [(SMALL, number) for number in range(setting.instances(4, 20))]
 
 
 # --- two layers, against the best value known and the bound over all measures ---------------------------------------
@@ -105,7 +105,7 @@ def _ends(setting: Setting, moving: bool) -> Ends:
     problem, moved = _two_layers(setting), WIDTHS if setting.full else WIDTHS[:2]
     widths = moved if moving else SMALL_WIDTHS
     return {
-        each: [_flowed(setting, problem, each, number, moving) for number in range(setting.either(2, 8))]
+        each: [_flowed(setting, problem, each, number, moving) for number in range(setting.instances(2, 8))]
         for each in widths
     }
 
@@ -135,7 +135,7 @@ def _grown_wider(setting: Setting) -> list[tuple[mf.Solution, float]]:
     A bound above the lowest J of these runs is refuted: its search missed features, and it bounds nothing.
     """
     problem, widths, found = _two_layers(setting), WIDTHS[0] if setting.full else WIDTHS[1], []
-    for number in range(setting.either(1, 3)):
+    for number in range(setting.instances(1, 3)):
         start = random_start(problem, widths, setting.derived_seed(44, number))
         solved = mf.solvers.alternating.solve(
             problem,

@@ -75,7 +75,7 @@ def _unrepaired(program: mf.ConvexProgram, optimal: Multipliers, moved: Multipli
 def _pairs(setting: Setting, bound: Bound) -> Evidence:
     """Every bound against the optimal value and against feasible points of all kinds; in units of rounding."""
     worst, at_optimum, total, beyond = [], [], 0, 0
-    for instance in range(setting.either(12, 48)):
+    for instance in range(setting.instances(12, 48)):
         program, point, multipliers = _optimal(setting, instance)
         generator, variables = setting.generator(101, instance), ProgramVariables(program)
         drawn = [variables.sample(generator) for _ in range(11)]
@@ -171,7 +171,7 @@ def _realised(pulls: torch.Tensor, patches: torch.Tensor, bias: bool, *, free: b
 def _as_written(setting: Setting, **read: Any) -> Evidence:
     """The library's bound against section 5 at the scale of all multipliers that serves it best."""
     differences, beyond = [], 0
-    for instance in range(setting.either(9, 24)):
+    for instance in range(setting.instances(9, 24)):
         program, point, multipliers = _optimal(setting, instance)
         generator, worst = setting.generator(103, instance), 0.0
         for noise in NOISES:
@@ -207,7 +207,7 @@ def _all_measures(
 def _between(setting: Setting, price: float, depths: tuple[int, ...] = (2, 3)) -> Evidence:
     """How far the bound lies above J or below the dual of the network's own program, in units of rounding."""
     ratios, closest = [], []
-    for instance in range(setting.either(12, 48)):
+    for instance in range(setting.instances(12, 48)):
         program, point, multipliers = _optimal(setting, instance)
         if program.depth not in depths:
             continue

@@ -48,7 +48,7 @@ def _copy(setting: Setting, network: mf.ParticleNetwork, instance: int) -> mf.Pa
 
 
 def _cases(setting: Setting) -> list[tuple[int, int]]:
-    return [(depth, instance) for depth in (1, 2, 3) for instance in range(setting.either(1, 10))]
+    return [(depth, instance) for depth in (1, 2, 3) for instance in range(setting.instances(1, 10))]
 
 
 def _barriers(setting: Setting, join: Join) -> Evidence:

@@ -232,7 +232,7 @@ def _bounded_gaps(
     """Gaps over what the velocity at the end of the flow allows; `early` takes the gap of the network after so many
     steps.
     """
-    cases = [(depth, instance) for depth in depths for instance in range(setting.either(3, 6))]
+    cases = [(depth, instance) for depth in depths for instance in range(setting.instances(3, 6))]
     steps = setting.either(600, 2000)
     gaps, shares, ratios = [], [], []
     for case in cases:
@@ -262,7 +262,7 @@ PROGRAM_THRESHOLD, HELD_AT = 1e-3, 0.6
 def _program_gaps(setting: Setting, iterations: int) -> Evidence:
     """Relative gaps that the splitting proves of drawn programs; those of more layers have bounds that are active."""
     variety, gaps, depths = Variety(setting, 57), [], []
-    for instance in range(setting.either(12, 60)):
+    for instance in range(setting.instances(12, 60)):
         depth = 1 + instance % 3
         problem = variety.problem(instance, depth, side=3)
         network = random_network(problem, PROGRAM_WIDTHS[depth - 1], setting.generator(57, instance))
@@ -320,7 +320,7 @@ def _restored_without_the_bound(program: mf.ConvexProgram, point: mf.ProgramPoin
 def _violations(setting: Setting, restore: Restoration) -> Evidence:
     """What is left of violations, in units of what a solver may return."""
     found = []
-    for instance in range(setting.either(12, 120)):
+    for instance in range(setting.instances(12, 120)):
         program, point = _tight(setting, instance)
         found.append(program.violation(restore(program, point)) / FEASIBLE[point.readout.dtype])
     beyond = sum(each > 1 for each in found)
