@@ -7,6 +7,7 @@ import os
 import signal
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from importlib.util import find_spec
 from typing import Any
@@ -22,6 +23,8 @@ from meanfield.validation import Misuse
 BATCHED = ("dask", "ray")  # these hand results back all at once: they get a few calls per worker at a time
 BATCH = 4
 PACKAGES = {"dask": ("distributed", "dask[distributed]"), "ray": ("ray", "ray")}  # modules, and what pip calls them
+# joblib replaces a worker whose memory has grown between two calls: nothing is lost, and there is nothing to do
+warnings.filterwarnings("ignore", message="A worker stopped while some jobs were given to the executor")
 PATROL = 1.0  # seconds between two looks at the parent
 IGNORED = ("SIGINT", "SIGHUP")  # which a terminal sends to all of its processes: the parent decides
 
