@@ -75,18 +75,17 @@ def _results(function: Callable[..., Any], orders: Sequence[tuple[Any, ...]], jo
         importlib.import_module("ray.util.joblib").register_ray()
     if backend not in BATCHED:
         own = {"initializer": serve, "initargs": (os.getpid(),)} if backend == "loky" else {}
-        with parallel_config(backend=backend, n_jobs=jobs, **own):
+        # broken off between the start of the thread that manages workers and its entry in joblib's list of those to be
+        # told of an end, this process would wait for it for ever
+        with signals.held(), parallel_config(backend=backend, n_jobs=jobs, **own):
             found = Parallel(return_as="generator_unordered")(delayed(_one)(function, order) for order in orders)
         try:
+            signals.look()
             yield from found  # type: ignore[misc]
         finally:
             with signals.held():  # a second signal would leave workers behind
                 found.close()  # type: ignore[union-attr]
         return
-    if backend == "ray":
-        from ray.util.joblib import register_ray  # pyright: ignore[reportMissingImports]
-
-        register_ray()
     for first in range(0, len(orders), BATCH * jobs):
         with parallel_config(backend=backend, n_jobs=jobs):
             yield from Parallel()(delayed(_one)(function, order) for order in orders[first : first + BATCH * jobs])  # type: ignore[misc]

@@ -91,3 +91,32 @@ def test_a_worker_ends_after_its_parent():
         time.sleep(0.05)
     with pytest.raises(ProcessLookupError):
         os.kill(worker, 0)
+
+
+def test_a_signal_waits_until_the_workers_have_been_started(monkeypatch):
+    """Broken off in the middle, the process used to wait for ever at its end for the thread that manages workers."""
+    started, closed = [], []
+
+    class Starting:
+        def __init__(self, **options):
+            pass
+
+        def __call__(self, calls):
+            os.kill(os.getpid(), signal.SIGTERM)
+            started.append(True)
+
+            def results():
+                try:
+                    yield from ()
+                finally:
+                    closed.append(True)
+
+            found = results()
+            next(found, None)
+            return found
+
+    monkeypatch.setattr(workers, "Parallel", Starting)
+    with pytest.raises(signals.Stopped), signals.heard():
+        list(workers.results(abs, [(1,), (2,)], 2, "loky"))
+    assert started
+    assert closed
