@@ -233,10 +233,8 @@ def run_study(study: Study, options: StudyOptions, subject: Any, *program: str) 
     """
     from meanfield.bench.provenance import Provenance
     from meanfield.bench.reading import refuse_inside
-    from meanfield.bench.workers import require_backend
     from meanfield.storage.results import opened
 
-    require_backend(options.backend)
     sizes = study.sizes[one_of(options.size, "size", study.sizes)]
     plan = study.plan(subject, sizes, options.seed, options.part)
     if not plan:
