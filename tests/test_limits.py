@@ -127,6 +127,18 @@ def test_kernels_that_no_memory_holds_are_refused_before_any_is_drawn(widths, ke
         mf.solve(problem, widths)
 
 
+@pytest.mark.parametrize("batch_size", [None, 2])
+def test_a_flow_without_any_time_returns_its_start_however_many_blocks_it_takes(monkeypatch, batch_size):
+    monkeypatch.setattr(limits, "BLOCK_BYTES", 1)
+    problem = small_problem()
+    network = mf.starts.draw(problem, (3, 3), seeded(1), "low_rank")
+    solution = mf.solvers.flow.solve(problem, network, batch_size=batch_size, max_seconds=0)
+    assert solution.status == "max_seconds"
+    assert solution.history[-1]["step"] == 0
+    assert solution.value == pytest.approx(float(problem.value(network)), rel=1e-12)
+    assert mf.solvers.alternating.solve(problem, network, max_seconds=0).status == "max_seconds"
+
+
 def test_a_training_heeds_a_limit_around_it_and_keeps_its_best(tmp_path):
     problem = small_problem()
     state = tmp_path / "run.safetensors"

@@ -367,12 +367,14 @@ def _follow(
     """The loop; every step costs one forward and one backward pass.  Returns the status."""
     batch = next(batches)
     whole = batch is problem
-    terms, flow = velocity(batch, network, masses)
+    with limits.grace(math.inf):  # whatever the time: the start is the least that can be returned
+        terms, flow = velocity(problem, network, masses)
     try:
         for step in range(steps + 1):
             late = limits.passed()
             if step % every == 0 or step == steps or late:
-                terms, flow = (terms, flow) if whole else velocity(problem, network, masses)
+                if not whole and step:
+                    terms, flow = velocity(problem, network, masses)
                 if trail.record(step, network, terms, metric_speed(problem, network, flow), method) ** 2 <= tolerance:
                     return "converged"
                 if late:
