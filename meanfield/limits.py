@@ -11,12 +11,14 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
+from typing import TypeVar
 
 GRACE = 3.0  # seconds for the certificate of a run that was stopped
 BLOCK_BYTES = 2**25  # of what is computed of a block of images
 
+T = TypeVar("T")
 _deadline: ContextVar[float] = ContextVar("deadline", default=math.inf)
 _watch: ContextVar[Callable[[], None]] = ContextVar("watch", default=lambda: None)
 
@@ -29,39 +31,30 @@ class TimeUp(Exception):
 STOPS = (KeyboardInterrupt, TimeUp, MemoryError, RuntimeError)
 
 
-@contextmanager
-def within(seconds: float) -> Iterator[None]:
+def within(seconds: float) -> AbstractContextManager[None]:
     """Limit what is done inside to so many seconds from now, or to the time around it where that is shorter."""
-    with _until(min(_deadline.get(), time.perf_counter() + seconds)):
-        yield
+    return _with(_deadline, min(_deadline.get(), time.perf_counter() + seconds))
 
 
-@contextmanager
-def grace(seconds: float = GRACE) -> Iterator[None]:
+def grace(seconds: float = GRACE) -> AbstractContextManager[None]:
     """Allow what is done inside so many seconds from now, even if the time around it has passed."""
-    with _until(max(_deadline.get(), time.perf_counter() + seconds)):
-        yield
+    return _with(_deadline, max(_deadline.get(), time.perf_counter() + seconds))
 
 
-@contextmanager
-def _until(deadline: float) -> Iterator[None]:
-    before = _deadline.set(deadline)
-    try:
-        yield
-    finally:
-        _deadline.reset(before)
-
-
-@contextmanager
-def watched(by: Callable[[], None]) -> Iterator[None]:
+def watched(by: Callable[[], None]) -> AbstractContextManager[None]:
     """Call `by` wherever what is done inside looks at its limits; a KeyboardInterrupt that it raises ends the work at a
     place where its best answer is whole.
     """
-    before = _watch.set(by)
+    return _with(_watch, by)
+
+
+@contextmanager
+def _with(variable: ContextVar[T], value: T) -> Iterator[None]:
+    before = variable.set(value)
     try:
         yield
     finally:
-        _watch.reset(before)
+        variable.reset(before)
 
 
 def passed() -> bool:

@@ -76,6 +76,19 @@ def input_norms(kernels: Tensor, bias: Tensor | None) -> Tensor:
     return torch.linalg.vector_norm(flat, dim=1)
 
 
+def lengths(vectors: Tensor) -> Tensor:
+    """|v| of vectors of any size, (M, ...) -> (M,)."""
+    flat = vectors.flatten(1)
+    sizes = largest(flat)
+    return sizes * torch.linalg.vector_norm(flat / sizes[:, None], dim=1)
+
+
+def largest(rows: Tensor) -> Tensor:
+    """Largest size along the last axis, 1 where all are zero: divided by it, squares neither vanish nor overflow."""
+    sizes = rows.abs().amax(-1)
+    return sizes.where(sizes > 0, 1.0)
+
+
 def perspective(amounts: Tensor, masses: Tensor) -> Tensor:
     """p r(s / p) for r(t) = t^2: s^2 / p, with 0 where s = p = 0 and +inf where s > 0 = p."""
     positive_mass = masses > 0

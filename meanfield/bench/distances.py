@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from meanfield.network import MASS_TOLERANCE, ParticleNetwork
+from meanfield.penalties import lengths as vector_lengths
 from meanfield.signatures import checked
 from meanfield.starts import normal
 from meanfield.validation import Misuse, finite, instance, integer, positive, shaped
@@ -173,19 +174,12 @@ def _distances(x: Tensor, y: Tensor) -> tuple[Tensor, float]:
     rows, columns = torch.nonzero(squared <= CANCELLED * sizes, as_tuple=True)
     step = max(1, CHUNK // x.shape[1])
     parts = [
-        _lengths(x[i] - y[j]) for i, j in zip(rows.split(step), columns.split(step))
+        vector_lengths(x[i] - y[j]) for i, j in zip(rows.split(step), columns.split(step))
     ]  # of no pair there is no part
     lengths = squared.clamp_min(0).sqrt()
     if parts:
         lengths[rows, columns] = torch.cat(parts)
     return lengths / math.sqrt(x.shape[1]), unit
-
-
-def _lengths(vectors: Tensor) -> Tensor:
-    """|v| (R, D) -> (R,), of vectors of any size."""
-    sizes = vectors.abs().amax(1)
-    sizes = sizes.where(sizes > 0, 1.0)
-    return sizes * torch.linalg.vector_norm(vectors / sizes[:, None], dim=1)
 
 
 @checked

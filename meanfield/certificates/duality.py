@@ -37,6 +37,7 @@ from meanfield.certificates import concave
 from meanfield.convex.program import ConvexProgram
 from meanfield.convex.repopulation import ProgramPoint, joined, parted
 from meanfield.network import ordinary, propagate
+from meanfield.penalties import largest, lengths
 from meanfield.signatures import checked
 from meanfield.validation import instance
 
@@ -241,7 +242,7 @@ def _price_layer(program: ConvexProgram, layer: int, pulls: Tensor) -> tuple[Ten
     if bias and bound is None:
         y = _orthogonal(y, right[-1])
     loads, sums = parted(y @ right.T, program.flows[layer].shape)
-    sizes = _largest(loads.flatten(2))
+    sizes = largest(loads.flatten(2))
     norms = penalty.dual_norms(loads / sizes[..., None, None]) * sizes
     pairing = (y * program.coordinates[layer - 1]).sum(1)
     return norms, pairing if sums is None or bound is None else pairing - bound * sums.abs()
@@ -259,7 +260,7 @@ def _repaired_output(program: ConvexProgram, output: Tensor) -> tuple[Tensor, Te
     count = len(problem.inputs)
     if problem.penalty.readout > 0:
         output = problem.loss.feasible(count * output, problem.targets) / count
-        return output, _lengths(torch.einsum("nk,nj...->j...k", output, features))
+        return output, lengths(torch.einsum("nk,nj...->j...k", output, features))
     basis = _column_space(features.flatten(1))
     for _ in range(PROJECTIONS):
         unseen = output - basis @ (basis.T @ output)
@@ -271,7 +272,7 @@ def _repaired_output(program: ConvexProgram, output: Tensor) -> tuple[Tensor, Te
         size = torch.einsum("nk,nj...->j...k", allowed.abs(), features.abs())
         q = q.where(q.abs() > _rounding(features) * size, 0.0)
         if not bool(q.any()):
-            return allowed, _lengths(q)
+            return allowed, lengths(q)
         output = 2 * allowed - unseen  # reflected: where the two sets meet in more than a corner, this ends
     return torch.zeros_like(output), output.new_zeros(features.shape[1])
 
@@ -283,21 +284,8 @@ def _rounding(features: Tensor) -> float:
 
 def _column_space(rows: Tensor) -> Tensor:
     """Orthonormal basis (N, rank) of the space of the columns, each first divided by its size: small ones count too."""
-    left, values, _ = torch.linalg.svd(rows / _largest(rows.T), full_matrices=False)
+    left, values, _ = torch.linalg.svd(rows / largest(rows.T), full_matrices=False)
     return left[:, values > max(rows.shape) * torch.finfo(rows.dtype).eps * values.amax()]
-
-
-def _largest(rows: Tensor) -> Tensor:
-    """Largest size along the last axis, 1 where all are zero: divided by it, squares do not vanish."""
-    sizes = rows.abs().amax(-1)
-    return sizes.where(sizes > 0, 1.0)
-
-
-def _lengths(responses: Tensor) -> Tensor:
-    """|q_j|, (M, ...) -> (M,)."""
-    flat = responses.flatten(1)
-    sizes = _largest(flat)
-    return sizes * torch.linalg.vector_norm(flat / sizes[:, None], dim=1)
 
 
 def _square_over(amounts: Tensor, strength: float) -> Tensor:
