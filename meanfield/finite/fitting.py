@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from meanfield import limits, validation
-from meanfield.finite.checkpoints import StateFile, ended
 from meanfield.finite.recipes import Recipe, increasing_epochs, regulariser
+from meanfield.storage.states import StateFile, ended
 from meanfield.storage.tensors import digest
 from meanfield.validation import Misuse
 
@@ -245,44 +245,36 @@ class _Run:
         message = f"{self.epochs} of {self.recipe.epochs} epochs: {STATUS_TEXTS[status]}"
         return Fitted(self.network.eval(), self.history, self.epochs, self.seconds, status, message, self.checkpoints)
 
-    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Tensors and figures from which `restore` continues."""
-        networks = {"network": self.last} | {f"checkpoint{epoch}": kept for epoch, kept in self.checkpoints.items()}
-        tensors = {f"{prefix}/{name}": tensor for prefix, kept in networks.items() for name, tensor in kept.items()}
-        moments = self.optimiser.state_dict()["state"]
-        tensors |= {
-            f"momentum/{i}": entry["momentum_buffer"]
-            for i, entry in moments.items()
-            if entry.get("momentum_buffer") is not None
+    def state(self) -> dict[str, Any]:
+        """What `restore` continues from."""
+        return {
+            "network": self.last,
+            "checkpoints": {str(epoch): kept for epoch, kept in self.checkpoints.items()},
+            "optimiser": self.optimiser.state_dict()["state"],
+            "generator": self.generator.get_state(),
+            "history": self.history,
+            "seconds": self.seconds,
         }
-        return tensors | {"generator": self.generator.get_state()}, {"history": self.history, "seconds": self.seconds}
 
-    def restore(self, state: tuple[dict[str, Tensor], dict[str, Any]] | None) -> None:
+    def restore(self, state: dict[str, Any] | None) -> None:
         """Continue from what `state` returned; from the start if None."""
         if state is None:
             return
-        tensors, figures = state
-        self.network.load_state_dict(_under("network", tensors))
-        self.last, self.history = _clones(self.network), figures["history"]
-        done = [epoch for epoch in self.wanted if epoch <= self.epochs]
+        self.network.load_state_dict(state["network"])
+        self.last, self.history = _clones(self.network), state["history"]
+        device = self.inputs.device
         self.checkpoints = {
-            epoch: {n: t.to(self.inputs.device) for n, t in _under(f"checkpoint{epoch}", tensors).items()}
-            for epoch in done
+            int(epoch): {name: tensor.to(device) for name, tensor in kept.items()}
+            for epoch, kept in state["checkpoints"].items()
         }
-        moments = {int(i): {"momentum_buffer": tensor} for i, tensor in _under("momentum", tensors).items()}
+        moments = {int(index): entry for index, entry in state["optimiser"].items()}
         self.optimiser.load_state_dict(self.optimiser.state_dict() | {"state": moments})
-        self.generator.set_state(tensors["generator"])
-        self.began -= figures["seconds"]
+        self.generator.set_state(state["generator"])
+        self.began -= state["seconds"]
 
 
 def _clones(network: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.detach().clone() for name, tensor in network.state_dict().items()}
-
-
-def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {
-        name.removeprefix(f"{prefix}/"): tensor for name, tensor in tensors.items() if name.startswith(f"{prefix}/")
-    }
 
 
 def _train(run: _Run, file: StateFile | None, callback: Callable[[dict[str, Any]], None] | None) -> str:
@@ -294,7 +286,7 @@ def _train(run: _Run, file: StateFile | None, callback: Callable[[dict[str, Any]
             return "diverged"
         record = run.finish_epoch(figures)
         if file is not None and run.epochs < run.recipe.epochs:
-            file.save(*run.state())
+            file.save(run.state())
         if callback is not None:
             callback(record)
     return "completed"

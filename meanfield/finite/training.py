@@ -18,12 +18,12 @@ import torch
 from torch import Tensor
 
 from meanfield import limits, validation
-from meanfield.finite.checkpoints import StateFile, ended
 from meanfield.finite.network import SCALINGS, FiniteCNN
 from meanfield.network import ParticleNetwork
 from meanfield.problem import Problem, project_bounds
 from meanfield.signatures import Count, Nonnegative, Positive, Seed, checked
 from meanfield.starts import normal
+from meanfield.storage.states import StateFile, described, ended
 from meanfield.storage.tensors import digest
 from meanfield.validation import Misuse, choice, path
 
@@ -140,7 +140,7 @@ def train(
         "shuffle": shuffle,
         "start": _named(start),
     }
-    file = None if state is None else StateFile(state, {**_data(problem), **settings.described, **choices})
+    file = None if state is None else StateFile(state, {**described(problem), **settings.described, **choices})
     run.restore(None if file is None else file.load())
     return run.result(ended(file, lambda: _descend(run, file, state_every)))
 
@@ -281,59 +281,37 @@ class _Run:
             self.best, value, self.history, self.steps, self.seconds, status, message, tuple(self.checkpoints)
         )
 
-    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Tensors and figures from which `restore` continues; gradients are not kept, they are taken anew at every
-        step.
-        """
-        networks = {"network": self.network, "best": self.best} | {
-            f"checkpoint{i}": kept for i, (_, kept) in enumerate(self.checkpoints)
-        }
-        tensors = {
-            f"{prefix}.{name}": tensor
-            for prefix, network in networks.items()
-            for name, tensor in network.state_dict().items()
-        }
-        moments = self.optimiser.state_dict()["state"]
-        tensors |= {f"optimiser.{i}.{name}": tensor for i, entry in moments.items() for name, tensor in entry.items()}
-        tensors |= {"batches.order": self.batches.order, "batches.generator": self.batches.generator.get_state()}
-        figures = {
-            "steps": self.steps,
-            "position": self.batches.position,
+    def state(self) -> dict[str, Any]:
+        """What `restore` continues from; gradients are not kept, they are taken anew at every step."""
+        return {
+            "network": self.network.state_dict(),
+            "best": self.best.state_dict(),
             "best_value": self.best_value,
+            "checkpoints": [(moment, kept.state_dict()) for moment, kept in self.checkpoints],
+            "optimiser": self.optimiser.state_dict()["state"],
+            "generator": self.batches.generator.get_state(),
+            "order": self.batches.order,
+            "position": self.batches.position,
+            "steps": self.steps,
             "history": self.history,
+            "seconds": self.seconds,
         }
-        return tensors, figures | {"checkpoints": [moment for moment, _ in self.checkpoints], "seconds": self.seconds}
 
-    def restore(self, state: tuple[dict[str, Tensor], dict[str, Any]] | None) -> None:
+    def restore(self, state: dict[str, Any] | None) -> None:
         """Continue from what `state` returned; from the start if None."""
         if state is None:
             return
-        tensors, figures = state
-        self.network.load_state_dict(_under("network", tensors))
-        self.best.load_state_dict(_under("best", tensors))
-        self.checkpoints = [(moment, copy.deepcopy(self.network)) for moment in figures["checkpoints"]]
-        for i, (_, kept) in enumerate(self.checkpoints):
-            kept.load_state_dict(_under(f"checkpoint{i}", tensors))
-        moments: dict[int, dict[str, Tensor]] = {}
-        for name, tensor in _under("optimiser", tensors).items():
-            index, key = name.split(".")
-            moments.setdefault(int(index), {})[key] = tensor
+        self.network.load_state_dict(state["network"])
+        self.best.load_state_dict(state["best"])
+        self.checkpoints = [(moment, copy.deepcopy(self.network)) for moment, _ in state["checkpoints"]]
+        for (_, checkpoint), (_, kept) in zip(self.checkpoints, state["checkpoints"]):
+            checkpoint.load_state_dict(kept)
+        moments = {int(index): entry for index, entry in state["optimiser"].items()}
         self.optimiser.load_state_dict(self.optimiser.state_dict() | {"state": moments})
-        self.batches.order, self.batches.position = tensors["batches.order"], figures["position"]
-        self.batches.generator.set_state(tensors["batches.generator"])
-        self.steps, self.best_value, self.history = figures["steps"], figures["best_value"], figures["history"]
-        self.began -= figures["seconds"]
-
-
-def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {
-        name.removeprefix(f"{prefix}."): tensor for name, tensor in tensors.items() if name.startswith(f"{prefix}.")
-    }
-
-
-def _data(problem: Problem) -> dict[str, str]:
-    inputs, targets = problem.inputs, problem.targets
-    return {"problem": repr(problem), "data": digest((inputs, targets)), "device": inputs.device.type}
+        self.batches.order, self.batches.position = state["order"], state["position"]
+        self.batches.generator.set_state(state["generator"])
+        self.steps, self.best_value, self.history = state["steps"], state["best_value"], state["history"]
+        self.began -= state["seconds"]
 
 
 def _named(start: str | ParticleNetwork | FiniteCNN) -> str:
@@ -360,7 +338,7 @@ def _descend(run: _Run, file: StateFile | None, state_every: int) -> str:
             if not value <= ceiling:  # also true for NaN
                 return "diverged"
         if file is not None and run.steps % state_every == 0 and run.steps < settings.steps:
-            file.save(*run.state())
+            file.save(run.state())
     return "completed"
 
 

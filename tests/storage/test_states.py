@@ -1,6 +1,7 @@
 """The state of a run on disk: whose it is, whether it is whole, and when it goes."""
 
 import io
+import math
 
 import pytest
 import torch
@@ -8,31 +9,35 @@ from safetensors.torch import load_file, save_file
 from strategies import normal
 
 from meanfield import storage
-from meanfield.finite import checkpoints
-from meanfield.finite.checkpoints import StateFile
+from meanfield.storage import states
+from meanfield.storage.states import StateFile
 
 SETTINGS = {"steps": 5, "widths": (4, 3), "rate": 0.1}
 TENSORS = {"weight": normal((3, 2), 0), "count": torch.arange(3), "single": normal((2,), 1).float()}
-FIGURES = {"value": 1 / 3, "history": [{"step": 0}]}
+FIGURES = {"value": 1 / 3, "time": math.inf, "history": [{"step": 0}]}
+TREE = {**FIGURES, "network": TENSORS, "nested": [(TENSORS["weight"], None, True), {"0": TENSORS["single"]}, {}]}
 
 
 @pytest.fixture
 def state(tmp_path):
     found = StateFile(tmp_path / "run.safetensors", SETTINGS)
-    found.save(TENSORS, FIGURES)
+    found.save(TREE)
     return found
 
 
 def test_what_is_saved_comes_back_to_the_bit(state):
-    tensors, figures = state.load()
-    assert tensors.keys() == TENSORS.keys()
-    assert all(torch.equal(tensors[name], kept) for name, kept in TENSORS.items())
-    assert [tensors[name].dtype for name in TENSORS] == [torch.float64, torch.int64, torch.float32]
-    assert figures == FIGURES
-    state.save({"weight": TENSORS["weight"] + 1}, {"value": 2.0})
-    tensors, figures = state.load()
-    assert list(tensors) == ["weight"]
-    assert figures == {"value": 2.0}
+    found = state.load()
+    assert list(found) == list(TREE)
+    assert {name: found[name] for name in FIGURES} == FIGURES
+    assert all(torch.equal(found["network"][name], kept) for name, kept in TENSORS.items())
+    assert [found["network"][name].dtype for name in TENSORS] == [torch.float64, torch.int64, torch.float32]
+    (weight, *plain), single, empty = found["nested"]
+    assert torch.equal(weight, TENSORS["weight"])
+    assert plain == [None, True]
+    assert torch.equal(single["0"], TENSORS["single"])
+    assert empty == {}
+    state.save({"weight": TENSORS["weight"] + 1, "value": 2.0})
+    assert list(state.load()) == ["weight", "value"]
 
 
 def test_settings_are_compared_as_json(state):
@@ -73,11 +78,12 @@ def test_tensors_that_were_exchanged_are_refused(state):
     with safe_open(state.path, "pt") as file:
         metadata = file.metadata()
     tensors = load_file(state.path)
-    for changed in ({"weight": tensors["weight"].T.reshape(3, 2)}, {"weight": tensors["weight"].reshape(2, 3)}):
+    name, weight = "state/network/weight", TENSORS["weight"]
+    for changed in ({name: weight.T.reshape(3, 2)}, {name: weight.reshape(2, 3)}):
         save_file({**tensors, **changed}, state.path, metadata)
         with pytest.raises(ValueError, match="its checksum does not fit"):
             state.load()
-    renamed = {"weights" if name == "weight" else name: tensor for name, tensor in tensors.items()}  # in the same order
+    renamed = {f"{key}s" if key == name else key: tensor for key, tensor in tensors.items()}  # in the same order
     save_file(renamed, state.path, metadata)
     with pytest.raises(ValueError, match="its checksum does not fit"):
         state.load()
@@ -87,7 +93,7 @@ def test_other_files_of_tensors_and_other_formats_are_refused(state):
     """States of the first format, whose checksum lay elsewhere, among them."""
     storage.save_tensors(TENSORS, state.path)
     for _ in range(2):
-        with pytest.raises(ValueError, match="is no 'meanfield training state 2'; give another path, or delete it"):
+        with pytest.raises(ValueError, match="is no 'meanfield state 3'; give another path, or delete it"):
             state.load()
         save_file(TENSORS, state.path, {"body": "{}", "sha256": "0"})
 
@@ -114,10 +120,10 @@ def test_the_file_goes_unless_the_run_can_go_on(state):
     def failed():
         raise RuntimeError("no")
 
-    assert checkpoints.ended(state, interrupted) == "interrupted"
+    assert states.ended(state, interrupted) == "interrupted"
     with pytest.raises(RuntimeError):
-        checkpoints.ended(state, failed)
+        states.ended(state, failed)
     assert state.path.exists()
-    assert checkpoints.ended(state, lambda: "completed") == "completed"
+    assert states.ended(state, lambda: "completed") == "completed"
     assert not state.path.exists()
-    assert checkpoints.ended(None, lambda: "diverged") == "diverged"
+    assert states.ended(None, lambda: "diverged") == "diverged"
