@@ -46,7 +46,7 @@ class StateFile:
         files.write_atomically(self.path, tensors.pack(kept, KIND, {"settings": self.settings, "figures": figures}))
 
     def load(self, device: torch.device | str = "cpu") -> Any:
-        """The state with its tensors on a device, tuples as lists; None without a file; Misuse where it is damaged or
+        """The state with its tensors on a device, tuples as lists, keys as text; None without a file; Misuse where it is damaged or
         of another run.
         """
         try:
@@ -85,7 +85,7 @@ def _parted(state: Any) -> tuple[dict[str, Tensor], Any]:
                 kept[name] = value.detach().cpu().clone()  # a format without shared memory
             return {PLACE: names.setdefault(id(value), name)}
         if isinstance(value, dict):
-            return {key: walk(entry, f"{name}/{key}") for key, entry in value.items()}
+            return {str(key): walk(entry, f"{name}/{key}") for key, entry in value.items()}
         if isinstance(value, (list, tuple)):
             return [walk(entry, f"{name}/{index}") for index, entry in enumerate(value)]
         return value
