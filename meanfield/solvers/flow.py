@@ -17,8 +17,10 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Annotated, Any, Protocol
 
 import torch
@@ -33,10 +35,16 @@ from meanfield.penalties import inflow_projection, input_norms, kernel_projectio
 from meanfield.problem import Problem, Terms, project_bounds
 from meanfield.signatures import Count, Nonnegative, Positive, Seconds, Seed, checked
 from meanfield.solvers.solution import ENDED_EARLY, Solution, message
-from meanfield.validation import choice
+from meanfield.storage import states
+from meanfield.storage.states import StateFile
+from meanfield.storage.tensors import digest
+from meanfield.validation import choice, path
 
 DESCENTS = ("preconditioned", "gradient")
 DISSIPATION_ERROR = 0.1  # relative error of dJ = -step speed^2 at which an Euler step is accepted
+STATE_SECONDS = 30.0  # of work that a killed run may lose
+RECORD_SHARE = 0.2  # of the steps of minibatches, for records on all images
+GLIMPSE = 1.0  # seconds between two looks at where a run is
 GRAPH = 3  # times the features: what a backward pass holds of them, and its own
 PROBE = {torch.float32: 1e-3, torch.float64: 1e-6}
 
@@ -64,6 +72,11 @@ class Tangent:
             function(self.readout, *(o.readout for o in others)),
             apply(self.biases, *(o.biases for o in others)),
         )
+
+    @classmethod
+    def of(cls, entries: dict[str, Any] | None) -> Tangent | None:
+        """From `states.entries`, None from None."""
+        return None if entries is None else cls(**entries)
 
 
 @torch.inference_mode(False)
@@ -193,6 +206,12 @@ class Descent(Protocol):
 
     time: float
 
+    def state(self) -> dict[str, Any]:
+        """What `restore` continues from, for a `StateFile`."""
+        ...
+
+    def restore(self, state: dict[str, Any]) -> None: ...
+
     def propose(self, network: ParticleNetwork, flow: Tangent) -> ParticleNetwork: ...
 
     def judge(self, network: ParticleNetwork, moved: ParticleNetwork, change: float) -> bool:
@@ -202,25 +221,42 @@ class Descent(Protocol):
 
 @dataclass
 class GradientDescent:
-    """Explicit Euler with the step adapted to the dissipation identity (adaptive=False: the step is kept)."""
+    """Explicit Euler with the step adapted to the dissipation identity (adaptive=False: the step is kept, or falls to
+    zero over `total` steps).
+    """
 
     problem: Problem
     step: float
     adaptive: bool
+    total: int | None = None
+    count: int = 0
     time: float = 0.0
     dissipated: float = 0.0
     identity_error: float = 0.0
 
+    def state(self) -> dict[str, Any]:
+        names = ("step", "count", "time", "dissipated", "identity_error")
+        return {name: getattr(self, name) for name in names}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+
+    @property
+    def length(self) -> float:
+        """Of the next step, in flow time."""
+        return self.step * (1.0 if self.total is None else annealed(self.count, self.total))
+
     def propose(self, network: ParticleNetwork, flow: Tangent) -> ParticleNetwork:
-        return _euler(self.problem, network, flow, self.step)
+        return _euler(self.problem, network, flow, self.length)
 
     def judge(self, network: ParticleNetwork, moved: ParticleNetwork, change: float) -> bool:
-        predicted = float(squared_distance(network, moved)) / self.step  # = step speed^2
+        predicted = float(squared_distance(network, moved)) / self.length  # = step speed^2
         noise = 64 * torch.finfo(network.dtype).eps  # J of order one cannot resolve less
         error = abs(change + predicted) / max(predicted, noise) if math.isfinite(change) else math.inf
         accepted = not self.adaptive or error <= 2 * DISSIPATION_ERROR or abs(change + predicted) <= noise
         if accepted:
-            self.time += self.step
+            self.time += self.length
+            self.count += 1
             self.dissipated += predicted
             self.identity_error = error
         if self.adaptive:  # the error is of first order in the step
@@ -228,10 +264,18 @@ class GradientDescent:
         return accepted
 
 
+def annealed(count: int, total: int) -> float:
+    """The share of a step that is left after `count` of `total` steps: from 1 to 0 along a cosine."""
+    return 0.5 * (1 + math.cos(math.pi * min(1.0, count / total)))
+
+
 @dataclass
 class PreconditionedDescent:
     """Adam's moments on the flow's velocities.  Proximal maps and projections use the metric that its steps scale, in
     which a point is at rest just where the flow is.
+
+    The rate is what an entry changes by in a step.  A flattened readout multiplies f / positions: its entries count in
+    units of the positions, in which an image moves the output as much as it does with the average readout.
     """
 
     problem: Problem
@@ -243,14 +287,22 @@ class PreconditionedDescent:
     first: Tangent | None = None
     second: Tangent | None = None
 
+    def state(self) -> dict[str, Any]:
+        moments = {name: getattr(self, name) for name in ("first", "second")}
+        return {"count": self.count} | {name: m and states.entries(m) for name, m in moments.items()}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self.count, self.first, self.second = state["count"], Tangent.of(state["first"]), Tangent.of(state["second"])
+
     def propose(self, network: ParticleNetwork, flow: Tangent) -> ParticleNetwork:
         self.count += 1
         b1, b2 = self.betas
         squares = self._squares(flow)
         self.first = flow if self.first is None else self.first.map(lambda m, v: b1 * m + (1 - b1) * v, flow)
         self.second = squares if self.second is None else self.second.map(lambda m, v: b2 * m + (1 - b2) * v, squares)
-        rate = self.rate * 0.5 * (1 + math.cos(math.pi * min(1.0, self.count / self.total)))
+        rate = self.rate * annealed(self.count, self.total)
         steps = self.second.map(lambda m: rate / (m.sqrt() + 1e-12))
+        steps = replace(steps, readout=steps.readout * flow.readout[0, 0].numel())
         move = self.first.map(lambda m, s: m * s, steps)
         return advance(self.problem, network, move, steps)
 
@@ -290,20 +342,31 @@ def solve(
     seed: Seed = 0,
     max_seconds: Seconds = math.inf,
     record_every: Count | None = None,
+    state: Annotated[str | Path, path] | None = None,
+    state_seconds: Seconds = STATE_SECONDS,
     callback: Callable[[dict[str, Any]], None] | None = None,
 ) -> Solution:
     """Follow the particle gradient flow from `network`.
 
     descent "preconditioned" (default; reaches the limit; step_size is Adam's rate, 0.1, annealed to zero over `steps`)
     or "gradient" (explicit Euler for trajectories; step_size in flow time, start value 0.1, adapted to the dissipation
-    identity unless adaptive=False).  masses=False keeps the masses fixed: plain mean-field training.  batch_size draws
-    minibatches without replacement, reshuffled each epoch from `seed`, at a step that is not adapted.  Stops when the
+    identity unless adaptive=False).  masses=False keeps the masses fixed: plain mean-field training.  Stops when the
     squared metric speed (J per unit of flow time) falls below `tolerance`; it is evaluated, with J on all images, every
-    `record_every` steps (default: 100 records a run).
+    `record_every` steps (default: 100 records a run, fewer with minibatches, where they take a sixth of the time).
 
-    Returns the best recorded network.  History rows: step, seconds, time (flow time; NaN for the preconditioned
-    descent), value, loss, source, readout, input, speed, dissipated (integral of speed^2), identity_error (of the last
-    step, relative).  The gap is that of the frozen program at the answer, with the flow's own multipliers.
+    batch_size draws minibatches without replacement, reshuffled each epoch from `seed`: unbiased estimates of the
+    velocities, those of masses among them.  Steps of both descents then fall to zero, so that the noise dies out.
+
+    state: file (.safetensors) to which the whole state of the run is written every `state_seconds` seconds.  A call
+    with the same arguments continues from it and ends, on the same machine and as many threads, with the same bits as a
+    run without a pause (seconds excepted).  It is removed when the run ends by itself, and refused (ValueError) where
+    it is damaged or of other arguments or data.
+
+    Returns the best recorded network.  History rows: step, images (seen in steps so far), seconds, time (flow time; NaN
+    for the preconditioned descent), value, loss, source, readout, input, speed, dissipated (integral of speed^2),
+    identity_error (of the last step, relative).  callback: called with every row, and in between, about once a second,
+    with step, images and seconds alone.  The gap is that of the frozen program at the answer, with the flow's own
+    multipliers.
     """
     problem.require_feasible(network)
     for layer, p in enumerate(network.masses):
@@ -315,16 +378,28 @@ def solve(
     rate = 0.1 if step_size is None else step_size
     adaptive = adaptive and batch_size is None
     method = (
-        GradientDescent(problem, rate, adaptive)
+        GradientDescent(problem, rate, adaptive, None if batch_size is None else steps)
         if descent == "gradient"
         else PreconditionedDescent(problem, rate, steps)
     )
-    trail = _Trail(problem, callback)
-    every = record_every or max(1, steps // 100)
-    batches = _batches(problem, batch_size, seed)
+    batches = _Batches(problem, batch_size, seed)
+    every = record_every or max(1, steps // 100, batches.each_record)
+    settings = {
+        "start": digest(network.tensors()),
+        "descent": descent,
+        "masses": masses,
+        "steps": steps,
+        "step_size": rate,
+        "adaptive": adaptive,
+        "tolerance": tolerance,
+        "batch_size": batch_size,
+        "seed": seed,
+        "record_every": every,
+    }
+    file = None if state is None else StateFile(state, {**states.described(problem), **settings})
+    run = _Run(problem, network.detach(), method, _Trail(problem, callback), batches, masses, steps, every, tolerance)
     with limits.within(max_seconds):
-        status = _follow(problem, network.detach(), method, trail, batches, masses, steps, every, tolerance)
-        return trail.solution(status)
+        return run.solution(file, state_seconds)
 
 
 def warn_unattained(problem: Problem) -> None:
@@ -339,62 +414,128 @@ def warn_unattained(problem: Problem) -> None:
         )
 
 
-def _batches(problem: Problem, size: int | None, seed: int) -> Iterator[Problem]:
-    """The problem itself for ever, or its minibatches epoch after epoch."""
-    count = len(problem.inputs)
-    if size is None:
+class _Batches:
+    """The problem itself, or its minibatches, epoch after epoch, each in an order of its own."""
+
+    def __init__(self, problem: Problem, size: int | None, seed: int) -> None:
+        self.problem, self.count = problem, len(problem.inputs)
+        self.size = None if size is None else min(size, self.count)
+        self.generator, self.epoch = torch.Generator().manual_seed(seed), -1
+
+    @property
+    def each(self) -> int:
+        """Images of a step."""
+        return self.count if self.size is None else self.size
+
+    @property
+    def each_record(self) -> int:
+        """Steps of which a record on all images costs a fifth."""
+        return 1 if self.size is None else math.ceil(self.count / self.size / RECORD_SHARE)
+
+    def at(self, step: int) -> Problem:
+        """For increasing steps."""
+        if self.size is None:
+            return self.problem
+        epoch, place = divmod(step, self.count // self.size)
+        while self.epoch < epoch:
+            self.order, self.epoch = torch.randperm(self.count, generator=self.generator), self.epoch + 1
+        indices = self.order[place * self.size : (place + 1) * self.size]
+        return self.problem.batch(indices.to(self.problem.inputs.device))
+
+
+@dataclass
+class _Run:
+    """The loop; every step costs one forward and one backward pass, and with minibatches a record one on all images."""
+
+    problem: Problem
+    network: ParticleNetwork
+    method: Descent
+    trail: _Trail
+    batches: _Batches
+    masses: bool
+    steps: int
+    every: int
+    tolerance: float
+    step: int = 0
+
+    def solution(self, file: StateFile | None, seconds: float) -> Solution:
+        """Continue from the file, which is written every so many seconds and goes where the run ends by itself."""
+        if file is not None and (found := file.load(self.problem.inputs.device)) is not None:
+            self.restore(found)
+        status = self.follow(file, seconds)
+        solution = self.trail.solution(status)
+        if file is not None and solution.status not in ENDED_EARLY:
+            file.remove()
+        return solution
+
+    def follow(self, file: StateFile | None, seconds: float) -> str:
+        """The status with which the steps ended."""
+        try:
+            return self._descend(file, seconds)
+        except limits.STOPS as stop:
+            if self.trail.network is None:
+                raise
+            return limits.status(stop)
+
+    def _descend(self, file: StateFile | None, seconds: float) -> str:
+        batch, pulled, saved = self.batches.at(self.step), None, time.perf_counter()
         while True:
-            yield problem
-    size = min(size, count)
-    generator = torch.Generator().manual_seed(seed)
-    while True:
-        order = torch.randperm(count, generator=generator).to(problem.inputs.device)
-        for first in range(0, count - size + 1, size):
-            yield problem.batch(order[first : first + size])
-
-
-def _follow(
-    problem: Problem,
-    network: ParticleNetwork,
-    method: Descent,
-    trail: _Trail,
-    batches: Iterator[Problem],
-    masses: bool,
-    steps: int,
-    every: int,
-    tolerance: float,
-) -> str:
-    """The loop; every step costs one forward and one backward pass.  Returns the status."""
-    batch = next(batches)
-    whole = batch is problem
-    with limits.grace(math.inf):  # whatever the time: the start is the least that can be returned
-        terms, flow = velocity(problem, network, masses)
-    try:
-        for step in range(steps + 1):
             late = limits.passed()
-            if step % every == 0 or step == steps or late:
-                if not whole and step:
-                    terms, flow = velocity(problem, network, masses)
-                if trail.record(step, network, terms, metric_speed(problem, network, flow), method) ** 2 <= tolerance:
+            if (late or self.step % self.every == 0 or self.step == self.steps) and self.trail.step != self.step:
+                whole = self._whole() if pulled is None or batch is not self.problem else pulled
+                if self._record(*whole) ** 2 <= self.tolerance:
                     return "converged"
-                if late:
-                    return "max_seconds"
-                if not whole:
-                    terms, flow = velocity(batch, network, masses)
-            if step == steps:
-                break
-            moved = method.propose(network, flow)
-            batch = next(batches)
-            new_terms, new_flow = velocity(batch, moved, masses)
-            if method.judge(network, moved, float(new_terms.total() - terms.total())):
-                network, terms, flow = moved, new_terms, new_flow
-            elif not isinstance(method, GradientDescent) or method.step < torch.finfo(network.dtype).eps:
+                pulled = whole if batch is self.problem else pulled
+            if late:
+                return "max_seconds"
+            if self.step == self.steps:
+                return "max_iterations"
+            if file is not None and time.perf_counter() - saved >= seconds:
+                file.save(self.state())
+                saved = time.perf_counter()
+            terms, flow = velocity(batch, self.network, self.masses) if pulled is None else pulled
+            moved = self.method.propose(self.network, flow)
+            following = self.batches.at(self.step + 1)
+            pulled = velocity(following, moved, self.masses)
+            if self.method.judge(self.network, moved, float(pulled[0].total() - terms.total())):
+                self.network, batch = moved, following
+            elif not isinstance(self.method, GradientDescent) or self.method.step < torch.finfo(moved.dtype).eps:
                 return "stalled"
-    except limits.STOPS as stop:
-        if trail.network is None:
-            raise
-        return limits.status(stop)
-    return "max_iterations"
+            else:
+                pulled = terms, flow
+            self.step += 1
+            self.trail.glimpse(self.step, self.step * self.batches.each)
+
+    def _whole(self) -> tuple[Terms, Tangent]:
+        """On all images; of the start whatever the time, as it is the least that can be returned."""
+        with limits.grace(math.inf) if self.trail.network is None else nullcontext():
+            return velocity(self.problem, self.network, self.masses)
+
+    def _record(self, terms: Terms, flow: Tangent) -> float:
+        speed = metric_speed(self.problem, self.network, flow)
+        return self.trail.record(self.step, self.step * self.batches.each, self.network, terms, speed, self.method)
+
+    def state(self) -> dict[str, Any]:
+        """What `restore` continues from: the place between two steps, with the record of that step, if there is one."""
+        trail = self.trail
+        return {
+            "step": self.step,
+            "network": states.entries(self.network),
+            "method": self.method.state(),
+            "history": trail.history,
+            "best": trail.best,
+            "best_network": None if trail.network is None else states.entries(trail.network),
+            "seconds": trail.seconds(),
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        architecture, trail = self.problem.architecture, self.trail
+        self.step, self.network = state["step"], ParticleNetwork(architecture, **state["network"])
+        self.method.restore(state["method"])
+        trail.history, trail.best = state["history"], state["best"]
+        if state["best_network"] is not None:
+            trail.network = ParticleNetwork(architecture, **state["best_network"])
+        trail.began -= state["seconds"]
 
 
 @dataclass
@@ -407,12 +548,27 @@ class _Trail:
     best: float = math.inf
     network: ParticleNetwork | None = None
     began: float = field(default_factory=time.perf_counter)
+    glimpsed: float = 0.0
 
     def seconds(self) -> float:
         return time.perf_counter() - self.began
 
-    def record(self, step: int, network: ParticleNetwork, terms: Terms, speed: float, method: Descent) -> float:
-        row = {"step": step, "seconds": self.seconds(), "time": method.time, "value": float(terms.total())}
+    @property
+    def step(self) -> int | None:
+        """Of the last record."""
+        return self.history[-1]["step"] if self.history else None
+
+    def glimpse(self, step: int, images: int) -> None:
+        """Where the run is, for who watches it."""
+        if self.callback is not None and self.seconds() - self.glimpsed > GLIMPSE:
+            self.glimpsed = self.seconds()
+            self.callback({"step": step, "images": images, "seconds": self.glimpsed})
+
+    def record(
+        self, step: int, images: int, network: ParticleNetwork, terms: Terms, speed: float, method: Descent
+    ) -> float:
+        row = {"step": step, "images": images, "seconds": self.seconds(), "time": method.time}
+        row["value"] = float(terms.total())
         if self.network is None:
             self.problem.require_finite(terms.total())
         row |= {name: float(term) for name, term in terms._asdict().items()} | {"speed": speed}

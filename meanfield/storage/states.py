@@ -1,4 +1,4 @@
-"""The state of a long run on disk: one safetensors file whose JSON header names the run, written whole or not at all."""
+"""The state of a long run on disk: one safetensors file whose JSON header names the run, whole or not there at all."""
 
 from __future__ import annotations
 
@@ -25,6 +25,11 @@ def described(problem: Problem) -> dict[str, str]:
     return {"problem": repr(problem), "data": data, "device": problem.inputs.device.type}
 
 
+def entries(variables: Any) -> dict[str, Any]:
+    """The tensors of a `ParticleNetwork`, or of a point with the same names, as arguments for another one."""
+    return {name: getattr(variables, name) for name in ("masses", "kernels", "readout", "biases")}
+
+
 class StateFile:
     """The file (.safetensors) of one run.
 
@@ -46,8 +51,8 @@ class StateFile:
         files.write_atomically(self.path, tensors.pack(kept, KIND, {"settings": self.settings, "figures": figures}))
 
     def load(self, device: torch.device | str = "cpu") -> Any:
-        """The state with its tensors on a device, tuples as lists, keys as text; None without a file; Misuse where it is damaged or
-        of another run.
+        """The state with its tensors on a device, tuples as lists, keys as text; None without a file; Misuse where it
+        is damaged or of another run.
         """
         try:
             kept, body = tensors.read(self.path)

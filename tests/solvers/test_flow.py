@@ -3,7 +3,7 @@
 import math
 import warnings
 from dataclasses import replace
-from itertools import islice, pairwise
+from itertools import pairwise
 
 import cvxpy as cp
 import numpy as np
@@ -515,7 +515,7 @@ def test_a_velocity_holds_the_graph_of_one_block_only(monkeypatch):
 @pytest.mark.parametrize("loss", ["squared", "softmax"])
 def test_minibatch_velocities_average_to_the_full_one(loss):
     problem, network = make(bias=True, loss=loss, count=6)
-    batches = list(islice(flow._batches(problem, 2, 0), 3))
+    batches = list(map(flow._Batches(problem, 2, 0).at, range(3)))
     seen = torch.cat([batch.inputs for batch in batches])
     assert sorted(seen.flatten(1).sum(1).tolist()) == sorted(problem.inputs.flatten(1).sum(1).tolist())
     moving = [flow.velocity(batch, network)[1] for batch in batches]
@@ -529,13 +529,14 @@ def test_minibatch_velocities_average_to_the_full_one(loss):
 
 
 def test_each_epoch_is_reshuffled():
-    problem, _ = make(count=6)
+    problem, _ = make(count=7)  # the last image of an order waits for the next one
+    batches = flow._Batches(problem, 2, 0)
     orders = [
-        [batch.inputs.sum().item() for batch in islice(batches, 3)]
-        for batches in [flow._batches(problem, 2, 0)]
-        for _ in range(3)
+        tuple(batches.at(step).inputs.sum().item() for step in range(3 * epoch, 3 * epoch + 3)) for epoch in range(3)
     ]
-    assert len(set(map(tuple, orders))) == 3
+    assert len(set(orders)) == 3
+    again = flow._Batches(problem, 2, 0)
+    assert again.at(7).inputs.sum().item() == orders[2][1]
 
 
 @pytest.mark.parametrize("descent", flow.DESCENTS)
@@ -556,6 +557,82 @@ def test_minibatches_lower_the_value_on_all_images(descent):
     solution = run(problem, network, descent=descent, steps=200, batch_size=2)
     assert solution.value < 0.7 * problem.value(network).item()
     assert solution.value == pytest.approx(min(row["value"] for row in solution.history), rel=1e-12)
+
+
+@pytest.mark.parametrize(("descent", "step_size"), [("preconditioned", 0.1), ("gradient", 1.0)])
+def test_minibatches_end_where_the_whole_batch_does(descent, step_size, monkeypatch):
+    """Because their steps fall to zero; at constant steps the noise of the batches stays."""
+    problem, network = make(depth=1, count=12)
+    options = {"descent": descent, "step_size": step_size, "steps": 1500, "record_every": 1500, "tolerance": 0.0}
+    limit = run(problem, network, **options, adaptive=False).value
+    falling = run(problem, network, **options, batch_size=3).value - limit
+    monkeypatch.setattr(flow, "annealed", lambda count, total: 1.0)
+    constant = run(problem, network, **options, batch_size=3).value - limit
+    assert abs(falling) < 0.1 * constant
+
+
+@pytest.mark.parametrize("readout", mf.architecture.READOUTS)
+def test_a_step_moves_what_multiplies_the_features_by_the_rate(readout):
+    """u with the average readout, u / positions with the flattened one."""
+    arch = mf.Architecture((1, 3, 3), (mf.Conv(1, activation="tanh"),), readout=readout)
+    problem = mf.Problem(arch, random_inputs(arch, 4, 0), random_targets("squared", 1, 4, 0))
+    network = random_network(arch, (2,), 0)
+    method = flow.PreconditionedDescent(problem, 1e-3, 10**9)
+    moved = method.propose(network, flow.velocity(problem, network)[1])
+    steps = (moved.readout - network.readout).abs() / (1 if readout == "average" else 9)
+    torch.testing.assert_close(steps, torch.full_like(steps, 1e-3), rtol=1e-6, atol=0)
+
+
+class TestResume:
+    """A run that was broken off goes on from its file to the same bits."""
+
+    @pytest.mark.parametrize(
+        "options",
+        [
+            {},
+            {"descent": "gradient"},
+            {"batch_size": 2},
+            {"descent": "gradient", "batch_size": 2, "masses": False},
+            {"record_every": 7, "batch_size": 3, "seed": 5},
+        ],
+    )
+    def test_bits(self, tmp_path, options):
+        problem, network = make(bias=True, count=7)
+        options = {"steps": 20, "record_every": 5, **options}
+        whole = run(problem, network, **options)
+        state = tmp_path / "flow.safetensors"
+        for moment in (3, 9, 14, 30):
+            with limits.watched(_interrupt_at(moment)):
+                found = run(problem, network, **options, state=state, state_seconds=0.0)
+        assert found.status == whole.status
+        assert not state.exists()
+        assert same(found.network, whole.network)
+        untimed = [
+            [{k: v for k, v in row.items() if k != "seconds"} for row in each.history] for each in (found, whole)
+        ]
+        assert repr(untimed[0]) == repr(untimed[1])
+
+    def test_a_state_of_another_run_is_refused(self, tmp_path):
+        problem, network = make()
+        state = tmp_path / "flow.safetensors"
+        with limits.watched(_interrupt_at(4)):
+            assert run(problem, network, steps=20, state=state, state_seconds=0.0).status == "interrupted"
+        with pytest.raises(ValueError, match="is of another run: its steps is 20, here 21"):
+            run(problem, network, steps=21, state=state)
+        other = network.map(lambda tensor: tensor.clone())
+        other.readout[0] += 1e-16 + other.readout[0].abs() * 1e-15
+        with pytest.raises(ValueError, match="is of another run: its start is"):
+            run(problem, other, steps=20, state=state)
+
+
+def _interrupt_at(moment):
+    looks = iter(range(10**6))
+
+    def look():
+        if next(looks) == moment:
+            raise KeyboardInterrupt
+
+    return look
 
 
 @pytest.mark.parametrize("size", [4, 99])
