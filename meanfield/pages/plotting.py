@@ -75,6 +75,7 @@ def gaps(rows: Sequence[Row], tolerance: float) -> Figure:
         color=GREY,
         label=f"stopping rule, {tolerance:g} J",
     )
+    axes.margins(y=0.25)  # room for the legend
     return _finish(figure, axes, "round of the alternation", "duality gap, in units of J", rounds=True)
 
 
@@ -181,6 +182,8 @@ def predictions(groups: Mapping[str, Sequence[tuple[int, float]]], classes: Sequ
     looks = [("o", BLUE, 60, 1.0), ("x", ORANGE, 28, 0.7)]
     for shift, (name, pairs) in enumerate(groups.items()):
         marker, color, size, alpha = looks[shift % 2]
+        if len(pairs) > 60 * len(classes):
+            size, alpha = size / 4, alpha / 2
         spread = np.random.default_rng(0).uniform(-0.12, 0.12, len(pairs))
         x = np.array([index for index, _ in pairs]) + spread + 0.3 * shift - 0.15 * (len(groups) - 1)
         axes.scatter(

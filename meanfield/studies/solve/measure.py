@@ -160,7 +160,8 @@ def predictions(run: Run) -> dict[str, Any]:
     """What the answer makes of the images; `images` of the results are the mistakes first, then the narrowest."""
     judged = _of_each(run, lambda data: _judged(run, run.solution.network, data))
     shown, name = (run.training, "training") if run.held_out is None else (run.held_out, "held_out")
-    return {"classes": list(run.training.class_names), **judged, "images": {"of": name, **_shown(shown, judged[name])}}
+    about = {"classes": list(run.training.class_names), "outputs": run.problem.architecture.outputs}
+    return {**about, **judged, "images": {"of": name, **_shown(shown, judged[name])}}
 
 
 def _of_each(run: Run, judge: Callable[[Dataset], Any]) -> dict[str, Any]:

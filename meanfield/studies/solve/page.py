@@ -15,7 +15,7 @@ from meanfield.pages.html import Details, Figure, Note, Page, Results, Section, 
 from meanfield.pages.words import by, capital, count, number, scientific
 from meanfield.storage import networks
 from meanfield.studies.solve.measure import gather
-from meanfield.studies.solve.pictures import NAMES, output_label, pictures
+from meanfield.studies.solve.pictures import NAMES, SMALL, output_label, pictures
 from meanfield.studies.solve.run import Run
 
 REPORT, RESULTS = "report.html", "results.json"
@@ -232,7 +232,7 @@ def _predictions(results: Results) -> Section:
         f"Of the {name} images: mistakes first, in a thick frame ({shown['mistakes']} in all), then those that were "
         "read rightly with the least margin."
     )
-    margins = f"For every image: {output_label(found['classes'])}."
+    margins = f"For every image: {output_label(found)}."
     pictures = [Figure("confusion", counts), Figure("images", images, wide=True), Figure("predictions", margins)]
     return Section("What it reads", [*note, *pictures])
 
@@ -249,7 +249,7 @@ def _close(results: Results) -> list[Section]:
     )
     if "skipped" in small:
         return [Section(title, [f"{why}It was not solved: {small['skipped']}."])]
-    sections = [_reference(small), _populations(small, "small_"), _finite(small), _segment(small)]
+    sections = [_reference(small), _populations(small, SMALL), _finite(small), _segment(small)]
     return [
         Section(title, [why + _sibling(small)]),
         *(replace(each, title=f"Small program: {_lower(each.title)}") for each in sections),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -10,10 +9,11 @@ import numpy as np
 from meanfield.pages import plotting
 from meanfield.pages.html import Results
 
-ANSWER = ("confusion", "values", "gaps", "populations", "kernels", "images", "predictions")
+ANSWER = ("confusion", "values", "gaps", "images", "predictions")
+PARTICLES = ("populations", "kernels")
 CLOSE = ("finite", "segment")
-SMALL = ("small_populations", "small_kernels")
-NAMES = (*ANSWER, *CLOSE, *SMALL)
+SMALL = "small_"  # in front of the names of the small program's particles
+NAMES = (*ANSWER, *PARTICLES, *CLOSE, *(SMALL + name for name in PARTICLES))
 
 
 def pictures(results: Results) -> dict[str, Any]:
@@ -22,7 +22,7 @@ def pictures(results: Results) -> dict[str, Any]:
     found = {**_answer(results), **_particles(results)}
     if "finite" in results:
         return found | _close(results)
-    return found if "skipped" in small else found | _particles(small, "small_") | _close(small)
+    return found if "skipped" in small else found | _particles(small, SMALL) | _close(small)
 
 
 def _answer(results: Results) -> dict[str, Any]:
@@ -60,7 +60,7 @@ def _confusion(predictions: Results) -> Any:
 
 def _image_strip(predictions: Results) -> Any:
     classes, shown = predictions["classes"], predictions["images"]
-    what = "F" if len(classes) == 2 else "margin"
+    what = "F" if predictions["outputs"] == 1 else "margin"
     rows = list(zip(shown["class_index"], shown["predicted"], shown["shown"]))
     captions = [f"{classes[true]}, read as {classes[guess]}\n{what} = {value:+.2f}" for true, guess, value in rows]
     return plotting.image_strip(np.array(shown["pixels"]), captions, [true == guess for true, guess, _ in rows])
@@ -69,10 +69,10 @@ def _image_strip(predictions: Results) -> Any:
 def _prediction_scatter(predictions: Results) -> Any:
     judged = {"training": predictions["training"], "held out": predictions["held_out"]}
     groups = {name: list(zip(found["class_index"], found["shown"])) for name, found in judged.items() if found}
-    label = output_label(predictions["classes"])
-    return plotting.predictions(groups, predictions["classes"], label)
+    return plotting.predictions(groups, predictions["classes"], output_label(predictions))
 
 
-def output_label(classes: Sequence[str]) -> str:
-    """What is drawn of every image."""
-    return f"output F (above 0: {classes[0]})" if len(classes) == 2 else "margin: true class minus best other"
+def output_label(predictions: Results) -> str:
+    """What is drawn of every image: an only output, or how far that of the true class is above the others."""
+    one = predictions["outputs"] == 1
+    return f"output F (above 0: {predictions['classes'][0]})" if one else "margin: true class minus best other"

@@ -32,7 +32,7 @@ class Run:
     seed: int
     warnings: list[str] = field(default_factory=list)
     pair: tuple[int, int] | None = None
-    trained_steps: int = 1500
+    trained_steps: int = 1000
     segment_steps: int = 300
     budget: float = 40.0  # seconds for each measurement of the report that can be cut short
 

@@ -17,7 +17,7 @@ from meanfield.solvers import alternating
 from meanfield.studies.solve.run import Run
 
 IMAGES, SIDE, WIDTHS = 16, 4, (64, 32)
-ROUNDS, FLOW_STEPS = 3, 400
+ROUNDS, FLOW_STEPS = 8, 800
 TASK = Task(depth=len(WIDTHS))  # two tanh layers 3x3, squared loss; its own images are not used
 
 
