@@ -102,6 +102,18 @@ def test_same_seed_same_answer():
     assert runs[0].value != runs[2].value
 
 
+def test_flows_of_minibatches_report_and_compare_all_images():
+    problem, network = tiny()
+    rows = []
+    options = {**OPTIONS, "rounds": 2, "batch_size": 3}
+    runs = [alternating.solve(problem, network, callback=rows.append, **options) for _ in range(2)]
+    assert runs[0].value == runs[1].value == pytest.approx(float(problem.value(runs[0].network)))
+    whole = alternating.solve(problem, network, **{**options, "batch_size": None})
+    assert runs[0].history[0]["flow_value"] != whole.history[0]["flow_value"]
+    steps = [row["step"] for row in rows if row["phase"] == "flow" and row["round"] == 0][:3]
+    assert steps == [0, 10, 20]  # J on all six images costs a pass: once in five epochs of two steps
+
+
 def test_clones_enter_as_candidates_and_never_raise_the_value():
     problem, network = tiny(widths=(4, 3))
     plain, grown = (

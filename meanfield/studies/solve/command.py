@@ -119,10 +119,10 @@ class Options(Learning):
         """Positions of `pair` among the classes of these images."""
         if self.pair is None:
             return None
-        names = list(images.class_names)
-        wanted = [str(each) for each in self.pair]
-        if len(set(wanted)) != 2 or not set(wanted) <= set(names):
-            raise Misuse("pair", self.pair, f"must be two of the classes {', '.join(names)}")
+        names, wanted = list(images.class_names), [str(each) for each in self.pair]
+        if len(wanted) != 2 or wanted[0] == wanted[1] or not set(wanted) <= set(names):
+            known = ", ".join(names[:12]) + (", ..." if len(names) > 12 else "")
+            raise Misuse("pair", self.pair, f"must be two of the classes {known}")
         first, second = map(names.index, wanted)
         return first, second
 
