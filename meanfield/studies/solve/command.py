@@ -116,12 +116,13 @@ class Options(Learning):
         return Task.from_dict({**self.to_dict(), "depth": len(self.widths)})
 
     def pair_among(self, images: Dataset) -> tuple[int, int] | None:
-        """Positions of `pair` among the classes of these images."""
+        """Positions of `pair` among the classes, of which there must be images."""
         if self.pair is None:
             return None
         names, wanted = list(images.class_names), [str(each) for each in self.pair]
-        if len(wanted) != 2 or wanted[0] == wanted[1] or not set(wanted) <= set(names):
-            known = ", ".join(names[:12]) + (", ..." if len(names) > 12 else "")
+        present = [names[place] for place in images.indices.unique().tolist()]
+        if len(wanted) != 2 or wanted[0] == wanted[1] or not set(wanted) <= set(present):
+            known = ", ".join(present[:12]) + (", ..." if len(present) > 12 else "")
             raise Misuse("pair", self.pair, f"must be two of the classes {known}")
         first, second = map(names.index, wanted)
         return first, second

@@ -26,7 +26,7 @@ from meanfield.studies.solve.run import Run
 SAMPLED_WIDTHS, DRAWS = (8, 16, 32, 64, 128, 256), 20
 TRAINED_WIDTHS, TRAINED_SEEDS, TRAINED_RATE = (4, 8, 16, 32), 2, 0.2
 POINTS = 11
-PEER_STEPS, PEER_BATCH, PEER_RATE = 1500, 100, 0.15
+PEER_STEPS, PEER_BATCH, PEER_RATE, PEER_RECORDS = 1500, 100, 0.15, 10
 JUDGED_MOST = 10_000  # images
 KERNELS_SHOWN, IMAGES_SHOWN, MISTAKES_SHOWN = 12, 12, 8
 NO_TIME = "no time was left"
@@ -61,7 +61,8 @@ def _small(run: Run, predictions: dict[str, Any], announce: Callable[[str], None
     if limits.passed():
         return {"skipped": NO_TIME}
     judged = (predictions[name] for name in ("training", "held_out") if predictions[name] is not None)
-    pair = run.pair or sibling.most_confused(np.sum([each["confusion"] for each in judged], axis=0))
+    present = run.training.indices.unique().tolist()
+    pair = run.pair or sibling.most_confused(np.sum([each["confusion"] for each in judged], axis=0), present)
     small = sibling.solved(run, pair)
     if small.solution.status == "interrupted":
         raise KeyboardInterrupt
@@ -215,30 +216,40 @@ def _margin(output: Tensor, indices: Tensor) -> Tensor:
 
 
 def _peer(run: Run) -> dict[str, Any]:
-    """A finite network of the start's widths, trained by Adam on the same J with equal masses, in float32 as such
+    """A finite network trained by Adam from the same start on the same J, with equal masses, in float32 as such
     networks are; it has as much time as the solve had.
     """
-    problem, widths = run.problem.to(dtype=torch.float32), run.start.widths
+    if limits.passed():
+        return {"skipped": NO_TIME}
+    batch = min(PEER_BATCH, len(run.problem.inputs))
     with limits.within(max(run.budget, run.solution.seconds)):
-        if limits.passed():
-            return {"skipped": NO_TIME}
-        batch = min(PEER_BATCH, len(problem.inputs))
-        training = finite.train(problem, widths, run.seed, steps=PEER_STEPS, batch_size=batch, learning_rate=PEER_RATE)
+        training = finite.train(
+            run.problem.to(dtype=torch.float32),
+            run.start.widths,
+            run.seed,
+            start=run.start.map(Tensor.float),
+            steps=PEER_STEPS,
+            batch_size=batch,
+            learning_rate=PEER_RATE,
+            record_every=max(1, PEER_STEPS // PEER_RECORDS),
+        )
     if training.status == "interrupted":
         raise KeyboardInterrupt
+    network = training.network.particles().map(lambda tensor: tensor.to(run.problem.inputs))
     with limits.grace(math.inf):
-        network = training.network.particles().map(lambda tensor: tensor.to(run.problem.inputs))
         terms = run.problem.terms(network)
-        return {
-            "value": float(terms.total()),
-            "loss": float(terms.loss),
-            **_of_each(run, lambda data: _score(_judged(run, network, data))),
-            "widths": list(widths),
-            "batch": batch,
-            "steps": training.steps,
-            "wanted_steps": PEER_STEPS,
-            "seconds": training.seconds,
-        }
+        judged = _of_each(run, lambda data: _score(_judged(run, network, data)))
+    return {
+        "value": float(terms.total()),
+        "loss": float(terms.loss),
+        **judged,
+        "widths": list(run.start.widths),
+        "batch": batch,
+        "steps": training.steps,
+        "status": training.status,
+        "message": training.message,
+        "seconds": training.seconds,
+    }
 
 
 @torch.no_grad()

@@ -96,15 +96,16 @@ def _found(results: Results) -> Section:
         )
     other = _answered({**peer, "terms": peer}, peer, by(peer["widths"]), peer["seconds"])
     other.insert(1, ["", "none known"])
+    beside = Table([*head, "finite network, Adam"], [[*row, right] for row, (_, right) in zip(rows, other)])
     text = (
-        "Beside the continuous network stands one of finite width: the same layers with as many channels as the start "
-        "had particles, on the same images and the same J with equal fixed masses, trained by Adam in float32 "
-        f"({peer['steps']:,} steps of {peer['batch']} images, the learning rate annealed to zero)."
+        "The finite network has the same layers and begins at the same start, with as many channels as there are "
+        "particles. It is trained on the same images and the same J, but with equal masses that stay, by Adam in "
+        f"float32: {peer['steps']:,} steps of {peer['batch']} images at a learning rate that is annealed to zero."
     )
-    if peer["steps"] < peer["wanted_steps"]:
-        text += f" It ran out of time: {peer['wanted_steps']:,} steps were wanted."
-    beside = [[*row, right] for row, (_, right) in zip(rows, other)]
-    return Section("The answer, and a finite network beside it", [Table([*head, "finite network, Adam"], beside), text])
+    ended = (
+        [] if peer["status"] == "completed" else [Note("The finite network's training ended early:", peer["message"])]
+    )
+    return Section("The answer, and a finite network beside it", [beside, text, *ended])
 
 
 def _answered(found: Results, judged: Results, widths: str, seconds: float) -> list[list[Any]]:

@@ -4,6 +4,7 @@ and for hundreds of networks, which the program of the report is not.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -56,8 +57,8 @@ def reduced(images: Dataset, pair: tuple[int, int]) -> Dataset:
     return replace(images, inputs=small, labels=images.labels[rows], classes=classes, rest=None, names=names)
 
 
-def most_confused(confusion: np.ndarray) -> tuple[int, int]:
-    """The two classes that are taken for each other most often, the first two where there is no mistake."""
-    mistaken = np.triu(confusion + confusion.T, 1)
+def most_confused(confusion: np.ndarray, present: Sequence[int]) -> tuple[int, int]:
+    """The two of the classes `present` that are taken for each other most often, the first two without mistakes."""
+    mistaken = np.triu(confusion + confusion.T, 1)[np.ix_(present, present)]
     first, second = np.unravel_index(int(mistaken.argmax()), mistaken.shape) if mistaken.any() else (0, 1)
-    return int(first), int(second)
+    return present[int(first)], present[int(second)]
