@@ -78,7 +78,9 @@ def test_a_peer_that_ends_early_says_so(results):
 
 
 def test_a_small_program_without_time_is_a_sentence(solved, monkeypatch):
+    """Images in several blocks used to end the whole report where its time had passed."""
     monkeypatch.setattr(run, "REFERENCE_LIMIT", 100)
+    monkeypatch.setattr(limits, "BLOCK_BYTES", 1)
     with limits.within(-1.0):
         found = measure.gather(solved)
     assert found["small"] == {"skipped": measure.NO_TIME}
