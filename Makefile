@@ -1,4 +1,4 @@
-# make demo       install, run the main job on handwritten digits, say where the report is
+# make demo       install, run the main job on a thousand handwritten digits, say where the report is
 # make test       install with the test extras, run every test
 # make test-fast  the same without the slow ones, which are marked: under two minutes on two cores
 # make lint       ruff, its formatting, pyright, import-linter
@@ -17,7 +17,7 @@ export OMP_NUM_THREADS ?= 1
 .DEFAULT_GOAL := demo
 
 demo: $(VENV)/.installed-core
-	$(BIN)/meanfield solve --out $(OUT)
+	$(BIN)/meanfield solve --pair 3,5 --out $(OUT)
 	@echo "The report is $(abspath $(OUT))/report.html: open it in a browser."
 
 test: $(VENV)/.installed-test

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
+from command_line import tiny
 
 from meanfield import load_network
 from meanfield.storage import tensors
@@ -30,6 +31,7 @@ PATIENCE = 120.0  # for a command to end by itself
 KINDS = ("SIGTERM", "SIGHUP", "two SIGINT", "kill -9 of the parent", "kill -9 of a worker")
 QUICK_REPORT = (
     "from meanfield.studies.solve import measure; measure.TRAINED_WIDTHS = (); measure.SAMPLED_WIDTHS = (4,); "
+    "measure.PEER_STEPS = 20; "
     "from meanfield import cli; cli.main()"
 )
 
@@ -54,7 +56,7 @@ COMMANDS = {
     for each in (
         Command(
             "solve",
-            ("-c", QUICK_REPORT, "solve", "--widths=8,6", "--samples=10", "--rounds=3", "--flow-steps=150"),
+            ("-c", QUICK_REPORT, *tiny("--widths=8,6", "--samples=10", "--rounds=3", "--flow-steps=150")),
             "solve",
             (*KINDS[:-1], "kill -9 of the parent"),
         ),

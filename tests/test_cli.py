@@ -11,7 +11,7 @@ import warnings
 
 import numpy as np
 import pytest
-from command_line import run
+from command_line import run, solve, tiny
 from image_files import grey, save
 
 import meanfield
@@ -21,14 +21,6 @@ from meanfield.bench import command
 from meanfield.data import dataset
 from meanfield.storage import load_network, locks
 from theory_checks.__main__ import main as checks
-
-TINY = {"--widths": "6,4", "--samples": "6", "--rounds": "1", "--flow-steps": "20"}
-
-
-def solve(*arguments):
-    """A solve of a moment, with other options in place of its own."""
-    own = [word for name, value in TINY.items() if name not in arguments for word in (name, value)]
-    return run("solve", *own, *arguments)
 
 
 @pytest.mark.parametrize(
@@ -50,6 +42,9 @@ def solve(*arguments):
         (["--data", "digit"], ["--data='digit'", "'digits'"]),
         (["--device", "tpu"], ["--device='tpu'"]),
         (["--tolerance", "0"], ["--tolerance=0.0"]),
+        (["--pair", "3"], ["--pair=3", "two classes at least"]),
+        (["--pair", "3,8"], ["--pair=3,8", "must be two of the classes 3, 5"]),
+        (["--pair", "3,5,5"], ["--pair=3,5,5", "must be two of the classes 3, 5"]),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_two(arguments, parts):
@@ -67,7 +62,7 @@ def test_out_is_refused_before_the_solve(tmp_path):
 
 
 COMMANDS = [
-    ("solve", cli.main, ["--widths=6,4", "--samples=6", "--rounds=1", "--flow-steps=5"], "report.html"),
+    ("solve", cli.main, tiny("--flow-steps=5")[1:], "report.html"),
     ("widths", cli.main, ["--size=quick", "--part=kernel", "--jobs=1"], "widths.html"),
     ("graft", cli.main, ["--size=quick", "--part=across", "--jobs=1"], "graft.html"),
     ("theory_checks", checks, ["--only=change_of_variables", "--jobs=1"], "index.html"),
@@ -181,6 +176,7 @@ def test_json_is_alone_on_stdout():
     found = json.loads(solve("--json").stdout)
     assert found["solution"]["value"] > 0
     assert len(found["rounds"]) == 1
+    assert found["predictions"]["held_out"]["count"] == 359
 
 
 def test_warning_of_attainment_is_one_line():
@@ -190,8 +186,8 @@ def test_warning_of_attainment_is_one_line():
 def test_help_states_every_default():
     text = run("solve", "--help").stdout
     options = re.findall(r"(?m)^│ (--[a-z-]+)", text)
-    assert len(options) == 30
-    silent = {"--split", "--amplitude-bound", "--input-bound", "--max-seconds"}  # "Without it: ..."
+    assert len(options) == 32
+    silent = {"--split", "--amplitude-bound", "--input-bound", "--max-seconds", "--pair"}  # "Without it: ..."
     flags = {"--out", "--overwrite", "--json", "--quiet"}
     assert text.count("[default:") == len(options) - len(silent | flags)
     assert text.count("Without") >= len(silent)
@@ -248,20 +244,8 @@ def test_help_of_the_other_programs_costs_no_torch(program):
 
 
 def test_ctrl_c_keeps_the_best_network(tmp_path):
-    command = [
-        sys.executable,
-        "-m",
-        "meanfield.cli",
-        "solve",
-        "--widths",
-        "6,4",
-        "--samples",
-        "6",
-        "--rounds",
-        "999",
-        "--tolerance",
-        "1e-15",
-    ]
+    words = tiny("--rounds=999", "--flow-steps=800", "--tolerance=1e-15")
+    command = [sys.executable, "-m", "meanfield.cli", *words]
     process = subprocess.Popen(
         [*command, "--out", str(tmp_path)],
         stderr=subprocess.PIPE,

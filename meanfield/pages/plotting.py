@@ -75,6 +75,7 @@ def gaps(rows: Sequence[Row], tolerance: float) -> Figure:
         color=GREY,
         label=f"stopping rule, {tolerance:g} J",
     )
+    axes.margins(y=0.25)  # room for the legend
     return _finish(figure, axes, "round of the alternation", "duality gap, in units of J", rounds=True)
 
 
@@ -144,12 +145,45 @@ def image_strip(images: np.ndarray, captions: Sequence[str], right: Sequence[boo
     return figure
 
 
+def confusion(counts: np.ndarray, classes: Sequence[str], most: int = 30) -> Figure:
+    """How many images of every true class (row) are read as which (column); beyond `most` classes without numbers.
+
+    Right ones in blue, by their share of the class; mistakes in orange, by their share of the commonest mistake.
+    """
+    size, right = len(classes), np.eye(len(classes), dtype=bool)
+    side = min(12.0, max(4.8, 0.5 * size + 1.2))
+    figure = _figure(side, 0.95 * side)
+    axes = figure.subplots()
+    shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
+    mistakes = np.where(right, 0, counts)
+    tints = np.where(right, shares, 0.15 + 0.55 * mistakes / max(mistakes.max(), 1))
+    for cells, colours in ((right, "Blues"), (~right & (counts > 0), "Oranges")):
+        axes.imshow(np.where(cells, tints, np.nan), cmap=colours, vmin=0, vmax=1.25)
+    for (row, column), number in np.ndenumerate(counts):
+        if number and size <= most:
+            color = "white" if tints[row, column] > 0.75 else "black"
+            font = FONT + 2 if size <= 12 else SMALL - 3
+            axes.text(column, row, str(number), ha="center", va="center", color=color, fontsize=font)
+    if size <= most:
+        _name(axes.set_xticks, list(map(plain, classes)), most=40)
+        axes.set_yticks(range(size), list(map(plain, classes)), fontsize=SMALL)
+    axes.set_xlabel("read as", fontsize=FONT)
+    axes.set_ylabel("true class", fontsize=FONT)
+    axes.set_xticks(np.arange(size + 1) - 0.5, minor=True)
+    axes.set_yticks(np.arange(size + 1) - 0.5, minor=True)
+    axes.grid(which="minor", color=GREY, alpha=0.25, lw=0.8)
+    axes.tick_params(which="minor", length=0)
+    return figure
+
+
 def predictions(groups: Mapping[str, Sequence[tuple[int, float]]], classes: Sequence[str], label: str) -> Figure:
     """Output (or margin) of every image by class; groups: name -> (index of the class, output)."""
     figure, axes = _single()
     looks = [("o", BLUE, 60, 1.0), ("x", ORANGE, 28, 0.7)]
     for shift, (name, pairs) in enumerate(groups.items()):
         marker, color, size, alpha = looks[shift % 2]
+        if len(pairs) > 60 * len(classes):
+            size, alpha = size / 4, alpha / 2
         spread = np.random.default_rng(0).uniform(-0.12, 0.12, len(pairs))
         x = np.array([index for index, _ in pairs]) + spread + 0.3 * shift - 0.15 * (len(groups) - 1)
         axes.scatter(

@@ -26,6 +26,7 @@ from meanfield.solvers.solution import ENDED_EARLY, Solution, message
 
 RATE, RATE_DECAY, RATE_CUT, LEAST_RATE = 0.1, 0.7, 0.25, 1e-3
 CLONE_NOISE = 0.3
+RECORD_EPOCHS = 5
 NO_GROWTH = {"search_bound": -math.inf, "search_starts": 0, "proven_bound": None, "added": 0, "kept": []}
 STARTS, CONFIRMING_STARTS = 64, 256  # of a search for new features
 
@@ -40,6 +41,7 @@ def solve(
     tolerance: Positive = 1e-4,
     flow_steps: Count = 2000,
     later_steps: Count | None = None,
+    batch_size: Count | None = None,
     program_tolerance: Positive | None = None,
     program_iterations: Count = 4000,
     clones: Sequence[int] | None = None,
@@ -57,8 +59,9 @@ def solve(
     search missed features; it ends no run, and the message warns of it.
 
     flow_steps: steps of the first round's flow; later rounds take later_steps (default: half) at rates that decay by
-    RATE_DECAY a round.  A flow that does not lower J proves nothing, as its program was solved a round before: the next
-    one runs at RATE_CUT of its rate, and only a flow that lowers J, or fails at LEAST_RATE, can end the alternation.
+    RATE_DECAY a round.  batch_size: images per step of the flows (default: all).  A flow that does not lower J proves
+    nothing, as its program was solved a round before: the next one runs at RATE_CUT of its rate, and only a flow that
+    lowers J, or fails at LEAST_RATE, can end the alternation.
     program_tolerance: relative gap of the convex solves (default: tolerance / 5).  clones[l]:
     perturbed clones of the heaviest particles of layer l that enter each program as candidates of zero mass.  A round
     that would raise J is rejected, so J never rises.
@@ -77,6 +80,7 @@ def solve(
         problem,
         network,
         tolerance,
+        batch_size,
         program_tolerance or tolerance / 5,
         program_iterations,
         clones,
@@ -94,6 +98,7 @@ class _Run:
     problem: Problem
     network: ParticleNetwork
     tolerance: float
+    batch_size: int | None
     program_tolerance: float
     program_iterations: int
     clones: Sequence[int] | None
@@ -135,6 +140,9 @@ class _Run:
             self.network,
             steps=steps,
             step_size=rate,
+            batch_size=self.batch_size,
+            record_every=self._record_every(steps),
+            seed=self.seed + index,
             callback=self._relay(index, "flow"),
         )
         if self.best is None or flowed.value < self.best.value:
@@ -158,6 +166,12 @@ class _Run:
         with limits.grace(math.inf):  # what was found is kept, whatever the time
             self._close(index, program, flowed, solved, {"rate": rate, "flow_drop": drop, **growth})
         return ended
+
+    def _record_every(self, steps: int) -> int | None:
+        """J on all images costs a pass over them: with minibatches at most once in RECORD_EPOCHS."""
+        if self.batch_size is None:
+            return None
+        return max(steps // 100, RECORD_EPOCHS * len(self.problem.inputs) // self.batch_size, 1)
 
     def _close(
         self, index: int, program: ConvexProgram, flowed: Solution, solved: Solution, figures: dict[str, float]

@@ -103,3 +103,17 @@ def test_long_names_of_ticks_are_turned():
     names = [f"conv{number}" for number in range(8)]
     panel, _ = plotting.heat_maps({"a": np.ones((8, 8))}, names, "x", "y", "z", log=True, lowest=0.5).axes
     assert {tick.get_rotation() for tick in panel.get_xticklabels()} == {45}
+
+
+def test_confusion_has_a_number_in_every_cell_that_is_not_empty():
+    counts = np.array([[5, 0, 1], [0, 7, 0], [2, 0, 0]])
+    (axes,) = plotting.confusion(counts, ["a", "b $x", "c"]).axes
+    assert {(text.get_position(), text.get_text()) for text in axes.texts} == {
+        ((0, 0), "5"),
+        ((2, 0), "1"),
+        ((1, 1), "7"),
+        ((0, 2), "2"),
+    }
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["a", r"b \$x", "c"]
+    many = np.eye(40, dtype=int)
+    assert not plotting.confusion(many, list(map(str, range(40)))).axes[0].texts

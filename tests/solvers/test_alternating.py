@@ -102,6 +102,18 @@ def test_same_seed_same_answer():
     assert runs[0].value != runs[2].value
 
 
+def test_flows_of_minibatches_report_and_compare_all_images():
+    problem, network = tiny()
+    rows = []
+    options = {"rounds": 1, "flow_steps": 20, "program_iterations": 20, "batch_size": 3}
+    solved = alternating.solve(problem, network, callback=rows.append, **options)
+    assert solved.value == pytest.approx(float(problem.value(solved.network)))
+    flow = [row for row in rows if row["phase"] == "flow"]
+    assert [row["step"] for row in flow] == [0, 10, 20]  # J on all images costs a pass: once in five epochs of two
+    assert min(row["value"] for row in flow) == solved.history[0]["flow_value"]
+    assert flow[0]["value"] == pytest.approx(float(problem.value(network)))
+
+
 def test_clones_enter_as_candidates_and_never_raise_the_value():
     problem, network = tiny(widths=(4, 3))
     plain, grown = (

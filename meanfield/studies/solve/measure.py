@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from itertools import product
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,55 +20,55 @@ from meanfield.data import Dataset
 from meanfield.network import ParticleNetwork
 from meanfield.problem import Problem
 from meanfield.solvers.solution import Solution
+from meanfield.studies.solve import sibling
+from meanfield.studies.solve.run import Run
 
-REFERENCE_LIMIT = 66 * 34 * 400  # M_{l-1} M_l (images x positions), the largest product that cvxpy is given
 SAMPLED_WIDTHS, DRAWS = (8, 16, 32, 64, 128, 256), 20
 TRAINED_WIDTHS, TRAINED_SEEDS, TRAINED_RATE = (4, 8, 16, 32), 2, 0.2
 POINTS = 11
-HELD_OUT_MOST = 1000
-KERNELS_SHOWN, IMAGES_SHOWN = 12, 12
+PEER_STEPS, PEER_BATCH, PEER_RATE, PEER_RECORDS = 1500, 100, 0.15, 10
+JUDGED_MOST = 10_000  # images
+KERNELS_SHOWN, IMAGES_SHOWN, MISTAKES_SHOWN = 12, 12, 8
 NO_TIME = "no time was left"
 
 
-@dataclass(frozen=True, eq=False)
-class Run:
-    """A solved problem with what it came from; the subject of a report.
-
-    training, held_out: the images (held_out None where all were trained on).  start: the network before the first
-    round.  made: what made it, as JSON (`bench.provenance.Provenance`).  warnings: texts to repeat in the report.
-    """
-
-    problem: Problem
-    training: Dataset
-    held_out: Dataset | None
-    start: ParticleNetwork
-    solution: Solution
-    made: dict[str, Any]
-    seed: int
-    warnings: list[str] = field(default_factory=list)
-    trained_steps: int = 1500
-    segment_steps: int = 300
-    budget: float = 40.0  # seconds for each measurement of the report that can be cut short
-
-
 def gather(run: Run, announce: Callable[[str], None] = lambda text: None) -> dict[str, Any]:
-    """All numbers, in the order of the report; `announce` hears what is being measured."""
-    sections: list[tuple[str, str, Callable[[Run], Any]]] = [
-        ("solution", "the answer", _solution),
-        ("rounds", "rounds", lambda run: run.solution.history),
-        ("reference", "the same program in cvxpy", _reference),
-        ("populations", "populations", _populations),
-        ("kernels", "kernels", _kernels),
-        ("predictions", "predictions", _predictions),
-        ("finite", "finite networks", _finite),
-        ("segment", "the line between two solutions", _segment),
-    ]
-    results = heading(run)
+    """All numbers, in the order of the report; `announce` hears what is being measured.
+
+    What only a small program allows is measured of `run` where it is one, and of a small sibling otherwise, whose
+    results then stand under "small".
+    """
+    with limits.grace(math.inf):  # what is not cut short: a few passes over the images
+        results = {**heading(run), "images": len(run.training)} | _measured(run, ANSWER, announce)
+    announce("a finite network, trained by Adam")
+    results["peer"] = _peer(run)
+    if run.is_small:
+        return results | _measured(run, CLOSE, announce)
+    announce("a small program of the same images")
+    return results | {"small": _small(run, results["predictions"], lambda text: announce(f"small program, {text}"))}
+
+
+def _measured(run: Run, sections: Sections, announce: Callable[[str], None]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
     for name, text, measure in sections:
         announce(text)
         with _quiet():
-            results[name] = measure(run)
-    return results
+            found[name] = measure(run)
+    return found
+
+
+def _small(run: Run, predictions: dict[str, Any], announce: Callable[[str], None]) -> dict[str, Any]:
+    if limits.passed():
+        return {"skipped": NO_TIME}
+    judged = (predictions[name] for name in ("training", "held_out") if predictions[name] is not None)
+    present = run.training.indices.unique().tolist()
+    pair = run.pair or sibling.most_confused(np.sum([each["confusion"] for each in judged], axis=0), present)
+    small = sibling.solved(run, pair)
+    if small.solution.status == "interrupted":
+        raise KeyboardInterrupt
+    images = {"images": len(small.training), "shape": list(small.training.input_shape)}
+    found = {"classes": list(small.training.class_names), "chosen": run.pair is not None, **images}
+    return found | _measured(small, (*ANSWER[:-1], *CLOSE), announce)
 
 
 def heading(run: Run) -> dict[str, Any]:
@@ -118,15 +118,6 @@ def _reference(run: Run) -> dict[str, Any]:
     program = ConvexProgram.freeze(run.problem, network).to(dtype=torch.float64, device="cpu")
     ours = float(program.problem.value(program.frozen))
     found: dict[str, Any] = {"widths": list(network.widths), "constraints": _constraints(program), "our_value": ours}
-    size = max(
-        (m * n * rows for m, n, rows in zip(network.widths, network.widths[1:], _rows(program))),
-        default=network.widths[0],
-    )
-    if size > REFERENCE_LIMIT:
-        return found | {
-            "skipped": f"{size:,} entries (particles x particles x constraint rows); cvxpy is given at most "
-            f"{REFERENCE_LIMIT:,}"
-        }
     if limits.passed():
         return found | {"skipped": NO_TIME}
     began = time.perf_counter()
@@ -147,13 +138,9 @@ def _reference(run: Run) -> dict[str, Any]:
     }
 
 
-def _rows(program: ConvexProgram) -> list[int]:
-    """Images times positions of layers >= 2."""
-    return [len(program.problem.inputs) * math.prod(size.output) for size in program.problem.architecture.geometry[1:]]
-
-
 def _constraints(program: ConvexProgram) -> int:
-    return sum(rows * width for rows, width in zip(_rows(program), program.widths[1:]))
+    layers = zip(program.problem.architecture.geometry[1:], program.widths[1:])
+    return len(program.problem.inputs) * sum(math.prod(size.output) * width for size, width in layers)
 
 
 def _populations(run: Run) -> dict[str, Any]:
@@ -170,28 +157,54 @@ def _kernels(run: Run) -> dict[str, Any]:
     return {"masses": network.masses[0][order].tolist(), "entries": network.kernels[0][order].tolist()}
 
 
-def _predictions(run: Run) -> dict[str, Any]:
-    found = {"classes": list(run.training.class_names), "training": _judged(run, run.training, keep_images=True)}
-    return found | {"held_out": _judged(run, run.held_out) if run.held_out is not None else None}
+def predictions(run: Run) -> dict[str, Any]:
+    """What the answer makes of the images; `images` of the results are the mistakes first, then the narrowest."""
+    judged = _of_each(run, lambda data: _judged(run, run.solution.network, data))
+    shown, name = (run.training, "training") if run.held_out is None else (run.held_out, "held_out")
+    about = {"classes": list(run.training.class_names), "outputs": run.problem.architecture.outputs}
+    return {**about, **judged, "images": {"of": name, **_shown(shown, judged[name])}}
 
 
-@torch.no_grad()
-def _judged(run: Run, data: Dataset, keep_images: bool = False) -> dict[str, Any]:
-    inputs = data.inputs[:HELD_OUT_MOST].to(run.problem.inputs)
-    indices = data.indices[: len(inputs)]
-    output = run.solution.network(inputs).double().cpu()
-    predicted = run.problem.loss.predict(output)
-    right = predicted == indices
-    found = {
-        "count": len(inputs),
-        "accuracy": float(right.double().mean()),
+def _of_each(run: Run, judge: Callable[[Dataset], Any]) -> dict[str, Any]:
+    return {"training": judge(run.training), "held_out": None if run.held_out is None else judge(run.held_out)}
+
+
+def _judged(run: Run, network: ParticleNetwork, data: Dataset) -> dict[str, Any]:
+    """Of the first JUDGED_MOST images; confusion[i][j]: how many of class i are read as class j."""
+    indices = data.indices[:JUDGED_MOST]
+    output = _output(run.problem, network, data.inputs[:JUDGED_MOST])
+    predicted, count = run.problem.loss.predict(output), len(data.classes)
+    return {
+        "count": len(indices),
+        "accuracy": float((predicted == indices).double().mean()),
+        "confusion": (indices * count + predicted).bincount(minlength=count**2).reshape(count, count).tolist(),
         "class_index": indices.tolist(),
         "predicted": predicted.tolist(),
         "shown": _margin(output, indices).tolist(),
     }
-    if keep_images:
-        found["images"] = inputs[:IMAGES_SHOWN].mean(1).tolist()
-    return found
+
+
+def _score(judged: dict[str, Any]) -> dict[str, Any]:
+    return {name: judged[name] for name in ("count", "accuracy")}
+
+
+@torch.no_grad()
+def _output(problem: Problem, network: ParticleNetwork, inputs: Tensor) -> Tensor:
+    """F on other images than the problem's, (N, K) in float64 on the CPU, in blocks."""
+    each = problem.inputs.element_size() * problem.architecture.entries(network.widths)
+    blocks = limits.blocks(len(inputs), each)
+    return torch.cat([network.responses(inputs[block].to(problem.inputs)).output.double().cpu() for block in blocks])
+
+
+def _shown(data: Dataset, judged: dict[str, Any]) -> dict[str, Any]:
+    """Some images with their judgements: mistakes first, then those that were read rightly with the least margin."""
+    margins = torch.tensor(judged["shown"]).abs()
+    wrong = torch.tensor(judged["class_index"]) != torch.tensor(judged["predicted"])
+    mistakes = (wrong * margins).argsort(descending=True)[: min(MISTAKES_SHOWN, int(wrong.sum()))]
+    others = margins.masked_fill(wrong, math.inf).argsort()[: min(IMAGES_SHOWN - len(mistakes), int((~wrong).sum()))]
+    rows = torch.cat([mistakes, others]).tolist()
+    picked = {name: [judged[name][row] for row in rows] for name in ("class_index", "predicted", "shown")}
+    return {**picked, "pixels": data.inputs[rows].mean(1).tolist(), "mistakes": int(wrong.sum())}
 
 
 def _margin(output: Tensor, indices: Tensor) -> Tensor:
@@ -200,6 +213,43 @@ def _margin(output: Tensor, indices: Tensor) -> Tensor:
         return output[:, 0]
     own = torch.nn.functional.one_hot(indices, output.shape[1]).bool()
     return output[own] - output.masked_fill(own, -torch.inf).amax(1)
+
+
+def _peer(run: Run) -> dict[str, Any]:
+    """A finite network trained by Adam from the same start on the same J, with equal masses, in float32 as such
+    networks are; it has as much time as the solve had.
+    """
+    if limits.passed():
+        return {"skipped": NO_TIME}
+    batch = min(PEER_BATCH, len(run.problem.inputs))
+    with limits.within(max(run.budget, run.solution.seconds)):
+        training = finite.train(
+            run.problem.to(dtype=torch.float32),
+            run.start.widths,
+            run.seed,
+            start=run.start.map(Tensor.float),
+            steps=PEER_STEPS,
+            batch_size=batch,
+            learning_rate=PEER_RATE,
+            record_every=max(1, PEER_STEPS // PEER_RECORDS),
+        )
+    if training.status == "interrupted":
+        raise KeyboardInterrupt
+    network = training.network.particles().map(lambda tensor: tensor.to(run.problem.inputs))
+    with limits.grace(math.inf):
+        terms = run.problem.terms(network)
+        judged = _of_each(run, lambda data: _score(_judged(run, network, data)))
+    return {
+        "value": float(terms.total()),
+        "loss": float(terms.loss),
+        **judged,
+        "widths": list(run.start.widths),
+        "batch": batch,
+        "steps": training.steps,
+        "status": training.status,
+        "message": training.message,
+        "seconds": training.seconds,
+    }
 
 
 @torch.no_grad()
@@ -289,3 +339,18 @@ def _flowed(run: Run, seed: int) -> tuple[ParticleNetwork, int]:
     if solved.status == "interrupted":
         raise KeyboardInterrupt
     return solved.network, solved.history[-1]["step"]
+
+
+Sections = Sequence[tuple[str, str, Callable[[Run], Any]]]  # name in the results, what is said of it, measurement
+ANSWER: Sections = (
+    ("solution", "the answer", _solution),
+    ("rounds", "rounds", lambda run: run.solution.history),
+    ("populations", "populations", _populations),
+    ("kernels", "kernels", _kernels),
+    ("predictions", "predictions", predictions),
+)
+CLOSE: Sections = (  # what only a small program allows
+    ("reference", "the same program in cvxpy", _reference),
+    ("finite", "finite networks", _finite),
+    ("segment", "the line between two solutions", _segment),
+)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,8 +14,9 @@ from meanfield.pages import html, plotting
 from meanfield.pages.html import Details, Figure, Note, Page, Results, Section, Table
 from meanfield.pages.words import by, capital, count, number, scientific
 from meanfield.storage import networks
-from meanfield.studies.solve.measure import Run, gather
-from meanfield.studies.solve.pictures import NAMES, output_label, pictures
+from meanfield.studies.solve.measure import gather
+from meanfield.studies.solve.pictures import NAMES, SMALL, output_label, pictures
+from meanfield.studies.solve.run import Run
 
 REPORT, RESULTS = "report.html", "results.json"
 FILES = (networks.NETWORK, RESULTS, REPORT, *(f"{name}.png" for name in NAMES))  # that there may be
@@ -44,10 +46,11 @@ def network_files(run: Run, results: Results) -> dict[str, bytes | str]:
 
 
 def page(results: Results) -> Page:
-    sections = [_problem, _rounds, _reference, _populations, _predictions, _finite, _segment, _meaning]
+    answer = [_found, _predictions, _problem, _rounds, _populations]
+    sections = [*(section(results) for section in answer), *_close(results), _meaning(results)]
     remark = f"Solved in {results['solution']['seconds']:.1f} s. Every number is in results.json."
     made: Mapping[str, Any] = results["made"]
-    return Page(_title(results), _claim(results), [section(results) for section in sections], made, remark)
+    return Page(_title(results), _claim(results), sections, made, remark)
 
 
 def _title(results: Results) -> str:
@@ -58,12 +61,18 @@ def _title(results: Results) -> str:
 
 def _claim(results: Results) -> str | Markup:
     """One sentence with its figures."""
-    answer, reference = results["solution"], results["reference"]
-    images, layers = results["predictions"]["training"]["count"], count(len(answer["widths"]), "layer")
-    text = Markup("On {} real images, the particle form of an infinitely wide CNN with {} ").format(images, layers)
+    answer, reference, judged = results["solution"], results.get("reference", {}), results["predictions"]
+    layers = count(len(answer["widths"]), "layer")
+    text = Markup("On {:,} real images, the particle form of an infinitely wide CNN with {} ").format(
+        results["images"], layers
+    )
     value = number(answer["value"])
     if not results["rounds"]:
         return text + f"reached J = {value} before its first convex program was solved; nothing is proven yet."
+    if judged["held_out"]:
+        text += Markup("reads <b>{:.1%}</b> of {:,} held-out images rightly. It ").format(
+            judged["held_out"]["accuracy"], judged["held_out"]["count"]
+        )
     text += Markup(
         "reached J = <b>{}</b>, and the convex program over the populations of its features proves that no other "
         "population of these features lies more than <b>{}</b> lower ({:.1e} of J)"
@@ -72,6 +81,46 @@ def _claim(results: Results) -> str | Markup:
         apart = scientific(abs(reference["difference"]))
         text += f"; cvxpy solves the same program to {number(reference['cvxpy_value'])}, {apart} from ours"
     return text + "."
+
+
+def _found(results: Results) -> Section:
+    """The answer, and a finite network beside it, in one table."""
+    answer, judged, peer = results["solution"], results["predictions"], results["peer"]
+    head, rows = ["", "continuous network"], _answered(answer, judged, by(answer["widths"]), answer["seconds"])
+    rows.insert(
+        1, ["duality gap (on this support)", f"{scientific(answer['gap'])} ({answer['relative_gap']:.1e} of J)"]
+    )
+    if "skipped" in peer:
+        return Section(
+            "The answer", [f"No finite network was trained beside it: {peer['skipped']}.", Table(head, rows)]
+        )
+    other = _answered({**peer, "terms": peer}, peer, by(peer["widths"]), peer["seconds"])
+    other.insert(1, ["", "none known"])
+    beside = Table([*head, "finite network, Adam"], [[*row, right] for row, (_, right) in zip(rows, other)])
+    text = (
+        "The finite network has the same layers and begins at the same start, with as many channels as there are "
+        "particles. It is trained on the same images and the same J, but with equal masses that stay, by Adam in "
+        f"float32: {peer['steps']:,} steps of {peer['batch']} images at a learning rate that is annealed to zero."
+    )
+    ended = (
+        [] if peer["status"] == "completed" else [Note("The finite network's training ended early:", peer["message"])]
+    )
+    return Section("The answer, and a finite network beside it", [beside, text, *ended])
+
+
+def _answered(found: Results, judged: Results, widths: str, seconds: float) -> list[list[Any]]:
+    named = {"training": judged["training"], "held-out": judged["held_out"]}
+    return [
+        ["J", f"{found['value']:.6g}"],
+        ["mean loss", f"{found['terms']['loss']:.5g}"],
+        *(
+            [f"accuracy on {each['count']:,} {name} images", f"{each['accuracy']:.2%}"]
+            for name, each in named.items()
+            if each
+        ),
+        ["particles, or channels", widths],
+        ["time, s", f"{seconds:.0f}"],
+    ]
 
 
 def _problem(results: Results) -> Section:
@@ -158,7 +207,7 @@ def _reference(results: Results) -> Section:
     return Section("cvxpy beside ours", [text + positive, Table(["", "value (units of J)"], rows)])
 
 
-def _populations(results: Results) -> Section:
+def _populations(results: Results, prefix: str = "") -> Section:
     effective = results["populations"]["effective"]
     layers = ", ".join(f"{value:.1f} in layer {index + 1}" for index, value in enumerate(effective))
     text = (
@@ -167,19 +216,61 @@ def _populations(results: Results) -> Section:
     )
     masses = "Masses of the random start (before, equal) and of the answer (after), heaviest first."
     kernels = "First-layer kernels of the heaviest particles; the title is the mass p. One colour scale for all."
-    pictures = [Figure("populations", masses, wide=True), Figure("kernels", kernels)]
+    pictures = [Figure(f"{prefix}populations", masses, wide=True), Figure(f"{prefix}kernels", kernels)]
     return Section("Populations and kernels", [text, *pictures])
 
 
 def _predictions(results: Results) -> Section:
     found = results["predictions"]
-    judged = {"training": found["training"], "held out": found["held_out"]}
-    rows = [[name, each["count"], f"{100 * each['accuracy']:.1f} %"] for name, each in judged.items() if each]
+    name = "held-out" if found["held_out"] else "training"
+    judged, shown = found["held_out"] or found["training"], found["images"]
     note = [] if found["held_out"] else ["Every image was used for training: nothing is held out."]
-    images = "The first training images and what the network makes of them; a thick frame marks a mistake."
-    shown = f"For every image: {output_label(found['classes'])}."
-    pictures = [Figure("images", images, wide=True), Figure("predictions", shown)]
-    return Section("Predictions", [Table(["images", "number", "accuracy"], rows), *note, *pictures])
+    counts = (
+        f"All {judged['count']:,} {name} images: true class by row, what the network reads by column. Blue: right, in "
+        "shares of their class; orange: mistakes."
+    )
+    images = (
+        f"Of the {name} images: mistakes first, in a thick frame ({shown['mistakes']} in all), then those that were "
+        "read rightly with the least margin."
+    )
+    margins = f"For every image: {output_label(found)}."
+    pictures = [Figure("confusion", counts), Figure("images", images, wide=True), Figure("predictions", margins)]
+    return Section("What it reads", [*note, *pictures])
+
+
+def _close(results: Results) -> list[Section]:
+    """What only a small program allows: of this one, or of a small one of the same images."""
+    if "finite" in results:
+        return [section(results) for section in (_reference, _finite, _segment)]
+    small = results["small"]
+    title = "The second part: a small program"
+    why = (
+        "The program above is too large for cvxpy, and its images are too many for hundreds of networks. What only a "
+        "small program allows is shown of a small one. "
+    )
+    if "skipped" in small:
+        return [Section(title, [f"{why}It was not solved: {small['skipped']}."])]
+    sections = [_reference(small), _populations(small, SMALL), _finite(small), _segment(small)]
+    return [
+        Section(title, [why + _sibling(small)]),
+        *(replace(each, title=f"Small program: {_lower(each.title)}") for each in sections),
+    ]
+
+
+def _sibling(small: Results) -> str:
+    answer, classes, (_, height, width) = small["solution"], small["classes"], small["shape"]
+    chosen = "" if small["chosen"] else ", the two classes that are confused most above"
+    return (
+        f"Everything from here on is about {small['images']} of the training images, {classes[0]} against "
+        f"{classes[1]}{chosen}, averaged down to {height} × {width} pixels, in two layers of 3 × 3 kernels (tanh, no "
+        "pooling, average readout) with squared loss and penalties of its own. It ended at J = "
+        f"{number(answer['value'])} with a duality gap of {scientific(answer['gap'])} on its support, after "
+        f"{count(answer['rounds'], 'round')} in {answer['seconds']:.1f} s."
+    )
+
+
+def _lower(title: str) -> str:
+    return title[:1].lower() + title[1:]
 
 
 def _finite(results: Results) -> Section:
@@ -245,7 +336,7 @@ def _meaning(results: Results) -> Section:
         "What this proves, and what it does not",
         [
             "The convex program is convex in the populations of frozen features, by a change of variables. That does "
-            "not make the loss convex in weights, as the last figure shows, and it does not say that gradient descent "
+            "not make the loss convex in weights, and it does not say that gradient descent "
             "in weights finds the optimum.",
             "The duality gap is a proof in float64, computed outside the solver, but on this support: among all "
             "populations of the features that these particles carry, none is better by more than the gap. Features "
@@ -253,5 +344,7 @@ def _meaning(results: Results) -> Section:
             "Different seeds may therefore end at different values.",
             "Finite networks only approach these values: the sampled and trained ones above lie off the limit by the "
             f"amounts in their table, and with few seeds that is an illustration, not a rate. {attained}",
+            "Accuracy on held-out images is measured, not proven: the gap is about J, and the network beside the "
+            "answer is one training from one seed.",
         ],
     )

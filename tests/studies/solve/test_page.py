@@ -4,7 +4,7 @@ import re
 import shlex
 
 import pytest
-from command_line import run
+from command_line import run, solve
 
 from meanfield import Problem, data
 from meanfield.pages import plotting
@@ -12,7 +12,7 @@ from meanfield.storage import load_network, tensors
 from meanfield.storage.results import Result
 from meanfield.studies.solve import measure, page, pictures
 
-FIGURES = ("values", "gaps", "populations", "kernels", "images", "predictions", "finite", "segment")
+FIGURES = (*pictures.ANSWER, *pictures.PARTICLES, *pictures.CLOSE)
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +21,8 @@ def directory(tmp_path_factory):
     patch = pytest.MonkeyPatch()
     patch.setattr(measure, "TRAINED_WIDTHS", (4,))
     patch.setattr(measure, "SAMPLED_WIDTHS", (4, 8))
-    result = run("solve", "--widths=6,4", "--samples=6", "--rounds=1", "--flow-steps=20", "--out", out, "--quiet")
+    patch.setattr(measure, "PEER_STEPS", 20)
+    result = solve("--out", out, "--quiet")
     patch.undo()
     assert result.exit_code == 0, result.stderr
     return out
@@ -45,24 +46,24 @@ def test_results_agree_with_the_saved_network(directory):
 
 def test_the_report_ends_with_the_time_of_the_solve(tmp_path):
     """It took minutes more than --max-seconds allowed."""
-    words = ("--widths=6,4", "--samples=6", "--rounds=1", "--flow-steps=5", "--max-seconds=1e-9")
-    ended = run("solve", *words, "--out", tmp_path, "--quiet")
+    ended = solve("--flow-steps=5", "--max-seconds=1e-9", "--out", tmp_path, "--quiet")
     assert ended.exit_code == 0, ended.stderr
     results, text = (json.loads((tmp_path / "results.json").read_text()), (tmp_path / "report.html").read_text())
     assert results["segment"] == {"skipped": measure.NO_TIME}
     assert not results["finite"]["sampled"]
     assert not results["finite"]["trained"]
     assert f"Not measured: {measure.NO_TIME}." in text
+    assert f"No finite network was trained beside it: {measure.NO_TIME}." in text
     assert not (tmp_path / "segment.png").exists()
     assert not Result(tmp_path, "solve").faults()
 
 
 def test_memory_that_runs_out_in_the_report_leaves_the_network_and_one_line(tmp_path, monkeypatch):
-    def short(run):
+    def short(*arguments):
         raise MemoryError
 
-    monkeypatch.setattr(measure, "_populations", short)
-    ended = run("solve", "--widths=6,4", "--samples=6", "--rounds=1", "--flow-steps=5", "--out", tmp_path, "--quiet")
+    monkeypatch.setattr(measure, "_output", short)
+    ended = solve("--flow-steps=5", "--out", tmp_path, "--quiet")
     assert ended.exit_code == 75
     assert ended.stderr.startswith("memory ran out: the best network so far, J = ")
     assert ended.stderr.count("\n") == 1
@@ -73,6 +74,7 @@ def test_every_file_says_what_made_it_and_that_gives_the_same_figures(directory,
     """A page used to drop most options of the run that made it."""
     monkeypatch.setattr(measure, "TRAINED_WIDTHS", ())
     monkeypatch.setattr(measure, "SAMPLED_WIDTHS", (4,))
+    monkeypatch.setattr(measure, "PEER_STEPS", 20)
     results = json.loads((directory / "results.json").read_text())
     command, library = results["made"]["command"], results["made"]["library"]
     assert html.escape(command) in (directory / "report.html").read_text()
@@ -100,7 +102,10 @@ def test_damaged_files_are_named(directory, tmp_path):
 
 def test_the_result_is_whole_and_lists_its_files(directory):
     assert Result(directory, "solve").faults() == []
-    assert {path.name for path in directory.iterdir()} == {*page.FILES, "solve.manifest.json"}
+    assert {path.name for path in directory.iterdir()} == {
+        *(name for name in page.FILES if not name.startswith("small_")),
+        "solve.manifest.json",
+    }
 
 
 def test_names_of_classes_are_shown_as_they_are(directory):
