@@ -19,6 +19,7 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -42,6 +43,7 @@ from meanfield.network import ParticleNetwork, along_axis
 from meanfield.problem import Problem
 from meanfield.signatures import Count, Nonnegative, Seed, checked
 from meanfield.starts import normal
+from meanfield.storage import states
 
 HIDDEN = 16  # sources of a searched feature, per layer
 MOST_HIDDEN = 64  # sources that a feature of the given network starts a search with, the heaviest ones
@@ -73,6 +75,20 @@ class UnseenFeatures:
     features: ParticleNetwork | None = None
     scores: Tensor | None = None
     seconds: float = 0.0
+
+    def state(self) -> dict[str, Any]:
+        """For a `StateFile`."""
+        features = self.features
+        entries = features and {**states.entries(features), "architecture": features.architecture.to_dict()}
+        return {**vars(self), "features": entries}
+
+    @classmethod
+    def restored(cls, state: dict[str, Any]) -> UnseenFeatures:
+        """What `state` described."""
+        entries = state["features"]
+        if entries is not None:
+            entries = {**entries, "architecture": Architecture.from_dict(entries["architecture"])}
+        return cls(**{**state, "mu": tuple(state["mu"]), "features": entries and ParticleNetwork(**entries)})
 
     def summary(self) -> str:
         """One line that claims no more than what was shown."""

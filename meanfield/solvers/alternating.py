@@ -11,7 +11,8 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
 
 import torch
 
@@ -23,10 +24,13 @@ from meanfield.problem import Problem
 from meanfield.signatures import Count, Natural, Positive, Seconds, Seed, checked
 from meanfield.solvers import flow, splitting
 from meanfield.solvers.solution import ENDED_EARLY, Solution, message
+from meanfield.storage import states
+from meanfield.storage.states import StateFile
+from meanfield.storage.tensors import digest
+from meanfield.validation import path
 
 RATE, RATE_DECAY, RATE_CUT, LEAST_RATE = 0.1, 0.7, 0.25, 1e-3
 CLONE_NOISE = 0.3
-RECORD_EPOCHS = 5
 NO_GROWTH = {"search_bound": -math.inf, "search_starts": 0, "proven_bound": None, "added": 0, "kept": []}
 STARTS, CONFIRMING_STARTS = 64, 256  # of a search for new features
 
@@ -48,6 +52,8 @@ def solve(
     grow: Natural = 0,
     seed: Seed = 0,
     max_seconds: Seconds = math.inf,
+    state: Annotated[str | Path, path] | None = None,
+    state_seconds: Seconds = flow.STATE_SECONDS,
     callback: Callable[[dict[str, Any]], None] | None = None,
 ) -> Solution:
     """Alternate flow and convex program from `network` until a flow ends within `tolerance` (relative to J) of optimal.
@@ -59,12 +65,19 @@ def solve(
     search missed features; it ends no run, and the message warns of it.
 
     flow_steps: steps of the first round's flow; later rounds take later_steps (default: half) at rates that decay by
-    RATE_DECAY a round.  batch_size: images per step of the flows (default: all).  A flow that does not lower J proves
-    nothing, as its program was solved a round before: the next one runs at RATE_CUT of its rate, and only a flow that
-    lowers J, or fails at LEAST_RATE, can end the alternation.
+    RATE_DECAY a round.  batch_size: images per step of the flows (default: all); J is always that of all.  A flow that
+    does not lower J proves nothing, as its program was solved a round before: the next one runs at RATE_CUT of its
+    rate, and only a flow that lowers J, or fails at LEAST_RATE, can end the alternation.
     program_tolerance: relative gap of the convex solves (default: tolerance / 5).  clones[l]:
     perturbed clones of the heaviest particles of layer l that enter each program as candidates of zero mass.  A round
     that would raise J is rejected, so J never rises.
+
+    state: file (.safetensors) to which the state of the alternation is written after every flow and every program, with
+    one beside it (.flow.safetensors) that the flow writes every `state_seconds` seconds.  A call with the same
+    arguments, of which `rounds` and `max_seconds` may be others, continues from there and ends, on the same machine and
+    as many threads, with the same bits as a run without a pause (seconds excepted); a program that was broken off is
+    solved anew.  A run that has ended leaves the file, from which the answer comes at once, for the caller to remove.
+    A file that is damaged or of other arguments or data is refused (ValueError).
 
     History rows, one per round: round, seconds, rate, flow_value, flow_drop (what the flow took off J), flow_speed (its
     metric speed at the end), flow_gap, value, dual_value, gap, violation, widths, accepted, flow_steps,
@@ -76,21 +89,47 @@ def solve(
     later = later_steps if later_steps is not None else max(1, flow_steps // 2)
     if clones is not None:
         clones = validation.widths(clones, problem.architecture.depth, "clones", minimum=0)
+    settings = {
+        "start": digest(network.tensors()),
+        "tolerance": tolerance,
+        "flow_steps": flow_steps,
+        "later_steps": later,
+        "batch_size": batch_size,
+        "program_tolerance": program_tolerance or tolerance / 5,
+        "program_iterations": program_iterations,
+        "clones": clones,
+        "grow": grow,
+        "seed": seed,
+    }
+    file = None if state is None else StateFile(state, {**states.described(problem), **settings})
     run = _Run(
         problem,
         network,
         tolerance,
         batch_size,
-        program_tolerance or tolerance / 5,
+        settings["program_tolerance"],
         program_iterations,
         clones,
         grow,
         seed,
         callback,
+        file,
+        state_seconds,
     )
+    if file is not None and (found := file.load(problem.inputs.device)) is not None:
+        run.restore(found)
     flow.warn_unattained(problem)
     with limits.within(max_seconds):
         return run.solution(run.alternate(rounds, flow_steps, later))
+
+
+class _Flowed(NamedTuple):
+    """What a round remembers of its flow."""
+
+    value: float
+    drop: float
+    speed: float
+    steps: int
 
 
 @dataclass
@@ -105,6 +144,12 @@ class _Run:
     grow: int
     seed: int
     callback: Callable[[dict[str, Any]], None] | None
+    file: StateFile | None
+    state_seconds: float
+    index: int = 0
+    rate: float = field(default_factory=lambda: RATE)
+    flowed: _Flowed | None = None  # of this round, once its flow has ended
+    ended: str | None = None
     history: list[dict[str, Any]] = field(default_factory=list)
     best: Solution | None = None
     found: UnseenFeatures | None = None
@@ -112,49 +157,40 @@ class _Run:
 
     def alternate(self, rounds: int, first: int, later: int) -> str:
         """Round after round, the first with a flow of `first` steps; returns the status."""
-        rate = RATE
-        for index in range(rounds):
+        while self.ended is None and self.index < rounds:
             try:
-                ended = self.round(index, later if index else first, rate)
+                ended = self.round(later if self.index else first)
             except limits.STOPS as stop:  # outside the inner solvers, which catch their own
                 if self.best is None:
                     raise
                 ended = limits.status(stop)
             if ended in ENDED_EARLY:
                 return ended
-            row = self.history[-1]
-            if self._search_converged(row):
-                return "search_converged"
-            moved = row["flow_drop"] > 0
-            small = row["flow_gap"] <= self.tolerance * abs(row["flow_value"])
-            if not self.grow and small and (moved or rate <= LEAST_RATE):
-                return "alternation_converged"
-            rate *= RATE_DECAY if moved else RATE_CUT
-        return "max_rounds"
+            self.ended = self._converged(self.history[-1])
+            self.rate *= RATE_DECAY if self.history[-1]["flow_drop"] > 0 else RATE_CUT
+            self.index += 1
+            self.save()
+        return self.ended or "max_rounds"
 
-    def round(self, index: int, steps: int, rate: float) -> str:
+    def _converged(self, row: dict[str, Any]) -> str | None:
+        """The status with which a round ends the alternation, if it does."""
+        if self._search_converged(row):
+            return "search_converged"
+        small = row["flow_gap"] <= self.tolerance * abs(row["flow_value"])
+        if not self.grow and small and (row["flow_drop"] > 0 or self.rate <= LEAST_RATE):
+            return "alternation_converged"
+        return None
+
+    def round(self, steps: int) -> str:
         """One flow and one convex program; returns the status that ended it early, or "done"."""
-        flowed = self._quietly(
-            flow.solve,
-            self.problem,
-            self.network,
-            steps=steps,
-            step_size=rate,
-            batch_size=self.batch_size,
-            record_every=self._record_every(steps),
-            seed=self.seed + index,
-            callback=self._relay(index, "flow"),
-        )
-        if self.best is None or flowed.value < self.best.value:
-            self.network, self.best = flowed.network, flowed
-        if flowed.status in ENDED_EARLY:
-            return flowed.status
-        program = self._program(index)
+        if self.flowed is None and (ended := self._flow(steps)) in ENDED_EARLY:
+            return ended
+        program = self._program(self.index)
         solved = splitting.solve(
             program,
             self.program_tolerance,
             max_iterations=self.program_iterations,
-            callback=self._relay(index, "program"),
+            callback=self._relay("program"),
         )
         ended, growth = solved.status, NO_GROWTH if self.grow else {}
         if self.grow and ended not in ENDED_EARLY:
@@ -162,22 +198,62 @@ class _Run:
                 growth = self._growth(program, solved)
             except limits.STOPS as stop:  # the program's answer is kept
                 ended = limits.status(stop)
-        drop = flowed.history[0]["value"] - flowed.value
         with limits.grace(math.inf):  # what was found is kept, whatever the time
-            self._close(index, program, flowed, solved, {"rate": rate, "flow_drop": drop, **growth})
+            self._close(program, solved, growth)
         return ended
 
-    def _record_every(self, steps: int) -> int | None:
-        """J on all images costs a pass over them: with minibatches at most once in RECORD_EPOCHS."""
-        if self.batch_size is None:
-            return None
-        return max(steps // 100, RECORD_EPOCHS * len(self.problem.inputs) // self.batch_size, 1)
+    def _flow(self, steps: int) -> str:
+        """The flow of a round; returns its status."""
+        flowed = self._quietly(
+            flow.solve,
+            self.problem,
+            self.network,
+            steps=steps,
+            step_size=self.rate,
+            batch_size=self.batch_size,
+            seed=self.seed + self.index,
+            state=None if self.file is None else self.file.path.with_suffix(".flow.safetensors"),
+            state_seconds=self.state_seconds,
+            callback=self._relay("flow"),
+        )
+        if self.best is None or flowed.value < self.best.value:
+            self.network, self.best = flowed.network, flowed
+        if flowed.status not in ENDED_EARLY:
+            first, last = flowed.history[0], flowed.history[-1]
+            self.flowed = _Flowed(flowed.value, first["value"] - flowed.value, last["speed"], last["step"])
+            self.save()
+        return flowed.status
 
-    def _close(
-        self, index: int, program: ConvexProgram, flowed: Solution, solved: Solution, figures: dict[str, float]
-    ) -> None:
+    def save(self) -> None:
+        if self.file is not None:
+            names = ("index", "rate", "flowed", "ended", "history")
+            self.file.save(
+                {name: getattr(self, name) for name in names}
+                | {
+                    "network": states.entries(self.network),
+                    "best": None if self.best is None else self.best.state(),
+                    "found": None if self.found is None else self.found.state(),
+                    "seconds": time.perf_counter() - self.began,
+                }
+            )
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Continue from what `save` wrote."""
+        architecture = self.problem.architecture
+        self.index, self.rate, self.ended, self.history = (
+            state[name] for name in ("index", "rate", "ended", "history")
+        )
+        self.flowed = None if state["flowed"] is None else _Flowed(*state["flowed"])
+        self.network = ParticleNetwork(architecture, **state["network"])
+        self.best = None if state["best"] is None else Solution.restored(state["best"], architecture)
+        self.found = None if state["found"] is None else UnseenFeatures.restored(state["found"])
+        self.began -= state["seconds"]
+
+    def _close(self, program: ConvexProgram, solved: Solution, growth: dict[str, Any]) -> None:
         """Accept the program's network if J, evaluated afresh, does not rise; write the round's row."""
+        flowed, self.flowed = self.flowed, None
         assert self.best is not None
+        assert flowed is not None
         assert solved.multipliers is not None
         accepted = float(self.problem.value(solved.network)) <= self.best.value
         if accepted:
@@ -189,14 +265,15 @@ class _Run:
                 self.best, certificate=certificate, gap=certificate.gap, point=point, multipliers=solved.multipliers
             )
         dual = solved.value - solved.gap
-        steps, iterations = flowed.history[-1]["step"], solved.history[-1]["iteration"] if solved.history else 0
         row = {
-            "round": index,
+            "round": self.index,
             "phase": "round",
             "seconds": time.perf_counter() - self.began,
-            **figures,
+            "rate": self.rate,
+            "flow_drop": flowed.drop,
+            **growth,
             "flow_value": flowed.value,
-            "flow_speed": flowed.history[-1]["speed"],
+            "flow_speed": flowed.speed,
             "flow_gap": flowed.value - dual,
             "value": self.best.value,
             "dual_value": dual,
@@ -204,8 +281,8 @@ class _Run:
             "violation": solved.certificate.violation if solved.certificate else math.nan,
             "widths": list(self.network.widths),
             "accepted": accepted,
-            "flow_steps": steps,
-            "program_iterations": iterations,
+            "flow_steps": flowed.steps,
+            "program_iterations": solved.history[-1]["iteration"] if solved.history else 0,
         }
         self.history.append(row)
         if self.callback is not None:
@@ -267,8 +344,8 @@ class _Run:
         rounding = terms * torch.finfo(self.problem.inputs.dtype).eps * abs(self.best.value)
         return row["search_bound"] > self.best.value + rounding
 
-    def _relay(self, index: int, phase: str) -> Callable[[dict[str, Any]], None] | None:
-        callback = self.callback
+    def _relay(self, phase: str) -> Callable[[dict[str, Any]], None] | None:
+        callback, index = self.callback, self.index
         if callback is None:
             return None
         return lambda row: callback({"round": index, "phase": phase, **row})

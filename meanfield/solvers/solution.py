@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from meanfield.architecture import Architecture
 from meanfield.certificates import Certificate, Multipliers
 from meanfield.convex.repopulation import ProgramPoint
 from meanfield.network import ParticleNetwork
+from meanfield.storage import states
 
 STATUS_TEXTS = {
     "optimal": "the duality gap on this support is below the tolerance",
@@ -56,6 +58,31 @@ class Solution:
     def relative_gap(self) -> float:
         """gap / |value|."""
         return self.gap / max(abs(self.value), 1e-300)
+
+    def state(self) -> dict[str, Any]:
+        """The answer, without the history that led to it, for a `StateFile`."""
+        multipliers = self.multipliers
+        return {
+            "network": states.entries(self.network),
+            "point": states.entries(self.point),
+            "multipliers": None if multipliers is None else {**vars(multipliers)},
+            "certificate": None if self.certificate is None else {**vars(self.certificate)},
+            **{name: getattr(self, name) for name in ("value", "gap", "status", "message", "seconds")},
+        }
+
+    @classmethod
+    def restored(cls, state: dict[str, Any], architecture: Architecture) -> Solution:
+        """What `state` described."""
+        point, multipliers, certificate = (state[name] for name in ("point", "multipliers", "certificate"))
+        return cls(
+            **{
+                **state,
+                "network": ParticleNetwork(architecture, **state["network"]),
+                "point": ProgramPoint(**point),
+                "multipliers": None if multipliers is None else Multipliers(**multipliers),
+                "certificate": None if certificate is None else Certificate(**certificate),
+            }
+        )
 
 
 def proven(certificate: Certificate, tolerance: float) -> bool:

@@ -1,5 +1,6 @@
 """The outer loop on tiny problems."""
 
+import math
 from itertools import pairwise
 
 import pytest
@@ -8,7 +9,7 @@ from stored_optima import EXACT_ONE_LAYER, one_layer_problem
 from strategies import seeded
 
 import meanfield as mf
-from meanfield import certificates, starts
+from meanfield import certificates, limits, starts
 from meanfield.certificates import UnseenFeatures
 from meanfield.solvers import alternating
 from meanfield.solvers.solution import STATUS_TEXTS
@@ -236,3 +237,50 @@ def test_a_bound_above_the_value_raises_an_alarm_and_ends_no_run(monkeypatch):
     assert len(solution.history) == OPTIONS["rounds"]
     assert all(row["search_bound"] == 2 * value for row in solution.history)  # not clamped
     assert f"WARNING: 3 of 3 searches gave bounds above this value, up to {2 * value:.8g}" in solution.message
+
+
+class TestResume:
+    """An alternation that was broken off goes on from its file to the same bits."""
+
+    @pytest.mark.parametrize(
+        "options", [{}, {"grow": 2}, {"batch_size": 3, "clones": (2, 2)}], ids=["plain", "grow", "batches"]
+    )
+    def test_bits(self, tmp_path, monkeypatch, options):
+        monkeypatch.setattr(alternating, "STARTS", 2)
+        monkeypatch.setattr(alternating, "CONFIRMING_STARTS", 3)
+        problem, network = tiny(widths=(4, 3))
+        options = {"rounds": 2, "flow_steps": 12, "program_iterations": 60, "tolerance": 1e-9, **options}
+        whole = alternating.solve(problem, network, **options)
+        state, found, moments = tmp_path / "state.safetensors", None, [2, 9, 17, 30, 41, 53, 66]
+        while found is None or found.status == "interrupted":
+            with limits.watched(interrupt_at(moments.pop(0) if moments else math.inf)):
+                try:
+                    found = alternating.solve(problem, network, **options, state=state, state_seconds=0.0)
+                except KeyboardInterrupt:  # before there was anything to return
+                    continue
+        assert not moments
+        for again in (
+            found,
+            alternating.solve(problem, network, **options, state=state),
+        ):  # once more: from the file at once
+            assert again.status == whole.status
+            assert again.value == whole.value
+            assert all(map(torch.equal, again.network.tensors(), whole.network.tensors()))
+            assert all(map(torch.equal, again.multipliers.realisation, whole.multipliers.realisation))
+            rows, expected = ([{**row, "seconds": 0} for row in each.history] for each in (again, whole))
+            assert repr(rows) == repr(expected)
+        assert [path.name for path in tmp_path.iterdir()] == ["state.safetensors"]
+        longer = alternating.solve(problem, network, **{**options, "rounds": 3}, state=state)
+        assert len(longer.history) == 3
+        with pytest.raises(ValueError, match="is of another run: its seed is 0, here 1"):
+            alternating.solve(problem, network, **options, state=state, seed=1)
+
+
+def interrupt_at(moment):
+    looks = iter(range(10**9))
+
+    def look():
+        if next(looks) == moment:
+            raise KeyboardInterrupt
+
+    return look
