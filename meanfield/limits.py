@@ -19,6 +19,33 @@ GRACE = 3.0  # seconds for the certificate of a run that was stopped
 BLOCK_BYTES = 2**25  # of what is computed of a block of images
 
 T = TypeVar("T")
+
+
+class Clock:
+    """What limits go by, of this process alone; `ranks` has one that several share."""
+
+    def now(self) -> float:
+        """Seconds."""
+        return time.perf_counter()
+
+    def tick(self) -> None:
+        """Work that is in step everywhere has come to its next step: let whoever watches break it off here."""
+        _watch.get()()
+
+    def glance(self) -> None:
+        """The same, of work that may not be in step."""
+        _watch.get()()
+
+    def most(self, number: int) -> int:
+        """The largest number of ticks that anybody needs for a piece of work that takes `number` here."""
+        return number
+
+    def common(self, stop: BaseException) -> bool:
+        """Whether `stop` has ended the work everywhere, at the same place."""
+        return True
+
+
+_clock: ContextVar[Clock] = ContextVar("clock", default=Clock())  # noqa: B039 - of no state
 _deadline: ContextVar[float] = ContextVar("deadline", default=math.inf)
 _watch: ContextVar[Callable[[], None]] = ContextVar("watch", default=lambda: None)
 
@@ -33,12 +60,12 @@ STOPS = (KeyboardInterrupt, TimeUp, MemoryError, RuntimeError)
 
 def within(seconds: float) -> AbstractContextManager[None]:
     """Limit what is done inside to so many seconds from now, or to the time around it where that is shorter."""
-    return _with(_deadline, min(_deadline.get(), time.perf_counter() + seconds))
+    return _with(_deadline, min(_deadline.get(), now() + seconds))
 
 
 def grace(seconds: float = GRACE) -> AbstractContextManager[None]:
     """Allow what is done inside so many seconds from now, even if the time around it has passed."""
-    return _with(_deadline, max(_deadline.get(), time.perf_counter() + seconds))
+    return _with(_deadline, max(_deadline.get(), now() + seconds))
 
 
 def watched(by: Callable[[], None]) -> AbstractContextManager[None]:
@@ -46,6 +73,14 @@ def watched(by: Callable[[], None]) -> AbstractContextManager[None]:
     place where its best answer is whole.
     """
     return _with(_watch, by)
+
+
+@contextmanager
+def timed(by: Clock) -> Iterator[None]:
+    """Let what is done inside go by another clock, which is to leave it as much time as it had."""
+    left = _deadline.get() - now()
+    with _with(_clock, by), _with(_deadline, now() + left):
+        yield
 
 
 @contextmanager
@@ -57,29 +92,42 @@ def _with(variable: ContextVar[T], value: T) -> Iterator[None]:
         variable.reset(before)
 
 
+def now() -> float:
+    """Seconds on the clock that limits go by."""
+    return _clock.get().now()
+
+
 def passed() -> bool:
-    """Whether the time has passed; for work that goes on to its next record."""
-    _watch.get()()
-    return time.perf_counter() > _deadline.get()
+    """Whether the time has passed; for work that goes on to its next record, in step on all ranks."""
+    _clock.get().tick()
+    return now() > _deadline.get()
 
 
 def look() -> None:
     """Raise TimeUp where the time has passed."""
-    if passed():
+    _clock.get().glance()
+    if now() > _deadline.get():
         raise TimeUp
 
 
 def blocks(count: int, bytes_each: int) -> Iterator[slice]:
-    """Slices of `count` images that take so many bytes each, a block at a time; looks at the time between them."""
+    """Slices of `count` images that take so many bytes each, a block at a time; looks at the time between them, as
+    often as the rank with the most blocks.
+    """
     step = max(1, BLOCK_BYTES // bytes_each)
-    for first in range(0, count, step):
-        if first:
-            look()
-        yield slice(first, min(first + step, count))
+    for index in range(_clock.get().most(math.ceil(count / step))):
+        if index and passed():
+            raise TimeUp
+        if index * step < count:
+            yield slice(index * step, min((index + 1) * step, count))
 
 
 def status(stop: BaseException) -> str:
-    """The status of a solver that `stop`, one of STOPS, ended; raises what is an error of another kind."""
+    """The status of a solver that `stop`, one of STOPS, ended; raises what is an error of another kind, or ended this
+    rank alone.
+    """
+    if not _clock.get().common(stop):
+        raise stop
     if isinstance(stop, KeyboardInterrupt):
         return "interrupted"
     if isinstance(stop, TimeUp):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,8 +13,10 @@ from meanfield import limits, losses
 from meanfield.architecture import Architecture
 from meanfield.network import ParticleNetwork, ordinary
 from meanfield.penalties import Penalty, input_norms, input_projection, kernel_projection
+from meanfield.ranks import ALONE, Ranks
 from meanfield.validation import Misuse, finite, instance, working
 
+GRAPH = 3  # times the features: what a backward pass holds of them, and its own
 # The relative violation, of a bound or of any constraint of the convex program, up to which a network or a point counts
 # as feasible; solvers end at rounding.  float32: sums of 2^10 terms with one rounding each (2^-24) may be off by 6e-5.
 # float64: kernels that were kept in float32 once are off by 2^-24 = 6e-8.  J is then too low by at most this times the
@@ -39,6 +42,8 @@ class Problem:
     inputs (N, C_0, H, W), float32 or float64 (integers become float64); targets as the loss takes them: (N,) or (N, K)
     for the squared and the logistic loss (labels -1, 1), integer classes (N,) for softmax.  Arrays are accepted and
     converted. Fang et al. 2019 and Gu et al. 2020 with r(t) = t^2.
+
+    A problem that was `sharded` holds as inputs those of its own rank, shares[ranks.own] of them, and all targets.
     """
 
     def __init__(
@@ -57,48 +62,116 @@ class Problem:
         self.penalty = penalty if penalty is not None else Penalty()
         self.inputs = ordinary(_image_tensor(inputs, architecture))
         self.targets = ordinary(self.check_targets(_tensor(targets, "targets")))
+        self.ranks, self.shares = ALONE, (len(self.inputs),)
+
+    @property
+    def count(self) -> int:
+        """N, the number of images on all ranks."""
+        return len(self.targets)
+
+    @property
+    def own_targets(self) -> Tensor:
+        """Those of `inputs`."""
+        return self.targets[self.ranks.slice(self.shares)]
 
     def __repr__(self) -> str:
-        return f"Problem({len(self.inputs)} images, {self.loss.name} loss, {self.architecture}, {self.penalty})"
+        return f"Problem({self.count} images, {self.loss.name} loss, {self.architecture}, {self.penalty})"
 
     def check_targets(self, targets: Tensor) -> Tensor:
-        return self.loss.check_targets(targets, self.inputs.shape[0], self.architecture.outputs, like=self.inputs)
+        return self.loss.check_targets(targets, len(self.inputs), self.architecture.outputs, like=self.inputs)
 
     def to(self, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> Problem:
         """The same problem with its tensors converted."""
         return self._with_data(self.inputs.to(dtype=working(dtype), device=device), self.targets)
 
     def batch(self, indices: Tensor) -> Problem:
-        """The problem on some of its images: its gradient is an unbiased estimate of the whole one's."""
-        return self._with_data(self.inputs[indices], self.targets[indices])
+        """The problem on some of its images: its gradient is an unbiased estimate of the whole one's.
+
+        Every rank gives the indices of all, and holds those among them that are its own; they may be none.
+        """
+        if self.ranks.count == 1:
+            return self._with_data(self.inputs[indices], self.targets[indices], (len(indices),))
+        indices = indices.sort().values  # in the order of the ranks
+        edges = torch.tensor([0, *accumulate(self.shares)])
+        shares = torch.searchsorted(indices.cpu(), edges).diff().tolist()
+        own = indices[self.ranks.slice(shares)] - self.ranks.slice(self.shares).start
+        return self._with_data(self.inputs[own], self.targets[indices], tuple(shares))
+
+    def sharded(self, ranks: Ranks) -> Problem:
+        """The same problem with the images of one rank; each calls this with the whole problem, and from there on does
+        what the others do.
+        """
+        if ranks.count == 1:
+            return self
+        self.require_whole("sharding")
+        shares = ranks.shares(self.count)
+        own = self.inputs[ranks.slice(shares)].clone()  # no view, which would hold all images
+        other = self._with_data(own, self.targets, shares)
+        other.ranks = ranks
+        return other
+
+    def require_whole(self, what: str) -> None:
+        """Refuse a problem whose images are on several ranks."""
+        if self.ranks.count > 1:
+            raise ValueError(f"{what} takes all images on one rank; this problem is sharded over {self.ranks.count}")
+
+    def gathered(self, rows: Tensor) -> Tensor:
+        """The rows of all images, in order, from those of one's own."""
+        return self.ranks.gathered(rows, self.shares)
 
     def scaled_targets(self, unit: float) -> Problem:
         """The problem with its targets divided by `unit`, as `Loss.unit` gives it; labels, of unit 1, stay."""
         return self if unit == 1 else self._with_data(self.inputs, self.targets / unit)
 
-    def _with_data(self, inputs: Tensor, targets: Tensor) -> Problem:
+    def _with_data(self, inputs: Tensor, targets: Tensor, shares: tuple[int, ...] | None = None) -> Problem:
         """Without the checks: a batch may hold one class only."""
         other = object.__new__(Problem)
         other.architecture, other.loss, other.penalty = self.architecture, self.loss, self.penalty
         dtype = inputs.dtype if targets.is_floating_point() else targets.dtype
         other.inputs, other.targets = ordinary(inputs), ordinary(targets.to(dtype=dtype, device=inputs.device))
+        other.ranks, other.shares = self.ranks, self.shares if shares is None else shares
         return other
 
     def output(self, network: ParticleNetwork) -> Tensor:
         """F on all images, (N, K); in blocks of images where no gradient is wanted, which would keep them all."""
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in network.tensors()):
+            self.require_whole("a differentiable output")
             return network.responses(self.inputs).output
         each = self.inputs.element_size() * self.architecture.entries(network.widths)
         output = self.inputs.new_empty(len(self.inputs), self.architecture.outputs)
         for block in limits.blocks(len(self.inputs), each):
             output[block] = network.responses(self.inputs[block]).output
-        return output
+        return self.gathered(output)
+
+    def pulled_back(self, network: ParticleNetwork) -> tuple[Tensor, list[Tensor]]:
+        """The mean loss, 0-dimensional, and its gradients in the network's tensors; neither carries a graph.
+
+        In blocks of images, each pulled back by its own multipliers: no more than one block's graph is held.  Over
+        ranks both come in one sum.
+        """
+        leaf = network.map(lambda tensor: tensor.detach().requires_grad_())
+        each = self.inputs.element_size() * self.architecture.entries(leaf.widths)
+        output, targets = self.inputs.new_empty(len(self.inputs), self.architecture.outputs), self.own_targets
+        gradients = [torch.zeros_like(tensor) for tensor in leaf.tensors()]
+        for block in limits.blocks(len(self.inputs), GRAPH * each):
+            with torch.enable_grad():
+                here = leaf.responses(self.inputs[block]).output
+            output[block] = here.detach()
+            pulls = self.loss.gradient(output[block], targets[block]) / self.count
+            for gradient, more in zip(gradients, torch.autograd.grad(here, leaf.tensors(), pulls)):
+                gradient += more
+        loss, *gradients = self.ranks.total(self.loss.value(output, targets).sum(), *gradients)
+        return loss / self.count, gradients
 
     def terms(self, network: ParticleNetwork, output: Tensor | None = None) -> Terms:
         """The terms of J; differentiable in the network's tensors.  `output` saves a second forward pass."""
         output = self.output(network) if output is None else output
+        return Terms(self.loss.value(output, self.targets).mean(), *self.prices(network))
+
+    def prices(self, network: ParticleNetwork) -> tuple[Tensor, Tensor, Tensor]:
+        """The terms of J that do not depend on images: source, readout and input penalty."""
         p, penalty = network.masses, self.penalty
-        source = output.new_zeros(())
+        source = network.readout.new_zeros(())
         for layer in range(1, self.architecture.depth):
             outflow = p[layer] @ penalty.norms(network.kernels[layer])  # (M_{l-1},): sum_j |w_ij| p_j
             source = source + p[layer - 1] @ outflow.square()
@@ -106,12 +179,7 @@ class Problem:
         first = network.kernels[0].flatten(1).square().sum(1)
         if network.biases[0] is not None:
             first = first + network.biases[0].square()
-        return Terms(
-            self.loss.value(output, self.targets).mean(),
-            penalty.source * source,
-            penalty.readout * readout,
-            penalty.input * (p[0] @ first),
-        )
+        return penalty.source * source, penalty.readout * readout, penalty.input * (p[0] @ first)
 
     def value(self, network: ParticleNetwork) -> Tensor:
         """J, a 0-dimensional tensor; +inf where a bound is broken by more than rounding."""

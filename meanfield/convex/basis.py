@@ -16,6 +16,7 @@ from torch import Tensor
 
 from meanfield import limits
 from meanfield.architecture import Conv
+from meanfield.ranks import ALONE, Ranks
 
 RANK_TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
 RESOLVED = 1e-5  # the Gram matrix squares: only directions above this share of the largest are read off it
@@ -63,11 +64,25 @@ class StackedRows:
         self._count = len(triangle)
         self._held[: self._count] = triangle
 
-    def space(self, tolerance: float) -> RowSpace:
-        """The row space of all rows that were added; it uses them up."""
+    def space(self, tolerance: float, ranks: Ranks = ALONE) -> RowSpace:
+        """The row space of all rows that were added, on any rank; it uses them up."""
+        rows = self._rows()
+        if ranks.count == 1:
+            return RowSpace(_span(rows, tolerance), tolerance)
+        every = StackedRows(ranks.count * rows.shape[1], rows.shape[1], rows.device)
+        every.add(rows)
+        for others in ranks.collected(rows):
+            every.add(others)
+        # one rank finds the basis: what is independent by a hair must not depend on the machine
+        right = _span(every._rows(), tolerance) if ranks.own == 0 else rows.new_empty(rows.shape[1], 0)
+        found = int(ranks.decided(float(right.shape[1])))
+        return RowSpace(ranks.agreed(right if ranks.own == 0 else right.new_empty(len(right), found)), tolerance)
+
+    def _rows(self) -> Tensor:
+        """T, of no more rows than columns."""
         if self._count > self._held.shape[1]:
             self._compress()
-        return RowSpace(_span(self._held[: self._count], tolerance), tolerance)
+        return self._held[: self._count]
 
 
 def rows_of(conv: Conv, features: Tensor) -> Tensor:

@@ -95,8 +95,8 @@ class ConvexProgram:
                 for stack, conv, below in zip(stacks, arch.layers[1:], features):
                     stack.add(rows_of(conv, below))
                 read[block] = arch.readout_features(features[-1]).to(inputs.dtype)
-            spaces = tuple(stack.space(RANK_TOLERANCE[inputs.dtype]) for stack in stacks)
-        return cls(problem, frozen, tuple(flows), spaces, read)
+            spaces = tuple(stack.space(RANK_TOLERANCE[inputs.dtype], problem.ranks) for stack in stacks)
+        return cls(problem, frozen, tuple(flows), spaces, problem.gathered(read))
 
     @torch.inference_mode(False)
     def to(self, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> ConvexProgram:
@@ -233,8 +233,9 @@ class ConvexProgram:
                 pairs = self.image_residuals(point, self.problem.inputs[block])
                 here = torch.stack([tensor.abs().amax() for pair in pairs for tensor in pair])
                 largest = torch.maximum(largest, here.reshape(largest.shape))
+        largest = self.problem.ranks.largest(largest)
         ratios = largest[:, 0] / largest[:, 1].clamp_min(torch.finfo(largest.dtype).tiny)
-        return _worst([*self._excesses(point), *ratios.tolist()])
+        return self.problem.ranks.decided(_worst([*self._excesses(point), *ratios.tolist()]))
 
     def discord(self, point: ProgramPoint) -> float:
         """As `violation`, but by coordinates: the largest |V^T (W_j, B_j) - p_j c_j| over p_j |c_j| of any feature.
@@ -275,7 +276,7 @@ class ConvexProgram:
         if not self.violation(point) <= tolerance:
             return False
         value, judged = float(self.value(point)), float(self.problem.value(self.network(point)))
-        return abs(judged - value) <= tolerance * abs(value)
+        return self.problem.ranks.decided(abs(judged - value) <= tolerance * abs(value))
 
     def admitted(self, point: ProgramPoint) -> ProgramPoint | None:
         """The best restored point that a solver may return, or None.
@@ -291,7 +292,8 @@ class ConvexProgram:
         if not lack <= 1:
             return None
         revived = (self.restore(_spread(point, share * lack)) for share in REVIVED_SHARES)
-        return min(filter(self.admits, revived), key=lambda each: float(self.value(each)), default=None)
+        cost = lambda each: self.problem.ranks.decided(float(self.value(each)))  # noqa: E731
+        return min(filter(self.admits, revived), key=cost, default=None)
 
     def restore(self, point: ProgramPoint) -> ProgramPoint:
         """A nearby point, on the same support, that meets every constraint to rounding where the support can.

@@ -23,6 +23,7 @@ from meanfield.problem import Problem
 from meanfield.signatures import Count, Natural, Positive, Seconds, Seed, checked
 from meanfield.solvers import flow, splitting
 from meanfield.solvers.solution import ENDED_EARLY, Solution, message
+from meanfield.validation import Misuse
 
 RATE, RATE_DECAY, RATE_CUT, LEAST_RATE = 0.1, 0.7, 0.25, 1e-3
 CLONE_NOISE = 0.3
@@ -84,6 +85,8 @@ def solve(
         seed,
         callback,
     )
+    if grow and problem.ranks.count > 1:
+        raise Misuse("grow", grow, f"searches on one rank only, and there are {problem.ranks.count}; leave it at 0")
     flow.warn_unattained(problem)
     with limits.within(max_seconds):
         return run.solution(run.alternate(rounds, flow_steps, later))
@@ -120,12 +123,15 @@ class _Run:
             row = self.history[-1]
             if self._search_converged(row):
                 return "search_converged"
-            moved = row["flow_drop"] > 0
-            small = row["flow_gap"] <= self.tolerance * abs(row["flow_value"])
+            moved = self.decided(row["flow_drop"] > 0)
+            small = self.decided(row["flow_gap"] <= self.tolerance * abs(row["flow_value"]))
             if not self.grow and small and (moved or rate <= LEAST_RATE):
                 return "alternation_converged"
             rate *= RATE_DECAY if moved else RATE_CUT
         return "max_rounds"
+
+    def decided(self, value: bool) -> bool:
+        return self.problem.ranks.decided(value)
 
     def round(self, index: int, steps: int, rate: float) -> str:
         """One flow and one convex program; returns the status that ended it early, or "done"."""
@@ -137,7 +143,7 @@ class _Run:
             step_size=rate,
             callback=self._relay(index, "flow"),
         )
-        if self.best is None or flowed.value < self.best.value:
+        if self.best is None or self.decided(flowed.value < self.best.value):
             self.network, self.best = flowed.network, flowed
         if flowed.status in ENDED_EARLY:
             return flowed.status
@@ -165,7 +171,7 @@ class _Run:
         """Accept the program's network if J, evaluated afresh, does not rise; write the round's row."""
         assert self.best is not None
         assert solved.multipliers is not None
-        accepted = float(self.problem.value(solved.network)) <= self.best.value
+        accepted = self.decided(float(self.problem.value(solved.network)) <= self.best.value)
         if accepted:
             self.network, self.best = self._balanced(solved.network), solved
         else:  # the flow's network stays, with the better multipliers of the program frozen there
@@ -249,7 +255,7 @@ class _Run:
     def refuted(self, row: dict[str, Any]) -> bool:
         """Whether the best network is below the bound of this row's search by more than rounding of J."""
         assert self.best is not None
-        terms = len(self.problem.inputs) + sum(self.network.widths)
+        terms = self.problem.count + sum(self.network.widths)
         rounding = terms * torch.finfo(self.problem.inputs.dtype).eps * abs(self.best.value)
         return row["search_bound"] > self.best.value + rounding
 

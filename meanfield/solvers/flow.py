@@ -37,7 +37,6 @@ from meanfield.validation import choice
 
 DESCENTS = ("preconditioned", "gradient")
 DISSIPATION_ERROR = 0.1  # relative error of dJ = -step speed^2 at which an Euler step is accepted
-GRAPH = 3  # times the features: what a backward pass holds of them, and its own
 PROBE = {torch.float32: 1e-3, torch.float64: 1e-6}
 
 
@@ -74,34 +73,19 @@ def velocity(problem: Problem, network: ParticleNetwork, masses: bool = True) ->
     With masses=False the masses have no rates.
     """
     leaf = network.map(lambda tensor: tensor.detach().requires_grad_())
-    output, gradients = _pulled_back(problem, leaf)
+    loss, gradients = problem.pulled_back(network)
     with torch.enable_grad():
-        terms, depth = problem.terms(leaf, output), problem.architecture.depth
+        terms, depth = Terms(loss, *problem.prices(leaf)), problem.architecture.depth
         smooth = _slopes(terms.readout + terms.input, leaf)
-        gradients = [loss + penalty for loss, penalty in zip(gradients, smooth)]
+        gradients = [fit + penalty for fit, penalty in zip(gradients, smooth)]
         if masses and terms.source.requires_grad:
             priced = torch.autograd.grad(terms.source, leaf.masses)
             gradients[:depth] = [g + s for g, s in zip(gradients[:depth], priced)]
     return Terms(*(term.detach() for term in terms)), _tangent(network, gradients, masses)
 
 
-def _pulled_back(problem: Problem, leaf: ParticleNetwork) -> tuple[Tensor, list[Tensor]]:
-    """F (N, K) and the gradients of the mean loss, in blocks of images: no more than one block's graph is held."""
-    count, arch = len(problem.inputs), problem.architecture
-    output = problem.inputs.new_empty(count, arch.outputs)
-    gradients = [torch.zeros_like(tensor) for tensor in leaf.tensors()]
-    for block in limits.blocks(count, GRAPH * problem.inputs.element_size() * arch.entries(leaf.widths)):
-        with torch.enable_grad():
-            here = leaf.responses(problem.inputs[block]).output
-        output[block] = here.detach()
-        pulls = problem.loss.gradient(output[block], problem.targets[block]) / count
-        for gradient, more in zip(gradients, _slopes(here, leaf, pulls)):
-            gradient += more
-    return output, gradients
-
-
-def _slopes(values: Tensor, leaf: ParticleNetwork, pulls: Tensor | None = None) -> tuple[Tensor, ...]:
-    return torch.autograd.grad(values, leaf.tensors(), pulls, allow_unused=True, materialize_grads=True)
+def _slopes(values: Tensor, leaf: ParticleNetwork) -> tuple[Tensor, ...]:
+    return torch.autograd.grad(values, leaf.tensors(), allow_unused=True, materialize_grads=True)
 
 
 def _tangent(network: ParticleNetwork, gradients: list[Tensor], masses: bool) -> Tangent:
@@ -341,7 +325,7 @@ def warn_unattained(problem: Problem) -> None:
 
 def _batches(problem: Problem, size: int | None, seed: int) -> Iterator[Problem]:
     """The problem itself for ever, or its minibatches epoch after epoch."""
-    count = len(problem.inputs)
+    count = problem.count
     if size is None:
         while True:
             yield problem
@@ -373,9 +357,11 @@ def _follow(
         for step in range(steps + 1):
             late = limits.passed()
             if step % every == 0 or step == steps or late:
+                network = network.map(problem.ranks.agreed)
                 if not whole and step:
                     terms, flow = velocity(problem, network, masses)
-                if trail.record(step, network, terms, metric_speed(problem, network, flow), method) ** 2 <= tolerance:
+                speed = problem.ranks.decided(metric_speed(problem, network, flow))
+                if trail.record(step, network, terms, speed, method) ** 2 <= tolerance:
                     return "converged"
                 if late:
                     return "max_seconds"
@@ -386,7 +372,7 @@ def _follow(
             moved = method.propose(network, flow)
             batch = next(batches)
             new_terms, new_flow = velocity(batch, moved, masses)
-            if method.judge(network, moved, float(new_terms.total() - terms.total())):
+            if problem.ranks.decided(method.judge(network, moved, float(new_terms.total() - terms.total()))):
                 network, terms, flow = moved, new_terms, new_flow
             elif not isinstance(method, GradientDescent) or method.step < torch.finfo(network.dtype).eps:
                 return "stalled"
@@ -412,7 +398,8 @@ class _Trail:
         return time.perf_counter() - self.began
 
     def record(self, step: int, network: ParticleNetwork, terms: Terms, speed: float, method: Descent) -> float:
-        row = {"step": step, "seconds": self.seconds(), "time": method.time, "value": float(terms.total())}
+        value = self.problem.ranks.decided(float(terms.total()))
+        row = {"step": step, "seconds": self.seconds(), "time": method.time, "value": value}
         if self.network is None:
             self.problem.require_finite(terms.total())
         row |= {name: float(term) for name, term in terms._asdict().items()} | {"speed": speed}
