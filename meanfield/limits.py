@@ -28,17 +28,9 @@ class Clock:
         """Seconds."""
         return time.perf_counter()
 
-    def tick(self) -> None:
-        """Work that is in step everywhere has come to its next step: let whoever watches break it off here."""
+    def look(self, in_step: bool) -> None:
+        """Let whoever watches break the work off; in_step: whether it has come to this place everywhere."""
         _watch.get()()
-
-    def glance(self) -> None:
-        """The same, of work that may not be in step."""
-        _watch.get()()
-
-    def most(self, number: int) -> int:
-        """The largest number of ticks that anybody needs for a piece of work that takes `number` here."""
-        return number
 
     def common(self, stop: BaseException) -> bool:
         """Whether `stop` has ended the work everywhere, at the same place."""
@@ -97,29 +89,34 @@ def now() -> float:
     return _clock.get().now()
 
 
-def passed() -> bool:
-    """Whether the time has passed; for work that goes on to its next record, in step on all ranks."""
-    _clock.get().tick()
+def passed(in_step: bool = True) -> bool:
+    """Whether the time has passed; for work that goes on to its next record, which all ranks come to (in_step)."""
+    _clock.get().look(in_step)
     return now() > _deadline.get()
 
 
-def look() -> None:
+def look(in_step: bool = False) -> None:
     """Raise TimeUp where the time has passed."""
-    _clock.get().glance()
-    if now() > _deadline.get():
+    if passed(in_step):
         raise TimeUp
 
 
 def blocks(count: int, bytes_each: int) -> Iterator[slice]:
-    """Slices of `count` images that take so many bytes each, a block at a time; looks at the time between them, as
-    often as the rank with the most blocks.
-    """
-    step = max(1, BLOCK_BYTES // bytes_each)
-    for index in range(_clock.get().most(math.ceil(count / step))):
-        if index and passed():
-            raise TimeUp
-        if index * step < count:
-            yield slice(index * step, min((index + 1) * step, count))
+    """Slices of `count` images that take so many bytes each, a block at a time; looks at the time between them."""
+    step = _block(bytes_each)
+    for first in range(0, count, step):
+        if first:
+            look(in_step=True)
+        yield slice(first, min(first + step, count))
+
+
+def blocks_in(count: int, bytes_each: int) -> int:
+    """How many blocks these are."""
+    return math.ceil(count / _block(bytes_each))
+
+
+def _block(bytes_each: int) -> int:
+    return max(1, BLOCK_BYTES // bytes_each)
 
 
 def status(stop: BaseException) -> str:

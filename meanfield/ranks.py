@@ -11,12 +11,13 @@ Limits of time and interrupts are decided together as well, by a clock that all 
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
+from itertools import chain
 from typing import TypeVar
 
 import torch
@@ -24,6 +25,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from meanfield import limits
+from meanfield.folds import Fold, Span, branches, edges
 
 Value = TypeVar("Value", bool, float)
 
@@ -39,26 +41,36 @@ class Ranks:
     own: int = 0
     count: int = 1
 
-    def shares(self, rows: int) -> tuple[int, ...]:
-        """How many of so many rows every rank takes, in runs, in the order of the ranks: numbers that differ by one at
-        most.
+    def span(self, parts: int, rank: int | None = None) -> Span:
+        """Which of so many parts are this rank's, or another one's: neighbours, in the order of the ranks."""
+        found = edges(parts, self.count)
+        rank = self.own if rank is None else rank
+        return found[rank], found[rank + 1]
+
+    def total(self, fold: Fold[Tensor], zero: Tensor) -> Tensor:
+        """The sum over all runs, from the vectors (n,) of each rank's own, in the order of the tree; zero (n,).
+
+        As an all-reduce: every rank gets its part of the entries from all, adds them up and gives the sums to all.
         """
-        edges = (rank * rows // self.count for rank in range(self.count + 1))
-        return tuple(last - first for first, last in pairwise(edges))
-
-    def slice(self, shares: tuple[int, ...]) -> slice:
-        """Which rows are this rank's."""
-        edges = [0, *accumulate(shares)]
-        return slice(edges[self.own], edges[self.own + 1])
-
-    def total(self, *tensors: Tensor) -> list[Tensor]:
-        """Every tensor's sum over the ranks: one message for all, which share one dtype."""
-        if self.count == 1:
-            return list(tensors)
-        flat = torch.cat([tensor.flatten() for tensor in tensors])
+        if self.count == 1 or not len(zero):
+            return zero if not len(zero) else fold.result
+        spans = [branches(fold.count, self.span(fold.count, rank)) for rank in range(self.count)]
+        size = math.ceil(len(zero) / self.count)
+        own = zero.new_zeros(len(fold.values), self.count, size)
+        for row, value in zip(own.flatten(1), fold.values):
+            row[: len(value)] = value
+        counts = [len(each) * size for each in spans]
+        received, every = zero.new_empty(sum(map(len, spans)), size), Fold(fold.count, torch.add)
         with _reached():
-            dist.all_reduce(flat)
-        return [part.view(each.shape) for part, each in zip(flat.split([t.numel() for t in tensors]), tensors)]
+            dist.all_to_all_single(
+                received.flatten(), own.transpose(0, 1).flatten(), counts, [len(own) * size] * self.count
+            )
+        for span, part in zip(chain(*spans), received):
+            every.add(span, part)
+        sums = zero.new_empty(self.count, size)
+        with _reached():
+            dist.all_gather(list(sums), every.result.contiguous())
+        return sums.flatten()[: len(zero)]
 
     def largest(self, tensor: Tensor) -> Tensor:
         """The largest over the ranks, entry by entry; NaN where any has it."""
@@ -76,25 +88,33 @@ class Ranks:
         if self.count == 1:
             return rows
         whole = rows.new_empty(sum(shares), *rows.shape[1:])
-        whole[self.slice(shares)] = rows
-        for rank, part in enumerate(whole.split(shares)):
-            if len(part):
+        parts = whole.split(shares)
+        parts[self.own].copy_(rows)
+        for rank, part in enumerate(parts):
+            if part.numel():
                 with _reached():
                     dist.broadcast(part, rank)
         return whole
 
-    def collected(self, rows: Tensor) -> Iterator[Tensor]:
-        """On rank 0 the rows of every other rank, any number of them, one rank at a time and in order; on those
-        nothing.
+    def handed_over(self, fold: Fold[Tensor], like: Tensor) -> Iterator[tuple[Span, Tensor]]:
+        """On rank 0 the branches of all runs in order, rows (any number, columns) as `like`, one at a time; those of
+        other ranks are sent by them, who get nothing.
         """
-        sizes = self.gathered(torch.tensor([len(rows)]), (1,) * self.count).tolist()
-        for other, size in enumerate(sizes):
-            if size and other and self.own in (0, other):
-                part = rows.contiguous() if self.own else rows.new_empty(size, *rows.shape[1:])
+        spans = [branches(fold.count, self.span(fold.count, rank)) for rank in range(self.count)]
+        own = torch.tensor([len(rows) for rows in fold.values], dtype=torch.int64)
+        sizes = self.gathered(own, tuple(map(len, spans))).tolist()
+        values = iter(fold.values)
+        senders = [(rank, span) for rank, each in enumerate(spans) for span in each]
+        for (rank, span), size in zip(senders, sizes):
+            if self.own not in (0, rank):
+                continue
+            rows = next(values) if rank == self.own else like.new_empty(size, like.shape[1])
+            if rank and size:
+                rows = rows.contiguous()
                 with _reached():
-                    dist.send(part, 0) if self.own else dist.recv(part, other)
-                if not self.own:
-                    yield part
+                    dist.send(rows, 0) if self.own else dist.recv(rows, rank)
+            if self.own == 0:
+                yield span, rows
 
     def agreed(self, tensor: Tensor) -> Tensor:
         """Rank 0's tensor, in the shape that all have."""
@@ -116,7 +136,7 @@ ALONE = Ranks()
 
 
 class _Clock(limits.Clock):
-    """Rank 0's time as of the last tick, and an end to which all ranks come at the same one, whoever was asked."""
+    """Rank 0's time as of the last look in step, and an end to which all ranks come there, whoever was asked."""
 
     def __init__(self, ranks: Ranks) -> None:
         self.ranks, self.ended = ranks, False
@@ -125,23 +145,19 @@ class _Clock(limits.Clock):
     def now(self) -> float:
         return self.time
 
-    def tick(self) -> None:
+    def look(self, in_step: bool) -> None:
+        if not in_step:
+            return
         asked: KeyboardInterrupt | None = None
         try:
-            super().tick()
+            super().look(in_step)
         except KeyboardInterrupt as stop:
             asked = stop
-        here = (time.perf_counter() if self.ranks.own == 0 else 0.0, asked is not None)
-        self.time, any_asked = self.ranks.total(torch.tensor(here, dtype=torch.float64))[0].tolist()
+        here = (time.perf_counter() if self.ranks.own == 0 else -math.inf, asked is not None)
+        self.time, any_asked = self.ranks.largest(torch.tensor(here, dtype=torch.float64)).tolist()
         if any_asked:
             self.ended = True
             raise asked or KeyboardInterrupt
-
-    def glance(self) -> None:
-        """Where ranks may not be in step, none can be asked."""
-
-    def most(self, number: int) -> int:
-        return int(self.ranks.largest(torch.tensor(float(number), dtype=torch.float64)))
 
     def common(self, stop: BaseException) -> bool:
         return isinstance(stop, limits.TimeUp) or (isinstance(stop, KeyboardInterrupt) and self.ended)

@@ -116,20 +116,23 @@ def stationary_multipliers(program: ConvexProgram, point: ProgramPoint) -> Multi
     leaves = []
     for flows, bias, W, B, p in zip(program.flows[1:], frozen.biases[1:], point.kernels, point.biases, masses):
         leaves.append(torch.where(p > 0, joined(W, B) / p, joined(flows, bias)).detach().requires_grad_())
-    targets, slopes = problem.own_targets, [torch.zeros_like(leaf) for leaf in leaves]
-    responses = point.readout.new_empty(len(problem.inputs), arch.outputs)
-    for block in program.blocks():
+    targets, responses = problem.own_targets, point.readout.new_empty(len(problem.inputs), arch.outputs)
+
+    def piece(block: slice) -> Tensor:
         with torch.enable_grad():
             parts = [parted(leaf, shape) for leaf, shape in zip(leaves, shapes)]
             flows, biases = zip((program.flows[0], frozen.biases[0]), *parts)
             _, features = propagate(arch, flows, biases, problem.inputs[block])
             output = arch.readout_features(features[-1]).flatten(1) @ point.readout.flatten(1).T
         responses[block] = problem.loss.gradient(output.detach(), targets[block]) / problem.count
-        if leaves:
-            for slope, more in zip(slopes, torch.autograd.grad(output, leaves, responses[block])):
-                slope += more
-    slopes = problem.ranks.total(*slopes) if slopes else slopes
-    realisation = [torch.where(p > 0, -slope / p, 0.0) for slope, p in zip(slopes, masses)]
+        slopes = torch.autograd.grad(output, leaves, responses[block]) if leaves else ()
+        return torch.cat([responses.new_empty(0), *(slope.flatten() for slope in slopes)])
+
+    sizes = [leaf.numel() for leaf in leaves]
+    slopes = problem.total(program.bytes_each, responses.new_zeros(sum(sizes)), piece).split(sizes)
+    realisation = [
+        torch.where(p > 0, -slope.view(leaf.shape) / p, 0.0) for slope, leaf, p in zip(slopes, leaves, masses)
+    ]
     return Multipliers(problem.gathered(responses), tuple(realisation))
 
 

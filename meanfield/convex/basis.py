@@ -16,6 +16,7 @@ from torch import Tensor
 
 from meanfield import limits
 from meanfield.architecture import Conv
+from meanfield.folds import Fold
 from meanfield.ranks import ALONE, Ranks
 
 RANK_TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
@@ -64,25 +65,33 @@ class StackedRows:
         self._count = len(triangle)
         self._held[: self._count] = triangle
 
-    def space(self, tolerance: float, ranks: Ranks = ALONE) -> RowSpace:
-        """The row space of all rows that were added, on any rank; it uses them up."""
-        rows = self._rows()
-        if ranks.count == 1:
-            return RowSpace(_span(rows, tolerance), tolerance)
-        every = StackedRows(ranks.count * rows.shape[1], rows.shape[1], rows.device)
-        every.add(rows)
-        for others in ranks.collected(rows):
-            every.add(others)
-        # one rank finds the basis: what is independent by a hair must not depend on the machine
-        right = _span(every._rows(), tolerance) if ranks.own == 0 else rows.new_empty(rows.shape[1], 0)
-        found = int(ranks.decided(float(right.shape[1])))
-        return RowSpace(ranks.agreed(right if ranks.own == 0 else right.new_empty(len(right), found)), tolerance)
-
-    def _rows(self) -> Tensor:
+    def rows(self) -> Tensor:
         """T, of no more rows than columns."""
         if self._count > self._held.shape[1]:
             self._compress()
-        return self._held[: self._count]
+        found = self._held[: self._count]
+        return found if len(found) == len(self._held) else found.T.clone().T
+
+
+def stacked(first: Tensor, second: Tensor) -> Tensor:
+    """T of the rows of both, of no more rows than columns."""
+    rows = torch.cat([first, second])
+    return torch.linalg.qr(rows, mode="r").R if len(rows) > rows.shape[1] else rows
+
+
+def row_space(fold: Fold[Tensor], tolerance: float, like: Tensor, ranks: Ranks = ALONE) -> RowSpace:
+    """The row space of all runs of images, whose T's were folded by `stacked`; like (any number, columns).
+
+    One rank finds it for all: what is independent by a hair must not depend on the machine.
+    """
+    if ranks.count == 1:
+        return RowSpace(_span(fold.result, tolerance), tolerance)
+    every: Fold[Tensor] = Fold(fold.count, stacked)
+    for span, rows in ranks.handed_over(fold, like):
+        every.add(span, rows)
+    right = _span(every.result, tolerance) if ranks.own == 0 else like.new_empty(like.shape[1], 0)
+    rank = int(ranks.decided(float(right.shape[1])))
+    return RowSpace(ranks.agreed(right if ranks.own == 0 else right.new_empty(len(right), rank)), tolerance)
 
 
 def rows_of(conv: Conv, features: Tensor) -> Tensor:

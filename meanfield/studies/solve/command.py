@@ -118,7 +118,7 @@ def command(options: Options) -> None:
         with signals.waiting():
             run = _solve(options, images, problem, said, watch)
             if not ranks.first():
-                return
+                raise SystemExit(signals.exit_code() if run.solution.status == "interrupted" else 0)
             figures = _keep(run, result)
         if run.solution.status == "interrupted" or signals.came():
             _ended(run, result, watch)
