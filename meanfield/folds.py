@@ -8,6 +8,7 @@ alone, and the values of runs are combined in pairs along a binary tree, the hal
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Generic, TypeVar
 
 MOST_RUNS = 16  # up to so many ranks get the same bits
@@ -67,6 +68,8 @@ def edges(rows: int, parts: int) -> list[int]:
 
 
 def runs(images: int, pixels: int, most: int = MOST_RUNS) -> tuple[int, ...]:
-    """How many of the images, each of so many pixels, are in every run: at most `most` runs of LEAST_PIXELS at least."""
+    """How many of the images, each of so many pixels, are in every run: at most `most` runs, of LEAST_PIXELS each at
+    least.
+    """
     found = edges(images, max(1, min(most, images * pixels // LEAST_PIXELS, images)))
-    return tuple(end - begin for begin, end in zip(found, found[1:]))
+    return tuple(end - begin for begin, end in pairwise(found))

@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
 import torch
 from strategies import normal, seeded
 
@@ -48,10 +49,11 @@ def vector(tangent):
     return torch.cat([t.flatten() for t in (*tangent.masses, *tangent.kernels, tangent.readout)])
 
 
-def findings(group):
+def findings(group, names=tuple(CASES)):
     """Everything that sums, gathers or compares over images."""
     found = {}
-    for name, case in CASES.items():
+    for name in names:
+        case = CASES[name]
         whole = problem(*case)
         own, widths = whole.sharded(group), (6, 5, 4)[: whole.architecture.depth]
         start = starts.draw(whole, widths, seeded(2), "low_rank")
@@ -83,54 +85,53 @@ def findings(group):
     return found
 
 
+def three(group):
+    return findings(group, ("flatten", "one image"))
+
+
 def deaf(group):
-    """The control: sums and largest values stay with the rank that has them."""
-    ranks.Ranks.total = lambda self, fold, zero: sum(fold.values, zero)
-    own = problem(*CASES["average"]).sharded(group)
-    start = starts.draw(problem(*CASES["average"]), (6, 5), seeded(2), "low_rank")
-    terms, tangent = flow.velocity(own, start)
+    """The control: sums stay with the rank that has them."""
+    patch = pytest.MonkeyPatch()
+    patch.setattr(ranks.Ranks, "total", lambda self, fold, zero: sum(fold.values, zero))
+    whole = problem(*CASES["average"])
+    terms, tangent = flow.velocity(whole.sharded(group), starts.draw(whole, (6, 5), seeded(2), "low_rank"))
+    patch.undo()
     return {"loss": terms.loss, "velocity": vector(tangent)}
 
 
-def long(group, act=lambda row: None, seconds=60.0):
+def long(group, act=lambda: None, seconds=60.0):
+    """A solve of many steps; at its second record something happens."""
     whole = problem(*CASES["average"])
     start = starts.draw(whole, (6, 5), seeded(2), "low_rank")
     rows = []
 
     def callback(row):
         rows.append(row)
-        act(row)
+        if len(rows) == 2:
+            act()
 
+    own, steps = whole.sharded(group), {"flow_steps": 10**4, "max_seconds": seconds}
     with signals.heard(), signals.waiting(), limits.watched(signals.look):
-        solved = alternating.solve(
-            whole.sharded(group),
-            start,
-            flow_steps=10**4,
-            max_seconds=seconds,
-            callback=callback,
-        )
-    return {
-        "status": solved.status,
-        "rows": len(rows),
-        "value": solved.value,
-        "certified": solved.certificate is not None,
-    }
+        solved = alternating.solve(own, start, callback=callback, **steps)
+    return solved.status, len(rows), solved.value, solved.certificate is not None
 
 
 def late(group):
-    """Only rank 0's clock counts, and this one runs ahead of it."""
+    """Rank 0's clock counts; the other one runs ahead of it."""
+    patch = pytest.MonkeyPatch()
     if group.own:
-        time.perf_counter = lambda: 1e9
-    return long(group, seconds=0.5)
-
-
-def record(step, function):
-    """What to do at the record of one step of the flow."""
-    return lambda row: function() if row.get("step", 0) == step * 100 else None
+        patch.setattr(time, "perf_counter", lambda: 1e9)
+    found = long(group, seconds=0.5)
+    patch.undo()
+    return found
 
 
 def interrupted(group):
-    return long(group, record(1, lambda: os.kill(os.getpid(), signal.SIGTERM) if group.own == 1 else None))
+    return long(group, lambda: os.kill(os.getpid(), signal.SIGTERM) if group.own == 1 else None)
+
+
+def two(group):
+    return {work.__name__: work(group) for work in (findings, deaf, late, interrupted)}
 
 
 def failing(group):
@@ -138,17 +139,7 @@ def failing(group):
         if group.own == 1:
             raise ZeroDivisionError
 
-    return long(group, record(0, fail))
-
-
-def short(group):
-    """Memory runs out on one rank: what others wait for does not come."""
-
-    def fail():
-        if group.own == 1:
-            raise MemoryError
-
-    return long(group, record(0, fail))
+    return long(group, fail)
 
 
 if __name__ == "__main__":

@@ -7,16 +7,20 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import rank_work
 import torch
+from command_line import run
 from strategies import seeded
 
 import meanfield as mf
-from meanfield import folds, starts
+from meanfield import folds, limits, starts
 from meanfield.ranks import ALONE, Ranks
+from meanfield.solvers import alternating
+from meanfield.validation import Misuse
 
 HERE = Path(__file__).parent
 PATIENCE = 120  # seconds for ranks that take a few on an idle machine
@@ -61,60 +65,94 @@ def worked(count, directory, work):
     return [torch.load(directory / f"{rank}.pt") for rank in range(count)]
 
 
-@pytest.fixture(scope="module")
-def alone():
-    patch = pytest.MonkeyPatch()
-    patch.setattr(folds, "LEAST_PIXELS", 1)
+@contextmanager
+def one_thread():
+    """As the ranks: two threads add in another order."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    yield rank_work.findings(ALONE)
+    yield
     torch.set_num_threads(threads)
-    patch.undo()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("count", [2, 3])
-def test_ranks_find_what_one_finds(alone, tmp_path, count):
-    found = worked(count, tmp_path, "findings")
-    for name, one in alone.items():
-        images = [each[name].pop("images") for each in found]
+@pytest.fixture(scope="module")
+def alone():
+    with pytest.MonkeyPatch.context() as patch, one_thread():
+        patch.setattr(folds, "LEAST_PIXELS", 1)
+        return rank_work.findings(ALONE)
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory):
+    """What two ranks find; each test looks at a part of it."""
+    return worked(2, tmp_path_factory.mktemp("two"), "two")
+
+
+def same(found, alone):
+    for name in found[0]:
+        one, every = alone[name], [each[name] for each in found]
+        images = [each["images"] for each in every]
         assert sum(images) == one["images"]
         assert max(images) - min(images) <= 1  # one image on two ranks: one has none
-        for each in found:
-            rounds = each[name].pop("rounds")
-            torch.testing.assert_close(each[name], {key: one[key] for key in each[name]}, rtol=1e-12, atol=1e-14)
-            # a flow makes much of a last bit: this holds because there is none
-            torch.testing.assert_close(rounds[:, :2], one["rounds"][:, :2], rtol=1e-10, atol=0)
-            torch.testing.assert_close(rounds, found[0][name]["rounds"] if each is not found[0] else rounds)
-            each[name]["rounds"] = rounds
+        for each in every:
+            for key in one.keys() - {"images", "rounds"}:
+                torch.testing.assert_close(each[key], one[key], rtol=1e-12, atol=1e-14)
+            # a flow makes much of a last bit: three rounds agree because there is none
+            torch.testing.assert_close(each["rounds"][:, :2], one["rounds"][:, :2], rtol=1e-10, atol=0)
+            assert torch.equal(each["rounds"], every[0]["rounds"])
 
 
 @pytest.mark.slow
-def test_ranks_that_keep_their_sums_find_something_else(alone, tmp_path):
-    for found in worked(2, tmp_path, "deaf"):
+def test_two_ranks_find_what_one_finds(alone, both):
+    same([each["findings"] for each in both], alone)
+
+
+@pytest.mark.slow
+def test_three_ranks_find_what_one_finds(alone, tmp_path):
+    same(worked(3, tmp_path, "three"), alone)
+
+
+@pytest.mark.slow
+def test_ranks_that_keep_their_sums_find_something_else(alone, both):
+    for each in both:
+        found = each["deaf"]
         assert abs(found["loss"] / alone["average"]["loss"] - 1) > 0.1
         assert (found["velocity"] - alone["average"]["velocity"]).abs().max() > 0.1 * found["velocity"].abs().max()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("work", "status"), [("late", "max_seconds"), ("interrupted", "interrupted")])
-def test_all_ranks_end_at_the_same_record(tmp_path, work, status):
-    first, second = worked(2, tmp_path, work)
+def test_all_ranks_end_at_the_same_record(both, work, status):
+    """By the clock of rank 0, and by a signal to rank 1."""
+    first, second = (each[work] for each in both)
     assert first == second
-    assert first["status"] == status
-    assert first["certified"]
+    assert first[0] == status
+    assert first[3]  # certified
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("work", "error"), [("failing", "ZeroDivisionError"), ("short", "MemoryError")])
-def test_a_rank_that_fails_ends_the_others(tmp_path, work, error):
+def test_a_rank_that_fails_ends_the_others(tmp_path):
     began = time.monotonic()
-    processes = begun(2, HERE / "rank_work.py", tmp_path, work)
+    processes = begun(2, HERE / "rank_work.py", tmp_path, "failing")
     said = ended(processes)
     assert all(process.returncode for process in processes)
-    assert error in said[1][1]
+    assert "ZeroDivisionError" in said[1][1]
     assert "Lost: another rank has ended" in said[0][1]
     assert time.monotonic() - began < PATIENCE / 2
+
+
+def test_what_ends_one_rank_alone_is_no_status():
+    """Others would wait for it: memory that ran out, and an interrupt that did not come to all at one look."""
+
+    class Clock(limits.Clock):
+        def common(self, stop):
+            return isinstance(stop, limits.TimeUp)
+
+    with limits.timed(Clock()):
+        assert limits.status(limits.TimeUp()) == "max_seconds"
+        for stop in (MemoryError(), KeyboardInterrupt()):
+            with pytest.raises(type(stop)):
+                limits.status(stop)
+    assert limits.status(MemoryError()) == "out_of_memory"
 
 
 SOLVE = ["solve", "--samples=150", "--pool=1", "--widths=6,4", "--rounds=2", "--flow-steps=20"]
@@ -123,14 +161,8 @@ SOLVE = ["solve", "--samples=150", "--pool=1", "--widths=6,4", "--rounds=2", "--
 @pytest.mark.slow
 def test_the_command_under_torchrun(tmp_path):
     """Two runs of 75 images of 8x8, one on each rank; the first rank speaks and writes, and says what made it."""
-    one = subprocess.run(
-        [sys.executable, "-m", "meanfield", *SOLVE, "--json"],
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE,
-        check=True,
-    )
+    with one_thread():
+        one = run(*SOLVE, "--json")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "meanfield"]
     two = subprocess.run(
         [*torchrun, *SOLVE, "--json"], env=environment(), capture_output=True, text=True, timeout=PATIENCE, check=True
@@ -161,14 +193,6 @@ def test_a_stopped_command_keeps_its_network_whichever_rank_was_asked(tmp_path):
     assert mf.load_network(tmp_path / "out").widths[0] == 6
 
 
-@pytest.mark.slow
-def test_a_search_is_refused_in_one_line():
-    processes = begun(2, "-m", "meanfield", *SOLVE, "--grow=2", "--quiet")
-    for (_, said), process in zip(ended(processes), processes):
-        assert said == "error: --grow=2 searches on one rank only, and there are 2; leave it at 0\n"
-        assert process.returncode == 2
-
-
 def shared(monkeypatch, count=7, ranks=3):
     monkeypatch.setattr(folds, "LEAST_PIXELS", 1)
     whole = rank_work.problem(count, 2, "squared", mf.Penalty(), "average")
@@ -197,8 +221,11 @@ def test_a_batch_is_shared_as_its_images_are(monkeypatch, size):
 
 
 def test_what_needs_all_images_refuses_a_part(monkeypatch):
-    part = shared(monkeypatch)[1][0]
+    whole, (part, *_) = shared(monkeypatch)
     with pytest.raises(ValueError, match="a start takes all images on one rank; this problem is sharded over 3"):
         starts.draw(part, (3, 2), seeded(0))
+    network = starts.draw(whole, (3, 2), seeded(0))
+    with pytest.raises(Misuse, match="grow=2 searches on one rank only, and there are 3; leave it at 0"):
+        alternating.solve(part, network, grow=2)
     with pytest.raises(ValueError, match=r"finite\.train takes all images"):
         mf.finite.train(part, (3, 2))
