@@ -73,15 +73,13 @@ class Ranks:
         return sums.flatten()[: len(zero)]
 
     def largest(self, tensor: Tensor) -> Tensor:
-        """The largest over the ranks, entry by entry; NaN where any has it."""
+        """The largest over the ranks, entry by entry; NaN where any has it.  For a few numbers."""
         if self.count == 1:
             return tensor
-        found = torch.where(tensor.isnan(), torch.inf, tensor)  # what a maximum makes of NaN, no two libraries agree on
-        odd = tensor.isnan().to(tensor.dtype)
-        both = torch.stack([found, odd])
+        found = tensor.new_empty(self.count, *tensor.shape)
         with _reached():
-            dist.all_reduce(both, dist.ReduceOp.MAX)
-        return torch.where(both[1] > 0, torch.nan, both[0])
+            dist.all_gather(list(found), tensor)  # of so few numbers half the bytes of an all-reduce
+        return found.amax(0)
 
     def gathered(self, rows: Tensor, shares: tuple[int, ...]) -> Tensor:
         """The rows of all ranks one after the other, from those of each, `shares` of them."""
