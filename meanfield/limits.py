@@ -19,6 +19,25 @@ GRACE = 3.0  # seconds for the certificate of a run that was stopped
 BLOCK_BYTES = 2**25  # of what is computed of a block of images
 
 T = TypeVar("T")
+
+
+class Clock:
+    """What limits go by, of this process alone; `ranks` has one that several share."""
+
+    def now(self) -> float:
+        """Seconds."""
+        return time.perf_counter()
+
+    def look(self, in_step: bool) -> None:
+        """Let whoever watches break the work off; in_step: whether it has come to this place everywhere."""
+        _watch.get()()
+
+    def common(self, stop: BaseException) -> bool:
+        """Whether `stop` has ended the work everywhere, at the same place."""
+        return True
+
+
+_clock: ContextVar[Clock] = ContextVar("clock", default=Clock())  # noqa: B039 - of no state
 _deadline: ContextVar[float] = ContextVar("deadline", default=math.inf)
 _watch: ContextVar[Callable[[], None]] = ContextVar("watch", default=lambda: None)
 
@@ -33,12 +52,12 @@ STOPS = (KeyboardInterrupt, TimeUp, MemoryError, RuntimeError)
 
 def within(seconds: float) -> AbstractContextManager[None]:
     """Limit what is done inside to so many seconds from now, or to the time around it where that is shorter."""
-    return _with(_deadline, min(_deadline.get(), time.perf_counter() + seconds))
+    return _with(_deadline, min(_deadline.get(), now() + seconds))
 
 
 def grace(seconds: float = GRACE) -> AbstractContextManager[None]:
     """Allow what is done inside so many seconds from now, even if the time around it has passed."""
-    return _with(_deadline, max(_deadline.get(), time.perf_counter() + seconds))
+    return _with(_deadline, max(_deadline.get(), now() + seconds))
 
 
 def watched(by: Callable[[], None]) -> AbstractContextManager[None]:
@@ -46,6 +65,14 @@ def watched(by: Callable[[], None]) -> AbstractContextManager[None]:
     place where its best answer is whole.
     """
     return _with(_watch, by)
+
+
+@contextmanager
+def timed(by: Clock) -> Iterator[None]:
+    """Let what is done inside go by another clock, which is to leave it as much time as it had."""
+    left = _deadline.get() - now()
+    with _with(_clock, by), _with(_deadline, now() + left):
+        yield
 
 
 @contextmanager
@@ -57,29 +84,47 @@ def _with(variable: ContextVar[T], value: T) -> Iterator[None]:
         variable.reset(before)
 
 
-def passed() -> bool:
-    """Whether the time has passed; for work that goes on to its next record."""
-    _watch.get()()
-    return time.perf_counter() > _deadline.get()
+def now() -> float:
+    """Seconds on the clock that limits go by."""
+    return _clock.get().now()
 
 
-def look() -> None:
+def passed(in_step: bool = True) -> bool:
+    """Whether the time has passed; for work that goes on to its next record, which all ranks come to (in_step)."""
+    _clock.get().look(in_step)
+    return now() > _deadline.get()
+
+
+def look(in_step: bool = False) -> None:
     """Raise TimeUp where the time has passed."""
-    if passed():
+    if passed(in_step):
         raise TimeUp
 
 
 def blocks(count: int, bytes_each: int) -> Iterator[slice]:
     """Slices of `count` images that take so many bytes each, a block at a time; looks at the time between them."""
-    step = max(1, BLOCK_BYTES // bytes_each)
+    step = _block(bytes_each)
     for first in range(0, count, step):
         if first:
-            look()
+            look(in_step=True)
         yield slice(first, min(first + step, count))
 
 
+def blocks_in(count: int, bytes_each: int) -> int:
+    """How many blocks these are."""
+    return math.ceil(count / _block(bytes_each))
+
+
+def _block(bytes_each: int) -> int:
+    return max(1, BLOCK_BYTES // bytes_each)
+
+
 def status(stop: BaseException) -> str:
-    """The status of a solver that `stop`, one of STOPS, ended; raises what is an error of another kind."""
+    """The status of a solver that `stop`, one of STOPS, ended; raises what is an error of another kind, or ended this
+    rank alone.
+    """
+    if not _clock.get().common(stop):
+        raise stop
     if isinstance(stop, KeyboardInterrupt):
         return "interrupted"
     if isinstance(stop, TimeUp):

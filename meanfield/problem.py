@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from meanfield import limits, losses
+from meanfield import folds, limits, losses
 from meanfield.architecture import Architecture
 from meanfield.network import ParticleNetwork, ordinary
 from meanfield.penalties import Penalty, input_norms, input_projection, kernel_projection
+from meanfield.ranks import ALONE, Ranks
 from meanfield.validation import Misuse, finite, instance, working
 
+GRAPH = 3  # times the features: what a backward pass holds of them, and its own
 # The relative violation, of a bound or of any constraint of the convex program, up to which a network or a point counts
 # as feasible; solvers end at rounding.  float32: sums of 2^10 terms with one rounding each (2^-24) may be off by 6e-5.
 # float64: kernels that were kept in float32 once are off by 2^-24 = 6e-8.  J is then too low by at most this times the
@@ -39,6 +43,9 @@ class Problem:
     inputs (N, C_0, H, W), float32 or float64 (integers become float64); targets as the loss takes them: (N,) or (N, K)
     for the squared and the logistic loss (labels -1, 1), integer classes (N,) for softmax.  Arrays are accepted and
     converted. Fang et al. 2019 and Gu et al. 2020 with r(t) = t^2.
+
+    Images come in `runs`, so many in each (see `folds`), of which every rank has its share.  A problem that was
+    `sharded` holds as inputs those of its own rank, and all targets.
     """
 
     def __init__(
@@ -57,48 +64,171 @@ class Problem:
         self.penalty = penalty if penalty is not None else Penalty()
         self.inputs = ordinary(_image_tensor(inputs, architecture))
         self.targets = ordinary(self.check_targets(_tensor(targets, "targets")))
+        self.ranks, self.runs = ALONE, folds.runs(len(self.inputs), self._pixels)
+
+    @property
+    def count(self) -> int:
+        """N, the number of images on all ranks."""
+        return len(self.targets)
+
+    @property
+    def _pixels(self) -> int:
+        return self.inputs.shape[2:].numel()
+
+    @property
+    def _edges(self) -> list[int]:
+        """Where the runs of images begin and end."""
+        return [0, *accumulate(self.runs)]
+
+    def _images_of(self, rank: int) -> slice:
+        first, last = self.ranks.span(len(self.runs), rank)
+        return slice(self._edges[first], self._edges[last])
+
+    @property
+    def own_targets(self) -> Tensor:
+        """Those of `inputs`."""
+        return self.targets[self._images_of(self.ranks.own)]
 
     def __repr__(self) -> str:
-        return f"Problem({len(self.inputs)} images, {self.loss.name} loss, {self.architecture}, {self.penalty})"
+        return f"Problem({self.count} images, {self.loss.name} loss, {self.architecture}, {self.penalty})"
 
     def check_targets(self, targets: Tensor) -> Tensor:
-        return self.loss.check_targets(targets, self.inputs.shape[0], self.architecture.outputs, like=self.inputs)
+        return self.loss.check_targets(targets, len(self.inputs), self.architecture.outputs, like=self.inputs)
 
     def to(self, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> Problem:
         """The same problem with its tensors converted."""
         return self._with_data(self.inputs.to(dtype=working(dtype), device=device), self.targets)
 
     def batch(self, indices: Tensor) -> Problem:
-        """The problem on some of its images: its gradient is an unbiased estimate of the whole one's."""
-        return self._with_data(self.inputs[indices], self.targets[indices])
+        """The problem on some of its images: its gradient is an unbiased estimate of the whole one's.
+
+        Every rank gives the indices of all, and holds those among them that are its own; they may be none.
+        """
+        wanted = len(folds.runs(len(indices), self._pixels, len(self.runs)))
+        if wanted == self.ranks.count == 1:
+            return self._with_data(self.inputs[indices], self.targets[indices], (len(indices),))
+        indices = indices.sort().values  # in the order of the runs
+        edges = torch.searchsorted(indices.cpu(), torch.tensor(self._coarse_edges(wanted)))
+        first, last = self.ranks.span(len(edges) - 1)
+        own = indices[edges[first] : edges[last]] - self._images_of(self.ranks.own).start
+        return self._with_data(self.inputs[own], self.targets[indices], tuple(edges.diff().tolist()))
+
+    def _coarse_edges(self, wanted: int) -> list[int]:
+        """Those of about so many branches of runs, if each is of one rank; else of all runs."""
+        edges, runs = self._edges, len(self.runs)
+        parts = 1 << (wanted.bit_length() - 1)
+        chosen = [edges[run] for run in folds.edges(runs, parts)] if parts <= runs else edges
+        begins = (chosen[self.ranks.span(len(chosen) - 1, rank)[0]] for rank in range(self.ranks.count))
+        return chosen if all(begin == self._images_of(rank).start for rank, begin in enumerate(begins)) else edges
+
+    def sharded(self, ranks: Ranks) -> Problem:
+        """The same problem with the images of one rank; each calls this with the whole problem, and from there on does
+        what the others do.  Up to `folds.MOST_RUNS` ranks get the same bits as one.
+        """
+        if ranks.count == 1:
+            return self
+        self.require_whole("sharding")
+        runs = folds.runs(self.count, self._pixels, max(folds.MOST_RUNS, ranks.count))
+        other = self._with_data(self.inputs, self.targets, runs)
+        other.ranks = ranks
+        other.inputs = self.inputs[other._images_of(ranks.own)].clone()  # no view, which would hold all images
+        return other
+
+    def require_whole(self, what: str) -> None:
+        """Refuse a problem whose images are on several ranks."""
+        if self.ranks.count > 1:
+            raise ValueError(f"{what} takes all images on one rank; this problem is sharded over {self.ranks.count}")
+
+    def gathered(self, rows: Tensor) -> Tensor:
+        """The rows of all images, in order, from those of one's own."""
+        parts = (self._images_of(rank) for rank in range(self.ranks.count))
+        return self.ranks.gathered(rows, tuple(part.stop - part.start for part in parts))
+
+    def by_runs(self, bytes_each: int) -> Iterator[tuple[int, Iterator[slice]]]:
+        """The own runs, each with blocks of its images as slices of `inputs`; an image takes so many bytes.  Every rank
+        looks at the time as often as the one with the most blocks.
+        """
+        looks = [self._looks(rank, bytes_each) for rank in range(self.ranks.count)]
+        begin = self._images_of(self.ranks.own).start
+        for index, run in enumerate(range(*self.ranks.span(len(self.runs)))):
+            if index:
+                limits.look(in_step=True)
+            yield run, _shifted(limits.blocks(self.runs[run], bytes_each), self._edges[run] - begin)
+        for _ in range(max(looks) - looks[self.ranks.own]):
+            limits.look(in_step=True)
+
+    def _looks(self, rank: int, bytes_each: int) -> int:
+        blocks = [
+            max(1, limits.blocks_in(self.runs[run], bytes_each))
+            for run in range(*self.ranks.span(len(self.runs), rank))
+        ]
+        return max(0, sum(blocks) - 1)
+
+    def blocks(self, bytes_each: int) -> Iterator[slice]:
+        """Slices of `inputs`, none across runs."""
+        return (block for _, blocks in self.by_runs(bytes_each) for block in blocks)
+
+    def total(self, bytes_each: int, zero: Tensor, piece: Callable[[slice], Tensor]) -> Tensor:
+        """zero (n,) and the vectors that `piece` gives for blocks of images, added up over all images of all ranks."""
+        fold: folds.Fold[Tensor] = folds.Fold(len(self.runs), torch.add)
+        for run, blocks in self.by_runs(bytes_each):
+            fold.add((run, run + 1), sum(map(piece, blocks), zero))
+        return self.ranks.total(fold, zero)
 
     def scaled_targets(self, unit: float) -> Problem:
         """The problem with its targets divided by `unit`, as `Loss.unit` gives it; labels, of unit 1, stay."""
         return self if unit == 1 else self._with_data(self.inputs, self.targets / unit)
 
-    def _with_data(self, inputs: Tensor, targets: Tensor) -> Problem:
+    def _with_data(self, inputs: Tensor, targets: Tensor, runs: tuple[int, ...] | None = None) -> Problem:
         """Without the checks: a batch may hold one class only."""
         other = object.__new__(Problem)
         other.architecture, other.loss, other.penalty = self.architecture, self.loss, self.penalty
         dtype = inputs.dtype if targets.is_floating_point() else targets.dtype
         other.inputs, other.targets = ordinary(inputs), ordinary(targets.to(dtype=dtype, device=inputs.device))
+        other.ranks, other.runs = self.ranks, self.runs if runs is None else runs
         return other
 
     def output(self, network: ParticleNetwork) -> Tensor:
         """F on all images, (N, K); in blocks of images where no gradient is wanted, which would keep them all."""
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in network.tensors()):
+            self.require_whole("a differentiable output")
             return network.responses(self.inputs).output
         each = self.inputs.element_size() * self.architecture.entries(network.widths)
         output = self.inputs.new_empty(len(self.inputs), self.architecture.outputs)
-        for block in limits.blocks(len(self.inputs), each):
+        for block in self.blocks(each):
             output[block] = network.responses(self.inputs[block]).output
-        return output
+        return self.gathered(output)
+
+    def pulled_back(self, network: ParticleNetwork) -> tuple[Tensor, list[Tensor]]:
+        """The mean loss, 0-dimensional, and its gradients in the network's tensors; neither carries a graph.
+
+        In blocks of images, each pulled back by its own multipliers: no more than one block's graph is held.  Over
+        ranks both come in one sum.
+        """
+        leaf, targets = network.map(lambda tensor: tensor.detach().requires_grad_()), self.own_targets
+        leaves = leaf.tensors()
+
+        def piece(block: slice) -> Tensor:
+            with torch.enable_grad():
+                output = leaf.responses(self.inputs[block]).output
+            pulls = self.loss.gradient(output.detach(), targets[block]) / self.count
+            loss = self.loss.value(output.detach(), targets[block]).sum() / self.count
+            return torch.cat([loss[None], *(part.flatten() for part in torch.autograd.grad(output, leaves, pulls))])
+
+        sizes = [1, *(tensor.numel() for tensor in leaves)]
+        each = GRAPH * self.inputs.element_size() * self.architecture.entries(leaf.widths)
+        loss, *gradients = self.total(each, self.inputs.new_zeros(sum(sizes)), piece).split(sizes)
+        return loss[0], [part.view(tensor.shape) for part, tensor in zip(gradients, leaves)]
 
     def terms(self, network: ParticleNetwork, output: Tensor | None = None) -> Terms:
         """The terms of J; differentiable in the network's tensors.  `output` saves a second forward pass."""
         output = self.output(network) if output is None else output
+        return Terms(self.loss.value(output, self.targets).mean(), *self.prices(network))
+
+    def prices(self, network: ParticleNetwork) -> tuple[Tensor, Tensor, Tensor]:
+        """The terms of J that do not depend on images: source, readout and input penalty."""
         p, penalty = network.masses, self.penalty
-        source = output.new_zeros(())
+        source = network.readout.new_zeros(())
         for layer in range(1, self.architecture.depth):
             outflow = p[layer] @ penalty.norms(network.kernels[layer])  # (M_{l-1},): sum_j |w_ij| p_j
             source = source + p[layer - 1] @ outflow.square()
@@ -106,12 +236,7 @@ class Problem:
         first = network.kernels[0].flatten(1).square().sum(1)
         if network.biases[0] is not None:
             first = first + network.biases[0].square()
-        return Terms(
-            self.loss.value(output, self.targets).mean(),
-            penalty.source * source,
-            penalty.readout * readout,
-            penalty.input * (p[0] @ first),
-        )
+        return penalty.source * source, penalty.readout * readout, penalty.input * (p[0] @ first)
 
     def value(self, network: ParticleNetwork) -> Tensor:
         """J, a 0-dimensional tensor; +inf where a bound is broken by more than rounding."""
@@ -207,6 +332,10 @@ def project_bounds(problem: Problem, network: ParticleNetwork, *, input_bias_ste
             bias = biases[layer]
             biases[layer] = None if bias is None else bias.clamp(-penalty.amplitude_bound, penalty.amplitude_bound)
     return ParticleNetwork.unchecked(network.architecture, network.masses, kernels, network.readout, biases)
+
+
+def _shifted(blocks: Iterator[slice], by: int) -> Iterator[slice]:
+    return (slice(block.start + by, block.stop + by) for block in blocks)
 
 
 def _tensor(values: Any, argument: str) -> Tensor:

@@ -33,6 +33,7 @@ def draw(
     kind: Annotated[str, choice(STARTS)] = "anchored",
 ) -> ParticleNetwork:
     """A random start (see `start`) moved inside the bounds of the problem."""
+    problem.require_whole("a start")
     return project_bounds(problem, start(problem.architecture, widths, problem.inputs, generator, kind))
 
 

@@ -39,5 +39,6 @@ SLOW = {
     "studies/widths/test_study.py::test_the_page_holds_every_part",
     "test_cli.py::test_ctrl_c_keeps_the_best_network",
     "test_readme.py::test_a_recipe_runs_as_written[example0]",
+    "test_readme.py::test_a_recipe_runs_as_written[example2]",
     "test_readme.py::test_the_example_runs_as_written",
 }

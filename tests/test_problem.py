@@ -37,7 +37,7 @@ def test_blocks_of_images_change_nothing(case):
     whole = case.problem.terms(case.network)
     slices = [slice(0, 2), slice(2, 4), slice(4, 5)]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(limits, "blocks", lambda count, _: iter(slices))
+        patch.setattr(limits, "blocks", lambda count, *_: iter(slices))
         parts = case.problem.terms(case.network)
         leaf = case.network.map(lambda t: t.clone().requires_grad_())
         assert case.problem.terms(leaf).loss.requires_grad

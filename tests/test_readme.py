@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-EXTENDING = (ROOT / "docs" / "extending.md").read_text()
+EXTENDING, RANKS = ((ROOT / "docs" / name).read_text() for name in ("extending.md", "ranks.md"))
 
 
 def blocks(language, text=README):
@@ -45,7 +45,7 @@ def test_the_grafting_example_runs_as_written(tmp_path):
     assert run(blocks("python")[2], tmp_path).startswith("relative error 0.")
 
 
-@pytest.mark.parametrize("example", blocks("python", EXTENDING))
+@pytest.mark.parametrize("example", blocks("python", EXTENDING + RANKS))
 def test_a_recipe_runs_as_written(example, tmp_path):
     assert run(example, tmp_path)
 
@@ -74,7 +74,7 @@ def test_files_named_in_the_text_exist():
 
 
 @pytest.mark.parametrize(
-    "page", ["README.md", "docs/what_this_proves.md", "docs/finite_networks.md", "docs/extending.md"]
+    "page", ["README.md", "docs/what_this_proves.md", "docs/finite_networks.md", "docs/extending.md", "docs/ranks.md"]
 )
 def test_links_lead_somewhere(page):
     path = ROOT / page

@@ -172,9 +172,9 @@ def _named(error: OSError) -> str:
 
 
 def _lost(error: Exception) -> bool:
-    """Whether a worker was; without an import of its room, which brings torch."""
-    room = sys.modules.get("meanfield.bench.workers")
-    return room is not None and isinstance(error, room.Lost)
+    """Whether a worker was, or another rank; without an import of their rooms, which bring torch."""
+    rooms = [sys.modules.get(f"meanfield.{name}") for name in ("bench.workers", "ranks")]
+    return any(room is not None and isinstance(error, room.Lost) for room in rooms)
 
 
 def _warn(message: Warning | str, *_: Any) -> None:

@@ -116,19 +116,24 @@ def stationary_multipliers(program: ConvexProgram, point: ProgramPoint) -> Multi
     leaves = []
     for flows, bias, W, B, p in zip(program.flows[1:], frozen.biases[1:], point.kernels, point.biases, masses):
         leaves.append(torch.where(p > 0, joined(W, B) / p, joined(flows, bias)).detach().requires_grad_())
-    responses, slopes = torch.empty_like(program.output(point)), [torch.zeros_like(leaf) for leaf in leaves]
-    for block in program.blocks():
+    targets, responses = problem.own_targets, point.readout.new_empty(len(problem.inputs), arch.outputs)
+
+    def piece(block: slice) -> Tensor:
         with torch.enable_grad():
             parts = [parted(leaf, shape) for leaf, shape in zip(leaves, shapes)]
             flows, biases = zip((program.flows[0], frozen.biases[0]), *parts)
             _, features = propagate(arch, flows, biases, problem.inputs[block])
             output = arch.readout_features(features[-1]).flatten(1) @ point.readout.flatten(1).T
-        responses[block] = problem.loss.gradient(output.detach(), problem.targets[block]) / len(problem.inputs)
-        if leaves:
-            for slope, more in zip(slopes, torch.autograd.grad(output, leaves, responses[block])):
-                slope += more
-    realisation = [torch.where(p > 0, -slope / p, 0.0) for slope, p in zip(slopes, masses)]
-    return Multipliers(responses, tuple(realisation))
+        responses[block] = problem.loss.gradient(output.detach(), targets[block]) / problem.count
+        slopes = torch.autograd.grad(output, leaves, responses[block]) if leaves else ()
+        return torch.cat([responses.new_empty(0), *(slope.flatten() for slope in slopes)])
+
+    sizes = [leaf.numel() for leaf in leaves]
+    slopes = problem.total(program.bytes_each, responses.new_zeros(sum(sizes)), piece).split(sizes)
+    realisation = [
+        torch.where(p > 0, -slope.view(leaf.shape) / p, 0.0) for slope, leaf, p in zip(slopes, leaves, masses)
+    ]
+    return Multipliers(problem.gathered(responses), tuple(realisation))
 
 
 @checked
@@ -181,7 +186,7 @@ class _PricedFeatures:
         """Dual value of the multipliers times `scale` >= 0; -inf where it overflows, which bounds nothing."""
         limits.look()
         problem = self.program.problem
-        count = len(problem.inputs)
+        count = problem.count
         conjugate = float(problem.loss.conjugate(count * (scale * self.output), problem.targets).mean())
         if conjugate == torch.inf:
             return -torch.inf
@@ -257,7 +262,7 @@ def _orthogonal(rows: Tensor, direction: Tensor) -> Tensor:
 def _repaired_output(program: ConvexProgram, output: Tensor) -> tuple[Tensor, Tensor]:
     """r in the domain of the conjugate and |q_j| (M_L,); without a readout penalty q = 0, if need be by r = 0."""
     problem, features = program.problem, program.readout_features
-    count = len(problem.inputs)
+    count = problem.count
     if problem.penalty.readout > 0:
         output = problem.loss.feasible(count * output, problem.targets) / count
         return output, lengths(torch.einsum("nk,nj...->j...k", output, features))

@@ -125,6 +125,7 @@ def search_features(
     always computed, being quick.
     """
     began = time.perf_counter()
+    problem.require_whole("search_features")
     steps = STEPS[problem.architecture.depth == 1] if steps is None else steps
     validation.shaped(output, (len(problem.inputs), problem.architecture.outputs), "output")
     problem, output = problem.to(dtype=torch.float64), output.double()

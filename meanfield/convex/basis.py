@@ -16,6 +16,8 @@ from torch import Tensor
 
 from meanfield import limits
 from meanfield.architecture import Conv
+from meanfield.folds import Fold
+from meanfield.ranks import ALONE, Ranks
 
 RANK_TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
 RESOLVED = 1e-5  # the Gram matrix squares: only directions above this share of the largest are read off it
@@ -63,11 +65,33 @@ class StackedRows:
         self._count = len(triangle)
         self._held[: self._count] = triangle
 
-    def space(self, tolerance: float) -> RowSpace:
-        """The row space of all rows that were added; it uses them up."""
+    def rows(self) -> Tensor:
+        """T, of no more rows than columns."""
         if self._count > self._held.shape[1]:
             self._compress()
-        return RowSpace(_span(self._held[: self._count], tolerance), tolerance)
+        found = self._held[: self._count]
+        return found if len(found) == len(self._held) else found.T.clone().T
+
+
+def stacked(first: Tensor, second: Tensor) -> Tensor:
+    """T of the rows of both, of no more rows than columns."""
+    rows = torch.cat([first, second])
+    return torch.linalg.qr(rows, mode="r").R if len(rows) > rows.shape[1] else rows
+
+
+def row_space(fold: Fold[Tensor], tolerance: float, like: Tensor, ranks: Ranks = ALONE) -> RowSpace:
+    """The row space of all runs of images, whose T's were folded by `stacked`; like (any number, columns).
+
+    One rank finds it for all: what is independent by a hair must not depend on the machine.
+    """
+    if ranks.count == 1:
+        return RowSpace(_span(fold.result, tolerance), tolerance)
+    every: Fold[Tensor] = Fold(fold.count, stacked)
+    for span, rows in ranks.handed_over(fold, like):
+        every.add(span, rows)
+    right = _span(every.result, tolerance) if ranks.own == 0 else like.new_empty(like.shape[1], 0)
+    rank = int(ranks.decided(float(right.shape[1])))
+    return RowSpace(ranks.agreed(right if ranks.own == 0 else right.new_empty(len(right), rank)), tolerance)
 
 
 def rows_of(conv: Conv, features: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
@@ -13,9 +13,10 @@ from torch import Tensor
 
 from meanfield import limits, measures
 from meanfield.convex import repopulation
-from meanfield.convex.basis import RANK_TOLERANCE, RowSpace, StackedRows, rows_of
+from meanfield.convex.basis import RANK_TOLERANCE, RowSpace, StackedRows, row_space, rows_of, stacked
 from meanfield.convex.repopulation import ProgramPoint, joined, parted
 from meanfield.convex.restoration import BoundedRows, into_bounds, least_weighted, towards
+from meanfield.folds import Fold
 from meanfield.network import ParticleNetwork, along_axis, propagate
 from meanfield.penalties import perspective
 from meanfield.problem import FEASIBLE, Problem, Terms
@@ -87,16 +88,23 @@ class ConvexProgram:
             (prod(size.output), width * conv.offsets + conv.bias)
             for size, width, conv in zip(arch.geometry[1:], widths, arch.layers[1:])
         ]
-        stacks = [StackedRows(len(inputs) * rows, columns, inputs.device) for rows, columns in shapes]
+        folds = [Fold(len(problem.runs), stacked) for _ in shapes]
         read = inputs.new_empty(len(inputs), *arch.readout_shape(widths[-1])[1:])
         with torch.no_grad():
-            for block in limits.blocks(len(inputs), 8 * (arch.entries(widths) + max(map(prod, shapes), default=0))):
-                _, features = propagate(arch, exact, biases, inputs[block].double())
-                for stack, conv, below in zip(stacks, arch.layers[1:], features):
-                    stack.add(rows_of(conv, below))
-                read[block] = arch.readout_features(features[-1]).to(inputs.dtype)
-            spaces = tuple(stack.space(RANK_TOLERANCE[inputs.dtype]) for stack in stacks)
-        return cls(problem, frozen, tuple(flows), spaces, read)
+            for run, blocks in problem.by_runs(8 * (arch.entries(widths) + max(map(prod, shapes), default=0))):
+                stacks = [StackedRows(problem.runs[run] * rows, columns, inputs.device) for rows, columns in shapes]
+                for block in blocks:
+                    _, features = propagate(arch, exact, biases, inputs[block].double())
+                    for stack, conv, below in zip(stacks, arch.layers[1:], features):
+                        stack.add(rows_of(conv, below))
+                    read[block] = arch.readout_features(features[-1]).to(inputs.dtype)
+                for fold, stack in zip(folds, stacks):
+                    fold.add((run, run + 1), stack.rows())
+            spaces = tuple(
+                row_space(fold, RANK_TOLERANCE[inputs.dtype], inputs.new_empty(0, columns).double(), problem.ranks)
+                for fold, (_, columns) in zip(folds, shapes)
+            )
+        return cls(problem, frozen, tuple(flows), spaces, problem.gathered(read))
 
     @torch.inference_mode(False)
     def to(self, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> ConvexProgram:
@@ -144,11 +152,10 @@ class ConvexProgram:
         """g^l (N, M_l, H', W') and f^l (N, M_l, H'', W'') of every frozen feature on inputs (N, C_0, H, W)."""
         return propagate(self.problem.architecture, self.flows, self.frozen.biases, inputs)
 
-    def blocks(self) -> Iterator[slice]:
-        """The images in blocks for which the maps, and as much again, fit the memory of a block."""
-        inputs = self.problem.inputs
-        each = 2 * inputs.element_size() * self.problem.architecture.entries(self.widths)
-        return limits.blocks(len(inputs), each)
+    @property
+    def bytes_each(self) -> int:
+        """Of the maps of an image, and as much again."""
+        return 2 * self.problem.inputs.element_size() * self.problem.architecture.entries(self.widths)
 
     def point(self, network: ParticleNetwork) -> ProgramPoint:
         """The program variables of the frozen network, or of any network with the same features."""
@@ -229,12 +236,13 @@ class ConvexProgram:
         """
         largest = point.readout.new_zeros(self.depth - 1, 2)
         if self.depth > 1:
-            for block in self.blocks():
+            for block in self.problem.blocks(self.bytes_each):
                 pairs = self.image_residuals(point, self.problem.inputs[block])
                 here = torch.stack([tensor.abs().amax() for pair in pairs for tensor in pair])
                 largest = torch.maximum(largest, here.reshape(largest.shape))
+        largest = self.problem.ranks.largest(largest)
         ratios = largest[:, 0] / largest[:, 1].clamp_min(torch.finfo(largest.dtype).tiny)
-        return _worst([*self._excesses(point), *ratios.tolist()])
+        return self.problem.ranks.decided(_worst([*self._excesses(point), *ratios.tolist()]))
 
     def discord(self, point: ProgramPoint) -> float:
         """As `violation`, but by coordinates: the largest |V^T (W_j, B_j) - p_j c_j| over p_j |c_j| of any feature.
@@ -275,7 +283,7 @@ class ConvexProgram:
         if not self.violation(point) <= tolerance:
             return False
         value, judged = float(self.value(point)), float(self.problem.value(self.network(point)))
-        return abs(judged - value) <= tolerance * abs(value)
+        return self.problem.ranks.decided(abs(judged - value) <= tolerance * abs(value))
 
     def admitted(self, point: ProgramPoint) -> ProgramPoint | None:
         """The best restored point that a solver may return, or None.
@@ -291,7 +299,8 @@ class ConvexProgram:
         if not lack <= 1:
             return None
         revived = (self.restore(_spread(point, share * lack)) for share in REVIVED_SHARES)
-        return min(filter(self.admits, revived), key=lambda each: float(self.value(each)), default=None)
+        cost = lambda each: self.problem.ranks.decided(float(self.value(each)))  # noqa: E731
+        return min(filter(self.admits, revived), key=cost, default=None)
 
     def restore(self, point: ProgramPoint) -> ProgramPoint:
         """A nearby point, on the same support, that meets every constraint to rounding where the support can.

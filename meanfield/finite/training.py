@@ -130,6 +130,7 @@ def train(
     (`limits.within`) end the run with a status.  dtype and device are those of the inputs.
     """
     settings = _Settings(optimiser, scaling, learning_rate, steps, schedule, noise, checkpoints, record_every)
+    problem.require_whole("finite.train")
     generator = torch.Generator().manual_seed(seed)
     batches = _Batches(len(problem.inputs), batch_size, shuffle, generator)
     run = _Run(problem, _start(problem, widths, generator, scaling, start), settings, batches, callback)

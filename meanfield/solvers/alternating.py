@@ -167,7 +167,7 @@ class _Run:
             if ended in ENDED_EARLY:
                 return ended
             self.ended = self._converged(self.history[-1])
-            self.rate *= RATE_DECAY if self.history[-1]["flow_drop"] > 0 else RATE_CUT
+            self.rate *= RATE_DECAY if self._moved(self.history[-1]) else RATE_CUT
             self.index += 1
             self.save()
         return self.ended or "max_rounds"
@@ -176,10 +176,16 @@ class _Run:
         """The status with which a round ends the alternation, if it does."""
         if self._search_converged(row):
             return "search_converged"
-        small = row["flow_gap"] <= self.tolerance * abs(row["flow_value"])
-        if not self.grow and small and (row["flow_drop"] > 0 or self.rate <= LEAST_RATE):
+        small = self.decided(row["flow_gap"] <= self.tolerance * abs(row["flow_value"]))
+        if not self.grow and small and (self._moved(row) or self.rate <= LEAST_RATE):
             return "alternation_converged"
         return None
+
+    def _moved(self, row: dict[str, Any]) -> bool:
+        return self.decided(row["flow_drop"] > 0)
+
+    def decided(self, value: bool) -> bool:
+        return self.problem.ranks.decided(value)
 
     def round(self, steps: int) -> str:
         """One flow and one convex program; returns the status that ended it early, or "done"."""
@@ -216,7 +222,7 @@ class _Run:
             state_seconds=self.state_seconds,
             callback=self._relay("flow"),
         )
-        if self.best is None or flowed.value < self.best.value:
+        if self.best is None or self.decided(flowed.value < self.best.value):
             self.network, self.best = flowed.network, flowed
         if flowed.status not in ENDED_EARLY:
             first, last = flowed.history[0], flowed.history[-1]
@@ -225,7 +231,7 @@ class _Run:
         return flowed.status
 
     def save(self) -> None:
-        if self.file is not None:
+        if self.file is not None and self.problem.ranks.own == 0:
             names = ("index", "rate", "flowed", "ended", "history")
             self.file.save(
                 {name: getattr(self, name) for name in names}
@@ -255,7 +261,7 @@ class _Run:
         assert self.best is not None
         assert flowed is not None
         assert solved.multipliers is not None
-        accepted = float(self.problem.value(solved.network)) <= self.best.value
+        accepted = self.decided(float(self.problem.value(solved.network)) <= self.best.value)
         if accepted:
             self.network, self.best = self._balanced(solved.network), solved
         else:  # the flow's network stays, with the better multipliers of the program frozen there
@@ -340,7 +346,7 @@ class _Run:
     def refuted(self, row: dict[str, Any]) -> bool:
         """Whether the best network is below the bound of this row's search by more than rounding of J."""
         assert self.best is not None
-        terms = len(self.problem.inputs) + sum(self.network.widths)
+        terms = self.problem.count + sum(self.network.widths)
         rounding = terms * torch.finfo(self.problem.inputs.dtype).eps * abs(self.best.value)
         return row["search_bound"] > self.best.value + rounding
 

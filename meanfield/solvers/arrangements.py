@@ -93,6 +93,7 @@ def solve(problem: Problem) -> Solution:
 
 
 def _require_exact_case(problem: Problem) -> None:
+    problem.require_whole("arrangements")
     arch, penalty = problem.architecture, problem.penalty
     conv = arch.layers[0]
     entries = arch.input_shape[0] * conv.offsets + conv.bias

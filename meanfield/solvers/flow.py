@@ -45,7 +45,6 @@ DISSIPATION_ERROR = 0.1  # relative error of dJ = -step speed^2 at which an Eule
 STATE_SECONDS = 30.0  # of work that a killed run may lose
 RECORD_SHARE = 0.2  # of the steps of minibatches, for records on all images
 GLIMPSE = 1.0  # seconds between two looks at where a run is
-GRAPH = 3  # times the features: what a backward pass holds of them, and its own
 PROBE = {torch.float32: 1e-3, torch.float64: 1e-6}
 
 
@@ -87,34 +86,19 @@ def velocity(problem: Problem, network: ParticleNetwork, masses: bool = True) ->
     With masses=False the masses have no rates.
     """
     leaf = network.map(lambda tensor: tensor.detach().requires_grad_())
-    output, gradients = _pulled_back(problem, leaf)
+    loss, gradients = problem.pulled_back(network)
     with torch.enable_grad():
-        terms, depth = problem.terms(leaf, output), problem.architecture.depth
+        terms, depth = Terms(loss, *problem.prices(leaf)), problem.architecture.depth
         smooth = _slopes(terms.readout + terms.input, leaf)
-        gradients = [loss + penalty for loss, penalty in zip(gradients, smooth)]
+        gradients = [fit + penalty for fit, penalty in zip(gradients, smooth)]
         if masses and terms.source.requires_grad:
             priced = torch.autograd.grad(terms.source, leaf.masses)
             gradients[:depth] = [g + s for g, s in zip(gradients[:depth], priced)]
     return Terms(*(term.detach() for term in terms)), _tangent(network, gradients, masses)
 
 
-def _pulled_back(problem: Problem, leaf: ParticleNetwork) -> tuple[Tensor, list[Tensor]]:
-    """F (N, K) and the gradients of the mean loss, in blocks of images: no more than one block's graph is held."""
-    count, arch = len(problem.inputs), problem.architecture
-    output = problem.inputs.new_empty(count, arch.outputs)
-    gradients = [torch.zeros_like(tensor) for tensor in leaf.tensors()]
-    for block in limits.blocks(count, GRAPH * problem.inputs.element_size() * arch.entries(leaf.widths)):
-        with torch.enable_grad():
-            here = leaf.responses(problem.inputs[block]).output
-        output[block] = here.detach()
-        pulls = problem.loss.gradient(output[block], problem.targets[block]) / count
-        for gradient, more in zip(gradients, _slopes(here, leaf, pulls)):
-            gradient += more
-    return output, gradients
-
-
-def _slopes(values: Tensor, leaf: ParticleNetwork, pulls: Tensor | None = None) -> tuple[Tensor, ...]:
-    return torch.autograd.grad(values, leaf.tensors(), pulls, allow_unused=True, materialize_grads=True)
+def _slopes(values: Tensor, leaf: ParticleNetwork) -> tuple[Tensor, ...]:
+    return torch.autograd.grad(values, leaf.tensors(), allow_unused=True, materialize_grads=True)
 
 
 def _tangent(network: ParticleNetwork, gradients: list[Tensor], masses: bool) -> Tangent:
@@ -418,7 +402,7 @@ class _Batches:
     """The problem itself, or its minibatches, epoch after epoch, each in an order of its own."""
 
     def __init__(self, problem: Problem, size: int | None, seed: int) -> None:
-        self.problem, self.count = problem, len(problem.inputs)
+        self.problem, self.count = problem, problem.count
         self.size = None if size is None else min(size, self.count)
         self.generator, self.epoch = torch.Generator().manual_seed(seed), -1
 
@@ -464,7 +448,7 @@ class _Run:
             self.restore(found)
         status = self.follow(file, seconds)
         solution = self.trail.solution(status)
-        if file is not None and solution.status not in ENDED_EARLY:
+        if file is not None and self.problem.ranks.own == 0 and solution.status not in ENDED_EARLY:
             file.remove()
         return solution
 
@@ -479,9 +463,11 @@ class _Run:
 
     def _descend(self, file: StateFile | None, seconds: float) -> str:
         batch, pulled, saved = self.batches.at(self.step), None, time.perf_counter()
+        ranks = self.problem.ranks
         while True:
             late = limits.passed()
             if (late or self.step % self.every == 0 or self.step == self.steps) and self.trail.step != self.step:
+                self.network = self.network.map(ranks.agreed)
                 whole = self._whole() if pulled is None or batch is not self.problem else pulled
                 if self._record(*whole) ** 2 <= self.tolerance:
                     return "converged"
@@ -490,14 +476,14 @@ class _Run:
                 return "max_seconds"
             if self.step == self.steps:
                 return "max_iterations"
-            if file is not None and time.perf_counter() - saved >= seconds:
+            if file is not None and ranks.own == 0 and time.perf_counter() - saved >= seconds:
                 file.save(self.state())
                 saved = time.perf_counter()
             terms, flow = velocity(batch, self.network, self.masses) if pulled is None else pulled
             moved = self.method.propose(self.network, flow)
             following = self.batches.at(self.step + 1)
             pulled = velocity(following, moved, self.masses)
-            if self.method.judge(self.network, moved, float(pulled[0].total() - terms.total())):
+            if ranks.decided(self.method.judge(self.network, moved, float(pulled[0].total() - terms.total()))):
                 self.network, batch = moved, following
             elif not isinstance(self.method, GradientDescent) or self.method.step < torch.finfo(moved.dtype).eps:
                 return "stalled"
@@ -512,7 +498,7 @@ class _Run:
             return velocity(self.problem, self.network, self.masses)
 
     def _record(self, terms: Terms, flow: Tangent) -> float:
-        speed = metric_speed(self.problem, self.network, flow)
+        speed = self.problem.ranks.decided(metric_speed(self.problem, self.network, flow))
         return self.trail.record(self.step, self.step * self.batches.each, self.network, terms, speed, self.method)
 
     def state(self) -> dict[str, Any]:
@@ -568,7 +554,7 @@ class _Trail:
         self, step: int, images: int, network: ParticleNetwork, terms: Terms, speed: float, method: Descent
     ) -> float:
         row = {"step": step, "images": images, "seconds": self.seconds(), "time": method.time}
-        row["value"] = float(terms.total())
+        row["value"] = self.problem.ranks.decided(float(terms.total()))
         if self.network is None:
             self.problem.require_finite(terms.total())
         row |= {name: float(term) for name, term in terms._asdict().items()} | {"speed": speed}

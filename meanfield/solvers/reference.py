@@ -239,7 +239,7 @@ class _Model:
         """r = d loss / d F at cvxpy's output, b = V y from its equality duals y times `sign`, kappa
         from the bound's duals.
         """
-        problem, count = self.program.problem, len(self.program.problem.inputs)
+        problem, count = self.program.problem, self.program.problem.count
         output = torch.as_tensor(self._output().value)
         r, price = problem.loss.gradient(output, problem.targets) / count, self.units.value / self.units.kernels
         pulls = [torch.zeros_like(joined(w, b)) for w, b in zip(self.program.flows[1:], self.program.frozen.biases[1:])]

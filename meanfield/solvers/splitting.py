@@ -68,8 +68,9 @@ def solve(
     the
     history: iteration, seconds, cpu_seconds, value, dual_value, gap, primal_residual, dual_residual, rho.
     """
+    began = limits.now()
     run = _Run(program, rho, tolerance, callback)  # whatever the time: its start is the least that can be returned
-    with limits.within(max_seconds - run.seconds()):
+    with limits.within(max_seconds - (limits.now() - began)):
         try:
             status = run.iterate(max_iterations, check_every or run.check_interval())
         except limits.STOPS as stop:
@@ -80,6 +81,8 @@ def solve(
 @dataclass
 class _Run:
     """Keeps the best point and the best multipliers, and the history.
+
+    All ranks iterate on the same program.  What rank 0 came to is what they judge together.
 
     While it runs, points are judged by their coordinates, which touches no image.  What it returns, and what it calls
     optimal, is judged afresh over all images.  Once the two have disagreed, every point is.
@@ -92,11 +95,11 @@ class _Run:
 
     def __post_init__(self) -> None:
         self.began, self.cpu_began = time.perf_counter(), time.process_time()
-        self.exact = self.program.to(dtype=torch.float64)
+        self.exact, self.ranks = self.program.to(dtype=torch.float64), self.program.problem.ranks
         self.history: list[dict[str, Any]] = []
         self.start = self.point = self.program.point(self.program.frozen)
         self.multipliers = certificates.stationary_multipliers(self.exact, self.point.map(Tensor.double))
-        self.value, self.dual = self.exact_value(self.point), certificates.dual_value(self.exact, self.multipliers)
+        self.value, self.dual = self.exact_value(self.point), self.exact_dual(self.multipliers)
         self.doubted = False
         self.violation: float | None = None  # of the best point over all images, once somebody has looked
         self.splitting = _Splitting(
@@ -104,7 +107,10 @@ class _Run:
         )
 
     def exact_value(self, point: ProgramPoint) -> float:
-        return float(self.exact.value(point.map(Tensor.double)))
+        return self.ranks.decided(float(self.exact.value(point.map(Tensor.double))))
+
+    def exact_dual(self, multipliers: Multipliers) -> float:
+        return self.ranks.decided(certificates.dual_value(self.exact, multipliers))
 
     def seconds(self) -> float:
         return time.perf_counter() - self.began
@@ -143,8 +149,9 @@ class _Run:
 
     def check(self, iteration: int) -> bool:
         """Judge the current iterate; True once the best point's relative gap is proven to be below the tolerance."""
-        point, multipliers = self.offered(self.splitting.point()), self.splitting.multipliers()
-        dual = certificates.dual_value(self.exact, multipliers)
+        point = self.offered(self.splitting.point().map(self.ranks.agreed))
+        multipliers = self.splitting.multipliers().map(self.ranks.agreed)
+        dual = self.exact_dual(multipliers)
         if dual > self.dual:
             self.dual, self.multipliers = dual, multipliers
         if point is not None and (value := self.exact_value(point)) < self.value:
@@ -171,7 +178,7 @@ class _Run:
         """The point restored, where its coordinates, or else a look at all images, say that it may be returned."""
         if not self.doubted:
             restored = self.program.restore(point)
-            if self.program.discord(restored) <= FEASIBLE[point.readout.dtype]:
+            if self.ranks.decided(self.program.discord(restored) <= FEASIBLE[point.readout.dtype]):
                 return restored
         return self.program.admitted(point)
 
@@ -264,7 +271,7 @@ class _Splitting:
         penalty, widths = self.program.problem.penalty, self.program.widths
         # a strength of zero has no curvature to offer: any positive number will do until the first rescaling
         source, readout = (strength or 1e-3 for strength in (penalty.source, penalty.readout))
-        weights: dict[Key, float] = {("F", 0): 1 / len(self.program.problem.inputs), ("U", 0): readout * widths[-1]}
+        weights: dict[Key, float] = {("F", 0): 1 / self.program.problem.count, ("U", 0): readout * widths[-1]}
         for layer, width in enumerate(widths):
             weights.update({(name, layer): max(source, readout) * width for name in ("p", "pc", "pd")})
             if layer:
@@ -353,7 +360,7 @@ class _Splitting:
 
     def _prox(self, center: Blocks) -> Blocks:
         problem, penalty = self.program.problem, self.program.problem.penalty
-        count, depth = len(problem.inputs), self.program.depth
+        count, depth = problem.count, self.program.depth
         new = dict(center)
         new["F", 0] = problem.loss.prox(center["F", 0], problem.targets, self.weight(("F", 0)) * count)
         new["p", 0] = center["p", 0] - self.program.feature_costs / self.weight(("p", 0))

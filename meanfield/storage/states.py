@@ -20,8 +20,9 @@ PLACE = "<tensor>"  # the only key of what stands for a tensor among plain value
 
 
 def described(problem: Problem) -> dict[str, str]:
-    """What a run on a problem depends on, for the settings of its state."""
-    data = tensors.digest((problem.inputs, problem.targets))
+    """What a run on a problem depends on, for the settings of its state; of a sharded one what rank 0 holds."""
+    told = bytes.fromhex(tensors.digest((problem.inputs, problem.targets)))
+    data = bytes(problem.ranks.agreed(torch.tensor(list(told), dtype=torch.uint8)).tolist()).hex()
     return {"problem": repr(problem), "data": data, "device": problem.inputs.device.type}
 
 

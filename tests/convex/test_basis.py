@@ -7,14 +7,18 @@ from strategies import architectures, cases, normal, random_inputs, random_netwo
 
 import meanfield as mf
 from meanfield import limits
-from meanfield.convex.basis import RANK_TOLERANCE, StackedRows, rows_of
+from meanfield.convex.basis import RANK_TOLERANCE, StackedRows, row_space, rows_of, stacked
+from meanfield.folds import Fold
 
 
-def space(rows, parts=1, tolerance=1e-10):
-    stack = StackedRows(*rows.shape)
-    for part in rows.chunk(parts):
-        stack.add(part)
-    return stack.space(tolerance)
+def space(rows, parts=1, tolerance=1e-10, runs=1):
+    fold = Fold(runs, stacked)
+    for run, some in enumerate(rows.chunk(runs)):
+        stack = StackedRows(*some.shape)
+        for part in some.chunk(parts):
+            stack.add(part)
+        fold.add((run, run + 1), stack.rows())
+    return row_space(fold, tolerance, rows)
 
 
 @given(cases(archs=architectures(depths=(2, 3))))

@@ -536,7 +536,7 @@ def test_the_size_of_a_block_changes_nothing(monkeypatch, images, joined):
         return [*found, program.readout_features, multipliers.output, *multipliers.realisation, *projections]
 
     whole = figures(frozen())
-    monkeypatch.setattr(limits, "blocks", lambda count, _: (slice(k, k + images) for k in range(0, count, images)))
+    monkeypatch.setattr(limits, "blocks", lambda count, *_: (slice(k, k + images) for k in range(0, count, images)))
     for one, other in zip(whole, figures(frozen()), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-12)
 

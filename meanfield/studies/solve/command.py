@@ -12,7 +12,7 @@ from typing import Annotated, Any, NoReturn
 
 import torch
 
-from meanfield import limits, starts, storage
+from meanfield import limits, ranks, starts, storage
 from meanfield.bench import reading, signals
 from meanfield.bench.command import SHORT, say_data, stop
 from meanfield.bench.options import (
@@ -145,7 +145,13 @@ def command(options: Options) -> None:
 
     Ctrl-C, SIGTERM and SIGHUP stop the solve, keep the best network so far and say where it is. An earlier report in
     the same directory is replaced as a whole.
+
+    torchrun --nproc-per-node 2 -m meanfield solve ... shares the images among processes, on one machine or many; the
+    first one prints, writes and measures the report. With --device cuda each has a card of its own.
     """
+    if not ranks.first():
+        options = options.variant(out=None, json=False, quiet=True)
+        warnings.simplefilter("ignore")  # rank 0 says it
     with contextlib.ExitStack() as stack:
         result = None
         if options.out is not None:
@@ -155,7 +161,7 @@ def command(options: Options) -> None:
             )
         images = options.task().images()
         pair = options.pair_among(images)
-        problem = options.task().problem(images)
+        problem = options.variant(device=ranks.device(options.device)).task().problem(images)
         say_data(images.summary, options.quiet)
         said = _warn(problem)
         watch = stack.enter_context(
@@ -163,6 +169,8 @@ def command(options: Options) -> None:
         )
         with signals.waiting():
             run = _solve(options, images, problem, pair, said, watch)
+            if not ranks.first():
+                raise SystemExit(signals.exit_code() if run.solution.status == "interrupted" else 0)
             figures = _keep(run, result)
         if run.solution.status == "interrupted" or signals.came():
             _ended(run, result, watch)
@@ -220,7 +228,7 @@ def _ended(
 def _warn(problem: Problem) -> list[str]:
     """Say once, as a line, why a minimum may not exist."""
     missing = problem.missing_bounds()
-    if not missing:
+    if not missing or not ranks.first():
         return []
     wanted = " and ".join("--" + name.replace("_", "-") if name.isidentifier() else name for name in missing)
     text = (
@@ -240,14 +248,14 @@ def _solve(
     watch: Progress,
 ) -> Run:
     # before the work: the digest is of what runs, whatever is edited in the meantime
-    made = asdict(Provenance(options.command_line("meanfield", "solve"), options.to_dict(), data=images.summary))
+    made = asdict(Provenance(options.command_line(*ranks.program(), "solve"), options.to_dict(), data=images.summary))
     training, held_out = images.split() if images.rest is not None else (images, None)
     start = starts.draw(problem, options.widths, torch.Generator().manual_seed(options.seed), "low_rank")
-    with warnings.catch_warnings(), limits.watched(signals.look):
+    with warnings.catch_warnings(), limits.watched(signals.look), ranks.together() as group:
         warnings.filterwarnings("ignore", message="the infimum over all measures")
         solution = alternating.solve(
-            problem,
-            start,
+            problem.sharded(group),
+            start.map(group.agreed),
             seed=options.seed,
             rounds=options.rounds,
             tolerance=options.tolerance,
