@@ -14,6 +14,7 @@ from meanfield.network import ParticleNetwork, ordinary
 from meanfield.penalties import Penalty, input_norms, input_projection, kernel_projection
 from meanfield.validation import Misuse, finite, instance, working
 
+GRAPH = 3  # times the features: what a backward pass holds of them, and its own
 # The relative violation, of a bound or of any constraint of the convex program, up to which a network or a point counts
 # as feasible; solvers end at rounding.  float32: sums of 2^10 terms with one rounding each (2^-24) may be off by 6e-5.
 # float64: kernels that were kept in float32 once are off by 2^-24 = 6e-8.  J is then too low by at most this times the
@@ -85,14 +86,26 @@ class Problem:
         return other
 
     def output(self, network: ParticleNetwork) -> Tensor:
-        """F on all images, (N, K); in blocks of images where no gradient is wanted, which would keep them all."""
-        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in network.tensors()):
-            return network.responses(self.inputs).output
-        each = self.inputs.element_size() * self.architecture.entries(network.widths)
-        output = self.inputs.new_empty(len(self.inputs), self.architecture.outputs)
-        for block in limits.blocks(len(self.inputs), each):
-            output[block] = network.responses(self.inputs[block]).output
-        return output
+        """F on all images, (N, K), as `ParticleNetwork.output` has it."""
+        return network.output(self.inputs)
+
+    def pulled_back(self, network: ParticleNetwork) -> tuple[Tensor, list[Tensor]]:
+        """F (N, K), and the gradients of the mean loss in the network's tensors; neither carries a graph.
+
+        In blocks of images, each pulled back by its own multipliers: no more than one block's graph is held.
+        """
+        leaf = network.map(lambda tensor: tensor.detach().requires_grad_())
+        count, each = len(self.inputs), self.inputs.element_size() * self.architecture.entries(leaf.widths)
+        output = self.inputs.new_empty(count, self.architecture.outputs)
+        gradients = [torch.zeros_like(tensor) for tensor in leaf.tensors()]
+        for block in limits.blocks(count, GRAPH * each):
+            with torch.enable_grad():
+                here = leaf.responses(self.inputs[block]).output
+            output[block] = here.detach()
+            pulls = self.loss.gradient(output[block], self.targets[block]) / count
+            for gradient, more in zip(gradients, torch.autograd.grad(here, leaf.tensors(), pulls)):
+                gradient += more
+        return output, gradients
 
     def terms(self, network: ParticleNetwork, output: Tensor | None = None) -> Terms:
         """The terms of J; differentiable in the network's tensors.  `output` saves a second forward pass."""

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial, reduce
+from math import prod
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
-from meanfield import measures
+from meanfield import limits, measures
 from meanfield.architecture import Architecture, Conv
 from meanfield.network import ParticleNetwork
 from meanfield.penalties import input_norms
-from meanfield.problem import Problem
+from meanfield.problem import GRAPH, Problem
 
 LEAST_SHARE = 1e-6  # atoms lighter than this share of a feature's heaviest are left out
 
@@ -55,10 +58,29 @@ class Compositions:
         return g
 
     def responses(self, problem: Problem, output: Tensor) -> Tensor:
-        """|q|^2 of every feature, (R,)."""
+        """|q|^2 of every feature, (R,); in blocks of images, which a gradient computes anew."""
+        blocks = list(self.blocks(len(problem.inputs)))
+        read = self._read
+        if torch.is_grad_enabled() and len(blocks) > 1:
+            read = partial(checkpoint, self._read, use_reentrant=False, preserve_rng_state=False)
+        q: Tensor = reduce(torch.add, (read(problem.inputs[block], output[block]) for block in blocks))
+        return q.flatten(1).square().sum(1)
+
+    def _read(self, inputs: Tensor, output: Tensor) -> Tensor:
+        """What these images add to q, (R, K) or (R, K, positions)."""
         arch = self.architecture
-        read = arch.readout_features(arch.layers[-1].activate(self.preactivations(problem.inputs)))
-        return torch.einsum("nk,nr...->rk...", output, read).flatten(1).square().sum(1)
+        read = arch.readout_features(arch.layers[-1].activate(self.preactivations(inputs)))
+        return torch.einsum("nk,nr...->rk...", output, read)
+
+    def blocks(self, count: int) -> Iterator[slice]:
+        """The images in blocks for which the features, their shifts and the graph of both fit the memory of a block."""
+        widths = [sources.shape[1] for sources in self.kernels]
+        shifts = (
+            width * conv.offsets * prod(size.input)
+            for width, conv, size in zip(widths[1:], self.architecture.layers[1:], self.architecture.geometry[1:])
+        )
+        each = len(self) * (self.architecture.entries(widths) + 2 * sum(shifts))
+        return limits.blocks(count, GRAPH * self.kernels[0].element_size() * each)
 
     def costs(self, problem: Problem, mu: Sequence[float | Tensor]) -> Tensor:
         """gamma_L of this realisation, (R,): no less than that of the feature."""
@@ -200,9 +222,16 @@ class OwnFeatures:
     network: ParticleNetwork
 
     def responses(self, problem: Problem, output: Tensor) -> Tensor:
-        """|q|^2 of every feature, (M,)."""
-        read = problem.architecture.readout_features(self.network.features(problem.inputs)[-1])
-        return torch.einsum("nk,nj...->jk...", output, read).flatten(1).square().sum(1)[self.network.masses[-1] > 0]
+        """|q|^2 of every feature, (M,); in blocks of images."""
+        inputs = problem.inputs
+        each = inputs.element_size() * problem.architecture.entries(self.network.widths)
+        parts = (self._read(inputs[block], output[block]) for block in limits.blocks(len(inputs), each))
+        return reduce(torch.add, parts).flatten(1).square().sum(1)[self.network.masses[-1] > 0]
+
+    def _read(self, inputs: Tensor, output: Tensor) -> Tensor:
+        """What these images add to q, (M, K) or (M, K, positions)."""
+        read = self.network.architecture.readout_features(self.network.responses(inputs).features[-1])
+        return torch.einsum("nk,nj...->jk...", output, read)
 
     def costs(self, problem: Problem, mu: Sequence[float | Tensor]) -> Tensor:
         """gamma_L of these realisations, (M,): sums of the flow w p of every source at its price."""

@@ -19,6 +19,8 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import reduce
+from math import prod
 
 import numpy as np
 import torch
@@ -319,11 +321,16 @@ class _Search:
         return float((self.network.masses[0] @ self.network.kernels[0].flatten(1).square().sum(1)).sqrt()) or usual
 
     def _patches(self, number: int) -> Tensor:
-        rows = self.problem.architecture.layers[0].patches(self.problem.inputs).flatten(0, 1)
-        rows = rows[(rows != 0).any(1)]
-        if not len(rows):  # black images
-            return normal((number, rows.shape[1]), self.generator, rows)
-        return rows[torch.randint(len(rows), (number,), generator=self.generator).to(rows.device)]
+        arch, inputs = self.problem.architecture, self.problem.inputs
+        layer, positions = arch.layers[0], prod(arch.geometry[0].output)
+        size = arch.input_shape[0] * layer.offsets
+        blocks = list(limits.blocks(len(inputs), inputs.element_size() * positions * size))
+        alive = [(layer.patches(inputs[block]) != 0).any(2).flatten().nonzero() + block.start * positions for block in blocks]
+        seen = torch.cat(alive).flatten()
+        if not len(seen):  # black images
+            return normal((number, size), self.generator, inputs)
+        chosen = seen[torch.randint(len(seen), (number,), generator=self.generator).to(seen.device)]
+        return layer.chosen_patches((inputs[block] for block in blocks), chosen)
 
     def _ascend(self, begun: Compositions, scale: float, mu: Sequence[float]) -> Compositions:
         """Adam on all starts at once; every start keeps the best of its path."""
@@ -408,10 +415,11 @@ class _Search:
         order = order[scores[order] > 0]
         if not len(order):
             return order
-        rows = torch.nn.functional.normalize(
-            everything[order].preactivations(self.problem.inputs).movedim(1, 0).flatten(1), dim=1
-        )
-        alike = (rows @ rows.T).tolist()
+        best, inputs = everything[order], self.problem.inputs
+        maps = (best.preactivations(inputs[block]).movedim(1, 0).flatten(1) for block in best.blocks(len(inputs)))
+        products: Tensor = reduce(torch.add, (rows @ rows.T for rows in maps))
+        lengths = products.diagonal().sqrt().clamp_min(torch.finfo(products.dtype).tiny)
+        alike = (products / lengths / lengths[:, None]).tolist()
         kept: list[int] = []
         for index in range(len(order)):
             if len(kept) < count and all(alike[index][other] < SAME_FEATURE for other in kept):

@@ -83,10 +83,7 @@ class ConvexProgram:
         arch, inputs, widths = problem.architecture, problem.inputs, frozen.widths
         exact = [flow.double() for flow in flows]
         biases = [None if bias is None else bias.double() for bias in frozen.biases]
-        shapes = [
-            (prod(size.output), width * conv.offsets + conv.bias)
-            for size, width, conv in zip(arch.geometry[1:], widths, arch.layers[1:])
-        ]
+        shapes = arch.row_shapes(widths)
         stacks = [StackedRows(len(inputs) * rows, columns, inputs.device) for rows, columns in shapes]
         read = inputs.new_empty(len(inputs), *arch.readout_shape(widths[-1])[1:])
         with torch.no_grad():

@@ -408,7 +408,7 @@ def _step(run: _Run) -> None:
     for group in optimiser.param_groups:
         group["lr"] = rate * group["factor"]
     optimiser.zero_grad(set_to_none=True)
-    batch.terms(run.network.particles(attached=True)).total().backward()
+    _pull_back(batch, run.network)
     if run.network.scaling == "mean_field":
         _divide_by_masses(run.network)
     optimiser.step()
@@ -416,6 +416,16 @@ def _step(run: _Run) -> None:
         _disturb(run.network, math.sqrt(2 * run.settings.noise * rate), run.batches.generator)
     _project(run.network, run.problem)
     run.steps += 1
+
+
+def _pull_back(problem: Problem, network: FiniteCNN) -> None:
+    """The gradient of J in the parameters, in blocks of images."""
+    particles = network.particles(attached=True)
+    output, slopes = problem.pulled_back(particles)
+    terms = problem.terms(particles, output)
+    moved = [pair for pair in zip(particles.tensors(), slopes) if pair[0].requires_grad]
+    penalties = terms.source + terms.readout + terms.input
+    torch.autograd.backward([penalties, *(tensor for tensor, _ in moved)], [None, *(slope for _, slope in moved)])
 
 
 @torch.no_grad()

@@ -37,7 +37,6 @@ from meanfield.validation import choice
 
 DESCENTS = ("preconditioned", "gradient")
 DISSIPATION_ERROR = 0.1  # relative error of dJ = -step speed^2 at which an Euler step is accepted
-GRAPH = 3  # times the features: what a backward pass holds of them, and its own
 PROBE = {torch.float32: 1e-3, torch.float64: 1e-6}
 
 
@@ -74,7 +73,7 @@ def velocity(problem: Problem, network: ParticleNetwork, masses: bool = True) ->
     With masses=False the masses have no rates.
     """
     leaf = network.map(lambda tensor: tensor.detach().requires_grad_())
-    output, gradients = _pulled_back(problem, leaf)
+    output, gradients = problem.pulled_back(network)
     with torch.enable_grad():
         terms, depth = problem.terms(leaf, output), problem.architecture.depth
         smooth = _slopes(terms.readout + terms.input, leaf)
@@ -85,23 +84,8 @@ def velocity(problem: Problem, network: ParticleNetwork, masses: bool = True) ->
     return Terms(*(term.detach() for term in terms)), _tangent(network, gradients, masses)
 
 
-def _pulled_back(problem: Problem, leaf: ParticleNetwork) -> tuple[Tensor, list[Tensor]]:
-    """F (N, K) and the gradients of the mean loss, in blocks of images: no more than one block's graph is held."""
-    count, arch = len(problem.inputs), problem.architecture
-    output = problem.inputs.new_empty(count, arch.outputs)
-    gradients = [torch.zeros_like(tensor) for tensor in leaf.tensors()]
-    for block in limits.blocks(count, GRAPH * problem.inputs.element_size() * arch.entries(leaf.widths)):
-        with torch.enable_grad():
-            here = leaf.responses(problem.inputs[block]).output
-        output[block] = here.detach()
-        pulls = problem.loss.gradient(output[block], problem.targets[block]) / count
-        for gradient, more in zip(gradients, _slopes(here, leaf, pulls)):
-            gradient += more
-    return output, gradients
-
-
-def _slopes(values: Tensor, leaf: ParticleNetwork, pulls: Tensor | None = None) -> tuple[Tensor, ...]:
-    return torch.autograd.grad(values, leaf.tensors(), pulls, allow_unused=True, materialize_grads=True)
+def _slopes(values: Tensor, leaf: ParticleNetwork) -> tuple[Tensor, ...]:
+    return torch.autograd.grad(values, leaf.tensors(), allow_unused=True, materialize_grads=True)
 
 
 def _tangent(network: ParticleNetwork, gradients: list[Tensor], masses: bool) -> Tangent:
