@@ -85,6 +85,8 @@ def _ends(runs: list[dict[str, Any]]) -> tuple[list[float], list[float]]:
 def growth(found: dict[str, Any]) -> Figure:
     """One panel per sweep: time of an iteration and of its two products against size."""
     sweeps = found["sweeps"]
+    if not sweeps:
+        return Figure()
     figure, grid = _panels(len(sweeps))
     for axes, (name, sweep) in zip(grid, sweeps.items()):
         _growth_panel(axes, name, sweep)

@@ -212,10 +212,14 @@ class Architecture:
         sources = (self.input_shape[0], *widths[:-1])
         return [(m, c, *layer.kernel) for m, c, layer in zip(widths, sources, self.layers, strict=True)]
 
-    def entries(self, widths: Sequence[int]) -> int:
-        """Numbers that one image takes: its pixels, and before and after pooling the features of every layer."""
+    def entries(self, widths: Sequence[int], copies: int = 1) -> int:
+        """Numbers that one image takes on its way: its pixels and, before and after pooling, the features of every
+        layer, `copies` times, and the largest patches, which a convolution in float64 writes out.
+        """
         maps = (width * (prod(size.output) + prod(size.pooled)) for width, size in zip(widths, self.geometry))
-        return prod(self.input_shape) + sum(maps)
+        sources = zip((self.input_shape[0], *widths), self.layers, self.geometry)
+        patches = (source * layer.offsets * prod(size.output) for source, layer, size in sources)
+        return copies * (prod(self.input_shape) + sum(maps)) + max(patches)
 
     def row_shapes(self, widths: Sequence[int]) -> list[tuple[int, int]]:
         """Of every layer >= 2, what an image adds to its shifted features: (positions, columns)."""

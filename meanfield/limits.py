@@ -52,14 +52,18 @@ def grace(seconds: float = GRACE) -> AbstractContextManager[None]:
     return _with(_deadline, max(_deadline.get(), time.perf_counter() + seconds))
 
 
-def memory(size: float | str) -> AbstractContextManager[None]:
+def memory(max_memory: float | str) -> AbstractContextManager[None]:
     """Limit this process to so much memory while what is inside runs, what it holds already included, or to the limit
     around it where that is less.
 
-    size: GiB, or a text such as "500MiB".  Blocks of images become smaller where that helps; what will not fit all the
-    same is refused before it begins, where it is known (`solve`, reading images).
+    max_memory: GiB, or a text such as "500MiB".  Blocks of images become smaller where it is scarce, and what is known
+    not to fit is refused before it begins (`solve`, reading images).  Misuse where more is held already.
     """
-    return _with(_memory, min(_memory.get(), 2**30 * validation.gibibytes(size, "size")))
+    size = 2**30 * validation.gibibytes(max_memory, "max_memory")
+    if size < math.inf and size < (held := held_memory()):
+        remedy = f"is less than the {held / 2**20:.0f} MiB that this process holds already; give more"
+        raise validation.Misuse("max_memory", max_memory, remedy)
+    return _with(_memory, min(_memory.get(), size))
 
 
 def watched(by: Callable[[], None]) -> AbstractContextManager[None]:

@@ -95,10 +95,10 @@ class Problem:
         In blocks of images, each pulled back by its own multipliers: no more than one block's graph is held.
         """
         leaf = network.map(lambda tensor: tensor.detach().requires_grad_())
-        count, each = len(self.inputs), self.inputs.element_size() * self.architecture.entries(leaf.widths)
+        count, each = len(self.inputs), self.inputs.element_size() * self.architecture.entries(leaf.widths, GRAPH)
         output = self.inputs.new_empty(count, self.architecture.outputs)
         gradients = [torch.zeros_like(tensor) for tensor in leaf.tensors()]
-        for block in limits.blocks(count, GRAPH * each):
+        for block in limits.blocks(count, each):
             with torch.enable_grad():
                 here = leaf.responses(self.inputs[block]).output
             output[block] = here.detach()

@@ -51,12 +51,13 @@ def start(
     kind "anchored": pre-activations as a wide standard network would draw them, realised by the least-norm kernels on
     the inputs (at most ANCHOR_ROWS image positions of them serve as anchors); "low_rank": kernels
     w(z', z) = sum_r a_r(z) phi_r(z') with random functions phi_r.  Both are scaled to pre-activations of unit root mean
-    square on the inputs, on START_IMAGES of them where there are more.  First-layer kernels, biases and readout are standard normal (biases of later layers start at zero).
+    square on the inputs, on START_IMAGES of them where there are more.  First-layer kernels, biases and readout are
+    standard normal (biases of later layers start at zero).
     dtype and device are those of `inputs`, (N, C_0, H, W).
     """
     widths = validation.widths(widths, architecture.depth)
     validation.working(architecture.check_inputs(inputs).dtype, "inputs.dtype")
-    _require_memory(architecture, widths, inputs.dtype.itemsize)
+    _require_memory(architecture, widths, inputs)
     masses = [inputs.new_full((m,), 1 / m) for m in widths]
     shapes = architecture.kernel_shapes(widths)
     kernels = [normal(shapes[0], generator, inputs) * math.sqrt(architecture.input_shape[0])]
@@ -114,16 +115,17 @@ class _Built:
         return (torch.stack(squares).sum() / (self.positions() * len(flow))).sqrt()
 
 
-def _require_memory(architecture: Architecture, widths: tuple[int, ...], itemsize: int) -> None:
+def _require_memory(architecture: Architecture, widths: tuple[int, ...], inputs: Tensor) -> None:
     """Refuse kernels that cannot be held before any is drawn."""
-    need, free = sum(map(math.prod, architecture.kernel_shapes(widths))) * itemsize, limits.free_memory()
-    if need > free:
+    need = sum(map(math.prod, architecture.kernel_shapes(widths))) * inputs.element_size()
+    most = limits.available(inputs.device)
+    if need > most:
         sizes = ", ".join(str(layer.kernel_size) for layer in architecture.layers)
         raise Misuse(
             "widths",
             widths,
-            f"with kernel_size {sizes} takes {need / 2**30:.3g} GiB for the kernels alone, of {free / 2**30:.3g} GiB "
-            "that are free; take fewer particles or smaller kernels",
+            f"with kernel_size {sizes} takes {need / 2**30:.3g} GiB for the kernels alone, and {most / 2**30:.3g} GiB "
+            "may be taken; take fewer particles or smaller kernels",
         )
 
 

@@ -38,7 +38,7 @@ class Compositions:
     def tensors(self) -> list[Tensor]:
         return [*self.kernels, *(b for b in self.biases if b is not None)]
 
-    def __getitem__(self, chosen: Tensor) -> Compositions:
+    def __getitem__(self, chosen: Tensor | slice) -> Compositions:
         return replace(
             self,
             kernels=tuple(k[chosen] for k in self.kernels),
@@ -58,10 +58,14 @@ class Compositions:
         return g
 
     def responses(self, problem: Problem, output: Tensor) -> Tensor:
-        """|q|^2 of every feature, (R,); in blocks of images, which a gradient computes anew."""
-        blocks = list(self.blocks(len(problem.inputs)))
-        read = self._read
-        if torch.is_grad_enabled() and len(blocks) > 1:
+        """|q|^2 of every feature, (R,); in blocks of features and images, which a gradient computes anew."""
+        groups = list(self.groups())
+        return torch.cat([self[few]._responses(problem, output, len(groups) == 1) for few in groups])
+
+    def _responses(self, problem: Problem, output: Tensor, whole: bool) -> Tensor:
+        blocks, read = list(self.blocks(len(problem.inputs))), self._read
+        whole = whole and len(blocks) == 1
+        if torch.is_grad_enabled() and not whole:
             read = partial(checkpoint, self._read, use_reentrant=False, preserve_rng_state=False)
         q: Tensor = reduce(torch.add, (read(problem.inputs[block], output[block]) for block in blocks))
         return q.flatten(1).square().sum(1)
@@ -72,15 +76,21 @@ class Compositions:
         read = arch.readout_features(arch.layers[-1].activate(self.preactivations(inputs)))
         return torch.einsum("nk,nr...->rk...", output, read)
 
+    def groups(self) -> Iterator[slice]:
+        """The features in groups of which one image fits the memory of a block."""
+        return limits.blocks(len(self), self._bytes)
+
     def blocks(self, count: int) -> Iterator[slice]:
-        """The images in blocks for which the features, their shifts and the graph of both fit the memory of a block."""
-        widths = [sources.shape[1] for sources in self.kernels]
-        shifts = (
-            width * conv.offsets * prod(size.input)
-            for width, conv, size in zip(widths[1:], self.architecture.layers[1:], self.architecture.geometry[1:])
-        )
-        each = len(self) * (self.architecture.entries(widths) + 2 * sum(shifts))
-        return limits.blocks(count, GRAPH * self.kernels[0].element_size() * each)
+        """The images in blocks that all features fit the memory of a block on."""
+        return limits.blocks(count, max(1, len(self)) * self._bytes)
+
+    @property
+    def _bytes(self) -> int:
+        """What a feature takes of an image, with its shifts and the graph of both."""
+        widths, arch = [kernels.shape[1] for kernels in self.kernels], self.architecture
+        layers = zip(widths[1:], arch.layers[1:], arch.geometry[1:])
+        shifts = sum(width * conv.offsets * prod(size.input) for width, conv, size in layers)
+        return self.kernels[0].element_size() * (arch.entries(widths, GRAPH) + 2 * GRAPH * shifts)
 
     def costs(self, problem: Problem, mu: Sequence[float | Tensor]) -> Tensor:
         """gamma_L of this realisation, (R,): no less than that of the feature."""

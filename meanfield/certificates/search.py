@@ -49,7 +49,7 @@ HIDDEN = 16  # sources of a searched feature, per layer
 MOST_HIDDEN = 64  # sources that a feature of the given network starts a search with, the heaviest ones
 UNIT_RATE, KERNEL_RATE, FLOW_RATE = 0.05, 0.2, 0.02  # of Adam: unit kernels, first-layer kernels, flows between layers
 STEPS = {True: 60, False: 300}  # for one layer, for more
-LEAST_ROUNDS = 3
+ROUNDS, LEAST_ROUNDS = 4, 3
 RADII = (-2.0, 1.0)  # logarithms of the factors on the network's own |z|: sources of one feature differ that much
 AGREEMENT = 1e-4  # relative to the bound: the search finds no more than the pool knew
 SAME_FEATURE = 0.99  # cosine of two features on the training inputs
@@ -96,7 +96,7 @@ def search_features(
     *,
     starts: Count = 64,
     steps: Count | None = None,
-    rounds: Count = 4,
+    rounds: Count = ROUNDS,
     count: Count = 8,
     seed: Seed = 0,
     rigorous_seconds: Nonnegative = 0.0,
@@ -325,7 +325,9 @@ class _Search:
         layer, positions = arch.layers[0], prod(arch.geometry[0].output)
         size = arch.input_shape[0] * layer.offsets
         blocks = list(limits.blocks(len(inputs), inputs.element_size() * positions * size))
-        alive = [(layer.patches(inputs[block]) != 0).any(2).flatten().nonzero() + block.start * positions for block in blocks]
+        alive = [
+            (layer.patches(inputs[block]) != 0).any(2).flatten().nonzero() + block.start * positions for block in blocks
+        ]
         seen = torch.cat(alive).flatten()
         if not len(seen):  # black images
             return normal((number, size), self.generator, inputs)
@@ -416,8 +418,13 @@ class _Search:
         if not len(order):
             return order
         best, inputs = everything[order], self.problem.inputs
-        maps = (best.preactivations(inputs[block]).movedim(1, 0).flatten(1) for block in best.blocks(len(inputs)))
-        products: Tensor = reduce(torch.add, (rows @ rows.T for rows in maps))
+        groups = [best[few] for few in best.groups()]
+        maps = (
+            torch.cat([few.preactivations(inputs[block]) for few in groups], 1) for block in best.blocks(len(inputs))
+        )
+        products: Tensor = reduce(
+            torch.add, (rows.T @ rows for rows in (each.movedim(1, -1).flatten(0, 2) for each in maps))
+        )
         lengths = products.diagonal().sqrt().clamp_min(torch.finfo(products.dtype).tiny)
         alike = (products / lengths / lengths[:, None]).tolist()
         kept: list[int] = []

@@ -18,7 +18,7 @@ from meanfield.convex.repopulation import ProgramPoint, joined, parted
 from meanfield.convex.restoration import BoundedRows, into_bounds, least_weighted, towards
 from meanfield.network import ParticleNetwork, along_axis, propagate
 from meanfield.penalties import perspective
-from meanfield.problem import FEASIBLE, Problem, Terms
+from meanfield.problem import FEASIBLE, GRAPH, Problem, Terms
 from meanfield.signatures import checked
 from meanfield.validation import instance
 
@@ -87,7 +87,7 @@ class ConvexProgram:
         stacks = [StackedRows(len(inputs) * rows, columns, inputs.device) for rows, columns in shapes]
         read = inputs.new_empty(len(inputs), *arch.readout_shape(widths[-1])[1:])
         with torch.no_grad():
-            for block in limits.blocks(len(inputs), 8 * (arch.entries(widths) + max(map(prod, shapes), default=0))):
+            for block in limits.blocks(len(inputs), 8 * (arch.entries(widths) + 2 * max(map(prod, shapes), default=0))):
                 _, features = propagate(arch, exact, biases, inputs[block].double())
                 for stack, conv, below in zip(stacks, arch.layers[1:], features):
                     stack.add(rows_of(conv, below))
@@ -142,9 +142,9 @@ class ConvexProgram:
         return propagate(self.problem.architecture, self.flows, self.frozen.biases, inputs)
 
     def blocks(self) -> Iterator[slice]:
-        """The images in blocks for which the maps, and as much again, fit the memory of a block."""
+        """The images in blocks for which the maps and their graph fit the memory of a block."""
         inputs = self.problem.inputs
-        each = 2 * inputs.element_size() * self.problem.architecture.entries(self.widths)
+        each = inputs.element_size() * self.problem.architecture.entries(self.widths, GRAPH)
         return limits.blocks(len(inputs), each)
 
     def point(self, network: ParticleNetwork) -> ProgramPoint:

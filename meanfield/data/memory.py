@@ -13,7 +13,8 @@ def afford(size: int, what: str) -> None:
     most = limits.available()
     if size > most:
         raise ValueError(
-            f"{what} would take {spelled(size)} of memory, and {spelled(most)} may be taken; give fewer or smaller images"
+            f"{what} would take {spelled(size)} of memory, and {spelled(most)} may be taken; give fewer or smaller "
+            f"images, {most / size:.0%} of them would fit"
         )
 
 

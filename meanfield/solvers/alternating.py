@@ -20,8 +20,8 @@ from meanfield.certificates import UnseenFeatures
 from meanfield.convex.program import ConvexProgram
 from meanfield.network import ParticleNetwork
 from meanfield.problem import Problem
-from meanfield.signatures import Count, Natural, Positive, Seconds, Seed, checked
-from meanfield.solvers import flow, splitting
+from meanfield.signatures import Count, Gibibytes, Natural, Positive, Seconds, Seed, checked
+from meanfield.solvers import flow, memory, splitting
 from meanfield.solvers.solution import ENDED_EARLY, Solution, message
 
 RATE, RATE_DECAY, RATE_CUT, LEAST_RATE = 0.1, 0.7, 0.25, 1e-3
@@ -46,6 +46,7 @@ def solve(
     grow: Natural = 0,
     seed: Seed = 0,
     max_seconds: Seconds = math.inf,
+    max_memory: Gibibytes = math.inf,
     callback: Callable[[dict[str, Any]], None] | None = None,
 ) -> Solution:
     """Alternate flow and convex program from `network` until a flow ends within `tolerance` (relative to J) of optimal.
@@ -62,6 +63,9 @@ def solve(
     program_tolerance: relative gap of the convex solves (default: tolerance / 5).  clones[l]:
     perturbed clones of the heaviest particles of layer l that enter each program as candidates of zero mass.  A round
     that would raise J is rejected, so J never rises.
+
+    max_memory: what this process may hold, as in `limits.memory` (GiB, or "500MiB"; default: limits.FREE_SHARE of what
+    is free on top of what it holds).  A run that will need more is refused before it starts, with what would fit.
 
     History rows, one per round: round, seconds, rate, flow_value, flow_drop (what the flow took off J), flow_speed (its
     metric speed at the end), flow_gap, value, dual_value, gap, violation, widths, accepted, flow_steps,
@@ -85,7 +89,8 @@ def solve(
         callback,
     )
     flow.warn_unattained(problem)
-    with limits.within(max_seconds):
+    with limits.within(max_seconds), limits.memory(max_memory):
+        memory.require(problem, network.widths, clones=clones, grow=grow, starts=CONFIRMING_STARTS)
         return run.solution(run.alternate(rounds, flow_steps, later))
 
 

@@ -19,6 +19,7 @@ from meanfield.bench.options import (
     MODEL,
     OUTPUT,
     WORK,
+    MaxMemory,
     MaxSeconds,
     Out,
     Overwrite,
@@ -34,7 +35,7 @@ from meanfield.bench.provenance import Provenance
 from meanfield.bench.task import Learning, Task
 from meanfield.data import Dataset
 from meanfield.problem import Problem
-from meanfield.solvers import alternating
+from meanfield.solvers import alternating, memory
 from meanfield.storage import networks, results
 from meanfield.studies.solve import page
 from meanfield.studies.solve.measure import Run, heading, solution_figures
@@ -70,6 +71,7 @@ class Options(Learning):
         at_least(0),
     ] = 0
     max_seconds: MaxSeconds = None
+    max_memory: MaxMemory = None
     out: Out = None
     overwrite: Overwrite = False
     json: Annotated[
@@ -102,8 +104,10 @@ def command(options: Options) -> None:
             result = stack.enter_context(
                 results.opened(options.out, networks.RESULT, page.FILES, overwrite=options.overwrite)
             )
+        stack.enter_context(limits.memory(options.max_memory or math.inf))
         images = options.task().images()
         problem = options.task().problem(images)
+        memory.require(problem, options.widths, grow=options.grow, starts=alternating.CONFIRMING_STARTS)
         say_data(images.summary, options.quiet)
         said = _warn(problem)
         watch = stack.enter_context(
