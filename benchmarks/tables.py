@@ -221,10 +221,9 @@ def _exponents(found: dict[str, Any]) -> str:
     texts = []
     for key, fit in found.items():
         if fit["slope"] is not None:
+            named = key.removesuffix("_seconds").replace("_", " ")
             error = "" if fit["error"] is None else f" +- {fit['error']:.2f}"
-            texts.append(
-                f"{key.removesuffix('_seconds').replace('_', ' ')} {fit['slope']:.2f}{error} (last two sizes {fit['upper']:.2f})"
-            )
+            texts.append(f"{named} {fit['slope']:.2f}{error} (last two sizes {fit['upper']:.2f})")
     return "exponents: " + ", ".join(texts) if texts else "no exponents"
 
 

@@ -1,8 +1,7 @@
 """How freezing and solving grow with images at full size: MNIST, two tanh layers of 64 with 2x2 average pooling.
 
 Softmax, the penalties of the other benchmarks, random kernels.  Each size in a process of its own, on one thread: CPU
-seconds of freezing and of the program to a relative gap, and the peak of memory over what was held before, images
-included.
+seconds of freezing and of the program to a relative gap, and the peak of memory over what images and network took.
 """
 
 from __future__ import annotations
@@ -20,8 +19,8 @@ TOLERANCE = 1e-5
 
 def measure(order: dict[str, Any]) -> dict[str, Any]:
     """Of `images` images of `data`, with `width` particles a layer; for a process that has done nothing else."""
-    before = fresh_peak()
     problem, network = problems.all_classes(order["data"], order["images"], order["width"])
+    before = fresh_peak()
     began = time.process_time()
     program = ConvexProgram.freeze(problem, network)
     frozen, freeze_peak = time.process_time(), peak_bytes() - before

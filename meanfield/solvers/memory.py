@@ -211,7 +211,11 @@ def _fitting(job: Job, room: float) -> str:
     pooled = replace(job, architecture=replace(job.architecture, readout="average"))
     if job.architecture.readout == "flatten" and fits(pooled):
         offers.append("the average readout")
-    return f"what fits: {' or '.join(offers)}" if offers else "take smaller images, fewer of them and fewer particles"
+    return (
+        f"what fits: {' or '.join(offers)}"
+        if offers
+        else "take smaller images or kernels, and fewer images and particles"
+    )
 
 
 def _capped(widths: tuple[int, ...], most: int) -> tuple[int, ...]:
