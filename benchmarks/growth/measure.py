@@ -87,10 +87,10 @@ class Options(BenchmarkOptions):
         False
     )
     sweep: Annotated[
-        tuple[str, ...],
+        tuple[str, ...] | None,
         option(f"Only this one of {', '.join(SWEEPS)}; may be given again. Without it: all.", WORK, show_default=False),
         swept,
-    ] = ()
+    ] = None
     in_process: InProcess = False
 
     def __post_init__(self) -> None:
