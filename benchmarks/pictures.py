@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -83,22 +84,21 @@ def _ends(runs: list[dict[str, Any]]) -> tuple[list[float], list[float]]:
 
 
 def growth(found: dict[str, Any]) -> Figure:
-    """One panel per sweep: time of an iteration and of its two products against size."""
-    sweeps = found["sweeps"]
-    figure, grid = _panels(len(sweeps))
-    for axes, (name, sweep) in zip(grid, sweeps.items()):
-        _growth_panel(axes, name, sweep)
+    """One panel per sweep: time of an iteration and of its two products, or of a whole solve, against size."""
+    timed = {name: (sweep, _ITERATION) for name, sweep in found["sweeps"].items()}
+    if "streamed" in found:
+        timed["streamed"] = found["streamed"], _WHOLE
+    figure, grid = _panels(len(timed))
+    for axes, (name, (sweep, lines)) in zip(grid, timed.items()):
+        _growth_panel(axes, name, sweep, lines)
     grid[0].set_ylabel("CPU milliseconds, one thread")
     return figure
 
 
-def _growth_panel(axes: Axes, name: str, sweep: dict[str, Any]) -> None:
+def _growth_panel(axes: Axes, name: str, sweep: dict[str, Any], lines: Sequence[tuple[str, str]]) -> None:
     rows = [row for row in sweep["rows"] if "failed" not in row]
     sizes = [row["size"] for row in rows]
-    for key, text, style, color in (
-        ("iteration_seconds", "an iteration", "o-", BLUE),
-        ("products_seconds", "its two products", "s--", RED),
-    ):
+    for (key, text), style, color in zip(lines, ("o-", "s--"), (BLUE, RED)):
         fit = sweep["exponents"][key]
         slope = "" if fit["slope"] is None else f", exponent {fit['slope']:.2f}"
         axes.plot(sizes, [1e3 * row[key] for row in rows], style, color=color, label=text + slope)
@@ -110,7 +110,10 @@ def _growth_panel(axes: Axes, name: str, sweep: dict[str, Any]) -> None:
     axes.legend(frameon=False, fontsize=8)
 
 
+_ITERATION = (("iteration_seconds", "an iteration"), ("products_seconds", "its two products"))
+_WHOLE = (("freeze_seconds", "freezing"), ("program_seconds", "the program"))
 _SIZE_LABELS = {
+    "streamed": "images of full size",
     "particles": "particles of layer 1 (half as many in layer 2)",
     "images": "images",
     "positions": "positions of an image",

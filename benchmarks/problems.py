@@ -80,6 +80,17 @@ def setting(case: Case, dtype: torch.dtype = torch.float64) -> tuple[mf.Problem,
     return problem, network
 
 
+def all_classes(name: str, images: int, width: int) -> tuple[mf.Problem, mf.ParticleNetwork]:
+    """Images of all classes of a data set at full size, softmax, and a random network of two layers with 2x2 average
+    pooling, on the CPU.
+    """
+    layer = mf.Conv(3, padding=1, activation="tanh", pooling="average")
+    chosen = data.load(name, samples=images)
+    architecture = mf.Architecture(chosen.input_shape, (layer, layer), outputs=chosen.outputs_for("softmax"))
+    problem = mf.Problem(architecture, chosen.inputs, chosen.targets("softmax"), "softmax", PENALTY)
+    return problem, normal_network(architecture, (width, width), problem.inputs, 0)
+
+
 def normal_network(
     architecture: mf.Architecture, widths: tuple[int, int], like: Tensor, seed: int
 ) -> mf.ParticleNetwork:

@@ -158,7 +158,28 @@ def growth(found: dict[str, Any]) -> list[Table]:
         for target in found["targets"]:
             table.add_row(target["text"], f"{target['worst']:.2f}", _kept(target["kept"]))
         tables.append(table)
-    return tables
+    return [*tables, _streamed(found["streamed"])] if "streamed" in found else tables
+
+
+def _streamed(found: dict[str, Any]) -> Table:
+    columns = ("images", "rank", "freeze s", "peak MiB", "program s", "iterations", "proven gap", "peak MiB")
+    table = Table(*columns, title="growth with images at full size; one thread, CPU seconds")
+    table.caption = _exponents(found["exponents"])
+    for row in found["rows"]:
+        if "failed" in row:
+            table.add_row(str(row["size"]), "", escape(f"failed: {row['failed']}"))
+            continue
+        table.add_row(
+            str(row["size"]),
+            str(row["rank"]),
+            _fixed(row["freeze_seconds"]),
+            _mebibytes(row["freeze_peak_bytes"]),
+            _fixed(row["program_seconds"]),
+            str(row["iterations"]),
+            f"{row['relative_gap']:.1e}",
+            _mebibytes(row["peak_bytes"]),
+        )
+    return table
 
 
 def _sweep(name: str, sweep: dict[str, Any]) -> Table:
@@ -200,10 +221,9 @@ def _exponents(found: dict[str, Any]) -> str:
     texts = []
     for key, fit in found.items():
         if fit["slope"] is not None:
+            named = key.removesuffix("_seconds").replace("_", " ")
             error = "" if fit["error"] is None else f" +- {fit['error']:.2f}"
-            texts.append(
-                f"{key.removesuffix('_seconds')} {fit['slope']:.2f}{error} (last two sizes {fit['upper']:.2f})"
-            )
+            texts.append(f"{named} {fit['slope']:.2f}{error} (last two sizes {fit['upper']:.2f})")
     return "exponents: " + ", ".join(texts) if texts else "no exponents"
 
 

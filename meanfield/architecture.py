@@ -107,6 +107,19 @@ class Conv:
         columns = functional.unfold(inputs, self.kernel, padding=self.padding, stride=self.stride)  # type: ignore[arg-type]
         return columns.transpose(1, 2)
 
+    def chosen_patches(self, signals: Iterable[Tensor], chosen: Tensor) -> Tensor:
+        """Rows `chosen` (R,), in any order, of the patches of all images and positions, (R, C S); the images come in
+        blocks (n, C, H, W).
+        """
+        parts, places, first = [], [], 0
+        for signal in signals:
+            rows = self.patches(signal).flatten(0, 1)
+            here = torch.nonzero((first <= chosen) & (chosen < first + len(rows))).flatten()
+            parts.append(rows[chosen[here] - first])
+            places.append(here)
+            first += len(rows)
+        return torch.cat(parts)[torch.cat(places).argsort()]
+
     def activate(self, preactivations: Tensor) -> Tensor:
         """f = pool(h(g)), (N, M, H', W') -> (N, M, H'', W'')."""
         features = ACTIVATIONS[self.activation].function(preactivations)
@@ -199,10 +212,19 @@ class Architecture:
         sources = (self.input_shape[0], *widths[:-1])
         return [(m, c, *layer.kernel) for m, c, layer in zip(widths, sources, self.layers, strict=True)]
 
-    def entries(self, widths: Sequence[int]) -> int:
-        """Numbers that one image takes: its pixels, and before and after pooling the features of every layer."""
+    def entries(self, widths: Sequence[int], copies: int = 1) -> int:
+        """Numbers that one image takes on its way: its pixels and, before and after pooling, the features of every
+        layer, `copies` times, and the largest patches, which a convolution in float64 writes out.
+        """
         maps = (width * (prod(size.output) + prod(size.pooled)) for width, size in zip(widths, self.geometry))
-        return prod(self.input_shape) + sum(maps)
+        sources = zip((self.input_shape[0], *widths), self.layers, self.geometry)
+        patches = (source * layer.offsets * prod(size.output) for source, layer, size in sources)
+        return copies * (prod(self.input_shape) + sum(maps)) + max(patches)
+
+    def row_shapes(self, widths: Sequence[int]) -> list[tuple[int, int]]:
+        """Of every layer >= 2, what an image adds to its shifted features: (positions, columns)."""
+        layers = zip(self.geometry[1:], widths, self.layers[1:])
+        return [(prod(size.output), width * conv.offsets + conv.bias) for size, width, conv in layers]
 
     def readout_shape(self, width: int) -> tuple[int, ...]:
         """(K, M_L), or (K, M_L, positions) for the flattened readout."""

@@ -1,9 +1,12 @@
 """Limits of a run, time and memory: what a long piece of work looks at, and what becomes of it where they are met.
 
-Images are taken in blocks of BLOCK_BYTES, so that memory does not grow with their number.  Work that takes long calls
-`look` every few seconds at most.  Past its time that raises TimeUp, which passes through everything up to the solver
-that set the limit and holds the best answer so far; an interrupt by the user and a shortage of memory take the same
-way.
+Images are taken in blocks, so that memory does not grow with their number: of BLOCK_BYTES, larger ones are no faster,
+or of BLOCK_SHARE of `memory` where that is less.  A block never follows from what happens to be free: the same call
+gives the same figures.  What is free decides only what is refused, by `available`.
+
+Work that takes long calls `look` every few seconds at most.  Past its time that raises TimeUp, which passes through
+everything up to the solver that set the limit and holds the best answer so far; an interrupt by the user and a shortage
+of memory take the same way.
 """
 
 from __future__ import annotations
@@ -13,10 +16,17 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
+
+from meanfield import validation
+
+if TYPE_CHECKING:
+    import torch
 
 GRACE = 3.0  # seconds for the certificate of a run that was stopped
 BLOCK_BYTES = 2**25  # of what is computed of a block of images
+BLOCK_SHARE = 2**-5  # of the memory that was allowed
+FREE_SHARE = 0.8  # of what is free may be taken where nothing else was said
 
 T = TypeVar("T")
 
@@ -39,6 +49,7 @@ class Clock:
 
 _clock: ContextVar[Clock] = ContextVar("clock", default=Clock())  # noqa: B039 - of no state
 _deadline: ContextVar[float] = ContextVar("deadline", default=math.inf)
+_memory: ContextVar[float] = ContextVar("memory", default=math.inf)
 _watch: ContextVar[Callable[[], None]] = ContextVar("watch", default=lambda: None)
 
 
@@ -58,6 +69,20 @@ def within(seconds: float) -> AbstractContextManager[None]:
 def grace(seconds: float = GRACE) -> AbstractContextManager[None]:
     """Allow what is done inside so many seconds from now, even if the time around it has passed."""
     return _with(_deadline, max(_deadline.get(), now() + seconds))
+
+
+def memory(max_memory: float | str) -> AbstractContextManager[None]:
+    """Limit this process to so much memory while what is inside runs, what it holds already included, or to the limit
+    around it where that is less.
+
+    max_memory: GiB, or a text such as "500MiB".  Blocks of images become smaller where it is scarce, and what is known
+    not to fit is refused before it begins (`solve`, reading images).  Misuse where more is held already.
+    """
+    size = 2**30 * validation.gibibytes(max_memory, "max_memory")
+    if size < math.inf and size < (held := held_memory()):
+        remedy = f"is less than the {held / 2**20:.0f} MiB that this process holds already; give more"
+        raise validation.Misuse("max_memory", max_memory, remedy)
+    return _with(_memory, min(_memory.get(), size))
 
 
 def watched(by: Callable[[], None]) -> AbstractContextManager[None]:
@@ -101,10 +126,17 @@ def look(in_step: bool = False) -> None:
         raise TimeUp
 
 
+def block_bytes() -> int:
+    """What a block of images may take."""
+    return int(min(BLOCK_BYTES, BLOCK_SHARE * _memory.get()))
+
+
 def blocks(count: int, bytes_each: int) -> Iterator[slice]:
-    """Slices of `count` images that take so many bytes each, a block at a time; looks at the time between them."""
+    """Slices of `count` images that take so many bytes each, a block at a time and one image at least; looks at the
+    time between them.
+    """
     step = _block(bytes_each)
-    for first in range(0, count, step):
+    for first in range(0, max(count, 1), step):  # of no images an empty one
         if first:
             look(in_step=True)
         yield slice(first, min(first + step, count))
@@ -116,7 +148,7 @@ def blocks_in(count: int, bytes_each: int) -> int:
 
 
 def _block(bytes_each: int) -> int:
-    return max(1, BLOCK_BYTES // bytes_each)
+    return max(1, block_bytes() // bytes_each)
 
 
 def status(stop: BaseException) -> str:
@@ -134,11 +166,31 @@ def status(stop: BaseException) -> str:
     raise stop
 
 
-def free_memory() -> int:
-    """Bytes of the host's memory that new work can have."""
+def available(device: torch.device | str = "cpu") -> int:
+    """Bytes that new work may take: FREE_SHARE of what is free, or what `memory` leaves beside what is held already."""
+    return int(max(0, min(FREE_SHARE * free_memory(device), _memory.get() - held_memory(device))))
+
+
+def free_memory(device: torch.device | str = "cpu") -> int:
+    """Bytes that are free on the device."""
+    if str(device).startswith("cuda"):
+        import torch
+
+        return torch.cuda.mem_get_info(device)[0]
     import psutil  # a twentieth of a second, which `--help` does not need
 
     return psutil.virtual_memory().available
+
+
+def held_memory(device: torch.device | str = "cpu") -> int:
+    """Bytes that this process holds on the device."""
+    if str(device).startswith("cuda"):
+        import torch
+
+        return torch.cuda.memory_allocated(device)
+    import psutil
+
+    return psutil.Process().memory_info().rss
 
 
 def is_shortage(error: BaseException) -> bool:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from meanfield import limits
 from meanfield.architecture import Architecture
 from meanfield.validation import finite, instance, shaped, working
 
@@ -179,7 +180,19 @@ class ParticleNetwork:
 
     def __call__(self, inputs: Tensor) -> Tensor:
         """F on inputs (N, C_0, H, W) -> (N, K)."""
-        return self.responses(self.check_inputs(inputs)).output
+        return self.output(self.check_inputs(inputs))
+
+    def output(self, inputs: Tensor) -> Tensor:
+        """F on inputs (N, C_0, H, W) -> (N, K); in blocks of images where no gradient is wanted, which would keep them
+        all.
+        """
+        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (inputs, *self.tensors())):
+            return self.responses(inputs).output
+        each = inputs.element_size() * self.architecture.entries(self.widths)
+        output = inputs.new_empty(len(inputs), self.architecture.outputs)
+        for block in limits.blocks(len(inputs), each):
+            output[block] = self.responses(inputs[block]).output
+        return output
 
     def check_inputs(self, inputs: Tensor) -> Tensor:
         """The inputs as they are; ValueError unless shape, dtype and device are those of the network."""

@@ -216,7 +216,7 @@ class Problem:
             return torch.cat([loss[None], *(part.flatten() for part in torch.autograd.grad(output, leaves, pulls))])
 
         sizes = [1, *(tensor.numel() for tensor in leaves)]
-        each = GRAPH * self.inputs.element_size() * self.architecture.entries(leaf.widths)
+        each = self.inputs.element_size() * self.architecture.entries(leaf.widths, GRAPH)
         loss, *gradients = self.total(each, self.inputs.new_zeros(sum(sizes)), piece).split(sizes)
         return loss[0], [part.view(tensor.shape) for part, tensor in zip(gradients, leaves)]
 

@@ -23,6 +23,7 @@ from meanfield.validation import (
     Rule,
     at_least,
     boolean,
+    gibibytes,
     instance,
     integer,
     nonnegative,
@@ -41,6 +42,7 @@ Seed = Annotated[int, seed]
 Positive = Annotated[float, positive]
 Nonnegative = Annotated[float, nonnegative]
 Seconds = Annotated[float, seconds]
+Gibibytes = Annotated[float | str, gibibytes]
 
 
 def checked(function: Callable[P, R]) -> Callable[P, R]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 from collections.abc import Callable, Collection, Iterable
 from functools import partial
 from numbers import Integral, Real
@@ -145,6 +146,29 @@ def seconds(value: Any, argument: str) -> float:
     return math.inf if isinstance(value, Real) and value == math.inf else nonnegative(value, argument)
 
 
+def gibibytes(value: Any, argument: str) -> float:
+    """An amount of memory in GiB, infinity included: a number, or a text such as 3GiB or 500MiB."""
+    value = plain(value)
+    units = {
+        "": 1.0,
+        "GIB": 1.0,
+        "G": 1.0,
+        "MIB": 2**-10,
+        "M": 2**-10,
+        "KIB": 2**-20,
+        "GB": 1e9 / 2**30,
+        "MB": 1e6 / 2**30,
+    }
+    if isinstance(value, str):
+        found = re.fullmatch(
+            r"([0-9]+(?:\.[0-9]*)?(?:e[+-]?[0-9]+)?)\s*([a-z]*)", value.strip(), re.ASCII | re.IGNORECASE
+        )
+        if found is None or found[2].upper() not in units or not 0 < (size := float(found[1])) < math.inf:
+            raise Misuse(argument, value, "must be an amount of memory: GiB, or with its unit, such as 3GiB or 500MiB")
+        return size * units[found[2].upper()]
+    return math.inf if isinstance(value, Real) and value == math.inf else positive(value, argument)
+
+
 def path(value: Any, argument: str) -> Path:
     """Text as well."""
     if not isinstance(value, (str, Path)) or not str(value):
@@ -188,8 +212,12 @@ def finite(tensor: torch.Tensor, argument: str) -> torch.Tensor:
     if tensor.layout != torch.strided or tensor.is_meta:
         kind = "has no entries (it is on the device 'meta')" if tensor.is_meta else f"has the layout {tensor.layout}"
         raise ValueError(f"{argument} {kind}; give a dense tensor with entries")
-    bad = ~tensor.isfinite()
-    if bool(bad.any()):
-        where = tuple(int(i) for i in bad.nonzero()[0])
+    # the extremes tell of NaN as well, and take no memory; whole numbers are finite
+    if (
+        tensor.is_floating_point()
+        and tensor.numel()
+        and not bool(torch.stack(tensor.detach().aminmax()).isfinite().all())
+    ):
+        where = tuple(int(i) for i in (~tensor.isfinite()).nonzero()[0])
         raise ValueError(f"{argument}{list(where)} is {tensor[where].item()}; every entry must be finite")
     return tensor

@@ -1,6 +1,7 @@
 """Limits of a run: wherever it is stopped, by the clock, the user or a lack of memory, it keeps its best network."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,7 +9,9 @@ from strategies import seeded
 
 import meanfield as mf
 from meanfield import limits
-from meanfield.certificates import search
+from meanfield.bench import distances
+from meanfield.certificates import compositions, search
+from meanfield.finite import training
 from meanfield.solvers import alternating
 
 
@@ -124,6 +127,10 @@ def test_kernels_that_no_memory_holds_are_refused_before_any_is_drawn(widths, ke
     arch = mf.Architecture((1, 4, 4), layers)
     problem = mf.Problem(arch, torch.zeros(2, 1, 4, 4), [1.0, -1.0])
     with pytest.raises(ValueError, match=r"widths=.*kernel_size.*GiB.*take fewer particles or smaller kernels"):
+        mf.starts.draw(problem, widths, seeded(0))
+    with pytest.raises(
+        ValueError, match=r"widths=.* 2 images of 1 x 4 x 4 needs about .*GiB.*(what fits|take smaller)"
+    ):
         mf.solve(problem, widths)
 
 
@@ -156,3 +163,106 @@ def test_times_that_are_none_are_refused(solver, value):
     subject = [mf.ConvexProgram.freeze(problem, network)] if solver == "splitting" else [problem, network]
     with pytest.raises(ValueError, match="max_seconds="):
         getattr(mf.solvers, solver).solve(*subject, max_seconds=value)
+
+
+def whole_and_in_blocks():
+    """Everything that runs in blocks, each from a problem of five images and a network of widths (4, 3)."""
+    layers = [mf.Conv(3, padding=1, activation="tanh", bias=True, pooling="average"), mf.Conv(2, activation="tanh")]
+    arch = mf.Architecture((2, 5, 4), layers, "flatten", 3)
+    inputs = torch.rand(5, 2, 5, 4, generator=seeded(0), dtype=torch.float64)
+    problem = mf.Problem(arch, inputs, [0, 1, 2, 1, 0], "softmax", mf.Penalty(source=3e-3, readout=3e-2, input=3e-3))
+    network = mf.starts.draw(problem, (4, 3), seeded(1), "low_rank")
+    other = mf.starts.draw(problem, (4, 3), seeded(2), "low_rank")
+    program = mf.ConvexProgram.freeze(problem, network)
+    point = program.point(network)
+    output = problem.loss.gradient(problem.output(network), problem.targets) / 5
+    finite = mf.finite.FiniteCNN.from_particles(network)
+    one_output = mf.finite.FiniteCNN.random(replace(arch, outputs=1), (4, 3), inputs, seeded(4), "ntk")
+    measure = lambda net: distances.FeatureMeasure.of(net, inputs, 1)  # noqa: E731
+
+    def projected(space):
+        return space.right @ space.right.T
+
+    def sloped():
+        found = compositions.own_features(problem, network, 4)
+        leaf = found.kernels[0].detach().clone().requires_grad_()
+        return torch.autograd.grad(
+            replace(found, kernels=(leaf, *found.kernels[1:])).responses(problem, output).log().sum(), leaf
+        )[0]
+
+    def pulled():
+        finite.zero_grad()
+        training._pull_back(problem, finite)
+        return [parameter.grad for parameter in finite.parameters()]
+
+    def searched():
+        found = mf.certificates.search_features(problem, output, network, starts=4, steps=2, rounds=1, count=3)
+        return [torch.tensor(found.bound), found.scores, *found.features.tensors()]
+
+    return {
+        "value": lambda: problem.value(network),
+        "responses": lambda: network(inputs),
+        "velocity": lambda: mf.solvers.flow.velocity(problem, network)[1].kernels,
+        "start, anchored": lambda: mf.starts.start(arch, (4, 3), inputs, seeded(3)).tensors(),
+        "start, low rank": lambda: mf.starts.start(arch, (4, 3), inputs, seeded(3), "low_rank").tensors(),
+        "freeze": lambda: [
+            tensor
+            for frozen in [mf.ConvexProgram.freeze(problem, network)]
+            for tensor in (frozen.readout_features, *map(projected, frozen.spaces))
+        ],
+        "violation": lambda: torch.tensor(program.violation(point.map(lambda t: 1.5 * t))),
+        "multipliers": lambda: list(mf.certificates.stationary_multipliers(program, point).realisation),
+        "unseen features": lambda: compositions.own_features(problem, network, 4).responses(problem, output),
+        "their slopes": sloped,
+        "own features": lambda: compositions.OwnFeatures(network).responses(problem, output),
+        "search": searched,
+        "features": lambda: measure(network).values,
+        "Wasserstein": lambda: torch.tensor(distances.wasserstein(measure(network), measure(other))),
+        "close pairs": lambda: torch.tensor(distances.mmd(measure(network), measure(network)).bandwidths),
+        "sliced": lambda: torch.tensor(
+            distances.sliced_wasserstein(measure(network), measure(other), generator=seeded(5), projections=70).squared
+        ),
+        "finite training": pulled,
+        "finite network": lambda: torch.no_grad()(finite)(inputs),
+        "tangent kernel": lambda: mf.finite.kernel.empirical(one_output, inputs),
+    }
+
+
+@pytest.mark.parametrize("size", [1, 5000, 30_000])
+def test_blocks_of_any_size_give_the_same(monkeypatch, size):
+    """Up to the order of sums; the default takes all five images at once."""
+    seen: list[int] = []
+    counted, blocks = limits.blocks, whole_and_in_blocks()
+
+    def counting(count, each):
+        found = list(counted(count, each))
+        seen.append(len(found))
+        return iter(found)
+
+    whole = {name: compute() for name, compute in blocks.items()}
+    monkeypatch.setattr(limits, "blocks", counting)
+    monkeypatch.setattr(limits, "BLOCK_BYTES", size)
+    for name, compute in blocks.items():
+        seen.clear()
+        found = compute()
+        assert max(seen, default=1) > 1 or size > 5000 or name == "sliced", name
+        as_list = lambda value: [value] if isinstance(value, torch.Tensor) else list(value)  # noqa: E731
+        for one, other in zip(as_list(whole[name]), as_list(found), strict=True):
+            torch.testing.assert_close(other, one, rtol=1e-9, atol=1e-11, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_blocks_follow_an_allowed_memory_and_nothing_that_is_free(monkeypatch):
+    monkeypatch.setattr(limits, "free_memory", lambda _: 10**9)
+    monkeypatch.setattr(limits, "held_memory", lambda device="cpu": 3 * 10**8)
+    assert limits.block_bytes() == limits.BLOCK_BYTES
+    assert limits.available() == 0.8 * 10**9
+    with limits.memory(0.5):
+        assert limits.block_bytes() == limits.BLOCK_SHARE * 2**29 < limits.BLOCK_BYTES
+        assert limits.available() == 2**29 - 3 * 10**8
+        with limits.memory("3 GiB"):
+            assert limits.available() == 2**29 - 3 * 10**8
+        monkeypatch.setattr(limits, "held_memory", lambda device="cpu": 2**30)
+        assert limits.available() == 0
+        with pytest.raises(ValueError, match=r"max_memory=0.9 is less than the 1024 MiB that this process holds"):
+            limits.memory(0.9)
+    assert limits.block_bytes() == limits.BLOCK_BYTES

@@ -13,7 +13,7 @@ import pytest
 PACKAGES = {
     "meanfield": (
         "Architecture Conv ConvexProgram ParticleNetwork Penalty Problem ProgramPoint Solution certificates data "
-        "finite grafting load_network measures save_network solve solvers starts studies"
+        "finite grafting limits load_network measures save_network solve solvers starts studies"
     ),
     "meanfield.certificates": (
         "Certificate Multipliers UnseenFeatures certify dual_value search_features stationary_multipliers"
@@ -30,6 +30,7 @@ MODULES = {
     "meanfield.certificates.search": "UnseenFeatures search_features",
     "meanfield.certificates.sphere": "SphereMaximum maximise",
     "meanfield.data": "Dataset load",
+    "meanfield.limits": "memory within",
     "meanfield.measures": (
         "adjoin balance drop_massless extend interpolate merge mixture permute select split with_tensors"
     ),
@@ -45,7 +46,7 @@ MODULES = {
     ),
 }
 SUBMODULES = {
-    "meanfield": "certificates data finite grafting measures solvers starts studies",
+    "meanfield": "certificates data finite grafting limits measures solvers starts studies",
     "meanfield.finite": "kernel",
     "meanfield.solvers": PACKAGES["meanfield.solvers"],
 }

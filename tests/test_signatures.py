@@ -14,7 +14,7 @@ from strategies import seeded
 import meanfield as mf
 from meanfield import certificates, finite, measures, starts
 from meanfield.certificates import sphere
-from meanfield.signatures import Count, Natural, Nonnegative, Positive, Seconds, Seed, checked
+from meanfield.signatures import Count, Gibibytes, Natural, Nonnegative, Positive, Seconds, Seed, checked
 from meanfield.studies import convexity
 from meanfield.validation import choice
 
@@ -38,6 +38,7 @@ BAD = {
     Positive: [*NO_NUMBERS, -1.0, 0.0, math.inf],
     Nonnegative: [*NO_NUMBERS, -1.0, math.inf],
     Seconds: [*NO_NUMBERS, -1.0],
+    Gibibytes: [*NO_NUMBERS, -1.0, 0.0, "3 apples", "-1GiB", "0MiB", 1e-6],
     Sequence[int]: [5, "64,32", (0.5, 1), (True, True), (-1, -1), Odd()],
     str: ["nosuch", "", 5, Odd()],
 }

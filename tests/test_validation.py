@@ -146,3 +146,25 @@ def test_booleans_of_arrays_are_booleans_and_no_numbers(value):
 def test_finite_refuses_tensors_whose_entries_cannot_be_read(tensor, message):
     with pytest.raises(ValueError, match=message):
         validation.finite(tensor, "inputs")
+
+
+@pytest.mark.parametrize(
+    ("value", "size"),
+    [
+        (3, 3.0),
+        ("3", 3.0),
+        ("3GiB", 3.0),
+        ("1.5 g", 1.5),
+        ("512MiB", 0.5),
+        ("2e3MB", 2e9 / 2**30),
+        (float("inf"), np.inf),
+    ],
+)
+def test_an_amount_of_memory_is_gibibytes_or_says_its_unit(value, size):
+    assert validation.gibibytes(value, "max_memory") == pytest.approx(size, rel=1e-15)
+
+
+@pytest.mark.parametrize("value", [0, -1, "", "GiB", "3TiB", "-3", "3 4", "nan", "1e999", True, None])
+def test_what_is_no_amount_of_memory_is_refused(value):
+    with pytest.raises(ValueError, match="max_memory="):
+        validation.gibibytes(value, "max_memory")

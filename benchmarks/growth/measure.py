@@ -4,7 +4,7 @@ Time per iteration, in CPU seconds on one thread: the difference of two runs of 
 `splitting.solve`, so that the start and the certificates cancel; medians over repetitions.  Beside it, in
 the same process, the two matrix products that an iteration contains, (M_2 x M_1 S) (M_1 S x rank) and back, and the
 float64 rate of one large square product.  Sizes are one program each, in a process of its own.  Exponents are slopes of
-log time against log size with their standard errors.
+log time against log size with their standard errors.  `streamed` has the growth of a whole solve with images.
 """
 
 from __future__ import annotations
@@ -24,9 +24,10 @@ from benchmarks.contenders import WARM_UP
 from benchmarks.machine import fresh_peak, peak_bytes
 from benchmarks.options import BenchmarkOptions, InProcess, Quick, not_both
 from benchmarks.problems import LARGE, Case
-from meanfield.bench.options import WORK, flag
+from meanfield.bench.options import WORK, flag, option
 from meanfield.convex.program import ConvexProgram
 from meanfield.solvers import splitting
+from meanfield.validation import one_of
 
 SHORT, LONG = 22, 38  # between them no block is rescaled and the acceleration's memory is full
 FAST = 0.01  # seconds per iteration under which `long_if_fast` iterations are needed for a stable figure
@@ -44,6 +45,9 @@ class Sizes:
     particles: tuple[Case, ...] = tuple(Case(16, 4, (width, width // 2)) for width in (64, 128, 256, 512))
     images: tuple[Case, ...] = tuple(Case(images, 4, (256, 64)) for images in (16, 32, 64, 128))
     positions: tuple[Case, ...] = tuple(Case(16, side, (256, 64)) for side in (4, 6, 8, 11))
+    streamed: tuple[dict[str, Any], ...] = tuple(
+        {"data": "mnist", "images": images, "width": 64} for images in (500, 1000, 2000, 4000)
+    )
     repetitions: int = 3
     square: int = 1024
     timed_seconds: float = 0.2
@@ -55,6 +59,7 @@ QUICK = Sizes(
     particles=(Case(4, 4, (8, 4)), Case(4, 4, (16, 8))),
     images=(Case(4, 4, (8, 4)), Case(8, 4, (8, 4))),
     positions=(Case(4, 4, (8, 4)), Case(4, 6, (8, 4))),
+    streamed=tuple({"data": "digits", "images": images, "width": 4} for images in (12, 24)),
     repetitions=1,
     square=128,
     timed_seconds=0.01,
@@ -66,6 +71,13 @@ GROWING: dict[str, Callable[[Case], float]] = {
     "images": lambda case: case.images,
     "positions": lambda case: case.side**2,
 }
+SWEPT = ("iteration_seconds", "products_seconds", "freeze_seconds")
+STREAMED = ("freeze_seconds", "program_seconds", "peak_bytes")
+SWEEPS = (*GROWING, "streamed")
+
+
+def swept(value: Any, argument: str) -> tuple[str, ...]:
+    return tuple(one_of(each, argument, SWEEPS) for each in value)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +86,11 @@ class Options(BenchmarkOptions):
     large: Annotated[bool, flag(f"End the sweep of particles with {LARGE.name} (several minutes, 2 GiB).", WORK)] = (
         False
     )
+    sweep: Annotated[
+        tuple[str, ...] | None,
+        option(f"Only this one of {', '.join(SWEEPS)}; may be given again. Without it: all.", WORK, show_default=False),
+        swept,
+    ] = None
     in_process: InProcess = False
 
     def __post_init__(self) -> None:
@@ -87,12 +104,28 @@ class Options(BenchmarkOptions):
 
 def run(options: Options, report: Callable[[str], None]) -> dict[str, Any]:
     """Every figure of the benchmark, ready for JSON."""
-    sizes, sweeps = options.sizes, {}
-    for name in GROWING:
+    sizes, sweeps, asked = options.sizes, {}, options.sweep or SWEEPS
+    for name in filter(asked.__contains__, GROWING):
         rows = [row(name, case, sizes, not options.in_process, report) for case in getattr(sizes, name)]
         swept = [each for each in rows if each["case"] != LARGE.name and "failed" not in each]
         sweeps[name] = {"rows": rows, "exponents": exponents(swept)}
-    return {"sweeps": sweeps, "targets": targets(sweeps)}
+    found = {"sweeps": sweeps, "targets": targets(sweeps)}
+    return found | ({"streamed": streamed(sizes, not options.in_process, report)} if "streamed" in asked else {})
+
+
+def streamed(sizes: Sizes, fresh: bool, report: Callable[[str], None]) -> dict[str, Any]:
+    """Freezing and solving at full size, per number of images, and exponents in it."""
+    rows = []
+    for order in sizes.streamed:
+        size, name = {"size": order["images"]}, f"{order['images']} images of {order['data']}"
+        try:
+            rows.append({**size, **isolated.call("benchmarks.growth.streamed:measure", order, fresh=fresh)})
+        except isolated.Failure as failure:
+            rows.append({**size, "failed": str(failure)})
+            report(f"{name}: failed: {failure}")
+            continue
+        report(f"{name}: frozen in {rows[-1]['freeze_seconds']:.1f} s, solved in {rows[-1]['program_seconds']:.1f} s")
+    return {"rows": rows, "exponents": exponents([row for row in rows if "failed" not in row], STREAMED)}
 
 
 def row(name: str, case: Case, sizes: Sizes, fresh: bool, report: Callable[[str], None]) -> dict[str, Any]:
@@ -194,9 +227,8 @@ def _repeated(action: Callable[[], Any], least: float) -> float:
     return (time.process_time() - began) / count
 
 
-def exponents(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Slope of log time against log size, for an iteration, its products and freezing; with standard errors."""
-    keys = ("iteration_seconds", "products_seconds", "freeze_seconds")
+def exponents(rows: Sequence[dict[str, Any]], keys: Sequence[str] = SWEPT) -> dict[str, Any]:
+    """Slope of the logarithm of each figure against that of the size, with standard errors."""
     return {key: slope([row["size"] for row in rows], [row[key] for row in rows]) for key in keys}
 
 

@@ -24,7 +24,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from meanfield.network import MASS_TOLERANCE, ParticleNetwork
+from meanfield import limits
+from meanfield.network import MASS_TOLERANCE, ParticleNetwork, propagate
 from meanfield.penalties import lengths as vector_lengths
 from meanfield.signatures import checked
 from meanfield.starts import normal
@@ -37,7 +38,7 @@ EXACT_PARTICLES = 2000  # exact transport takes about 2 s there
 SIMPLEX_PIVOTS = 10**8  # no limit in practice: Gaussian clouds of 2,000 particles need fewer than 10^5
 BANDWIDTH_MULTIPLES = (0.5, 1.0, 2.0)  # of the median distance
 CANCELLED = 1e-4  # a squared distance below this share of |x|^2 + |y|^2 has lost four digits in their difference
-CHUNK = 2**22  # numbers of a block of differences
+ALIGNED = 16  # directions: torch draws normals by sixteens, so that any multiple of it at a time gives the same ones
 RESOLVED = 1e-4  # an optimum above this share of the unit of its costs is known to eleven digits
 LARGEST_COST = 1e8  # costs beyond, in units of the optimum, are as bad
 MASS_ROUNDING = 8 * np.finfo(float).eps  # a coupling moves less than that by rounding of the masses
@@ -89,9 +90,15 @@ class FeatureMeasure:
         depth = particles.architecture.depth
         if integer(layer, "layer", minimum=0) >= depth:
             raise Misuse("layer", layer, f"is not one of the {depth} layers; they are counted from 0")
-        responses = particles.responses(particles.check_inputs(inputs))
-        maps = responses.preactivations if preactivations else responses.features  # (N, M, H, W) per layer
-        return cls(maps[layer].transpose(0, 1).flatten(1), particles.masses[layer])
+        arch, particles = particles.architecture, particles.detach()
+        each = particles.check_inputs(inputs).element_size() * arch.entries(particles.widths)
+        size, flows = arch.geometry[layer], particles.flows[: layer + 1]
+        places = math.prod(size.output if preactivations else size.pooled)
+        values = inputs.new_empty(particles.widths[layer], len(inputs), places)
+        for block in limits.blocks(len(inputs), each):
+            maps = propagate(arch, flows, particles.biases, inputs[block])[0 if preactivations else 1]
+            values[:, block] = maps[layer].flatten(2).transpose(0, 1)
+        return cls(values.flatten(1), particles.masses[layer])
 
     @property
     def size(self) -> int:
@@ -164,22 +171,28 @@ def _distances(x: Tensor, y: Tensor) -> tuple[Tensor, float]:
     """|x_i - y_j| / sqrt(D) in a unit, and the unit: (M, D), (M', D) -> (M, M'), float; equal vectors are at 0 exactly.
 
     The difference of squares is quick and loses what is small beside the sizes, such as all distances but an
-    outlier's: those are summed from differences.
+    outlier's: those are summed from differences.  In blocks of probes, and of such pairs.
     """
-    centre = x.mean(0)  # a common offset would be lost in the difference of squares
-    unit = _unit(x - centre, y - centre)
-    x, y, near, far = x / unit, y / unit, (x - centre) / unit, (y - centre) / unit
-    sizes = near.square().sum(1)[:, None] + far.square().sum(1)
-    squared = sizes - 2 * near @ far.T
+    dimension, blocks = x.shape[1], list(limits.blocks(x.shape[1], 8 * (len(x) + len(y))))
+    unit = max(_unit(*_about(x[:, block], y[:, block])) for block in blocks)
+    sizes, products = x.new_zeros(len(x), len(y)), x.new_zeros(len(x), len(y))
+    for block in blocks:
+        near, far = (part / unit for part in _about(x[:, block], y[:, block]))
+        sizes += near.square().sum(1)[:, None] + far.square().sum(1)
+        products += near @ far.T
+    squared = sizes - 2 * products
     rows, columns = torch.nonzero(squared <= CANCELLED * sizes, as_tuple=True)
-    step = max(1, CHUNK // x.shape[1])
-    parts = [
-        vector_lengths(x[i] - y[j]) for i, j in zip(rows.split(step), columns.split(step))
-    ]  # of no pair there is no part
     lengths = squared.clamp_min(0).sqrt()
-    if parts:
-        lengths[rows, columns] = torch.cat(parts)
-    return lengths / math.sqrt(x.shape[1]), unit
+    for block in limits.blocks(len(rows), 3 * 8 * dimension):
+        i, j = rows[block], columns[block]
+        lengths[i, j] = vector_lengths(x[i] / unit - y[j] / unit)
+    return lengths / math.sqrt(dimension), unit
+
+
+def _about(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Both less the mean of x: a common offset would be lost in the difference of squares, and in projections."""
+    centre = x.mean(0)
+    return x - centre, y - centre
 
 
 @checked
@@ -264,18 +277,30 @@ def sliced_wasserstein(
 
     Unit vectors make D E <theta, v>^2 = |v|^2, so that this has the unit of `wasserstein` without a further factor:
     SW_2 <= W_2, with equality for a shift.  `squared` is unbiased over the directions, which `generator` draws.
-    Memory: projections x (M + M') numbers.
+    Memory: the measures once more, and a block of directions.
     """
     _check_pair(a, b)
     (x, masses_x), (y, masses_y) = a.double(), b.double()
-    centre = x.mean(0)  # would take its digits from all projections
-    unit = _unit(x - centre, y - centre)
-    x, y = (x - centre) / unit, (y - centre) / unit
-    directions = _directions(a.dimension, integer(projections, "projections", minimum=2), generator, x)
-    costs = _transport_on_lines(directions @ x.T, masses_x, directions @ y.T, masses_y)
+    x, y = _about(x, y)
+    unit = _unit(x, y)
+    x, y = x.div_(unit), y.div_(unit)
+    parts = []
+    for count in _at_a_time(integer(projections, "projections", minimum=2), 8 * (a.dimension + 8 * (a.size + b.size))):
+        directions = _directions(a.dimension, count, generator, x)
+        parts.append(_transport_on_lines(directions @ x.T, masses_x, directions @ y.T, masses_y))
+    costs = torch.cat(parts)
     return SlicedWasserstein(
         unit * unit * float(costs.mean()), unit * unit * float(costs.std()) / math.sqrt(projections)
     )
+
+
+def _at_a_time(count: int, bytes_each: int) -> list[int]:
+    """How many of `count` directions to draw at a time: multiples of ALIGNED that fit a block, and the rest with the
+    last of them.
+    """
+    step = max(ALIGNED, limits.block_bytes() // bytes_each // ALIGNED * ALIGNED)
+    firsts = list(range(0, max(count - ALIGNED + 1, 1), step))
+    return [last - first for first, last in zip(firsts, [*firsts[1:], count])]
 
 
 def _directions(dimension: int, count: int, generator: torch.Generator, like: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from typing import Annotated, Any, Self, Union
 
 from cyclopts import Group, Parameter
 
-from meanfield.validation import Misuse, Rule, at_least, choice, integer, one_of, path, positive, seed
+from meanfield.validation import Misuse, Rule, at_least, choice, gibibytes, integer, one_of, path, positive, seed
 
 PANELS = ("Data", "Network", "Objective", "Work", "Output")
 DATA, MODEL, OBJECTIVE, WORK, OUTPUT = (Group(name, sort_key=place) for place, name in enumerate(PANELS))
@@ -211,6 +211,11 @@ def _number(kind: Any, text: str) -> Any:
     return kind(text)
 
 
+def _as_typed(kind: Any, tokens: Sequence[Any]) -> Any:
+    """The text, for a rule that reads it."""
+    return tokens[0].value
+
+
 def _read_all(kind: Any, tokens: Sequence[Any]) -> Any:
     return None if tokens[0].value == "all" else _read_listing(kind, tokens)
 
@@ -272,6 +277,16 @@ MaxSeconds = Annotated[
     float | None,
     option("Stop after about this many seconds and keep what there is. Without it: no limit.", WORK),
     positive,
+]
+MaxMemory = Annotated[
+    float | None,
+    option(
+        "Memory that this process may hold: GiB, or a text such as 500MiB. A run that will need more is refused before "
+        "it starts. Without it: most of what is free.",
+        WORK,
+        converter=_as_typed,
+    ),
+    gibibytes,
 ]
 Dtype = Annotated[str, option("float64 or float32.", WORK), choice(DTYPES)]
 Device = Annotated[str, option("cpu, cuda or cuda:N.", WORK), device]

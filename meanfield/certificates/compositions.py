@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial, reduce
+from math import prod
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
-from meanfield import measures
+from meanfield import limits, measures
 from meanfield.architecture import Architecture, Conv
 from meanfield.network import ParticleNetwork
 from meanfield.penalties import input_norms
-from meanfield.problem import Problem
+from meanfield.problem import GRAPH, Problem
 
 LEAST_SHARE = 1e-6  # atoms lighter than this share of a feature's heaviest are left out
 
@@ -35,7 +38,7 @@ class Compositions:
     def tensors(self) -> list[Tensor]:
         return [*self.kernels, *(b for b in self.biases if b is not None)]
 
-    def __getitem__(self, chosen: Tensor) -> Compositions:
+    def __getitem__(self, chosen: Tensor | slice) -> Compositions:
         return replace(
             self,
             kernels=tuple(k[chosen] for k in self.kernels),
@@ -55,10 +58,39 @@ class Compositions:
         return g
 
     def responses(self, problem: Problem, output: Tensor) -> Tensor:
-        """|q|^2 of every feature, (R,)."""
+        """|q|^2 of every feature, (R,); in blocks of features and images, which a gradient computes anew."""
+        groups = list(self.groups())
+        return torch.cat([self[few]._responses(problem, output, len(groups) == 1) for few in groups])
+
+    def _responses(self, problem: Problem, output: Tensor, whole: bool) -> Tensor:
+        blocks, read = list(self.blocks(len(problem.inputs))), self._read
+        whole = whole and len(blocks) == 1
+        if torch.is_grad_enabled() and not whole:
+            read = partial(checkpoint, self._read, use_reentrant=False, preserve_rng_state=False)
+        q: Tensor = reduce(torch.add, (read(problem.inputs[block], output[block]) for block in blocks))
+        return q.flatten(1).square().sum(1)
+
+    def _read(self, inputs: Tensor, output: Tensor) -> Tensor:
+        """What these images add to q, (R, K) or (R, K, positions)."""
         arch = self.architecture
-        read = arch.readout_features(arch.layers[-1].activate(self.preactivations(problem.inputs)))
-        return torch.einsum("nk,nr...->rk...", output, read).flatten(1).square().sum(1)
+        read = arch.readout_features(arch.layers[-1].activate(self.preactivations(inputs)))
+        return torch.einsum("nk,nr...->rk...", output, read)
+
+    def groups(self) -> Iterator[slice]:
+        """The features in groups of which one image fits the memory of a block."""
+        return limits.blocks(len(self), self._bytes)
+
+    def blocks(self, count: int) -> Iterator[slice]:
+        """The images in blocks that all features fit the memory of a block on."""
+        return limits.blocks(count, max(1, len(self)) * self._bytes)
+
+    @property
+    def _bytes(self) -> int:
+        """What a feature takes of an image, with its shifts and the graph of both."""
+        widths, arch = [kernels.shape[1] for kernels in self.kernels], self.architecture
+        layers = zip(widths[1:], arch.layers[1:], arch.geometry[1:])
+        shifts = sum(width * conv.offsets * prod(size.input) for width, conv, size in layers)
+        return self.kernels[0].element_size() * (arch.entries(widths, GRAPH) + 2 * GRAPH * shifts)
 
     def costs(self, problem: Problem, mu: Sequence[float | Tensor]) -> Tensor:
         """gamma_L of this realisation, (R,): no less than that of the feature."""
@@ -200,9 +232,16 @@ class OwnFeatures:
     network: ParticleNetwork
 
     def responses(self, problem: Problem, output: Tensor) -> Tensor:
-        """|q|^2 of every feature, (M,)."""
-        read = problem.architecture.readout_features(self.network.features(problem.inputs)[-1])
-        return torch.einsum("nk,nj...->jk...", output, read).flatten(1).square().sum(1)[self.network.masses[-1] > 0]
+        """|q|^2 of every feature, (M,); in blocks of images."""
+        inputs = problem.inputs
+        each = inputs.element_size() * problem.architecture.entries(self.network.widths)
+        parts = (self._read(inputs[block], output[block]) for block in limits.blocks(len(inputs), each))
+        return reduce(torch.add, parts).flatten(1).square().sum(1)[self.network.masses[-1] > 0]
+
+    def _read(self, inputs: Tensor, output: Tensor) -> Tensor:
+        """What these images add to q, (M, K) or (M, K, positions)."""
+        read = self.network.architecture.readout_features(self.network.responses(inputs).features[-1])
+        return torch.einsum("nk,nj...->jk...", output, read)
 
     def costs(self, problem: Problem, mu: Sequence[float | Tensor]) -> Tensor:
         """gamma_L of these realisations, (M,): sums of the flow w p of every source at its price."""

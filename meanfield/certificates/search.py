@@ -19,6 +19,8 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import reduce
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -49,7 +51,7 @@ HIDDEN = 16  # sources of a searched feature, per layer
 MOST_HIDDEN = 64  # sources that a feature of the given network starts a search with, the heaviest ones
 UNIT_RATE, KERNEL_RATE, FLOW_RATE = 0.05, 0.2, 0.02  # of Adam: unit kernels, first-layer kernels, flows between layers
 STEPS = {True: 60, False: 300}  # for one layer, for more
-LEAST_ROUNDS = 3
+ROUNDS, LEAST_ROUNDS = 4, 3
 RADII = (-2.0, 1.0)  # logarithms of the factors on the network's own |z|: sources of one feature differ that much
 AGREEMENT = 1e-4  # relative to the bound: the search finds no more than the pool knew
 SAME_FEATURE = 0.99  # cosine of two features on the training inputs
@@ -110,7 +112,7 @@ def search_features(
     *,
     starts: Count = 64,
     steps: Count | None = None,
-    rounds: Count = 4,
+    rounds: Count = ROUNDS,
     count: Count = 8,
     seed: Seed = 0,
     rigorous_seconds: Nonnegative = 0.0,
@@ -336,11 +338,18 @@ class _Search:
         return float((self.network.masses[0] @ self.network.kernels[0].flatten(1).square().sum(1)).sqrt()) or usual
 
     def _patches(self, number: int) -> Tensor:
-        rows = self.problem.architecture.layers[0].patches(self.problem.inputs).flatten(0, 1)
-        rows = rows[(rows != 0).any(1)]
-        if not len(rows):  # black images
-            return normal((number, rows.shape[1]), self.generator, rows)
-        return rows[torch.randint(len(rows), (number,), generator=self.generator).to(rows.device)]
+        arch, inputs = self.problem.architecture, self.problem.inputs
+        layer, positions = arch.layers[0], prod(arch.geometry[0].output)
+        size = arch.input_shape[0] * layer.offsets
+        blocks = list(limits.blocks(len(inputs), inputs.element_size() * positions * size))
+        alive = [
+            (layer.patches(inputs[block]) != 0).any(2).flatten().nonzero() + block.start * positions for block in blocks
+        ]
+        seen = torch.cat(alive).flatten()
+        if not len(seen):  # black images
+            return normal((number, size), self.generator, inputs)
+        chosen = seen[torch.randint(len(seen), (number,), generator=self.generator).to(seen.device)]
+        return layer.chosen_patches((inputs[block] for block in blocks), chosen)
 
     def _ascend(self, begun: Compositions, scale: float, mu: Sequence[float]) -> Compositions:
         """Adam on all starts at once; every start keeps the best of its path."""
@@ -425,10 +434,16 @@ class _Search:
         order = order[scores[order] > 0]
         if not len(order):
             return order
-        rows = torch.nn.functional.normalize(
-            everything[order].preactivations(self.problem.inputs).movedim(1, 0).flatten(1), dim=1
+        best, inputs = everything[order], self.problem.inputs
+        groups = [best[few] for few in best.groups()]
+        maps = (
+            torch.cat([few.preactivations(inputs[block]) for few in groups], 1) for block in best.blocks(len(inputs))
         )
-        alike = (rows @ rows.T).tolist()
+        products: Tensor = reduce(
+            torch.add, (rows.T @ rows for rows in (each.movedim(1, -1).flatten(0, 2) for each in maps))
+        )
+        lengths = products.diagonal().sqrt().clamp_min(torch.finfo(products.dtype).tiny)
+        alike = (products / lengths / lengths[:, None]).tolist()
         kept: list[int] = []
         for index in range(len(order)):
             if len(kept) < count and all(alike[index][other] < SAME_FEATURE for other in kept):

@@ -47,7 +47,7 @@ class StackedRows:
 
     def __init__(self, rows: int, columns: int, device: torch.device | str | None = None) -> None:
         # a triangle costs 2 (columns + new rows) columns^2: many new rows at a time, where they fit a block
-        height = min(rows, max(2 * columns, limits.BLOCK_BYTES // (8 * columns)))
+        height = min(rows, max(2 * columns, limits.block_bytes() // (8 * columns)))
         self._held = torch.empty(columns, height, dtype=torch.float64, device=device).T  # as LAPACK takes it
         self._count = 0
 

@@ -19,7 +19,7 @@ from meanfield.convex.restoration import BoundedRows, into_bounds, least_weighte
 from meanfield.folds import Fold
 from meanfield.network import ParticleNetwork, along_axis, propagate
 from meanfield.penalties import perspective
-from meanfield.problem import FEASIBLE, Problem, Terms
+from meanfield.problem import FEASIBLE, GRAPH, Problem, Terms
 from meanfield.signatures import checked
 from meanfield.validation import instance
 
@@ -84,14 +84,11 @@ class ConvexProgram:
         arch, inputs, widths = problem.architecture, problem.inputs, frozen.widths
         exact = [flow.double() for flow in flows]
         biases = [None if bias is None else bias.double() for bias in frozen.biases]
-        shapes = [
-            (prod(size.output), width * conv.offsets + conv.bias)
-            for size, width, conv in zip(arch.geometry[1:], widths, arch.layers[1:])
-        ]
+        shapes = arch.row_shapes(widths)
         folds = [Fold(len(problem.runs), stacked) for _ in shapes]
         read = inputs.new_empty(len(inputs), *arch.readout_shape(widths[-1])[1:])
         with torch.no_grad():
-            for run, blocks in problem.by_runs(8 * (arch.entries(widths) + max(map(prod, shapes), default=0))):
+            for run, blocks in problem.by_runs(8 * (arch.entries(widths) + 2 * max(map(prod, shapes), default=0))):
                 stacks = [StackedRows(problem.runs[run] * rows, columns, inputs.device) for rows, columns in shapes]
                 for block in blocks:
                     _, features = propagate(arch, exact, biases, inputs[block].double())
@@ -154,8 +151,8 @@ class ConvexProgram:
 
     @property
     def bytes_each(self) -> int:
-        """Of the maps of an image, and as much again."""
-        return 2 * self.problem.inputs.element_size() * self.problem.architecture.entries(self.widths)
+        """Of the maps of an image and their graph."""
+        return self.problem.inputs.element_size() * self.problem.architecture.entries(self.widths, GRAPH)
 
     def point(self, network: ParticleNetwork) -> ProgramPoint:
         """The program variables of the frozen network, or of any network with the same features."""

@@ -9,11 +9,12 @@ from meanfield import limits
 
 
 def afford(size: int, what: str) -> None:
-    """Refuse `size` bytes that this machine does not have."""
-    free = limits.free_memory()
-    if size > free:
+    """Refuse `size` bytes that may not be taken."""
+    most = limits.available()
+    if size > most:
         raise ValueError(
-            f"{what} would take {spelled(size)} of memory, and {spelled(free)} are free; give fewer or smaller images"
+            f"{what} would take {spelled(size)} of memory, and {spelled(most)} may be taken; give fewer or smaller "
+            f"images, {most / size:.0%} of them would fit"
         )
 
 
@@ -25,8 +26,8 @@ def shortage_of(what: str) -> Iterator[None]:
     except (MemoryError, RuntimeError) as error:
         if not limits.is_shortage(error):
             raise
-        free = spelled(limits.free_memory())
-        raise ValueError(f"memory ran out over {what}, {free} are free; give fewer or smaller images") from error
+        free = spelled(limits.available())
+        raise ValueError(f"memory ran out over {what}, {free} may be taken; give fewer or smaller images") from error
 
 
 def spelled(size: float) -> str:

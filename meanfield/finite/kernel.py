@@ -16,12 +16,11 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.utils.checkpoint import checkpoint
 
-from meanfield import validation
+from meanfield import limits, validation
 from meanfield.architecture import ACTIVATIONS, Architecture
 from meanfield.finite.network import SCALINGS, FiniteCNN
 from meanfield.signatures import checked
 
-BLOCK_ENTRIES = 2**20  # of features and patches at a time: 8 MiB in float64
 PARALLEL = 2.0**-44  # 1 - |cos a|: 2^8 roundings in sums of that many products
 PAIR_ENTRIES = 2**17  # of pairs of patches at a time: 1 MiB, which stays in the cache (three times as fast as 32 MiB)
 
@@ -32,14 +31,15 @@ def empirical(network: FiniteCNN, inputs: Tensor) -> Tensor:
     """Theta of a network with K = 1 on inputs (N, C_0, H, W) -> (N, N), symmetric and positive semidefinite.
 
     Any depth, scaling, activation and pooling.  At a kink h' is torch's choice, for ReLU 0.  Memory: N x (number of
-    parameters) numbers, and BLOCK_ENTRIES for features and patches (of one image where one image has more).
+    parameters) numbers, and a block of images' features and patches.
     The result carries no graph: derivatives of Theta itself are not taken.
     """
     _check_single_output(network.architecture)
     if (own := next(network.parameters()).dtype) != _images(network.architecture, inputs).dtype:
         raise ValueError(f"inputs are {inputs.dtype}, the network is {own}; convert one with .to(...)")
-    step = max(1, BLOCK_ENTRIES // _entries_per_image(network))
-    jacobian = torch.cat([_gradients(network, images) for images in inputs.split(step)])  # (N, parameters)
+    each = inputs.element_size() * _entries_per_image(network)
+    blocks = limits.blocks(len(inputs), each)
+    jacobian = torch.cat([_gradients(network, inputs[block]) for block in blocks])  # (N, parameters)
     return jacobian @ jacobian.T
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from meanfield import measures, starts, validation
+from meanfield import limits, measures, starts, validation
 from meanfield.architecture import ACTIVATIONS, Architecture, Conv
 from meanfield.network import MASS_TOLERANCE, ParticleNetwork, along_axis
 from meanfield.signatures import checked
@@ -136,8 +136,15 @@ class FiniteCNN(nn.Module):
         return tuple(self.bias_parameters.get(str(layer)) for layer in range(self.architecture.depth))
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """F on inputs (N, C_0, H, W) -> (N, K)."""
-        signal, scale = self.architecture.check_inputs(inputs), SCALINGS[self.scaling]
+        """F on inputs (N, C_0, H, W) -> (N, K); in blocks of images where no gradient is wanted."""
+        self.architecture.check_inputs(inputs)
+        if torch.is_grad_enabled():
+            return self._respond(inputs)
+        each = inputs.element_size() * self.architecture.entries(self.widths)
+        return torch.cat([self._respond(inputs[block]) for block in limits.blocks(len(inputs), each)])
+
+    def _respond(self, inputs: Tensor) -> Tensor:
+        signal, scale = inputs, SCALINGS[self.scaling]
         for layer, kernel, bias in zip(self.architecture.layers, self.kernels, self.biases):
             signal = layer.activate(layer.convolve(signal, kernel * scale(kernel.shape[1]), bias))
         read = self.architecture.readout_features(signal)

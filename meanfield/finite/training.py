@@ -387,7 +387,7 @@ def _step(run: _Run) -> None:
     for group in optimiser.param_groups:
         group["lr"] = rate * group["factor"]
     optimiser.zero_grad(set_to_none=True)
-    batch.terms(run.network.particles(attached=True)).total().backward()
+    _pull_back(batch, run.network)
     if run.network.scaling == "mean_field":
         _divide_by_masses(run.network)
     optimiser.step()
@@ -395,6 +395,15 @@ def _step(run: _Run) -> None:
         _disturb(run.network, math.sqrt(2 * run.settings.noise * rate), run.batches.generator)
     _project(run.network, run.problem)
     run.steps += 1
+
+
+def _pull_back(problem: Problem, network: FiniteCNN) -> None:
+    """The gradient of J in the parameters, in blocks of images."""
+    particles = network.particles(attached=True)
+    _, slopes = problem.pulled_back(particles)
+    moved = [pair for pair in zip(particles.tensors(), slopes) if pair[0].requires_grad]
+    penalties = torch.stack(problem.prices(particles)).sum()
+    torch.autograd.backward([penalties, *(tensor for tensor, _ in moved)], [None, *(slope for _, slope in moved)])
 
 
 @torch.no_grad()

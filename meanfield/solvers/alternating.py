@@ -21,8 +21,8 @@ from meanfield.certificates import UnseenFeatures
 from meanfield.convex.program import ConvexProgram
 from meanfield.network import ParticleNetwork
 from meanfield.problem import Problem
-from meanfield.signatures import Count, Natural, Positive, Seconds, Seed, checked
-from meanfield.solvers import flow, splitting
+from meanfield.signatures import Count, Gibibytes, Natural, Positive, Seconds, Seed, checked
+from meanfield.solvers import flow, memory, splitting
 from meanfield.solvers.solution import ENDED_EARLY, Solution, message
 from meanfield.storage import states
 from meanfield.storage.states import StateFile
@@ -52,6 +52,7 @@ def solve(
     grow: Natural = 0,
     seed: Seed = 0,
     max_seconds: Seconds = math.inf,
+    max_memory: Gibibytes = math.inf,
     state: Annotated[str | Path, path] | None = None,
     state_seconds: Seconds = flow.STATE_SECONDS,
     callback: Callable[[dict[str, Any]], None] | None = None,
@@ -78,6 +79,9 @@ def solve(
     as many threads, with the same bits as a run without a pause (seconds excepted); a program that was broken off is
     solved anew.  A run that has ended leaves the file, from which the answer comes at once, for the caller to remove.
     A file that is damaged or of other arguments or data is refused (ValueError).
+
+    max_memory: what this process may hold, as in `limits.memory` (GiB, or "500MiB"; default: limits.FREE_SHARE of what
+    is free on top of what it holds).  A run that will need more is refused before it starts, with what would fit.
 
     History rows, one per round: round, seconds, rate, flow_value, flow_drop (what the flow took off J), flow_speed (its
     metric speed at the end), flow_gap, value, dual_value, gap, violation, widths, accepted, flow_steps,
@@ -119,7 +123,8 @@ def solve(
     if file is not None and (found := file.load(problem.inputs.device)) is not None:
         run.restore(found)
     flow.warn_unattained(problem)
-    with limits.within(max_seconds):
+    with limits.within(max_seconds), limits.memory(max_memory):
+        memory.require(problem, network.widths, batch=batch_size, clones=clones, grow=grow, starts=CONFIRMING_STARTS)
         return run.solution(run.alternate(rounds, flow_steps, later))
 
 

@@ -332,15 +332,15 @@ class TestOtherLayouts:
 
 class TestMemory:
     def test_images_that_do_not_fit_are_no_damaged_ones(self, folder, monkeypatch):
-        monkeypatch.setattr(limits, "free_memory", lambda: 30)  # bytes; an image has 12
+        monkeypatch.setattr(limits, "free_memory", lambda _: 30)  # bytes; an image has 12
         with pytest.raises(
             ValueError, match=r"5 images of grey of shape \(1, 3, 4\), such as .*would take 0.0 MB of mem"
         ):
             data.load(folder)
-        monkeypatch.setattr(limits, "free_memory", lambda: 200)
+        monkeypatch.setattr(limits, "free_memory", lambda _: 200)
         with pytest.raises(ValueError, match=r"pets: 5 images as numbers would take .* give fewer or smaller"):
             data.load(folder)
-        monkeypatch.setattr(limits, "free_memory", lambda: 10**9)
+        monkeypatch.setattr(limits, "free_memory", lambda _: 10**9)
 
         def fail(*_):
             raise MemoryError

@@ -12,7 +12,7 @@ from hypothesis import given
 from strategies import architectures, normal, random_inputs, seeded, seeds
 
 import meanfield as mf
-from meanfield import data
+from meanfield import data, limits
 from meanfield.finite import FiniteCNN, kernel
 from meanfield.finite.network import SCALINGS
 
@@ -81,7 +81,7 @@ class TestEmpirical:
         inputs = random_inputs(arch, 5, 1)
         network = FiniteCNN.random(arch, (4, 3), inputs, seeded(1), "ntk")
         whole = kernel.empirical(network, inputs)
-        monkeypatch.setattr(kernel, "BLOCK_ENTRIES", 1)
+        monkeypatch.setattr(limits, "BLOCK_BYTES", 1)
         torch.testing.assert_close(kernel.empirical(network, inputs), whole, rtol=1e-13, atol=0)
 
     def test_dtype_of_the_network(self):

@@ -484,7 +484,7 @@ def test_masses_stay_positive_and_sum_to_one(descent, case):
 def test_velocities_are_the_same_for_any_block_size(monkeypatch, images, loss):
     problem, network = make(depth=3, bias=True, loss=loss, count=5)
     terms, whole = flow.velocity(problem, network)
-    each = GRAPH * 8 * problem.architecture.entries(network.widths)
+    each = 8 * problem.architecture.entries(network.widths, GRAPH)
     monkeypatch.setattr(limits, "BLOCK_BYTES", images * each)
     assert len(list(limits.blocks(5, each))) == math.ceil(5 / images)
     terms_again, blocked = flow.velocity(problem, network)
@@ -498,7 +498,7 @@ def test_a_velocity_holds_the_graph_of_one_block_only(monkeypatch):
 
     def largest(count):
         problem, network = make(count=count)
-        monkeypatch.setattr(limits, "BLOCK_BYTES", 6 * GRAPH * 8 * problem.architecture.entries(network.widths))
+        monkeypatch.setattr(limits, "BLOCK_BYTES", 6 * 8 * problem.architecture.entries(network.widths, GRAPH))
         sizes = []
 
         def pack(tensor):

@@ -20,6 +20,7 @@ from meanfield.bench.options import (
     OUTPUT,
     WORK,
     Classes,
+    MaxMemory,
     MaxSeconds,
     Out,
     Overwrite,
@@ -47,7 +48,7 @@ from meanfield.bench.task import (
 )
 from meanfield.data import Dataset
 from meanfield.problem import Problem
-from meanfield.solvers import alternating
+from meanfield.solvers import alternating, memory
 from meanfield.storage import networks, results
 from meanfield.studies.solve import page
 from meanfield.studies.solve.measure import heading, predictions, solution_figures
@@ -96,6 +97,7 @@ class Options(Learning):
         at_least(0),
     ] = 0
     max_seconds: MaxSeconds = None
+    max_memory: MaxMemory = None
     pair: Annotated[
         tuple[int | str, ...] | None,
         listing(
@@ -159,9 +161,13 @@ def command(options: Options) -> None:
             result = stack.enter_context(
                 results.opened(options.out, networks.RESULT, page.FILES, overwrite=options.overwrite)
             )
+        stack.enter_context(limits.memory(options.max_memory or math.inf))
         images = options.task().images()
         pair = options.pair_among(images)
         problem = options.variant(device=ranks.device(options.device)).task().problem(images)
+        memory.require(
+            problem, options.widths, batch=options.batch_size, grow=options.grow, starts=alternating.CONFIRMING_STARTS
+        )
         say_data(images.summary, options.quiet)
         said = _warn(problem)
         watch = stack.enter_context(
