@@ -30,6 +30,7 @@ from meanfield.convex import repopulation
 from meanfield.convex.program import ConvexProgram
 from meanfield.network import ParticleNetwork, along_axis
 from meanfield.penalties import inflow_projection, input_norms, kernel_projection, shrinkage_root
+from meanfield.precision import full_float32
 from meanfield.problem import Problem, Terms, project_bounds
 from meanfield.signatures import Count, Nonnegative, Positive, Seconds, Seed, checked
 from meanfield.solvers.solution import ENDED_EARLY, Solution, message
@@ -67,6 +68,7 @@ class Tangent:
 
 
 @torch.inference_mode(False)
+@full_float32()
 def velocity(problem: Problem, network: ParticleNetwork, masses: bool = True) -> tuple[Terms, Tangent]:
     """The terms of J and the flow's velocity, without the source penalty's pull on the kernels (its proximal map adds
     it).
@@ -195,8 +197,8 @@ class Descent(Protocol):
 
     def propose(self, network: ParticleNetwork, flow: Tangent) -> ParticleNetwork: ...
 
-    def judge(self, network: ParticleNetwork, moved: ParticleNetwork, change: float) -> bool:
-        """Whether to accept, given the change of J; also adapts the step."""
+    def judge(self, network: ParticleNetwork, moved: ParticleNetwork, change: Tensor) -> bool:
+        """Whether to accept, given the change of J, 0-dimensional; also adapts the step.  At most one host read."""
         ...
 
 
@@ -214,8 +216,9 @@ class GradientDescent:
     def propose(self, network: ParticleNetwork, flow: Tangent) -> ParticleNetwork:
         return _euler(self.problem, network, flow, self.step)
 
-    def judge(self, network: ParticleNetwork, moved: ParticleNetwork, change: float) -> bool:
-        predicted = float(squared_distance(network, moved)) / self.step  # = step speed^2
+    def judge(self, network: ParticleNetwork, moved: ParticleNetwork, change: Tensor) -> bool:
+        squared, change = torch.stack([squared_distance(network, moved), change]).tolist()
+        predicted = squared / self.step  # = step speed^2
         noise = 64 * torch.finfo(network.dtype).eps  # J of order one cannot resolve less
         error = abs(change + predicted) / max(predicted, noise) if math.isfinite(change) else math.inf
         accepted = not self.adaptive or error <= 2 * DISSIPATION_ERROR or abs(change + predicted) <= noise
@@ -270,12 +273,13 @@ class PreconditionedDescent:
             biases,
         )
 
-    def judge(self, network: ParticleNetwork, moved: ParticleNetwork, change: float) -> bool:
-        return math.isfinite(change)
+    def judge(self, network: ParticleNetwork, moved: ParticleNetwork, change: Tensor) -> bool:
+        return True  # without a look, which a device would wait for: the next record finds what is not finite
 
 
 @checked
 @torch.inference_mode(False)
+@full_float32()
 def solve(
     problem: Problem,
     network: ParticleNetwork,
@@ -375,6 +379,8 @@ def _follow(
             if step % every == 0 or step == steps or late:
                 if not whole and step:
                     terms, flow = velocity(problem, network, masses)
+                if step and not bool(terms.total().isfinite()):
+                    return "stalled"
                 if trail.record(step, network, terms, metric_speed(problem, network, flow), method) ** 2 <= tolerance:
                     return "converged"
                 if late:
@@ -386,7 +392,7 @@ def _follow(
             moved = method.propose(network, flow)
             batch = next(batches)
             new_terms, new_flow = velocity(batch, moved, masses)
-            if method.judge(network, moved, float(new_terms.total() - terms.total())):
+            if method.judge(network, moved, new_terms.total() - terms.total()):
                 network, terms, flow = moved, new_terms, new_flow
             elif not isinstance(method, GradientDescent) or method.step < torch.finfo(network.dtype).eps:
                 return "stalled"

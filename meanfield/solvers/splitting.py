@@ -32,6 +32,7 @@ from meanfield.certificates import Certificate, Multipliers
 from meanfield.convex.program import ConvexProgram
 from meanfield.convex.repopulation import ProgramPoint, joined, parted
 from meanfield.penalties import Penalty, cone_projection, row_prox
+from meanfield.precision import full_float32
 from meanfield.problem import FEASIBLE
 from meanfield.signatures import Count, Positive, Seconds, checked
 from meanfield.solvers.acceleration import Anderson
@@ -50,6 +51,7 @@ FROBENIUS = Penalty(kernel_norm="l2")
 
 @checked
 @torch.inference_mode(False)
+@full_float32()
 def solve(
     program: ConvexProgram,
     tolerance: Positive = 1e-6,
