@@ -26,7 +26,6 @@ import torch._dynamo  # it indexes the functions of torch.cuda, before some are 
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
 INSIDE = "/meanfield/"
@@ -43,8 +42,15 @@ PRODUCTS = {"mm", "addmm", "bmm", "mv", "dot", "addmv", "baddbmm"}
 CONVOLUTIONS = {"convolution", "convolution_backward"}
 
 
-def tensors_in(value: Any) -> list[torch.Tensor]:
-    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor)]
+def tensors_in(value: Any, found: list[torch.Tensor] | None = None) -> list[torch.Tensor]:
+    """Those in nested tuples, lists and dicts."""
+    found = [] if found is None else found
+    if isinstance(value, torch.Tensor):
+        found.append(value)
+    elif isinstance(value, (tuple, list, dict)):
+        for each in value.values() if isinstance(value, dict) else value:
+            tensors_in(each, found)
+    return found
 
 
 def is_cuda(device: Any) -> bool:
