@@ -269,7 +269,9 @@ class PretendDevice(TorchFunctionMode):
         plain = torch.nn.Module.to
 
         def moved(module, *args, **kwargs):  # its arguments are parsed in C++, where a tensor's device is the real one
-            if args and isinstance(args[0], torch.Tensor):
+            if "device" in kwargs:
+                args = (kwargs.pop("device"), *args)
+            elif args and isinstance(args[0], torch.Tensor):
                 args = (CUDA if self.holds(args[0]) else CPU, args[0].dtype, *args[1:])
             return plain(module, *args, **kwargs)
 

@@ -2,6 +2,7 @@
 device, and the inner loops wait for no number, or for one a step.
 """
 
+import math
 from contextlib import contextmanager
 
 import pytest
@@ -28,7 +29,7 @@ WIDTHS = (4, 3, 2)
 def made(loss="squared", depth=2, *, outputs=2, count=4, norm="l2", bound=None, dtype=torch.float64, **layer):
     """A problem and a network that meets its bounds, both on the host."""
     first = mf.Conv(2, **{"padding": 1, "activation": "tanh", "pooling": "average", **layer})
-    later = mf.Conv(2, **{"activation": "tanh", **layer})
+    later = mf.Conv(2, **{"padding": 1, "activation": "tanh", **layer})
     arch = mf.Architecture((1, 4, 4), (first, *[later] * (depth - 1)), outputs=outputs)
     network = random_network(arch, WIDTHS[:depth], 0, dtype)
     penalty = bounded(mf.Penalty(source=0.02, readout=0.03, input=0.01, kernel_norm=norm), network, bound, bound)
@@ -69,6 +70,8 @@ class TestThePretendDevice:
         assert (there + torch.tensor(1.0)).sum().cpu() == 3  # numbers of the host are welcome
 
     def test_a_wrong_device_in_a_backward_pass_is_seen(self, pretend):
+        other = torch.ones(3)
+
         class Wrong(torch.autograd.Function):
             @staticmethod
             def forward(ctx, x):
@@ -76,7 +79,7 @@ class TestThePretendDevice:
 
             @staticmethod
             def backward(ctx, grad):
-                return grad * torch.ones(3)  # of the host
+                return grad * other
 
         leaf = torch.zeros(3, device="cuda", requires_grad=True)
         with pytest.raises(RuntimeError, match="pretend device: mul"):
@@ -103,7 +106,7 @@ class TestThePretendDevice:
 
 def solved_by_splitting(**case):
     problem, network = on_device(*made(**case))
-    solution = splitting.solve(ConvexProgram.freeze(problem, network), max_iterations=22)
+    solution = splitting.solve(ConvexProgram.freeze(problem, network), max_iterations=21)
     assert is_there(*solution.network.tensors(), *solution.point.tensors(), solution.multipliers.output)
     return solution
 
@@ -114,10 +117,17 @@ def test_splitting(pretend, loss):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("loss", LOSSES)
-@pytest.mark.parametrize("case", [{"bound": 1.2, "bias": True}, {"norm": "l1", "depth": 3}], ids=["bounds", "l1"])
-def test_splitting_with_bounds_biases_and_three_layers(pretend, loss, case):
-    solved_by_splitting(loss=loss, **case)
+@pytest.mark.parametrize(
+    "case",
+    [
+        {"loss": "squared", "bound": 1.2, "bias": True},
+        {"loss": "logistic", "bound": 1.2, "norm": "l1"},
+        {"loss": "softmax", "norm": "l1", "depth": 3},
+    ],
+    ids=["bounds_and_biases", "bounds_of_l1", "three_layers"],
+)
+def test_splitting_of_more(pretend, case):
+    solved_by_splitting(**case)
 
 
 def flowed(steps=3, case=None, **options):
@@ -135,7 +145,7 @@ def test_flow(pretend):
 @pytest.mark.parametrize("descent", flow.DESCENTS)
 @pytest.mark.parametrize("masses", [True, False])
 @pytest.mark.parametrize("batch_size", [None, 2])
-@pytest.mark.parametrize("case", [{"bias": True}, {"norm": "l1", "depth": 3, "bound": 1.05, "bias": True}])
+@pytest.mark.parametrize("case", [{}, {"norm": "l1", "depth": 3, "bound": 1.05, "bias": True}], ids=["free", "bounded"])
 def test_flows(pretend, descent, masses, batch_size, case):
     flowed(descent=descent, masses=masses, batch_size=batch_size, case=case)
 
@@ -218,19 +228,20 @@ def test_finite_training(pretend, optimiser):
 def test_fitting(pretend):
     network = finite.vgg(8, (1, 4, 4), 3, width=2, hidden=(6,), dropout=0.1, generator=seeded(), dtype=torch.float32)
     images, labels = torch.rand(12, 1, 4, 4, generator=seeded(3)).to("cuda"), on_device(torch.arange(12) % 3)
-    recipe = finite.Recipe(epochs=2, batch_size=8, learning_rate=0.02, augment=True, kind="l12", strength=1e-3)
+    recipe = finite.Recipe(epochs=2, batch_size=8, learning_rate=0.02, augment=True)
     fitted = finite.fit(network, images, labels, recipe)
     assert is_there(*fitted.network.parameters())
     finite.evaluate(fitted.network, images, labels)
 
 
 def test_finite_networks_and_their_kernels(pretend):
-    problem, network = on_device(*made(outputs=1))
-    drawn = finite.sample(network, (3, 3), seeded())
+    problem, network = on_device(*made(outputs=1, depth=1, activation="relu"))
+    drawn = finite.sample(network, (3,), seeded())
     assert is_there(*finite.sequential(network).parameters(), *drawn.parameters())
     assert is_there(kernel.empirical(drawn, problem.inputs), kernel.infinite(problem.architecture, problem.inputs))
 
 
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
 @pytest.mark.parametrize("method", grafting.METHODS)
 def test_grafting(pretend, method):
     lower, upper, images = on_device(plain(6, 0), plain(6, 1), IMAGES[:40])
@@ -247,9 +258,10 @@ def test_distances(pretend):
     problem, network = on_device(*made())
     other = on_device(random_network(problem.architecture, (6, 3), 5))
     a, b = (distances.FeatureMeasure.of(each, problem.inputs, 0) for each in (network, other))
-    found = [distances.wasserstein(a, b), distances.sliced_wasserstein(a, b, generator=seeded()), distances.mmd(a, b)]
+    sliced = distances.sliced_wasserstein(a, b, generator=seeded())
+    found = [distances.wasserstein(a, b), sliced.value, *distances.mmd(a, b).values]
     found += [distances.median_distance(a, b), distances.linear_cka(a, b), distances.debiased_cka(a, b)]
-    assert all(isinstance(each, float) for each in found)
+    assert all(map(math.isfinite, found))
     distances.split_half(b, distances.wasserstein, seeded(), repetitions=2)
     distances.moments(a.standardised())
 
@@ -266,42 +278,52 @@ def test_convexity(pretend):
 # ---- host reads
 
 
-def reads_of(device, job, counts):
-    """Reads per count: the difference between two lengths of one job, over that of their lengths."""
-    found = []
-    for count in counts:
-        before = device.reads
-        job(count)
-        found.append(device.reads - before)
-    return (found[1] - found[0]) / (counts[1] - counts[0])
+@pytest.fixture
+def reads_per_step(pretend, monkeypatch):
+    """Of a flow: the difference between runs of two lengths.  Their certificates, which take as many trials as they
+    need, are left out.
+    """
+    monkeypatch.setattr(flow._Trail, "solution", lambda trail, status: trail)
+
+    def measured(case, **options):
+        problem, network = on_device(*made(**case))
+        found = []
+        for steps in (2, 6):
+            before = pretend.reads
+            flow.solve(problem, network, steps=steps, record_every=1000, **options)
+            found.append(pretend.reads - before)
+        return (found[1] - found[0]) / 4
+
+    return measured
 
 
-@pytest.mark.parametrize("loss", LOSSES)
-@pytest.mark.parametrize("case", [{}, {"bound": 1.2, "bias": True, "norm": "l1"}], ids=["free", "bounded"])
-def test_an_iteration_of_splitting_reads_nothing(pretend, loss, case):
-    problem, network = on_device(*made(loss=loss, **case))
+BOUNDED = pytest.param({"bound": 1.2, "bias": True, "norm": "l1"}, marks=pytest.mark.slow, id="bounded")
+
+
+@pytest.mark.parametrize("case", [*({"loss": loss} for loss in LOSSES), BOUNDED])
+def test_an_iteration_of_splitting_reads_nothing(pretend, case):
+    problem, network = on_device(*made(**case))
     inner = splitting._Run(ConvexProgram.freeze(problem, network), 1.0, 1e-6, None).splitting
     before, operations, accelerated = pretend.reads, pretend.operations, Anderson()
     for _ in range(10):
         inner.state = accelerated.advance(inner.state, inner.change(), inner.metric)
     assert pretend.reads == before, pretend.places("read")
-    if loss == "squared" and not case:
-        assert pretend.operations - operations < 10 * 350  # two roots of 25 Newton steps alone took 2,550 an iteration
+    if case == {"loss": "squared"}:
+        assert pretend.operations - operations < 10 * 400  # two roots of 25 Newton steps alone took 2,550 an iteration
 
 
-@pytest.mark.parametrize("batch_size", [None, 2])
-@pytest.mark.parametrize(("descent", "most"), [("preconditioned", 0), ("gradient", 1)])
-def test_a_step_of_the_flow_reads_at_most_once(pretend, descent, most, batch_size):
-    job = lambda steps: flowed(steps, descent=descent, batch_size=batch_size)  # noqa: E731
-    assert reads_of(pretend, job, (2, 5)) <= most
+@pytest.mark.parametrize("batch_size", [None, 4])
+@pytest.mark.parametrize(("descent", "reads"), [("preconditioned", 0), ("gradient", 1)])
+def test_a_step_of_the_flow_reads_at_most_once(reads_per_step, descent, reads, batch_size):
+    assert reads_per_step({}, descent=descent, batch_size=batch_size) == reads
 
 
-@pytest.mark.parametrize(("masses", "most"), [(True, 1), (False, 0)])
-def test_a_step_inside_an_amplitude_bound_reads_once_where_masses_move(pretend, masses, most):
-    job = lambda steps: flowed(steps, masses=masses, case={"bound": 1.05, "bias": True})  # noqa: E731
-    assert reads_of(pretend, job, (2, 5)) <= most
+@pytest.mark.parametrize(("masses", "reads"), [(True, 1), (False, 0)])
+def test_a_step_inside_an_amplitude_bound_reads_once_where_masses_move(reads_per_step, masses, reads):
+    assert reads_per_step({"bound": 1.05, "bias": True}, masses=masses) == reads
 
 
+@pytest.mark.slow
 def test_a_certificate_reads_each_trial_once(pretend):
     """The search for kappa on three layers tried 8,800 numbers, each of which the host waited for."""
     problem, network = on_device(*made(depth=3, bound=1.2))
@@ -323,28 +345,38 @@ def test_extreme_cold_roots_are_right():
     draw = lambda *shape: 10 ** (16 * torch.rand(shape, generator=seeded(1), dtype=torch.float64) - 8)  # noqa: E731
     atoms, masses = draw(5, 200, 2), draw(200) * normal((200,), 2).sign()
     for slope, curvature in ((1.0, 1.0), (1e-6, 1e3), (1e4, 1e-8)):
-        sides = penalties._Sides(atoms, slope, 1.0, (0, 2), 0.0, masses[None, :, None], curvature)
         with PretendDevice():
             there = on_device(atoms), on_device(masses)[None, :, None]
             roots = penalties.shrinkage_root(there[0], slope, 1.0, (0, 2), mass=there[1], curvature=curvature).cpu()
-        assert (roots > 0).all()
-        value, _, size = sides.excess(roots)
-        assert float((value.abs() / size).max()) < 1e-14
+        below, above = (_excess(atoms, masses, slope, curvature, (1 + change) * roots) for change in (-1e-12, 1e-12))
+        assert ((below <= 0) & (above >= 0)).all()  # the root itself is within 1e-12
+
+
+def _excess(atoms, masses, slope, curvature, roots):
+    """Right side minus left side of the equation of `shrinkage_root`, per row."""
+    left = (atoms - slope * roots).clamp_min(0).sum((0, 2))
+    return roots.flatten() * (masses + curvature * roots.flatten().square()).clamp_min(0) - left
 
 
 @contextmanager
-def settings_kept():
-    names = [(torch.backends.cudnn.conv, "fp32_precision"), (torch.backends.cuda.matmul, "fp32_precision")]
-    before = [getattr(*name) for name in names]
-    yield lambda: [getattr(*name) for name in names]
-    assert [getattr(*name) for name in names] == before
+def settings(products="none"):
+    """The process's own, with that of matrix products given; what runs inside must leave them."""
+    owners = torch.backends.cudnn.conv, torch.backends.cuda.matmul
+    before, owners[1].fp32_precision = owners[1].fp32_precision, products
+    now = lambda: [owner.fp32_precision for owner in owners]  # noqa: E731
+    try:
+        given = now()
+        yield now
+        assert now() == given
+    finally:
+        owners[1].fp32_precision = before
 
 
 @pytest.mark.skipif(not hasattr(torch.backends.cuda.matmul, "fp32_precision"), reason="settings of torch >= 2.9")
 class TestFullPrecision:
     def test_a_frozen_point_is_violated_by_rounding_only(self):
         problem, network = made(dtype=torch.float32, depth=3)
-        with PretendDevice(tf32=True), settings_kept():
+        with PretendDevice(tf32=True), settings():
             problem, network = on_device(problem, network)
             program = ConvexProgram.freeze(problem, network)
             assert program.violation(program.point(network)) < 5e-7
@@ -352,11 +384,10 @@ class TestFullPrecision:
             assert float((network(problem.inputs) - exact).abs().max() / exact.abs().max()) < 1e-6
 
     @pytest.mark.parametrize("asked", ["ieee", "tf32"])
-    def test_gradients_of_the_flow_are_not_rounded(self, asked, monkeypatch):
-        monkeypatch.setattr(torch.backends.cuda.matmul, "fp32_precision", asked)
+    def test_gradients_of_the_flow_are_not_rounded(self, asked):
         problem, network = made(dtype=torch.float32)
         _, exact = flow.velocity(problem.to(dtype=torch.float64), network.to(dtype=torch.float64))
-        with PretendDevice(tf32=True), settings_kept():
+        with PretendDevice(tf32=True), settings(asked):
             _, found = flow.velocity(*on_device(problem, network))
             found = [each.cpu().double() for each in (*found.kernels, found.readout)]
         for each, right in zip(found, (*exact.kernels, exact.readout)):
@@ -367,7 +398,7 @@ class TestFullPrecision:
             raise ArithmeticError
 
         seen = []
-        with settings_kept() as now:
+        with settings() as now:
             problem, network = on_device(*made())
             with pytest.raises(ArithmeticError):
                 flow.solve(problem, network, steps=2, callback=lambda row: seen.append(now()) or stop(row))

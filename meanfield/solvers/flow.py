@@ -279,7 +279,6 @@ class PreconditionedDescent:
 
 @checked
 @torch.inference_mode(False)
-@full_float32()
 def solve(
     problem: Problem,
     network: ParticleNetwork,
@@ -326,7 +325,7 @@ def solve(
     trail = _Trail(problem, callback)
     every = record_every or max(1, steps // 100)
     batches = _batches(problem, batch_size, seed)
-    with limits.within(max_seconds):
+    with full_float32(), limits.within(max_seconds):
         status = _follow(problem, network.detach(), method, trail, batches, masses, steps, every, tolerance)
         return trail.solution(status)
 
