@@ -188,7 +188,8 @@ class _Sides:
         terms = beyond.sum(-1, keepdim=True)  # that are there at the root
         pad = torch.nn.functional.pad
         constant, fall = (pad(sums, (1, 0)).gather(-1, terms) for sums in (constants, falls))
-        low, high = (pad(ends, shape, value=end).gather(-1, terms) for shape, end in (((0, 1), 0.0), ((1, 0), torch.inf)))
+        low = pad(ends, (0, 1)).gather(-1, terms)
+        high = pad(ends, (1, 0), value=torch.inf).gather(-1, terms)
         r = _rising_root(constant - level, fall, mass, self.curvature).maximum(low).minimum(high)
         r, low, high, fall = (self._unlined(each) for each in (r, low, high, fall))
         value, slope, _ = self.excess(r, fall)

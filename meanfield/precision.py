@@ -9,7 +9,10 @@ import torch
 
 # (owner, name) of what decides, and its value for float32; torch has renamed both
 _DECIDES = (
-    ((torch.backends.cudnn.conv, "fp32_precision", "ieee"), (torch.backends.cuda.matmul, "fp32_precision", "ieee"))
+    (
+        (torch.backends.cudnn.conv, "fp32_precision", "ieee"),  # type: ignore[attr-defined]
+        (torch.backends.cuda.matmul, "fp32_precision", "ieee"),
+    )
     if hasattr(torch.backends.cuda.matmul, "fp32_precision")
     else ((torch.backends.cudnn, "allow_tf32", False), (torch.backends.cuda.matmul, "allow_tf32", False))
 )

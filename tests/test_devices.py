@@ -12,13 +12,12 @@ from strategies import bounded, normal, random_inputs, random_network, random_ta
 from torch_networks import IMAGES, plain, residual
 
 import meanfield as mf
-from meanfield import certificates, finite, grafting, measures, penalties, starts
+from meanfield import certificates, finite, grafting, measures, penalties
 from meanfield.bench import distances
 from meanfield.certificates import search
 from meanfield.convex.program import ConvexProgram
 from meanfield.finite import kernel
 from meanfield.grafting import graft
-from meanfield.losses import LOSSES
 from meanfield.solvers import alternating, arrangements, flow, reference, splitting
 from meanfield.solvers.acceleration import Anderson
 from meanfield.studies import convexity
@@ -106,31 +105,30 @@ class TestThePretendDevice:
 
 def solved_by_splitting(**case):
     problem, network = on_device(*made(**case))
-    solution = splitting.solve(ConvexProgram.freeze(problem, network), max_iterations=21)
+    solution = splitting.solve(ConvexProgram.freeze(problem, network), max_iterations=11)
     assert is_there(*solution.network.tensors(), *solution.point.tensors(), solution.multipliers.output)
     return solution
 
 
-@pytest.mark.parametrize("loss", LOSSES)
-def test_splitting(pretend, loss):
-    solved_by_splitting(loss=loss)
+def test_splitting(pretend):
+    solved_by_splitting(loss="softmax")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "case",
     [
+        {"loss": "squared"},
         {"loss": "squared", "bound": 1.2, "bias": True},
-        {"loss": "logistic", "bound": 1.2, "norm": "l1"},
-        {"loss": "softmax", "norm": "l1", "depth": 3},
+        {"loss": "logistic", "norm": "l1", "depth": 3},
     ],
-    ids=["bounds_and_biases", "bounds_of_l1", "three_layers"],
+    ids=["plain", "bounds_and_biases", "three_layers_l1"],
 )
 def test_splitting_of_more(pretend, case):
     solved_by_splitting(**case)
 
 
-def flowed(steps=3, case=None, **options):
+def flowed(steps=2, case=None, **options):
     problem, network = on_device(*made(**(case or {})))
     solution = flow.solve(problem, network, steps=steps, record_every=1000, **options)
     assert is_there(*solution.network.tensors())
@@ -145,7 +143,7 @@ def test_flow(pretend):
 @pytest.mark.parametrize("descent", flow.DESCENTS)
 @pytest.mark.parametrize("masses", [True, False])
 @pytest.mark.parametrize("batch_size", [None, 2])
-@pytest.mark.parametrize("case", [{}, {"norm": "l1", "depth": 3, "bound": 1.05, "bias": True}], ids=["free", "bounded"])
+@pytest.mark.parametrize("case", [{}, {"norm": "l1", "bound": 1.05, "bias": True}], ids=["free", "bounded"])
 def test_flows(pretend, descent, masses, batch_size, case):
     flowed(descent=descent, masses=masses, batch_size=batch_size, case=case)
 
@@ -158,22 +156,27 @@ def short_searches(monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("start", starts.STARTS)
 @pytest.mark.parametrize(
-    "case",
-    [{"loss": "softmax", "bias": True, "bound": 1.3}, {"depth": 1, "activation": "relu", "outputs": 1}],
+    ("start", "case"),
+    [
+        ("low_rank", {"loss": "softmax", "bias": True, "activation": "tanh"}),
+        ("anchored", {"depth": 1, "activation": "relu", "outputs": 1}),
+    ],
     ids=["deep", "relu"],
 )
+@pytest.mark.filterwarnings("ignore:the infimum over all measures")
 def test_the_main_job(pretend, short_searches, start, case):
     problem = on_device(made(**case)[0])
-    options = {"rounds": 2, "flow_steps": 4, "program_iterations": 22, "grow": 1}
+    options = {"rounds": 2, "flow_steps": 4, "program_iterations": 11, "grow": 1}
     widths = WIDTHS[: problem.architecture.depth]
     solution = mf.solve(problem, widths, start=start, clones=(1,) * len(widths), **options)
     assert is_there(*solution.network.tensors(), *solution.point.tensors())
 
 
-@pytest.mark.filterwarnings("ignore:.*numpy.*")
-@pytest.mark.parametrize("solver", [reference.solve, arrangements.solve], ids=["cvxpy", "arrangements"])
+@pytest.mark.parametrize(
+    "solver",
+    [pytest.param(reference.solve, marks=pytest.mark.slow, id="cvxpy"), pytest.param(arrangements.solve, id="cells")],
+)
 def test_multipliers_of_solvers_of_the_host_lead_a_search_on_the_device(pretend, solver):
     if solver is reference.solve:
         problem, network = on_device(*made(bias=True, bound=1.2))
@@ -184,9 +187,7 @@ def test_multipliers_of_solvers_of_the_host_lead_a_search_on_the_device(pretend,
         problem = on_device(mf.Problem(arch, images, targets, penalty=mf.Penalty(input=0.01, readout=0.01)))
         found = solver(problem)
     assert is_there(*found.network.tensors(), found.multipliers.output, *found.multipliers.realisation)
-    unseen = certificates.search_features(
-        problem, found.multipliers.output, found.network, starts=4, steps=3, rounds=1
-    )
+    unseen = certificates.search_features(problem, found.multipliers.output, found.network, starts=4, steps=3, rounds=1)
     on_the_host = certificates.search_features(
         problem, found.multipliers.output.cpu(), found.network, starts=4, steps=3, rounds=1
     )
@@ -266,6 +267,7 @@ def test_distances(pretend):
     distances.moments(a.standardised())
 
 
+@pytest.mark.slow
 def test_convexity(pretend):
     problem, network = on_device(*made(count=2))
     variables = convexity.ProgramVariables(ConvexProgram.freeze(problem, network))
@@ -297,10 +299,10 @@ def reads_per_step(pretend, monkeypatch):
     return measured
 
 
-BOUNDED = pytest.param({"bound": 1.2, "bias": True, "norm": "l1"}, marks=pytest.mark.slow, id="bounded")
+BOUNDED = {"loss": "logistic", "bound": 1.2, "bias": True, "norm": "l1"}
 
 
-@pytest.mark.parametrize("case", [*({"loss": loss} for loss in LOSSES), BOUNDED])
+@pytest.mark.parametrize("case", [{}, {"loss": "softmax"}, pytest.param(BOUNDED, marks=pytest.mark.slow)])
 def test_an_iteration_of_splitting_reads_nothing(pretend, case):
     problem, network = on_device(*made(**case))
     inner = splitting._Run(ConvexProgram.freeze(problem, network), 1.0, 1e-6, None).splitting
@@ -308,7 +310,7 @@ def test_an_iteration_of_splitting_reads_nothing(pretend, case):
     for _ in range(10):
         inner.state = accelerated.advance(inner.state, inner.change(), inner.metric)
     assert pretend.reads == before, pretend.places("read")
-    if case == {"loss": "squared"}:
+    if not case:
         assert pretend.operations - operations < 10 * 400  # two roots of 25 Newton steps alone took 2,550 an iteration
 
 

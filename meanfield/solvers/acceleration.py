@@ -33,16 +33,15 @@ class Anderson:
         """The next state after `state`, (n,), where the map moves it by `change`; lengths are
         those of metric * change.
         """
-        length = torch.linalg.vector_norm(metric * change)
+        scaled = metric * change
+        length = torch.linalg.vector_norm(scaled)
+        image = state + change
         if self.before is not None:  # this step was taken from a jump
             kept = length <= SHRINK * self.before[2]
-            state, change, length = (
-                torch.where(kept, new, old) for new, old in zip((state, change, length), self.before)
-            )
-        image = state + change
-        self._remember(image, metric * change, length)
+            image, scaled, length = (torch.where(kept, *pair) for pair in zip((image, scaled, length), self.before))
+        self._remember(image, scaled, length)
         jump = self.steps % PERIOD == 0
-        self.before = (state, change, length) if jump else None
+        self.before = (image, scaled, length) if jump else None
         return self._combination(image, metric) if jump else image
 
     def _remember(self, image: Tensor, change: Tensor, length: Tensor) -> None:
