@@ -8,7 +8,7 @@ A state s holds every block of variables once (and once more for each cone of th
 
 and x the proximal step from 2 z - s, the state moves by a multiple of x - z (ADMM in another guise; Boyd et al. 2011,
 Eckstein & Bertsekas 1992).  Both halves are closed form up to one scalar root per row: per iteration two matrix
-products a layer and a few passes over the kernels, and on a GPU nothing in an iteration waits for the host.
+products a layer and a few passes over the kernels, and on a device nothing in an iteration waits for the host.
 
 Every block has a weight of its own in the metric: it starts at the curvature of its term (1 for the loss, lambda_s,
 lambda_u) per particle, and is set a few times to |multiplier| / |variable|, the curvature that a quadratic with these
