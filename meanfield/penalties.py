@@ -158,16 +158,17 @@ class _Sides:
         r = torch.where(inactive, 0.0, start)
         for _ in range(ROOT_STEPS):
             value, slope, size = self.excess(r)
-            settled = value.abs() <= 8 * eps * size + floor  # what rounding leaves; mass and bend may cancel
-            settled |= inactive
+            # what rounding leaves; mass and bend may cancel
+            settled = inactive | (value.abs() <= (8 * eps) * size + floor)
             if bool(settled.all()):
                 break
             below = value < 0
             low, high = torch.where(below, r, low), torch.where(below, high, r)
             new = r - value / slope
             # where the slope vanishes, 0 / 0 and 1 / 0 are no candidates
-            inside = (new >= low) & (new <= high) & new.isfinite()
-            new = torch.where(inside, new, torch.where(high.isinf(), 2 * r + 1, 0.5 * (low + high)))
+            inside = (new >= low) & (new <= high) & new.isfinite() | settled
+            if not bool(inside.all()):
+                new = torch.where(inside, new, torch.where(high.isinf(), 2 * r + 1, 0.5 * (low + high)))
             r = torch.where(settled, r, new)
         return r
 
