@@ -27,6 +27,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+PLAIN_GENERATOR = torch.Generator
 CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
 INSIDE = "/meanfield/"
 PRUNE_EVERY = 20_000  # tags of storages that are gone
@@ -298,7 +299,14 @@ class _Dispatch(TorchDispatchMode):
             return self.device.dispatched(func, args, kwargs or {})
 
 
-class _Generator(torch.Generator):
+class _AnyGenerator(type(torch.Generator)):
+    """Annotations that were looked up while the device was there outlive it."""
+
+    def __instancecheck__(cls, value) -> bool:
+        return isinstance(value, PLAIN_GENERATOR)
+
+
+class _Generator(torch.Generator, metaclass=_AnyGenerator):
     """Draws what one of the CPU draws, and says that it is elsewhere."""
 
     def __new__(cls, device: Any = "cpu"):

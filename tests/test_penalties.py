@@ -134,7 +134,6 @@ def test_root_balances_both_sides(seed, count, level, mass, curvature, start):
 
 
 def test_roots_of_terms_of_very_different_sizes():
-    """Newton's method from zero took a point before a kink for the root, up to 9% off."""
     draw = lambda seed, *shape: 10 ** (16 * torch.rand(shape, generator=seeded(seed), dtype=torch.float64) - 8)  # noqa: E731
     magnitudes, slopes, weights = draw(0, 6, 500, 1), draw(1, 6, 500, 1), draw(2, 6, 1, 1)
     roots = shrinkage_root(magnitudes, slopes, weights, (0, 2), mass=1.0)
