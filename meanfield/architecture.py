@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from meanfield.precision import full_float32
 from meanfield.validation import Misuse, boolean, instance, integer, one_of, pair
 
 
@@ -100,7 +101,8 @@ class Conv:
 
     def convolve(self, inputs: Tensor, kernels: Tensor, bias: Tensor | None = None) -> Tensor:
         """sum_i sum_s kernels[j, i, s] T_s inputs[:, i]: (N, C, H, W), (M, C, kh, kw) -> (N, M, H', W')."""
-        return functional.conv2d(inputs, kernels, bias, stride=self.stride, padding=self.padding)  # type: ignore[arg-type]
+        with full_float32():
+            return functional.conv2d(inputs, kernels, bias, stride=self.stride, padding=self.padding)  # type: ignore[arg-type]
 
     def patches(self, inputs: Tensor) -> Tensor:
         """The shifts T_s of every channel, (N, C, H, W) -> (N, P, C S), columns channel-major."""

@@ -15,6 +15,8 @@ from torch import Tensor
 from meanfield.validation import Misuse, finite, one_of
 
 NEWTON_STEPS = 60
+LEAST_SHARE = 1e-3  # of a probability whose logarithm a start takes
+# at weights down to 1e-6 and centers up to 1e4 softmax needs 16, the logistic loss as many
 DEVICE_STEPS = 20  # on a GPU their number is fixed: to look whether all have settled would wait for it
 
 
@@ -176,7 +178,8 @@ class LogisticLoss(Loss):
         """Root m of weight (m - mc) = sigmoid(-m) for the margin m = y F, by Newton kept inside a bracket."""
         margin_center = targets * center
         low, high = margin_center, margin_center + 1 / weight
-        margin = margin_center + torch.sigmoid(-margin_center) / (weight + 0.25)
+        # the residual is convex below 0 and concave above: from this side of the root the steps go straight to it
+        margin = torch.where(weight * low + 0.5 <= 0, high.clamp_max(0), low.clamp_min(0))
         for _ in range(_steps(center)):
             sigmoid = torch.sigmoid(-margin)
             residual = weight * (margin - margin_center) - sigmoid
@@ -258,7 +261,8 @@ class SoftmaxLoss(Loss):
 
     def prox(self, center: Tensor, targets: Tensor, weight: float) -> Tensor:
         """Newton's method; the Hessian diag(v + weight) - v v^T is inverted by Sherman-Morrison."""
-        outputs, merit = center, self._merit(center, center, targets, weight)
+        outputs = self._near(center, targets, weight)
+        merit = self._merit(outputs, center, targets, weight)
         for _ in range(_steps(center)):
             v = outputs.softmax(1)
             gradient = v - self._one_hot(targets, center) + weight * (outputs - center)
@@ -275,6 +279,17 @@ class SoftmaxLoss(Loss):
     def cvxpy_sum(self, cp: Any, outputs: Any, targets: np.ndarray) -> Any:
         chosen = np.eye(outputs.shape[1])[targets]
         return cp.sum(cp.log_sum_exp(outputs, axis=1)) - cp.sum(cp.multiply(chosen, outputs))
+
+    def _near(self, center: Tensor, targets: Tensor, weight: float) -> Tensor:
+        """A start near F = c + (e_y - v) / w, v = softmax(F), from which a few steps are enough at any center.
+
+        A weak pull leaves F nearly equal where v > 0: v is then the point of the simplex nearest to w c + e_y.
+        """
+        if weight >= 1:
+            return center
+        own = self._one_hot(targets, center)
+        v = _nearest_in_simplex(weight * center + own)
+        return center + (own - v) / weight + torch.where(v > 0, v.clamp_min(LEAST_SHARE).log(), 0.0)
 
     def _merit(self, outputs: Tensor, center: Tensor, targets: Tensor, weight: float) -> Tensor:
         return self.value(outputs, targets) + 0.5 * weight * (outputs - center).square().sum(1)
@@ -307,6 +322,15 @@ class SoftmaxLoss(Loss):
 
     def _one_hot(self, targets: Tensor, like: Tensor) -> Tensor:
         return torch.nn.functional.one_hot(targets, like.shape[1]).to(like.dtype)
+
+
+def _nearest_in_simplex(rows: Tensor) -> Tensor:
+    """Rows (N, K) moved to the nearest v >= 0 with sum v = 1 (Held, Wolfe & Crowder 1974)."""
+    falling = rows.sort(1, descending=True).values
+    sums = falling.cumsum(1) - 1
+    counts = torch.arange(1, rows.shape[1] + 1, dtype=rows.dtype, device=rows.device)
+    kept = (falling * counts > sums).sum(1, keepdim=True).clamp_min(1)  # rounding may leave none
+    return (rows - sums.gather(1, kept - 1) / kept).clamp_min(0)
 
 
 LOSSES: dict[str, type[Loss]] = {each.name: each for each in (SquaredLoss, LogisticLoss, SoftmaxLoss)}

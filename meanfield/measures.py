@@ -46,6 +46,7 @@ def split(network: ParticleNetwork, layer: Natural, particle: Natural, shares: T
     if shares.ndim != 1 or bool((shares <= 0).any()) or abs(float(shares.sum()) - 1) > MASS_TOLERANCE[network.dtype]:
         raise Misuse("shares", shares.tolist(), "must be positive and sum to 1")
     _check_particle(network, layer, particle)
+    shares = shares.to(network.readout)
     keep = [torch.arange(width, device=network.device) for width in network.widths]
     clones = torch.full((len(shares),), particle, device=network.device)
     keep[layer] = torch.cat([keep[layer][:particle], clones, keep[layer][particle + 1 :]])
@@ -104,6 +105,16 @@ def _check_particle(network: ParticleNetwork, layer: int, particle: int) -> None
         raise ValueError(f"layer={layer}, particle={particle} is not a particle of widths {network.widths}")
 
 
+def _check_alike(first: ParticleNetwork, second: ParticleNetwork, arguments: str = "first and second") -> None:
+    if first.architecture != second.architecture:
+        raise ValueError(f"{arguments} must have the same architecture")
+    if (first.dtype, first.device) != (second.dtype, second.device):
+        raise ValueError(
+            f"{arguments} are {first.dtype} on {first.device} and {second.dtype} on {second.device}; convert one with "
+            ".to(...)"
+        )
+
+
 @checked
 def mixture(first: ParticleNetwork, second: ParticleNetwork, t: float) -> ParticleNetwork:
     """(1 - t) first + t second, 0 < t < 1: the straight line of the convex program between two networks of any widths.
@@ -113,8 +124,7 @@ def mixture(first: ParticleNetwork, second: ParticleNetwork, t: float) -> Partic
     """
     if not 0 < t < 1:
         raise Misuse("t", t, "must lie strictly between 0 and 1")
-    if first.architecture != second.architecture:
-        raise ValueError("first and second must have the same architecture")
+    _check_alike(first, second)
     masses = [torch.cat([(1 - t) * a, t * b]) for a, b in zip(first.masses, second.masses)]
     kernels = [torch.cat([first.kernels[0], second.kernels[0]])]
     for a, b in zip(first.kernels[1:], second.kernels[1:]):
@@ -160,8 +170,7 @@ def adjoin(network: ParticleNetwork, others: ParticleNetwork) -> ParticleNetwork
 
     Output and value stay.  Zero mass carries no flow, so that what the others are is for a program to remember.
     """
-    if network.architecture != others.architecture:
-        raise ValueError("network and others must have the same architecture")
+    _check_alike(network, others, "network and others")
     union = mixture(network, others, 0.5)
     masses = [torch.cat([p, torch.zeros_like(q)]) for p, q in zip(network.masses, others.masses)]
     kernels = [union.kernels[0], *(w / 2 for w in union.kernels[1:])]
@@ -171,8 +180,7 @@ def adjoin(network: ParticleNetwork, others: ParticleNetwork) -> ParticleNetwork
 @checked
 def interpolate(first: ParticleNetwork, second: ParticleNetwork, t: float) -> ParticleNetwork:
     """The straight line in weights between two networks of equal widths: what the theory does NOT make convex."""
-    if first.architecture != second.architecture:
-        raise ValueError("first and second must have the same architecture")
+    _check_alike(first, second)
     if first.widths != second.widths:
         raise ValueError(
             f"widths differ, {first.widths} and {second.widths}: weights can only be averaged at equal widths"

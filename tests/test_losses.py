@@ -128,6 +128,21 @@ def test_prox_meets_its_optimality_condition(name, seed, weight):
     assert bool(((loss.gradient(F, y) + weight * (F - center)).abs() <= 1e-13 * scale).all())
 
 
+@pytest.mark.parametrize("name", ["logistic", "softmax"])
+@pytest.mark.parametrize("weight", [1e-6, 1e-4, 1e-2, 1.0])
+def test_prox_of_far_centers_takes_no_more_steps_than_a_device_has(name, weight, monkeypatch):
+    monkeypatch.setattr(losses, "NEWTON_STEPS", losses.DEVICE_STEPS)
+    loss, outputs = losses.make(name), 1 if name == "logistic" else 10
+    center = torch.cat([size * normal((30, outputs), 0) for size in (1, 10, 100, 1e3, 1e4)])
+    y = loss.check_targets(
+        loss.encode(torch.arange(len(center)) % max(outputs, 2), outputs), len(center), outputs, center
+    )
+    F = loss.prox(center, y, weight)
+    residual = loss.gradient(F, y) + weight * (F - center)
+    rounding = 64 * torch.finfo(F.dtype).eps * (1 + weight * (F.abs() + center.abs()) + F.abs())
+    assert bool((residual.abs() <= rounding).all())
+
+
 @given(twins, seeds, weights)
 def test_prox_attains_the_minimum(name, seed, weight):
     loss, center, y = batch(name, seed, count=1)

@@ -133,6 +133,16 @@ def test_root_balances_both_sides(seed, count, level, mass, curvature, start):
         assert flat or r.item() == pytest.approx(expected, rel=1e-12)
 
 
+def test_roots_of_terms_of_very_different_sizes():
+    draw = lambda seed, *shape: 10 ** (16 * torch.rand(shape, generator=seeded(seed), dtype=torch.float64) - 8)  # noqa: E731
+    magnitudes, slopes, weights = draw(0, 6, 500, 1), draw(1, 6, 500, 1), draw(2, 6, 1, 1)
+    roots = shrinkage_root(magnitudes, slopes, weights, (0, 2), mass=1.0)
+    for change in (-1e-12, 1e-12):
+        r = (1 + change) * roots
+        excess = r - (weights * (magnitudes - slopes * r).clamp_min(0)).sum((0, 2), keepdim=True)
+        assert bool((excess.sign() == math.copysign(1, change)).all())
+
+
 @given(seeds)
 def test_roots_of_a_batch_are_the_roots_one_by_one(seed):
     magnitudes, mass = normal((4, 3, 2), seed).abs(), normal((1, 3, 1), seed + 1)

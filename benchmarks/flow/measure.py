@@ -87,7 +87,7 @@ class FlowContender:
     def step(self) -> None:
         moved = self.method.propose(self.network, self.velocity)
         terms, velocity = flow.velocity(self.problem, moved)
-        if not self.method.judge(self.network, moved, float(terms.total() - self.terms.total())):
+        if not self.method.judge(self.network, moved, terms.total() - self.terms.total()):
             raise RuntimeError("the flow's value is not finite")
         self.network, self.terms, self.velocity = moved, terms, velocity
 

@@ -38,7 +38,9 @@ from meanfield.convex.program import ConvexProgram
 from meanfield.convex.repopulation import ProgramPoint, joined, parted
 from meanfield.network import ordinary, propagate
 from meanfield.penalties import largest, lengths
+from meanfield.precision import full_float32
 from meanfield.signatures import checked
+from meanfield.transfer import on_host
 from meanfield.validation import instance
 
 # of r between the domain of the conjugate and what no feature sees; where the two meet, a few dozen do
@@ -104,6 +106,7 @@ def certify(program: ConvexProgram, point: ProgramPoint, *multipliers: Multiplie
 
 @checked
 @torch.inference_mode(False)
+@full_float32()
 def stationary_multipliers(program: ConvexProgram, point: ProgramPoint) -> Multipliers:
     """r = d loss / d F and b_j = -(1/p_j) d loss / d w^_j for the flows w^_j = W_j / p_j of the point's network.
 
@@ -155,7 +158,9 @@ def dual_value(program: ConvexProgram, multipliers: Multipliers) -> float:
 class _PricedFeatures:
     """What the dual value needs of multipliers, layer by layer, before the choice of mu and kappa.
 
-    norms[l-1] |b_ij|* (M_l, M_{l-1}); pairings[l-1] <y_j, c_j> - B |bias entry of b_j| (M_l,); readout |q_j| (M_L,).
+    norms[l-1] |b_ij|* (M_l, M_{l-1}); pairings[l-1] <y_j, c_j> - B |bias entry of b_j| (M_l,); readout |q_j| (M_L,);
+    costs lambda_1 |z_i|^2 (M_1,); amplitude kappa.  All but r, which knows the images, are held on the host: the
+    searches read one number after the other.
     """
 
     program: ConvexProgram
@@ -163,7 +168,8 @@ class _PricedFeatures:
     norms: list[Tensor]
     pairings: list[Tensor]
     readout: Tensor
-    amplitude: tuple[Tensor, ...] | None
+    costs: Tensor
+    amplitude: Sequence[Tensor] | None
 
     @classmethod
     def of(cls, program: ConvexProgram, multipliers: Multipliers) -> _PricedFeatures:
@@ -175,7 +181,10 @@ class _PricedFeatures:
             pairings.append(pairing)
         # without a source penalty kappa_j = max_i |b_ij|* is the only choice, and the search finds it
         amplitude = multipliers.amplitude if program.problem.penalty.source > 0 else None
-        return cls(program, output, norms, pairings, readout, amplitude)
+        readout, costs, *rest = on_host([readout, program.feature_costs, *norms, *pairings, *(amplitude or ())])
+        count = len(norms)
+        amplitude = None if amplitude is None else rest[2 * count :]
+        return cls(program, output, rest[:count], rest[count : 2 * count], readout, costs, amplitude)
 
     @property
     def bounded(self) -> bool:
@@ -201,16 +210,16 @@ class _PricedFeatures:
 
     def _masses(self, scale: float) -> float:
         """sum_l mu_l without an amplitude bound."""
-        penalty, gamma, total = self.program.problem.penalty, self.program.feature_costs, 0.0
+        penalty, gamma, total = self.program.problem.penalty, self.costs, 0.0
         for norm, pairing in zip(self.norms, self.pairings):
             load = scale * norm.amax(0)
             total += float((_square_over(load, penalty.source) - gamma).max())
             gamma = scale * pairing
         return total + float((_square_over(scale * self.readout, penalty.readout) - gamma).max())
 
-    def _masses_given(self, scale: float, amplitude: tuple[Tensor, ...]) -> float:
+    def _masses_given(self, scale: float, amplitude: Sequence[Tensor]) -> float:
         """sum_l mu_l with the given kappa, lowered to what each mu_l then needs."""
-        penalty, gamma, total = self.program.problem.penalty, self.program.feature_costs, 0.0
+        penalty, gamma, total = self.program.problem.penalty, self.costs, 0.0
         for norm, pairing, kappa in zip(self.norms, self.pairings, amplitude):
             load = (scale * (norm - kappa.clamp_min(0)[:, None])).clamp_min(0).amax(0)
             mu = float((_square_over(load, penalty.source) - gamma).max())
@@ -225,7 +234,7 @@ class _PricedFeatures:
 
     def _masses_bounded(self, scale: float, offsets: list[float]) -> float:
         """sum_l mu_l when mu_l exceeds its least value max(-gamma) by a share `offsets[l]` of what kappa = 0 needs."""
-        penalty, gamma, total = self.program.problem.penalty, self.program.feature_costs, 0.0
+        penalty, gamma, total = self.program.problem.penalty, self.costs, 0.0
         bound = penalty.amplitude_bound or 0.0
         for norm, pairing, offset in zip(self.norms, self.pairings, offsets):
             least = float((-gamma).max())

@@ -130,7 +130,8 @@ def search_features(
     problem.require_whole("search_features")
     steps = STEPS[problem.architecture.depth == 1] if steps is None else steps
     validation.shaped(output, (len(problem.inputs), problem.architecture.outputs), "output")
-    problem, output = problem.to(dtype=torch.float64), output.double()
+    problem = problem.to(dtype=torch.float64)
+    output = output.to(problem.inputs)
     network = None if network is None else network.to(dtype=torch.float64)
     reason = _no_bound(problem)
     if reason:

@@ -20,6 +20,7 @@ from torch import Tensor
 from meanfield import limits, validation
 from meanfield.finite.network import SCALINGS, FiniteCNN
 from meanfield.network import ParticleNetwork
+from meanfield.precision import full_float32
 from meanfield.problem import Problem, project_bounds
 from meanfield.signatures import Count, Nonnegative, Positive, Seed, checked
 from meanfield.starts import normal
@@ -77,6 +78,7 @@ class Training:
 
 @checked
 @torch.inference_mode(False)
+@full_float32()
 def train(
     problem: Problem,
     widths: Sequence[int],

@@ -67,7 +67,7 @@ def solve(problem: Problem) -> Solution:
     network = _best_network(exact, found.atoms, problem.inputs)
     program = ConvexProgram.freeze(problem, network)
     point = program.point(network)
-    multipliers = Multipliers(torch.as_tensor(found.multipliers)[:, None], ())
+    multipliers = Multipliers(torch.as_tensor(found.multipliers, device=problem.inputs.device)[:, None], ())
     certificate = certificates.certify(program, point, multipliers, certificates.stationary_multipliers(program, point))
     value = float(exact.value(network.to(dtype=torch.float64, device="cpu")))
     status = (

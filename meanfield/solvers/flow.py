@@ -32,6 +32,7 @@ from meanfield.convex import repopulation
 from meanfield.convex.program import ConvexProgram
 from meanfield.network import ParticleNetwork, along_axis
 from meanfield.penalties import inflow_projection, input_norms, kernel_projection, shrinkage_root
+from meanfield.precision import full_float32
 from meanfield.problem import Problem, Terms, project_bounds
 from meanfield.signatures import Count, Nonnegative, Positive, Seconds, Seed, checked
 from meanfield.solvers.solution import ENDED_EARLY, Solution, message
@@ -79,6 +80,7 @@ class Tangent:
 
 
 @torch.inference_mode(False)
+@full_float32()
 def velocity(problem: Problem, network: ParticleNetwork, masses: bool = True) -> tuple[Terms, Tangent]:
     """The terms of J and the flow's velocity, without the source penalty's pull on the kernels (its proximal map adds
     it).
@@ -198,8 +200,8 @@ class Descent(Protocol):
 
     def propose(self, network: ParticleNetwork, flow: Tangent) -> ParticleNetwork: ...
 
-    def judge(self, network: ParticleNetwork, moved: ParticleNetwork, change: float) -> bool:
-        """Whether to accept, given the change of J; also adapts the step."""
+    def judge(self, network: ParticleNetwork, moved: ParticleNetwork, change: Tensor) -> bool:
+        """Whether to accept, given the change of J, 0-dimensional; also adapts the step.  At most one host read."""
         ...
 
 
@@ -233,8 +235,9 @@ class GradientDescent:
     def propose(self, network: ParticleNetwork, flow: Tangent) -> ParticleNetwork:
         return _euler(self.problem, network, flow, self.length)
 
-    def judge(self, network: ParticleNetwork, moved: ParticleNetwork, change: float) -> bool:
-        predicted = float(squared_distance(network, moved)) / self.length  # = step speed^2
+    def judge(self, network: ParticleNetwork, moved: ParticleNetwork, change: Tensor) -> bool:
+        squared, change = torch.stack([squared_distance(network, moved), change]).tolist()
+        predicted = squared / self.length  # = step speed^2
         noise = 64 * torch.finfo(network.dtype).eps  # J of order one cannot resolve less
         error = abs(change + predicted) / max(predicted, noise) if math.isfinite(change) else math.inf
         accepted = not self.adaptive or error <= 2 * DISSIPATION_ERROR or abs(change + predicted) <= noise
@@ -306,8 +309,8 @@ class PreconditionedDescent:
             biases,
         )
 
-    def judge(self, network: ParticleNetwork, moved: ParticleNetwork, change: float) -> bool:
-        return math.isfinite(change)
+    def judge(self, network: ParticleNetwork, moved: ParticleNetwork, change: Tensor) -> bool:
+        return True  # without a look, which a device would wait for: the next record finds what is not finite
 
 
 @checked
@@ -382,7 +385,7 @@ def solve(
     }
     file = None if state is None else StateFile(state, {**states.described(problem), **settings})
     run = _Run(problem, network.detach(), method, _Trail(problem, callback), batches, masses, steps, every, tolerance)
-    with limits.within(max_seconds):
+    with full_float32(), limits.within(max_seconds):
         return run.solution(file, state_seconds)
 
 
@@ -469,6 +472,8 @@ class _Run:
             if (late or self.step % self.every == 0 or self.step == self.steps) and self.trail.step != self.step:
                 self.network = self.network.map(ranks.agreed)
                 whole = self._whole() if pulled is None or batch is not self.problem else pulled
+                if self.step and not ranks.decided(bool(whole[0].total().isfinite())):
+                    return "stalled"
                 if self._record(*whole) ** 2 <= self.tolerance:
                     return "converged"
                 pulled = whole if batch is self.problem else pulled
@@ -483,7 +488,7 @@ class _Run:
             moved = self.method.propose(self.network, flow)
             following = self.batches.at(self.step + 1)
             pulled = velocity(following, moved, self.masses)
-            if ranks.decided(self.method.judge(self.network, moved, float(pulled[0].total() - terms.total()))):
+            if ranks.decided(self.method.judge(self.network, moved, pulled[0].total() - terms.total())):
                 self.network, batch = moved, following
             elif not isinstance(self.method, GradientDescent) or self.method.step < torch.finfo(moved.dtype).eps:
                 return "stalled"

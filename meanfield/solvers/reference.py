@@ -98,7 +98,7 @@ def _certified(
         network=program.network(point),
         point=point,
         certificate=certificate,
-        multipliers=best,
+        multipliers=best.map(lambda tensor: tensor.to(device=program.frozen.device)),
         history=[*([] if before is None else before.history), {"solver_value": model.solver_value()}],
         seconds=time.perf_counter() - began,
     )

@@ -8,7 +8,7 @@ A state s holds every block of variables once (and once more for each cone of th
 
 and x the proximal step from 2 z - s, the state moves by a multiple of x - z (ADMM in another guise; Boyd et al. 2011,
 Eckstein & Bertsekas 1992).  Both halves are closed form up to one scalar root per row: per iteration two matrix
-products a layer and a few passes over the kernels, and on a GPU nothing in an iteration waits for the host.
+products a layer and a few passes over the kernels, and on a device nothing in an iteration waits for the host.
 
 Every block has a weight of its own in the metric: it starts at the curvature of its term (1 for the loss, lambda_s,
 lambda_u) per particle, and is set a few times to |multiplier| / |variable|, the curvature that a quadratic with these
@@ -32,6 +32,7 @@ from meanfield.certificates import Certificate, Multipliers
 from meanfield.convex.program import ConvexProgram
 from meanfield.convex.repopulation import ProgramPoint, joined, parted
 from meanfield.penalties import Penalty, cone_projection, row_prox
+from meanfield.precision import full_float32
 from meanfield.problem import FEASIBLE
 from meanfield.signatures import Count, Positive, Seconds, checked
 from meanfield.solvers.acceleration import Anderson
@@ -50,6 +51,7 @@ FROBENIUS = Penalty(kernel_norm="l2")
 
 @checked
 @torch.inference_mode(False)
+@full_float32()
 def solve(
     program: ConvexProgram,
     tolerance: Positive = 1e-6,
