@@ -283,6 +283,7 @@ class PretendDevice(TorchFunctionMode):
             (torch.nn.Module, "to", moved),
             (cuda, "is_available", lambda: True),
             (cuda, "device_count", lambda: 1),
+            (cuda, "mem_get_info", lambda device=None: (2**40, 2**40)),
             (cuda, "device", lambda device: contextlib.nullcontext()),
             (cuda, "get_rng_state", lambda device="cuda": torch.get_rng_state()),
             *((cuda, name, none) for name in ("synchronize", "manual_seed", "set_rng_state", "_lazy_init")),

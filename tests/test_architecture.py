@@ -198,5 +198,7 @@ def test_shapes_and_counts_may_come_from_arrays():
 def test_entries_are_the_numbers_that_an_image_and_its_maps_take(arch, width):
     network, image = random_network(arch, [width] * arch.depth, 0), random_inputs(arch, 1, 0)
     responses = network.responses(image)
-    maps = (*responses.preactivations, *responses.features)
-    assert arch.entries(network.widths) == image.numel() + sum(tensor.numel() for tensor in maps)
+    maps = image.numel() + sum(map(torch.numel, (*responses.preactivations, *responses.features)))
+    patches = max(layer.patches(below).numel() for layer, below in zip(arch.layers, (image, *responses.features)))
+    for copies in (1, 3):
+        assert arch.entries(network.widths, copies) == copies * maps + patches

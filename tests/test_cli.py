@@ -186,9 +186,10 @@ def test_warning_of_attainment_is_one_line():
 def test_help_states_every_default():
     text = run("solve", "--help").stdout
     options = re.findall(r"(?m)^│ (--[a-z-]+)", text)
-    assert len(options) == 32
-    silent = {"--split", "--amplitude-bound", "--input-bound", "--max-seconds", "--pair"}  # "Without it: ..."
-    flags = {"--out", "--overwrite", "--json", "--quiet"}
+    assert len(options) == 34
+    bounds = {"--amplitude-bound", "--input-bound", "--max-seconds", "--max-memory"}
+    silent = {"--split", "--readout-penalty", "--pair"} | bounds  # "Without it: ..."
+    flags = {"--out", "--resume", "--overwrite", "--json", "--quiet"}
     assert text.count("[default:") == len(options) - len(silent | flags)
     assert text.count("Without") >= len(silent)
 

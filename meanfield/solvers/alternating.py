@@ -27,7 +27,7 @@ from meanfield.solvers.solution import ENDED_EARLY, Solution, message
 from meanfield.storage import states
 from meanfield.storage.states import StateFile
 from meanfield.storage.tensors import digest
-from meanfield.validation import path
+from meanfield.validation import Misuse, path
 
 RATE, RATE_DECAY, RATE_CUT, LEAST_RATE = 0.1, 0.7, 0.25, 1e-3
 CLONE_NOISE = 0.3
@@ -90,6 +90,8 @@ def solve(
     callback receives every row of the inner histories, marked with "round" and "phase" ("flow", "program"), and each
     round's own row (phase "round").
     """
+    if grow and problem.ranks.count > 1:
+        raise Misuse("grow", grow, f"searches on one rank only, and there are {problem.ranks.count}; leave it at 0")
     later = later_steps if later_steps is not None else max(1, flow_steps // 2)
     if clones is not None:
         clones = validation.widths(clones, problem.architecture.depth, "clones", minimum=0)

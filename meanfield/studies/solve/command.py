@@ -5,9 +5,9 @@ from __future__ import annotations
 import contextlib
 import math
 import sys
-import time
 import warnings
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import torch
@@ -17,6 +17,7 @@ from meanfield.bench import reading, signals
 from meanfield.bench.command import SHORT, say_data, stop
 from meanfield.bench.options import (
     MODEL,
+    OBJECTIVE,
     OUTPUT,
     WORK,
     Classes,
@@ -42,20 +43,23 @@ from meanfield.bench.task import (
     Loss,
     Pooling,
     Readout,
-    ReadoutPenalty,
     SourcePenalty,
     Task,
 )
 from meanfield.data import Dataset
 from meanfield.problem import Problem
 from meanfield.solvers import alternating, memory
+from meanfield.solvers.solution import ENDED_EARLY
 from meanfield.storage import networks, results
 from meanfield.studies.solve import page
 from meanfield.studies.solve.measure import heading, predictions, solution_figures
+from meanfield.studies.solve.progress import Progress
 from meanfield.studies.solve.run import Run
-from meanfield.validation import Misuse, positive
+from meanfield.validation import Misuse, nonnegative, positive
 
 REPORT_SHARE = 0.25  # of --max-seconds
+READOUT_PENALTY = 5e-4
+STATE = "state.safetensors"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +71,15 @@ class Options(Learning):
     readout: Readout = "flatten"
     loss: Loss = "softmax"
     source_penalty: SourcePenalty = 3e-5
-    readout_penalty: ReadoutPenalty = 3e-5
+    readout_penalty: Annotated[  # pyright: ignore[reportIncompatibleVariableOverride] - the Task has a number
+        float | None,
+        option(
+            "Strength of the penalty on the readout. Without it: 5e-4, over the square of the positions of a flattened "
+            "readout, whose weights are as large as there are positions.",
+            OBJECTIVE,
+        ),
+        nonnegative,
+    ] = None
     input_penalty: InputPenalty = 3e-5
     widths: Annotated[
         tuple[int, ...],
@@ -108,14 +120,34 @@ class Options(Learning):
         labels,
     ] = None
     out: Out = None
+    resume: Annotated[
+        bool,
+        flag(
+            "Go on from where a solve with the same options in --out was broken off: by a kill, a signal or a limit, "
+            "of which --rounds and --max-seconds may have other values now. Without it a solve starts anew.",
+            OUTPUT,
+        ),
+    ] = False
     overwrite: Overwrite = False
     json: Annotated[
         bool, flag("Print the results as one JSON object on standard output, and nothing else there.", OUTPUT)
     ] = False
     quiet: Quiet = False
 
-    def task(self) -> Task:
-        return Task.from_dict({**self.to_dict(), "depth": len(self.widths)})
+    def task(self, images: Dataset | None = None) -> Task:
+        """What is to be learnt; its readout penalty is known with the images."""
+        task = Task.from_dict(
+            {**self.to_dict(), "depth": len(self.widths), "readout_penalty": self.readout_penalty or 0.0}
+        )
+        if self.readout_penalty is not None or images is None:
+            return task
+        positions = task.architecture(images).readout_positions if self.readout == "flatten" else 1
+        return task.variant(readout_penalty=READOUT_PENALTY / positions**2)
+
+    @property
+    def state(self) -> Path | None:
+        """The file from which a solve that was broken off goes on."""
+        return None if self.out is None else self.out / STATE
 
     def pair_among(self, images: Dataset) -> tuple[int, int] | None:
         """Positions of `pair` among the classes, of which there must be images."""
@@ -146,13 +178,17 @@ def command(options: Options) -> None:
     are cut short or left out.
 
     Ctrl-C, SIGTERM and SIGHUP stop the solve, keep the best network so far and say where it is. An earlier report in
-    the same directory is replaced as a whole.
+    the same directory is replaced as a whole. With --out a solve can go on, also after a kill: --resume ends at the
+    same network, to the last bit on one machine, as if nothing had happened.
 
     torchrun --nproc-per-node 2 -m meanfield solve ... shares the images among processes, on one machine or many; the
     first one prints, writes and measures the report. With --device cuda each has a card of its own.
     """
+    if options.resume and options.out is None:
+        raise Misuse("resume", True, "needs --out, the directory of the solve that is to go on")
+    state = options.state
     if not ranks.first():
-        options = options.variant(out=None, json=False, quiet=True)
+        options = options.variant(out=None, resume=False, json=False, quiet=True)
         warnings.simplefilter("ignore")  # rank 0 says it
     with contextlib.ExitStack() as stack:
         result = None
@@ -161,20 +197,28 @@ def command(options: Options) -> None:
             result = stack.enter_context(
                 results.opened(options.out, networks.RESULT, page.FILES, overwrite=options.overwrite)
             )
+            if not options.resume:
+                remove_state(state)
         stack.enter_context(limits.memory(options.max_memory or math.inf))
         images = options.task().images()
         pair = options.pair_among(images)
-        problem = options.variant(device=ranks.device(options.device)).task().problem(images)
+        problem = options.variant(device=ranks.device(options.device)).task(images).problem(images)
         memory.require(
             problem, options.widths, batch=options.batch_size, grow=options.grow, starts=alternating.CONFIRMING_STARTS
         )
         say_data(images.summary, options.quiet)
         said = _warn(problem)
         watch = stack.enter_context(
-            Progress(options, enabled=not options.quiet and sys.stderr.isatty(), lines=not options.quiet)
+            Progress(
+                options.rounds,
+                options.flow_steps,
+                options.max_seconds,
+                live=not options.quiet and sys.stderr.isatty(),
+                lines=not options.quiet,
+            )
         )
         with signals.waiting():
-            run = _solve(options, images, problem, pair, said, watch)
+            run = _solve(options, images, problem, pair, said, watch, state)
             if not ranks.first():
                 raise SystemExit(signals.exit_code() if run.solution.status == "interrupted" else 0)
             figures = _keep(run, result)
@@ -194,6 +238,8 @@ def command(options: Options) -> None:
                     raise
                 _ended(run, result, watch, "memory ran out", SHORT)
             result.publish(written)
+            if run.solution.status not in ENDED_EARLY:
+                remove_state(state)
         else:
             figures = {**figures, "predictions": predictions(run)}
     if options.json:
@@ -252,6 +298,7 @@ def _solve(
     pair: tuple[int, int] | None,
     said: list[str],
     watch: Progress,
+    state: Path | None,
 ) -> Run:
     # before the work: the digest is of what runs, whatever is edited in the meantime
     made = asdict(Provenance(options.command_line(*ranks.program(), "solve"), options.to_dict(), data=images.summary))
@@ -269,9 +316,16 @@ def _solve(
             batch_size=options.batch_size if options.batch_size < len(training) else None,
             grow=options.grow,
             max_seconds=options.max_seconds or math.inf,
+            state=state,
             callback=watch,
         )
     return Run(problem, training, held_out, start, solution, made, options.seed, said, pair)
+
+
+def remove_state(state: Path | None) -> None:
+    """With that of the flow beside it."""
+    for each in () if state is None else state.parent.glob(f"{state.stem}*{state.suffix}"):
+        each.unlink(missing_ok=True)
 
 
 def _summarise(figures: dict[str, Any], options: Options) -> None:
@@ -292,82 +346,3 @@ def _right(judged: dict[str, Any]) -> str:
     return ", ".join(
         f"{each['accuracy']:.2%} of {each['count']:,} {name} images" for name, each in named.items() if each
     )
-
-
-class Progress:
-    """Progress on stderr: a live line on a terminal, a line per round elsewhere.  Called with every row of a solver."""
-
-    def __init__(self, options: Options, *, enabled: bool, lines: bool) -> None:
-        self.options, self.enabled, self.lines = options, enabled, lines and not enabled
-        self.began, self.bar, self.task = time.perf_counter(), None, None
-        self.value = self.gap = math.nan
-
-    def __enter__(self) -> Progress:
-        if self.enabled:
-            from rich.console import Console
-            from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-
-            columns = (
-                TextColumn("{task.description}"),
-                BarColumn(bar_width=24),
-                TextColumn("{task.fields[figures]}"),
-                TimeElapsedColumn(),
-            )
-            self.bar = Progress(*columns, console=Console(stderr=True), transient=True)
-            self.bar.start()
-            self.task = self.bar.add_task("start", total=self.options.rounds, figures="")
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.stop()
-
-    def stop(self) -> None:
-        if self.bar is not None:
-            self.bar.stop()
-            self.bar = None
-
-    def say(self, text: str) -> None:
-        """A stage of the report."""
-        if self.bar is not None and self.task is not None:
-            self.bar.update(
-                self.task, description=f"report: {text}", completed=None, total=None, figures=f"J {self.value:.6g}"
-            )
-        elif self.lines:
-            print(f"report: {text}", file=sys.stderr)
-
-    def __call__(self, row: dict[str, Any]) -> None:
-        self.value, self.gap = row.get("value", self.value), row.get("gap", self.gap)
-        rounds = self.options.rounds
-        if self.bar is not None and self.task is not None:
-            text = f"round {row['round'] + 1} of at most {rounds}, {row['phase']}"
-            self.bar.update(
-                self.task, description=text, completed=row["round"] + self._share(row), figures=self._figures(row)
-            )
-        elif self.lines and row["phase"] == "round":
-            print(
-                f"round {row['round'] + 1} of at most {rounds}: {self._figures(row)}, {row['seconds']:.0f} s",
-                file=sys.stderr,
-            )
-
-    def _share(self, row: dict[str, Any]) -> float:
-        """How much of the round is done; the flow counts as three quarters."""
-        if row["phase"] == "flow":
-            steps = self.options.flow_steps if row["round"] == 0 else max(1, self.options.flow_steps // 2)
-            return 0.75 * min(1.0, row["step"] / steps)
-        return 0.75 if row["phase"] == "program" else 1.0
-
-    def _figures(self, row: dict[str, Any]) -> str:
-        text = f"J {self.value:.6g}" + ("" if math.isnan(self.gap) else f", gap {self.gap:.1e}")
-        if row["phase"] == "round":
-            return text + f", flow ended {row['flow_gap']:.1e} above the dual bound"
-        return text + self._left(row)
-
-    def _left(self, row: dict[str, Any]) -> str:
-        """Time left at the pace so far, to the round limit or to --max-seconds, whichever comes first."""
-        elapsed, done = time.perf_counter() - self.began, row["round"] + self._share(row)
-        if done < 0.02:
-            return ""
-        left = elapsed * (self.options.rounds - done) / done
-        if self.options.max_seconds is not None:
-            left = min(left, max(0.0, self.options.max_seconds - elapsed))
-        return f", at most about {left:.0f} s left"
