@@ -344,10 +344,10 @@ def solve(
     batch_size draws minibatches without replacement, reshuffled each epoch from `seed`: unbiased estimates of the
     velocities, those of masses among them.  Steps of both descents then fall to zero, so that the noise dies out.
 
-    state: file (.safetensors) to which the whole state of the run is written every `state_seconds` seconds.  A call
-    with the same arguments continues from it and ends, on the same machine and as many threads, with the same bits as a
-    run without a pause (seconds excepted).  It is removed when the run ends by itself, and refused (ValueError) where
-    it is damaged or of other arguments or data.
+    state: file (.safetensors) to which the whole state of the run is written every `state_seconds` seconds, and where a
+    limit or an interrupt ends it.  A call with the same arguments continues from it and ends, on the same machine and
+    as many threads, with the same bits as a run without a pause (seconds excepted).  It is removed when the run ends by
+    itself, and refused (ValueError) where it is damaged or of other arguments or data.
 
     Returns the best recorded network.  History rows: step, images (seen in steps so far), seconds, time (flow time; NaN
     for the preconditioned descent), value, loss, source, readout, input, speed, dissipated (integral of speed^2),
@@ -444,16 +444,24 @@ class _Run:
     every: int
     tolerance: float
     step: int = 0
+    kept: dict[str, Any] | None = None
 
     def solution(self, file: StateFile | None, seconds: float) -> Solution:
         """Continue from the file, which is written every so many seconds and goes where the run ends by itself."""
         if file is not None and (found := file.load(self.problem.inputs.device)) is not None:
             self.restore(found)
         status = self.follow(file, seconds)
+        if status in ENDED_EARLY:
+            self.save(file)
         solution = self.trail.solution(status)
         if file is not None and self.problem.ranks.own == 0 and solution.status not in ENDED_EARLY:
             file.remove()
         return solution
+
+    def save(self, file: StateFile | None) -> None:
+        """As of the last place between two steps; rank 0 writes for all."""
+        if file is not None and self.kept is not None and self.problem.ranks.own == 0:
+            file.save(self.kept)
 
     def follow(self, file: StateFile | None, seconds: float) -> str:
         """The status with which the steps ended."""
@@ -477,12 +485,13 @@ class _Run:
                 if self._record(*whole) ** 2 <= self.tolerance:
                     return "converged"
                 pulled = whole if batch is self.problem else pulled
+            self.kept = None if file is None else self.state()
             if late:
                 return "max_seconds"
             if self.step == self.steps:
                 return "max_iterations"
-            if file is not None and ranks.own == 0 and time.perf_counter() - saved >= seconds:
-                file.save(self.state())
+            if time.perf_counter() - saved >= seconds:
+                self.save(file)
                 saved = time.perf_counter()
             terms, flow = velocity(batch, self.network, self.masses) if pulled is None else pulled
             moved = self.method.propose(self.network, flow)
@@ -513,7 +522,7 @@ class _Run:
             "step": self.step,
             "network": states.entries(self.network),
             "method": self.method.state(),
-            "history": trail.history,
+            "history": list(trail.history),
             "best": trail.best,
             "best_network": None if trail.network is None else states.entries(trail.network),
             "seconds": trail.seconds(),

@@ -1,0 +1,69 @@
+"""A solve that was broken off, and --resume."""
+
+import json
+import subprocess
+import sys
+import time
+
+import kills
+import pytest
+import torch
+from command_line import run, tiny
+
+from meanfield import load_network
+
+SAVING = (
+    "import functools; from meanfield.solvers import alternating; "
+    "alternating.solve = functools.partial(alternating.solve, state_seconds=0.0); "
+)
+OPTIONS = tiny("--widths=6,4", "--samples=10", "--rounds=3", "--flow-steps=200", "--batch-size=4")
+
+
+def started(out, *more):
+    words = [sys.executable, "-c", SAVING + kills.QUICK_REPORT, *OPTIONS, "--out", str(out), *more]
+    process = subprocess.Popen(words, env=kills.environment(), stderr=subprocess.PIPE, text=True)
+    kills.until(lambda: process.poll() is not None or kills.hears(process.pid), "the command does not start")
+    return process
+
+
+@pytest.mark.slow
+def test_killed_at_five_moments_it_ends_at_the_same_network(tmp_path):
+    whole = started(tmp_path / "whole")
+    began = time.perf_counter()
+    _, stderr = whole.communicate(timeout=kills.PATIENCE)
+    assert whole.returncode == 0, stderr
+    share = (time.perf_counter() - began) / 6
+    for moment in range(5):
+        process = started(tmp_path / "out", "--resume")
+        time.sleep(share * (1 + moment % 2))
+        process.kill()
+        process.communicate(timeout=kills.PATIENCE)
+        assert process.returncode == -9
+    last = started(tmp_path / "out", "--resume")
+    _, stderr = last.communicate(timeout=kills.PATIENCE)
+    assert last.returncode == 0, stderr
+    networks = [load_network(tmp_path / name) for name in ("whole", "out")]
+    assert all(map(torch.equal, *(network.tensors() for network in networks)))
+    rounds = [json.loads((tmp_path / name / "results.json").read_text())["rounds"] for name in ("whole", "out")]
+    assert [row["value"] for row in rounds[0]] == [row["value"] for row in rounds[1]]
+    assert not list((tmp_path / "out").glob("state*"))
+
+
+def test_a_limit_leaves_what_a_later_run_goes_on_from(tmp_path):
+    """Other options are refused; without --resume a run starts anew."""
+    out, options = tmp_path / "out", (*OPTIONS, "--quiet")
+    assert run(*options, "--out", out, "--max-seconds", "0.4").exit_code == 0
+    assert list(out.glob("state*"))
+    other = run(*options, "--seed=1", "--out", out, "--resume")
+    assert other.exit_code == 2
+    assert "is of another run" in other.stderr
+    assert run(*options, "--out", out, "--resume").exit_code == 0
+    assert not list(out.glob("state*"))
+    assert run(*options, "--out", tmp_path / "whole").exit_code == 0
+    assert all(map(torch.equal, load_network(out).tensors(), load_network(tmp_path / "whole").tensors()))
+
+
+def test_resume_needs_a_place():
+    ended = run(*OPTIONS, "--resume")
+    assert ended.exit_code == 2
+    assert ended.stderr == "error: --resume=True needs --out, the directory of the solve that is to go on\n"
