@@ -11,6 +11,7 @@ import torch
 from command_line import run, tiny
 
 from meanfield import load_network
+from meanfield.studies.solve import measure
 
 SAVING = (
     "import functools; from meanfield.solvers import alternating; "
@@ -49,8 +50,12 @@ def test_killed_at_five_moments_it_ends_at_the_same_network(tmp_path):
     assert not list((tmp_path / "out").glob("state*"))
 
 
-def test_a_limit_leaves_what_a_later_run_goes_on_from(tmp_path):
+@pytest.mark.slow
+def test_a_limit_leaves_what_a_later_run_goes_on_from(tmp_path, monkeypatch):
     """Other options are refused; without --resume a run starts anew."""
+    monkeypatch.setattr(measure, "TRAINED_WIDTHS", ())
+    monkeypatch.setattr(measure, "SAMPLED_WIDTHS", (4,))
+    monkeypatch.setattr(measure, "PEER_STEPS", 20)
     out, options = tmp_path / "out", (*OPTIONS, "--quiet")
     assert run(*options, "--out", out, "--max-seconds", "0.4").exit_code == 0
     assert list(out.glob("state*"))
@@ -66,4 +71,4 @@ def test_a_limit_leaves_what_a_later_run_goes_on_from(tmp_path):
 def test_resume_needs_a_place():
     ended = run(*OPTIONS, "--resume")
     assert ended.exit_code == 2
-    assert ended.stderr == "error: --resume=True needs --out, the directory of the solve that is to go on\n"
+    assert ended.stderr == "error: --resume needs --out, the directory of the solve that is to go on\n"
