@@ -85,6 +85,17 @@ class Problem:
         return slice(self._edges[first], self._edges[last])
 
     @property
+    def own_runs(self) -> tuple[Tensor, ...]:
+        """`inputs`, run by run."""
+        return self.inputs.split(self.runs[slice(*self.ranks.span(len(self.runs)))])
+
+    @property
+    def runs_of_ranks(self) -> tuple[int, ...]:
+        """How many runs each rank has."""
+        spans = (self.ranks.span(len(self.runs), rank) for rank in range(self.ranks.count))
+        return tuple(last - first for first, last in spans)
+
+    @property
     def own_targets(self) -> Tensor:
         """Those of `inputs`."""
         return self.targets[self._images_of(self.ranks.own)]

@@ -123,6 +123,18 @@ class Ranks:
             dist.broadcast(told, 0)
         return told
 
+    def told(self, content: bytes | None) -> bytes | None:
+        """Rank 0's bytes; None where it has none."""
+        if self.count == 1:
+            return content
+        size = int(self.decided(-1.0 if content is None else float(len(content))))
+        if size < 0:
+            return None
+        copy = torch.empty(size, dtype=torch.uint8)
+        if content:
+            copy.copy_(torch.frombuffer(bytearray(content), dtype=torch.uint8))
+        return self.agreed(copy).numpy().tobytes()
+
     def decided(self, value: Value) -> Value:
         """Rank 0's."""
         if self.count == 1:

@@ -130,8 +130,20 @@ def interrupted(group):
     return long(group, lambda: os.kill(os.getpid(), signal.SIGTERM) if group.own == 1 else None)
 
 
+def resumed(group):
+    """One round, then another from a file that rank 0 alone can see."""
+    whole = problem(*CASES["average"])
+    start, directory = starts.draw(whole, (6, 5), seeded(2), "low_rank"), Path(sys.argv[1]) / f"disk of {group.own}"
+    if group.own == 0:
+        directory.mkdir()
+    options = {"flow_steps": 20, "program_iterations": 60, "tolerance": 1e-9, "state": directory / "state.safetensors"}
+    for rounds in (1, 2):
+        solved = alternating.solve(whole.sharded(group), start, rounds=rounds, **options)
+    return [row["value"] for row in solved.history], directory.exists()
+
+
 def two(group):
-    return {work.__name__: work(group) for work in (findings, deaf, late, interrupted)}
+    return {work.__name__: work(group) for work in (findings, deaf, late, interrupted, resumed)}
 
 
 def failing(group):

@@ -20,6 +20,7 @@ import meanfield as mf
 from meanfield import folds, limits, starts
 from meanfield.ranks import ALONE, Ranks
 from meanfield.solvers import alternating
+from meanfield.storage import states
 from meanfield.validation import Misuse
 
 HERE = Path(__file__).parent
@@ -130,6 +131,14 @@ def test_all_ranks_end_at_the_same_record(both, work, status):
 
 
 @pytest.mark.slow
+def test_a_state_is_on_the_disk_of_rank_0_alone(both):
+    (first, own), (second, other) = (each["resumed"] for each in both)
+    assert (own, other) == (True, False)
+    assert len(first) == 2
+    assert first == second
+
+
+@pytest.mark.slow
 def test_a_rank_that_fails_ends_the_others(tmp_path):
     began = time.monotonic()
     processes = begun(2, HERE / "rank_work.py", tmp_path, "failing")
@@ -206,6 +215,23 @@ def test_every_image_is_on_one_rank(monkeypatch, count):
     assert torch.equal(torch.cat([part.own_targets for part in parts]), whole.targets)
     assert all(part.count == count and part.runs == whole.runs for part in parts)
     assert all(part.inputs.untyped_storage().nbytes() == part.inputs.nbytes for part in parts)  # its own, no more
+
+
+def test_a_state_is_of_the_data_however_many_ranks_share_them(monkeypatch):
+    """Each rank knows the digests of its own runs; one image or one target changed is another problem."""
+    whole, parts = shared(monkeypatch)
+    assert [part.runs_of_ranks for part in parts] == [(2, 2, 3)] * 3
+    told = []
+    monkeypatch.setattr(Ranks, "gathered", lambda self, rows, shares: told.append(rows) or rows)
+    described = [states.described(each) for each in (whole, *parts)]
+    assert torch.equal(torch.cat(told[1:]), told[0])
+    assert all({**each, "data": None} == {**described[0], "data": None} for each in described)
+    inputs, targets = whole.inputs.clone(), whole.targets.clone()
+    inputs[6, 0, 0, 0] += 2**-50
+    targets[6, 0] += 2**-50
+    for changed in ((inputs, whole.targets), (whole.inputs, targets)):
+        other = mf.Problem(whole.architecture, *changed, "squared", whole.penalty)
+        assert states.described(other)["data"] != described[0]["data"]
 
 
 @pytest.mark.parametrize("size", [1, 4, 7])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from meanfield.validation import Misuse
 def images(
     data: str,
     classes: tuple[int | str, ...] | None = None,
-    samples: int | None = None,
+    samples: int | Callable[[int], int] | None = None,
     pool: int = 1,
     split: str | None = None,
     seed: int | None = None,

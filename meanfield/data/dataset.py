@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from numbers import Integral
 from pathlib import Path
@@ -112,7 +112,7 @@ def load(
     name_or_path: str | Path,
     *,
     classes: Sequence[int | str] | None = None,
-    samples: int | None = None,
+    samples: int | Callable[[int], int] | None = None,
     pool: int = 1,
     seed: int | None = None,
     labels: str = "auto",
@@ -139,9 +139,9 @@ def load(
         which draws from both).  All 60,000 take 1.5 GB; `classes` and `pool` make them fewer and smaller.
     classes: at least two, labels or names, in the order of the outputs; default all, sorted (for labels -1 and 1: 1
         first).
-    samples: how many images to select; the first ones in file order, or at random with `seed`.  Default all.  "mnist",
-        directories and files that keep classes apart are read one image of every class in turn, and so is a selection
-        that would miss a class otherwise (not of CIFAR).
+    samples: how many images to select, or a function that says how many of so many; the first ones in file order, or at
+        random with `seed`.  Default all.  "mnist", directories and files that keep classes apart are read one image of
+        every class in turn, and so is a selection that would miss a class otherwise (not of CIFAR).
     pool: average pooling over windows of pool x pool pixels.
     labels: key of the labels in the file; "auto" takes the customary one that is there.  For CIFAR-100 "coarse" or
         "fine" ("auto"), the 20 or 100 classes; the classes of CIFAR-10 are "fine".
@@ -168,7 +168,7 @@ def load(
 
 
 def _order(
-    source: Source, chosen: tuple[int, ...], samples: int | None, seed: int | None
+    source: Source, chosen: tuple[int, ...], samples: int | Callable[[int], int] | None, seed: int | None
 ) -> tuple[Tensor, tuple[str, ...]]:
     """Indices of the images of the chosen classes, those to be selected first; and what was done to the order."""
     order = torch.isin(source.labels, torch.tensor(chosen)).nonzero().flatten()
@@ -187,7 +187,12 @@ def _order(
 
 
 def _selected(
-    source: Source, chosen: tuple[int, ...], order: Tensor, samples: int | None, pool: int, doubts: tuple[str, ...]
+    source: Source,
+    chosen: tuple[int, ...],
+    order: Tensor,
+    samples: int | Callable[[int], int] | None,
+    pool: int,
+    doubts: tuple[str, ...],
 ) -> Dataset:
     count = _count(samples, len(order), source, chosen)
     name, images = source.name, source.images
@@ -252,7 +257,8 @@ def _plain(text: str) -> str:
     return str(int(text)) if re.fullmatch("-?[0-9]{1,18}", text) else text
 
 
-def _count(samples: int | None, available: int, source: Source, classes: tuple[int, ...]) -> int:
+def _count(samples: int | Callable[[int], int] | None, available: int, source: Source, classes: tuple[int, ...]) -> int:
+    samples = samples(available) if callable(samples) else samples
     count = available if samples is None else integer(samples, "samples")
     if count > available:
         named = _listed([printable(source.name_of(label)) for label in classes])

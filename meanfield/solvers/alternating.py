@@ -96,7 +96,6 @@ def solve(
     if clones is not None:
         clones = validation.widths(clones, problem.architecture.depth, "clones", minimum=0)
     settings = {
-        "start": digest(network.tensors()),
         "tolerance": tolerance,
         "flow_steps": flow_steps,
         "later_steps": later,
@@ -106,8 +105,12 @@ def solve(
         "clones": clones,
         "grow": grow,
         "seed": seed,
+        "widths": network.widths,
     }
-    file = None if state is None else StateFile(state, {**states.described(problem), **settings})
+    start = {"start": digest(network.tensors())[: states.DIGITS]}  # last: it follows from the data as well
+    file = (
+        None if state is None else StateFile(state, {**settings, **states.described(problem), **start}, problem.ranks)
+    )
     run = _Run(
         problem,
         network,
@@ -128,6 +131,11 @@ def solve(
     with limits.within(max_seconds), limits.memory(max_memory):
         memory.require(problem, network.widths, batch=batch_size, clones=clones, grow=grow, starts=CONFIRMING_STARTS)
         return run.solution(run.alternate(rounds, flow_steps, later))
+
+
+def flow_state(state: Path) -> Path:
+    """The file beside that of an alternation in which its flow keeps its own state."""
+    return state.with_suffix(".flow.safetensors")
 
 
 class _Flowed(NamedTuple):
@@ -225,7 +233,7 @@ class _Run:
             step_size=self.rate,
             batch_size=self.batch_size,
             seed=self.seed + self.index,
-            state=None if self.file is None else self.file.path.with_suffix(".flow.safetensors"),
+            state=None if self.file is None else flow_state(self.file.path),
             state_seconds=self.state_seconds,
             callback=self._relay("flow"),
         )
@@ -238,7 +246,7 @@ class _Run:
         return flowed.status
 
     def save(self) -> None:
-        if self.file is not None and self.problem.ranks.own == 0:
+        if self.file is not None:
             names = ("index", "rate", "flowed", "ended", "history")
             self.file.save(
                 {name: getattr(self, name) for name in names}

@@ -372,7 +372,6 @@ def solve(
     batches = _Batches(problem, batch_size, seed)
     every = record_every or max(1, steps // 100, batches.each_record)
     settings = {
-        "start": digest(network.tensors()),
         "descent": descent,
         "masses": masses,
         "steps": steps,
@@ -382,8 +381,12 @@ def solve(
         "batch_size": batch_size,
         "seed": seed,
         "record_every": every,
+        "widths": network.widths,
     }
-    file = None if state is None else StateFile(state, {**states.described(problem), **settings})
+    start = {"start": digest(network.tensors())[: states.DIGITS]}
+    file = (
+        None if state is None else StateFile(state, {**settings, **states.described(problem), **start}, problem.ranks)
+    )
     run = _Run(problem, network.detach(), method, _Trail(problem, callback), batches, masses, steps, every, tolerance)
     with full_float32(), limits.within(max_seconds):
         return run.solution(file, state_seconds)
@@ -454,13 +457,13 @@ class _Run:
         if status in ENDED_EARLY:
             self.save(file)
         solution = self.trail.solution(status)
-        if file is not None and self.problem.ranks.own == 0 and solution.status not in ENDED_EARLY:
+        if file is not None and solution.status not in ENDED_EARLY:
             file.remove()
         return solution
 
     def save(self, file: StateFile | None) -> None:
-        """As of the last place between two steps; rank 0 writes for all."""
-        if file is not None and self.kept is not None and self.problem.ranks.own == 0:
+        """As of the last place between two steps."""
+        if file is not None and self.kept is not None:
             file.save(self.kept)
 
     def follow(self, file: StateFile | None, seconds: float) -> str:

@@ -44,7 +44,8 @@ class Job:
     """The sizes of a run of `solvers.alternating`.
 
     widths, candidates: particles per layer, and how many more of them enter a program without mass.  bounded: whether
-    there is an amplitude bound.  batch: images of a step, None for all.  starts: of a search, 0 for none.
+    there is an amplitude bound.  batch: images of a step, None for all.  starts: of a search, 0 for none.  ranks: among
+    which the images are shared; all else each of them holds whole.
     """
 
     architecture: Architecture
@@ -55,11 +56,17 @@ class Job:
     bounded: bool = False
     batch: int | None = None
     starts: int = 0
+    ranks: int = 1
 
     @property
     def held(self) -> int:
         """Bytes of the images, which are there before."""
-        return self._number * self.images * self._pixels
+        return self._number * self._own * self._pixels
+
+    @property
+    def _own(self) -> int:
+        """Images of a rank, at most."""
+        return math.ceil(self.images / self.ranks)
 
     @property
     def peak(self) -> Need:
@@ -116,6 +123,12 @@ class Job:
         return [(width, self.images * each, columns) for width, (each, columns) in zip(self._frozen[1:], shapes)]
 
     @property
+    def _patches(self) -> int:
+        """Bytes of an image's rows of A and of their source, in the widest layer."""
+        shapes = self.architecture.row_shapes(self._frozen)
+        return max((16 * columns * each for each, columns in shapes), default=0)
+
+    @property
     def _reading(self) -> int:
         """Numbers that the readout of a program multiplies, of one image."""
         return prod(self.architecture.readout_shape(self._frozen[-1])[1:])
@@ -123,20 +136,19 @@ class Job:
     @property
     def _freezing(self) -> int:
         """Stacked rows of all layers, of one of them a decomposition; the patches of a block."""
-        stacks = factored = patches = 0
+        stacks = factored = 0
         for _, rows, columns in self._rows:
             height, triangle = min(rows, max(2 * columns, limits.block_bytes() // (8 * columns))), min(rows, columns)
             stacks += 8 * columns * height
             factored = max(factored, 8 * columns * max(height + 2 * triangle, FACTORED * triangle))
-            patches = max(patches, 16 * columns * rows // self.images)
-        block = max(limits.block_bytes(), 8 * self.architecture.entries(self._frozen) + patches)
+        block = max(limits.block_bytes(), 8 * self.architecture.entries(self._frozen) + self._patches)
         return stacks + factored + block + self._number * self.images * self._reading
 
     @property
     def _program(self) -> int:
         """Bases, coordinates, readout features; in float32 what judges them holds them, and the images, as float64."""
         exact = 8 if self._number == 4 else 0
-        found = self.images * (self._reading * (self._number + exact) + exact * self._pixels)
+        found = self.images * self._reading * (self._number + exact) + exact * self._own * self._pixels
         for width, rows, columns in self._rows:
             rank = min(columns, rows)
             found += (8 + exact // 2) * columns * rank + (self._number + exact) * width * rank
@@ -174,13 +186,14 @@ def require(
     candidates = tuple(map(sum, zip(found, clones or [0] * len(widths))))
     job = Job(
         problem.architecture,
-        len(problem.inputs),
+        problem.count,
         tuple(widths),
         candidates,
         problem.inputs.dtype,
         problem.penalty.amplitude_bound is not None,
         batch,
         starts if grow else 0,
+        problem.ranks.count,
     )
     free = limits.available(problem.inputs.device)
     if job.peak.size <= free:

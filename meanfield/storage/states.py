@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,18 +14,36 @@ from torch import Tensor
 
 from meanfield import limits
 from meanfield.problem import Problem
+from meanfield.ranks import ALONE, Ranks
 from meanfield.storage import files, tensors
 from meanfield.validation import Misuse
 
 KIND = "meanfield state 3"
 PLACE = "<tensor>"  # the only key of what stands for a tensor among plain values
+DIGITS = 16  # of a digest, hexadecimal: enough to tell data apart, few enough to be shown
 
 
-def described(problem: Problem) -> dict[str, str]:
-    """What a run on a problem depends on, for the settings of its state; of a sharded one what rank 0 holds."""
-    told = bytes.fromhex(tensors.digest((problem.inputs, problem.targets)))
-    data = bytes(problem.ranks.agreed(torch.tensor(list(told), dtype=torch.uint8)).tolist()).hex()
-    return {"problem": repr(problem), "data": data, "device": problem.inputs.device.type}
+def described(problem: Problem) -> dict[str, Any]:
+    """What a run on a problem depends on, for the settings of its state; the same however many ranks share the images,
+    as long as these come in the same runs.
+    """
+    return {
+        "images": problem.count,
+        "loss": problem.loss.name,
+        "architecture": asdict(problem.architecture),
+        "penalty": asdict(problem.penalty),
+        "dtype": str(problem.inputs.dtype).removeprefix("torch."),
+        "device": problem.inputs.device.type,
+        "data": _digest(problem),
+    }
+
+
+def _digest(problem: Problem) -> str:
+    """Of the digests of all runs of images, and of the targets."""
+    own = [list(bytes.fromhex(tensors.digest((run,)))) for run in problem.own_runs]
+    rows = torch.tensor(own, dtype=torch.uint8).reshape(len(own), -1 if own else 32)
+    every = problem.ranks.gathered(rows, problem.runs_of_ranks)
+    return tensors.digest((every, problem.targets))[:DIGITS]
 
 
 def entries(variables: Any) -> dict[str, Any]:
@@ -32,14 +52,16 @@ def entries(variables: Any) -> dict[str, Any]:
 
 
 class StateFile:
-    """The file (.safetensors) of one run.
+    """The file (.safetensors) of one run, which rank 0 alone has on its disk.
 
-    settings: everything that decides the run, of JSON kinds.  A file written under other settings is refused.
+    settings: everything that decides the run, of JSON kinds; what tells a user most comes first.  A file written under
+    other settings is refused.
     """
 
-    def __init__(self, path: str | Path, settings: Mapping[str, Any]) -> None:
+    def __init__(self, path: str | Path, settings: Mapping[str, Any], ranks: Ranks = ALONE) -> None:
         self.path, self.settings = tensors.suffixed(path, "state"), json.loads(json.dumps(settings))
-        if not self.path.parent.is_dir():
+        self.ranks = ranks
+        if ranks.own == 0 and not self.path.parent.is_dir():
             raise Misuse(
                 "state", str(path), f"lies in a directory that does not exist: create {self.path.parent} first"
             )
@@ -47,18 +69,32 @@ class StateFile:
     def save(self, state: Any) -> None:
         """Replace the file.  state: a tree of dicts, lists and tuples of tensors and of JSON kinds, whose floats are
         kept to the last bit.
+
+        A disk that does not take it, being full or gone, ends no run: a warning says so, and the older file stays.
         """
+        if self.ranks.own:
+            return
         kept, figures = _parted(state)
-        files.write_atomically(self.path, tensors.pack(kept, KIND, {"settings": self.settings, "figures": figures}))
+        content = tensors.pack(kept, KIND, {"settings": self.settings, "figures": figures})
+        try:
+            files.write_atomically(self.path, content)
+        except OSError as error:
+            warnings.warn(
+                f"the state of the run could not be written ({error.strerror}: {self.path}); the run goes on, and "
+                "after a kill begins where it was written last",
+                UserWarning,
+                stacklevel=2,
+            )
 
     def load(self, device: torch.device | str = "cpu") -> Any:
         """The state with its tensors on a device, tuples as lists, keys as text; None without a file; Misuse where it
         is damaged or of another run.
         """
         try:
-            kept, body = tensors.read(self.path)
-        except FileNotFoundError:
-            return None
+            content = self.ranks.told(self._content())
+            if content is None:
+                return None
+            kept, body = tensors.unpack(content, self.path)
         except ValueError as error:
             raise Misuse("state", str(self.path), f"cannot be used: {error}; delete it to start anew") from error
         if body is None or body.get("kind") != KIND:
@@ -66,6 +102,7 @@ class StateFile:
         for name, here in self.settings.items():
             there = body["settings"].get(name)
             if there != here:
+                name, there, here = _first_difference(name, there, here)
                 raise Misuse(
                     "state",
                     str(self.path),
@@ -74,8 +111,22 @@ class StateFile:
                 )
         return _joined(kept, body["figures"], device)
 
+    def _content(self) -> bytes | None:
+        return files.read(self.path) if self.ranks.own == 0 and self.path.exists() else None
+
     def remove(self) -> None:
-        self.path.unlink(missing_ok=True)
+        if self.ranks.own == 0:
+            self.path.unlink(missing_ok=True)
+
+
+def _first_difference(name: str, there: Any, here: Any) -> tuple[str, Any, Any]:
+    """The innermost entry in which two values of JSON kinds differ, with its name."""
+    if isinstance(there, list) and isinstance(here, list) and len(there) == len(here):
+        there, here = dict(enumerate(there)), dict(enumerate(here))
+    if not (isinstance(there, dict) and isinstance(here, dict)):
+        return name, there, here
+    key = next(key for key in (*here, *there) if there.get(key) != here.get(key))
+    return _first_difference(f"{name}.{key}", there.get(key), here.get(key))
 
 
 def _parted(state: Any) -> tuple[dict[str, Tensor], Any]:

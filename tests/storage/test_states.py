@@ -1,7 +1,9 @@
 """The state of a run on disk: whose it is, whether it is whole, and when it goes."""
 
+import errno
 import io
 import math
+import os
 
 import pytest
 import torch
@@ -9,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from strategies import normal
 
 from meanfield import storage
-from meanfield.storage import states
+from meanfield.storage import files, states
 from meanfield.storage.states import StateFile
 
 SETTINGS = {"steps": 5, "widths": (4, 3), "rate": 0.1}
@@ -48,6 +50,25 @@ def test_settings_are_compared_as_json(state):
         with pytest.raises(ValueError, match=rf"is of another run: its {name} is .*, here .*; repeat the arguments"):
             StateFile(state.path, {**SETTINGS, **changed}).load()
     assert state.load() is not None
+
+
+def test_what_differs_is_named_by_its_innermost_entry(state):
+    with pytest.raises(ValueError, match=r"its widths\.1 is 3, here 5; repeat"):
+        StateFile(state.path, {**SETTINGS, "widths": (4, 5)}).load()
+    nested = {"penalty": {"source": 0.1, "readout": [1, {"bound": None}]}}
+    StateFile(state.path, nested).save({})
+    with pytest.raises(ValueError, match=r"its penalty\.readout\.1\.bound is None, here 2\.0; repeat"):
+        StateFile(state.path, {"penalty": {"source": 0.1, "readout": [1, {"bound": 2.0}]}}).load()
+
+
+def test_a_full_disk_costs_the_state_and_not_the_run(state, monkeypatch):
+    def full(path, content):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(files, "write_new", full)
+    with pytest.warns(UserWarning, match=r"No space left on device: .*run\.safetensors\); the run goes on"):
+        state.save({"value": 2.0})
+    assert state.load()["value"] == FIGURES["value"]
 
 
 def test_without_a_file_there_is_no_state(state):

@@ -16,6 +16,7 @@ from meanfield import limits, ranks, starts, storage
 from meanfield.bench import reading, signals
 from meanfield.bench.command import SHORT, say_data, stop
 from meanfield.bench.options import (
+    DATA,
     MODEL,
     OBJECTIVE,
     OUTPUT,
@@ -27,7 +28,6 @@ from meanfield.bench.options import (
     Overwrite,
     Pool,
     Quiet,
-    Samples,
     Seed,
     at_least,
     flag,
@@ -59,13 +59,23 @@ from meanfield.validation import Misuse, nonnegative, positive
 
 REPORT_SHARE = 0.25  # of --max-seconds
 READOUT_PENALTY = 5e-4
+USUAL_SAMPLES = 1000
 STATE = "state.safetensors"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options(Learning):
     classes: Classes = None
-    samples: Samples = 1000
+    samples: Annotated[  # pyright: ignore[reportIncompatibleVariableOverride] - the Task has a number
+        int | None,
+        option(
+            "How many images to use, the first ones in file order, or one of every class in turn where the source "
+            "keeps classes apart; the rest is held out. Without it: 1,000, and four fifths where there are fewer than "
+            "1,250.",
+            DATA,
+        ),
+        at_least(1),
+    ] = None
     pool: Pool = 1
     pooling: Pooling = "average"
     readout: Readout = "flatten"
@@ -124,7 +134,8 @@ class Options(Learning):
         bool,
         flag(
             "Go on from where a solve with the same options in --out was broken off: by a kill, a signal or a limit, "
-            "of which --rounds and --max-seconds may have other values now. Without it a solve starts anew.",
+            "of which --rounds and --max-seconds may have other values now. Without it, or where there is "
+            "nothing to go on from, a solve starts anew.",
             OUTPUT,
         ),
     ] = False
@@ -134,12 +145,16 @@ class Options(Learning):
     ] = False
     quiet: Quiet = False
 
-    def task(self, images: Dataset | None = None) -> Task:
-        """What is to be learnt; its readout penalty is known with the images."""
-        task = Task.from_dict(
-            {**self.to_dict(), "depth": len(self.widths), "readout_penalty": self.readout_penalty or 0.0}
-        )
-        if self.readout_penalty is not None or images is None:
+    def images(self) -> Dataset:
+        """The selected images; those held out are their `rest`."""
+        samples = usual_samples if self.samples is None else self.samples
+        return reading.images(self.data, self.classes, samples, self.pool, self.split)
+
+    def task(self, images: Dataset) -> Task:
+        """What is to be learnt of these images."""
+        known = {"samples": len(images), "depth": len(self.widths), "readout_penalty": self.readout_penalty or 0.0}
+        task = Task.from_dict({**self.to_dict(), **known})
+        if self.readout_penalty is not None:
             return task
         positions = task.architecture(images).readout_positions if self.readout == "flatten" else 1
         return task.variant(readout_penalty=READOUT_PENALTY / positions**2)
@@ -160,6 +175,11 @@ class Options(Learning):
             raise Misuse("pair", self.pair, f"must be two of the classes {known}")
         first, second = map(names.index, wanted)
         return first, second
+
+
+def usual_samples(available: int) -> int:
+    """How many of so many images are learnt from where nobody says it: some are left to be judged on."""
+    return max(2, min(USUAL_SAMPLES, available * 4 // 5))
 
 
 def command(options: Options) -> None:
@@ -197,10 +217,8 @@ def command(options: Options) -> None:
             result = stack.enter_context(
                 results.opened(options.out, networks.RESULT, page.FILES, overwrite=options.overwrite)
             )
-            if not options.resume:
-                remove_state(state)
         stack.enter_context(limits.memory(options.max_memory or math.inf))
-        images = options.task().images()
+        images = options.images()
         pair = options.pair_among(images)
         problem = options.variant(device=ranks.device(options.device)).task(images).problem(images)
         memory.require(
@@ -208,6 +226,8 @@ def command(options: Options) -> None:
         )
         say_data(images.summary, options.quiet)
         said = _warn(problem)
+        if result is not None:  # nothing is refused from here on
+            _prepare(state, options)
         watch = stack.enter_context(
             Progress(
                 options.rounds,
@@ -218,7 +238,10 @@ def command(options: Options) -> None:
             )
         )
         with signals.waiting():
-            run = _solve(options, images, problem, pair, said, watch, state)
+            try:
+                run = _solve(options, images, problem, pair, said, watch, state)
+            except Misuse as error:
+                raise _of_resume(error) from error
             if not ranks.first():
                 raise SystemExit(signals.exit_code() if run.solution.status == "interrupted" else 0)
             figures = _keep(run, result)
@@ -238,7 +261,7 @@ def command(options: Options) -> None:
                     raise
                 _ended(run, result, watch, "memory ran out", SHORT)
             result.publish(written)
-            if run.solution.status not in ENDED_EARLY:
+            if run.solution.status not in (*ENDED_EARLY, "max_rounds"):
                 remove_state(state)
         else:
             figures = {**figures, "predictions": predictions(run)}
@@ -322,9 +345,29 @@ def _solve(
     return Run(problem, training, held_out, start, solution, made, options.seed, said, pair)
 
 
+def _prepare(state: Path | None, options: Options) -> None:
+    """Begin anew, or say that there is nothing to go on from."""
+    if not options.resume:
+        remove_state(state)
+    elif not _state_files(state) and not options.quiet:
+        print(f"nothing to go on from in {options.out}: the solve starts anew", file=sys.stderr)
+
+
+def _of_resume(error: Misuse) -> Misuse:
+    """In the words of the command line, which has no --state."""
+    if error.argument != "state":
+        return error
+    return Misuse("resume", True, f"cannot go on from {error.value}, which {error.remedy}")
+
+
+def _state_files(state: Path | None) -> list[Path]:
+    """That of the alternation, and that of its flow; of those that are there."""
+    return [] if state is None else [each for each in (state, alternating.flow_state(state)) if each.exists()]
+
+
 def remove_state(state: Path | None) -> None:
-    """With that of the flow beside it."""
-    for each in () if state is None else state.parent.glob(f"{state.stem}*{state.suffix}"):
+    """With that of its flow."""
+    for each in _state_files(state):
         each.unlink(missing_ok=True)
 
 

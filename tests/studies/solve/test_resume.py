@@ -47,25 +47,39 @@ def test_killed_at_five_moments_it_ends_at_the_same_network(tmp_path):
     assert all(map(torch.equal, *(network.tensors() for network in networks)))
     rounds = [json.loads((tmp_path / name / "results.json").read_text())["rounds"] for name in ("whole", "out")]
     assert [row["value"] for row in rounds[0]] == [row["value"] for row in rounds[1]]
-    assert not list((tmp_path / "out").glob("state*"))
+    assert (tmp_path / "out" / "state.safetensors").exists()  # the round limit ended it, and may be raised
 
 
 @pytest.mark.slow
 def test_a_limit_leaves_what_a_later_run_goes_on_from(tmp_path, monkeypatch):
-    """Other options are refused; without --resume a run starts anew."""
+    """Other options are refused in words of the command line; without --resume a run starts anew, once it is sure to
+    run, and touches no file of others.
+    """
     monkeypatch.setattr(measure, "TRAINED_WIDTHS", ())
     monkeypatch.setattr(measure, "SAMPLED_WIDTHS", (4,))
     monkeypatch.setattr(measure, "PEER_STEPS", 20)
     out, options = tmp_path / "out", (*OPTIONS, "--quiet")
-    assert run(*options, "--out", out, "--max-seconds", "0.4").exit_code == 0
-    assert list(out.glob("state*"))
+    fewer = [word.replace("--rounds=3", "--rounds=1") for word in options]
+    assert run(*fewer, "--out", out).exit_code == 0
+    kept = out / "state.safetensors"
+    before = kept.read_bytes()
+    (out / "states.safetensors").write_text("of somebody else")
+    assert run(*options, "--out", out, "--pair=3,4").exit_code == 2
+    assert kept.read_bytes() == before
     other = run(*options, "--seed=1", "--out", out, "--resume")
-    assert other.exit_code == 2
-    assert "is of another run" in other.stderr
+    assert (other.exit_code, other.stderr) == (
+        2,
+        f"error: --resume cannot go on from {kept}, which is of another run: its seed is 0, here 1; repeat the "
+        "arguments of that run, give another path or delete the file\n",
+    )
     assert run(*options, "--out", out, "--resume").exit_code == 0
-    assert not list(out.glob("state*"))
-    assert run(*options, "--out", tmp_path / "whole").exit_code == 0
+    anew = run(*OPTIONS, "--resume", "--out", tmp_path / "whole")  # of a script that always says --resume
+    assert anew.exit_code == 0
+    assert f"nothing to go on from in {tmp_path / 'whole'}: the solve starts anew\n" in anew.stderr
     assert all(map(torch.equal, load_network(out).tensors(), load_network(tmp_path / "whole").tensors()))
+    assert run(*fewer, "--out", out, "--max-seconds", "0.001").exit_code == 0  # anew
+    assert json.loads((out / "results.json").read_text())["rounds"] == []
+    assert (out / "states.safetensors").exists()
 
 
 def test_resume_needs_a_place():
