@@ -188,7 +188,7 @@ def test_help_states_every_default():
     options = re.findall(r"(?m)^│ (--[a-z-]+)", text)
     assert len(options) == 34
     bounds = {"--amplitude-bound", "--input-bound", "--max-seconds", "--max-memory"}
-    silent = {"--split", "--readout-penalty", "--pair"} | bounds  # "Without it: ..."
+    silent = {"--samples", "--split", "--readout-penalty", "--pair"} | bounds  # "Without it: ..."
     flags = {"--out", "--resume", "--overwrite", "--json", "--quiet"}
     assert text.count("[default:") == len(options) - len(silent | flags)
     assert text.count("Without") >= len(silent)
