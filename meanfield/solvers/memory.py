@@ -174,7 +174,7 @@ def require(
     candidates = tuple(map(sum, zip(found, clones or [0] * len(widths))))
     job = Job(
         problem.architecture,
-        len(problem.inputs),
+        problem.count,  # of a sharded problem as well: every rank holds the readout features of all
         tuple(widths),
         candidates,
         problem.inputs.dtype,
