@@ -16,6 +16,7 @@ from meanfield import limits, ranks, starts, storage
 from meanfield.bench import reading, signals
 from meanfield.bench.command import SHORT, say_data, stop
 from meanfield.bench.options import (
+    DATA,
     MODEL,
     OBJECTIVE,
     OUTPUT,
@@ -27,7 +28,6 @@ from meanfield.bench.options import (
     Overwrite,
     Pool,
     Quiet,
-    Samples,
     Seed,
     at_least,
     flag,
@@ -58,6 +58,7 @@ from meanfield.studies.solve.run import Run
 from meanfield.validation import Misuse, nonnegative, positive
 
 REPORT_SHARE = 0.25  # of --max-seconds
+SAMPLES = 1000  # unless told otherwise
 READOUT_PENALTY = 5e-4
 STATE = "state.safetensors"
 
@@ -65,7 +66,15 @@ STATE = "state.safetensors"
 @dataclass(frozen=True, kw_only=True)
 class Options(Learning):
     classes: Classes = None
-    samples: Samples = 1000
+    samples: Annotated[  # pyright: ignore[reportIncompatibleVariableOverride] - the Task has a number
+        int | None,
+        option(
+            "How many images to use, the first ones in file order, or one of every class in turn where the source "
+            f"keeps classes apart; the rest is held out. Without it: {SAMPLES:,}, or four fifths of fewer.",
+            DATA,
+        ),
+        at_least(1),
+    ] = None
     pool: Pool = 1
     pooling: Pooling = "average"
     readout: Readout = "flatten"
@@ -136,13 +145,18 @@ class Options(Learning):
 
     def task(self, images: Dataset | None = None) -> Task:
         """What is to be learnt; its readout penalty is known with the images."""
-        task = Task.from_dict(
-            {**self.to_dict(), "depth": len(self.widths), "readout_penalty": self.readout_penalty or 0.0}
-        )
+        left_open = {"samples": self._samples(), "readout_penalty": self.readout_penalty or 0.0}
+        task = Task.from_dict({**self.to_dict(), "depth": len(self.widths), **left_open})
         if self.readout_penalty is not None or images is None:
             return task
         positions = task.architecture(images).readout_positions if self.readout == "flatten" else 1
         return task.variant(readout_penalty=READOUT_PENALTY / positions**2)
+
+    def _samples(self) -> int:
+        if self.samples is not None:
+            return self.samples
+        there = len(reading.images(self.data, self.classes, None, self.pool, self.split).labels)
+        return min(SAMPLES, max(1, 4 * there // 5))
 
     @property
     def state(self) -> Path | None:
