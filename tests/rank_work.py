@@ -17,7 +17,7 @@ import meanfield as mf
 from meanfield import certificates, folds, limits, ranks, starts
 from meanfield.bench import signals
 from meanfield.convex.program import ConvexProgram
-from meanfield.solvers import alternating, flow
+from meanfield.solvers import alternating, velocities
 
 PRICES = {"source": 3e-3, "readout": 3e-3, "input": 3e-3}
 CASES = {  # images, layers, loss, penalty, readout
@@ -57,7 +57,7 @@ def findings(group, names=tuple(CASES)):
         whole = problem(*case)
         own, widths = whole.sharded(group), (6, 5, 4)[: whole.architecture.depth]
         start = starts.draw(whole, widths, seeded(2), "low_rank")
-        terms, tangent = flow.velocity(own, start)
+        terms, tangent = velocities.velocity(own, start)
         batch = torch.randperm(whole.count, generator=seeded(3))[: max(1, whole.count // 2)]
         program = ConvexProgram.freeze(own, start)
         point = program.point(start)
@@ -74,7 +74,7 @@ def findings(group, names=tuple(CASES)):
             "output": own.output(start),
             "loss": terms.loss,
             "velocity": vector(tangent),
-            "batch": vector(flow.velocity(own.batch(batch), start)[1]),
+            "batch": vector(velocities.velocity(own.batch(batch), start)[1]),
             "projectors": [space.right @ space.right.T for space in program.spaces],
             "features": program.readout_features,
             "multipliers": [pulls.output, *pulls.realisation],
@@ -94,7 +94,7 @@ def deaf(group):
     patch = pytest.MonkeyPatch()
     patch.setattr(ranks.Ranks, "total", lambda self, fold, zero: sum(fold.values, zero))
     whole = problem(*CASES["average"])
-    terms, tangent = flow.velocity(whole.sharded(group), starts.draw(whole, (6, 5), seeded(2), "low_rank"))
+    terms, tangent = velocities.velocity(whole.sharded(group), starts.draw(whole, (6, 5), seeded(2), "low_rank"))
     patch.undo()
     return {"loss": terms.loss, "velocity": vector(tangent)}
 
@@ -106,10 +106,11 @@ def long(group, act=lambda: None, seconds=60.0):
     rows = []
 
     def callback(row):
-        if "value" in row:  # a record; between them a glimpse by the rank's own clock
-            rows.append(row)
-            if len(rows) == 2:
-                act()
+        if "value" not in row:  # a glimpse, of each rank's own time
+            return
+        rows.append(row)
+        if len(rows) == 2:
+            act()
 
     own, steps = whole.sharded(group), {"flow_steps": 10**4, "max_seconds": seconds}
     with signals.heard(), signals.waiting(), limits.watched(signals.look):

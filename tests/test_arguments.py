@@ -11,7 +11,7 @@ from meanfield.bench import distances
 from meanfield.certificates import sphere
 from meanfield.finite import FiniteCNN, Recipe, kernel
 from meanfield.grafting import graft
-from meanfield.solvers import flow
+from meanfield.solvers import flow, velocities
 from meanfield.studies import convexity
 from meanfield.validation import Misuse, WrongType
 
@@ -127,7 +127,7 @@ def test_inference_mode_changes_nothing():
         return [
             mf.solve(problem, (3, 2), rounds=1, flow_steps=5).value,
             flow.solve(problem, start, steps=5).value,
-            flow.velocity(problem, start)[0].total(),
+            velocities.velocity(problem, start)[0].total(),
             mf.solvers.splitting.solve(program, max_iterations=20).value,
             mf.solvers.reference.solve(program).gap,
             mf.solvers.arrangements.solve(

@@ -18,7 +18,7 @@ from meanfield.certificates import search
 from meanfield.convex.program import ConvexProgram
 from meanfield.finite import kernel
 from meanfield.grafting import graft
-from meanfield.solvers import alternating, arrangements, flow, reference, splitting
+from meanfield.solvers import alternating, arrangements, flow, reference, splitting, velocities
 from meanfield.solvers.acceleration import Anderson
 from meanfield.studies import convexity
 
@@ -388,9 +388,9 @@ class TestFullPrecision:
     @pytest.mark.parametrize("asked", ["ieee", "tf32"])
     def test_gradients_of_the_flow_are_not_rounded(self, asked):
         problem, network = made(dtype=torch.float32)
-        _, exact = flow.velocity(problem.to(dtype=torch.float64), network.to(dtype=torch.float64))
+        _, exact = velocities.velocity(problem.to(dtype=torch.float64), network.to(dtype=torch.float64))
         with PretendDevice(tf32=True), settings(asked):
-            _, found = flow.velocity(*on_device(problem, network))
+            _, found = velocities.velocity(*on_device(problem, network))
             found = [each.cpu().double() for each in (*found.kernels, found.readout)]
         for each, right in zip(found, (*exact.kernels, exact.readout)):
             assert float((each - right).abs().max() / right.abs().max()) < 2e-6

@@ -202,7 +202,7 @@ def whole_and_in_blocks():
     return {
         "value": lambda: problem.value(network),
         "responses": lambda: network(inputs),
-        "velocity": lambda: mf.solvers.flow.velocity(problem, network)[1].kernels,
+        "velocity": lambda: mf.solvers.velocities.velocity(problem, network)[1].kernels,
         "start, anchored": lambda: mf.starts.start(arch, (4, 3), inputs, seeded(3)).tensors(),
         "start, low rank": lambda: mf.starts.start(arch, (4, 3), inputs, seeded(3), "low_rank").tensors(),
         "freeze": lambda: [

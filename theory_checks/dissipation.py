@@ -20,8 +20,8 @@ from meanfield.bench.rates import slope
 from meanfield.network import along_axis
 from meanfield.penalties import input_norms
 from meanfield.problem import project_bounds
-from meanfield.solvers import flow
-from meanfield.solvers.flow import Tangent
+from meanfield.solvers import velocities
+from meanfield.solvers.velocities import Tangent
 from theory_checks.claim import Axes, Claim, Evidence, Series, Setting
 from theory_checks.instances import SMOOTH, Variety, random_network, with_penalty
 from theory_checks.statistics import largest
@@ -49,8 +49,8 @@ def _times_masses(network: mf.ParticleNetwork, move: Tangent, power: float) -> T
 
 def _euler(problem: mf.Problem, network: mf.ParticleNetwork, step: float, rescaling: Rescaling) -> mf.ParticleNetwork:
     """One explicit Euler step, proximal in the source penalty."""
-    move = rescaling(network, flow.velocity(problem, network)[1])
-    return flow.advance(problem, network, move.map(lambda v: step * v), step)
+    move = rescaling(network, velocities.velocity(problem, network)[1])
+    return velocities.advance(problem, network, move.map(lambda v: step * v), step)
 
 
 # --- the identity ---------------------------------------------------------------------------------------------------
@@ -89,7 +89,9 @@ def _identity_errors(
     before, speed = float(problem.value(network)), _squared_speed(problem, network)
     moved = [_euler(problem, network, step, rescaling) for step in steps]
     falls = [1 + (float(problem.value(each)) - before) / (step * speed) for each, step in zip(moved, steps)]
-    lengths = [float(flow.squared_distance(network, each)) / (step**2 * speed) - 1 for each, step in zip(moved, steps)]
+    lengths = [
+        float(velocities.squared_distance(network, each)) / (step**2 * speed) - 1 for each, step in zip(moved, steps)
+    ]
     return falls, lengths
 
 

@@ -15,9 +15,9 @@ from meanfield.certificates import Multipliers
 from meanfield.convex import repopulation
 from meanfield.penalties import KERNEL_NORMS, input_norms
 from meanfield.problem import FEASIBLE, project_bounds
-from meanfield.solvers import flow
-from meanfield.solvers.flow import Tangent
+from meanfield.solvers import flow, velocities
 from meanfield.solvers.solution import Solution
+from meanfield.solvers.velocities import Tangent
 from meanfield.starts import normal
 from theory_checks.claim import Axes, Claim, Evidence, Series, Setting, ranked
 from theory_checks.instances import (
@@ -148,8 +148,8 @@ def _bounded_flow(setting: Setting, depth: int, instance: int, steps: int) -> mf
 
 def _velocity(problem: mf.Problem, network: mf.ParticleNetwork) -> Tangent:
     """Of the flow, its proximal and projected parts included: the difference quotient of a small step."""
-    move, step = flow.velocity(problem, network)[1], flow.PROBE[network.dtype]
-    moved = flow.advance(problem, network, move.map(lambda v: step * v), step)
+    move, step = velocities.velocity(problem, network)[1], velocities.PROBE[network.dtype]
+    moved = velocities.advance(problem, network, move.map(lambda v: step * v), step)
     rate = lambda a, b: (b - a) / step  # noqa: E731
     return Tangent(
         [rate(p, q) / p for p, q in zip(network.masses, moved.masses)],

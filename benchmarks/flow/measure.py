@@ -25,7 +25,7 @@ from benchmarks.options import BenchmarkOptions
 from meanfield import starts, validation
 from meanfield.bench.options import DTYPES, MODEL, WORK, Samples, Seed, at_least, listing, option
 from meanfield.losses import accuracy
-from meanfield.solvers import flow
+from meanfield.solvers import descents, velocities
 from meanfield.validation import Misuse, one_of
 
 CONTENDERS = ("flow", "plain")
@@ -81,12 +81,12 @@ class FlowContender:
         generator = torch.Generator().manual_seed(options.seed)
         self.problem = problem
         self.network = starts.start(problem.architecture, options.widths, problem.inputs, generator, "low_rank")
-        self.method = flow.PreconditionedDescent(problem, 0.1, total)
-        self.terms, self.velocity = flow.velocity(problem, self.network)
+        self.method = descents.PreconditionedDescent(problem, 0.1, total)
+        self.terms, self.velocity = velocities.velocity(problem, self.network)
 
     def step(self) -> None:
         moved = self.method.propose(self.network, self.velocity)
-        terms, velocity = flow.velocity(self.problem, moved)
+        terms, velocity = velocities.velocity(self.problem, moved)
         if not self.method.judge(self.network, moved, terms.total() - self.terms.total()):
             raise RuntimeError("the flow's value is not finite")
         self.network, self.terms, self.velocity = moved, terms, velocity

@@ -186,7 +186,7 @@ def require(
     candidates = tuple(map(sum, zip(found, clones or [0] * len(widths))))
     job = Job(
         problem.architecture,
-        problem.count,
+        problem.count,  # of a sharded problem as well: every rank holds the readout features of all
         tuple(widths),
         candidates,
         problem.inputs.dtype,

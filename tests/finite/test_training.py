@@ -13,7 +13,7 @@ from meanfield import data, starts
 from meanfield.finite import FiniteCNN, train
 from meanfield.finite import training as module
 from meanfield.penalties import input_norms
-from meanfield.solvers import flow
+from meanfield.solvers import velocities
 
 SCALINGS = ("mean_field", "ntk", "standard", "mup")
 
@@ -146,8 +146,8 @@ class TestSteps:
         """No source penalty: the flow takes its proximal map, training its gradient."""
         problem, start = self.on_the_bounds(source=0.0)
         particles, moved = start.particles(), copy.deepcopy(start)
-        _, moving = flow.velocity(problem, particles, masses=False)
-        expected = flow.advance(problem, particles, moving.map(lambda v: 1e-3 * v), 1e-3)
+        _, moving = velocities.velocity(problem, particles, masses=False)
+        expected = velocities.advance(problem, particles, moving.map(lambda v: 1e-3 * v), 1e-3)
         module._step(make_run(problem, moved, rate=1e-3))
         torch.testing.assert_close(moved.particles().tensors(), expected.tensors(), rtol=1e-12, atol=1e-14)
 
@@ -178,7 +178,7 @@ class TestSteps:
             assert problem.excess(end) <= 1e-14
             self.check_held(problem, particles, end)
             change = float((problem.terms(end).total() - problem.terms(particles).total()).detach())
-            errors.append(1 + change * rate / float(flow.squared_distance(particles, end).detach()))
+            errors.append(1 + change * rate / float(velocities.squared_distance(particles, end).detach()))
         # an error of first order, so a tenth; what is left is of second order
         assert abs(errors[1] - errors[0] / 10) <= 0.02 * abs(errors[0])
 

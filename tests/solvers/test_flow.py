@@ -27,7 +27,7 @@ from strategies import (
 import meanfield as mf
 from meanfield import limits
 from meanfield.problem import GRAPH, project_bounds
-from meanfield.solvers import alternating, flow, reference
+from meanfield.solvers import alternating, descents, flow, reference, velocities
 
 EPS = torch.finfo(torch.float64).eps
 smooth_cases = cases(
@@ -82,7 +82,7 @@ def slopes(function, network, step=1e-5):
 def test_velocity_is_minus_the_finite_difference_over_the_masses(case):
     problem, network = case.problem, case.network
     depth, p = problem.architecture.depth, network.masses
-    terms, moving = flow.velocity(problem, network)
+    terms, moving = velocities.velocity(problem, network)
     assert float(terms.total()) == float(problem.terms(network).total())
     whole = slopes(lambda net: problem.terms(net).total(), network)
     smooth = slopes(lambda net: problem.terms(net).total() - problem.terms(net).source, network)
@@ -135,10 +135,10 @@ def test_metric_speed_is_that_of_the_shortest_subgradient_also_at_zero_kernels(c
     ]
     kernels[1][:, 0] = 0  # a whole row: the penalty has slope zero there
     network = replace_kernels(network, kernels)
-    _, moving = flow.velocity(problem, network)
+    _, moving = velocities.velocity(problem, network)
     expected = minimal_speed_squared(problem, network, moving)
     # the probe's step is 1e-6 and its error of first order in it
-    assert flow.metric_speed(problem, network, moving) ** 2 == pytest.approx(expected, rel=1e-4)
+    assert velocities.metric_speed(problem, network, moving) ** 2 == pytest.approx(expected, rel=1e-4)
 
 
 def replace_kernels(network, kernels):
@@ -168,8 +168,8 @@ def test_squared_distance_against_loops(case):
         if start.biases[layer] is not None:
             total += sum(m * float(d) ** 2 for m, d in zip(p[layer], end.biases[layer] - start.biases[layer]))
     total += sum(m * float(((end.readout - start.readout)[:, j] ** 2).sum()) for j, m in enumerate(p[-1]))
-    assert float(flow.squared_distance(start, end)) == pytest.approx(total, rel=1e-12)
-    assert float(flow.squared_distance(start, start)) == 0
+    assert float(velocities.squared_distance(start, end)) == pytest.approx(total, rel=1e-12)
+    assert float(velocities.squared_distance(start, start)) == 0
 
 
 EULER = [
@@ -214,7 +214,7 @@ def on_the_bounds(depth, norm, bias, seed=2, dtype=torch.float64):
     problem = mf.Problem(free.architecture, free.inputs, 4 * free.targets, free.loss.name, penalty)
     network = project_bounds(problem, network)
     for _ in range(40):
-        network = flow._euler(problem, network, flow.velocity(problem, network)[1], 0.05)
+        network = velocities.euler(problem, network, velocities.velocity(problem, network)[1], 0.05)
     return problem, network
 
 
@@ -283,21 +283,21 @@ ON_THE_BOUNDS = [
 @pytest.mark.parametrize("seed", [2, 3])
 def test_metric_speed_is_that_of_the_projection_on_the_tangent_cone(depth, norm, bias, masses, seed):
     problem, network = on_the_bounds(depth, norm, bias, seed)
-    _, moving = flow.velocity(problem, network, masses)
+    _, moving = velocities.velocity(problem, network, masses)
     expected = bounded_speed_squared(problem, network, moving)
     # the bounds hold much back
     assert expected < 0.9 * minimal_speed_squared(problem, network, moving)
     # the probe's step is 1e-6 and its error of first order in it
-    assert flow.metric_speed(problem, network, moving) ** 2 == pytest.approx(expected, rel=1e-4)
+    assert velocities.metric_speed(problem, network, moving) ** 2 == pytest.approx(expected, rel=1e-4)
 
 
 @pytest.mark.parametrize(("depth", "norm", "bias", "masses"), ON_THE_BOUNDS)
 def test_dissipation_identity_with_active_bounds(depth, norm, bias, masses):
     problem, network = on_the_bounds(depth, norm, bias)
-    before, moving = flow.velocity(problem, network, masses)
+    before, moving = velocities.velocity(problem, network, masses)
     dissipation, ratios = bounded_speed_squared(problem, network, moving), []
     for step in (1e-3, 1e-4):
-        moved = flow._euler(problem, network, moving, step)
+        moved = velocities.euler(problem, network, moving, step)
         assert problem.excess(moved) <= 1e-12
         assert all(float(p.sum()) == pytest.approx(1, abs=8 * EPS) for p in moved.masses)
         ratios.append(float(problem.terms(moved).total() - before.total()) / (-step * dissipation))
@@ -311,13 +311,13 @@ def test_dissipation_identity_with_active_bounds(depth, norm, bias, masses):
 def test_active_bounds_hold_after_every_step_and_masses_stay_a_probability(descent, dtype):
     problem, network = on_the_bounds(3, "l1", True, dtype=dtype)
     method = (
-        flow.GradientDescent(problem, 0.05, False)
+        descents.GradientDescent(problem, 0.05, False)
         if descent == "gradient"
-        else flow.PreconditionedDescent(problem, 0.1, 40)
+        else descents.PreconditionedDescent(problem, 0.1, 40)
     )
     eps = torch.finfo(dtype).eps
     for _ in range(40):
-        network = method.propose(network, flow.velocity(problem, network)[1])
+        network = method.propose(network, velocities.velocity(problem, network)[1])
         assert problem.excess(network) <= 64 * eps  # sums of at most 20 products
         assert max(reached / bound for _, reached, bound in problem.bounds(network)) >= 1 - 64 * eps
         for p in network.masses:
@@ -335,7 +335,7 @@ def check_slope(problem, network, speed):
     near = start.map(torch.clone)
     for tensor, end in zip(near.tensors(), best.point.tensors()):
         tensor.lerp_(end, share)
-    length = math.sqrt(float(flow.squared_distance(network, program.network(near)))) / share
+    length = math.sqrt(float(velocities.squared_distance(network, program.network(near)))) / share
     excess = float(problem.terms(network).total()) - best.value
     # speed and length are quotients of small steps
     assert excess <= speed * length * (1 + 1e-3)
@@ -346,7 +346,9 @@ def check_slope(problem, network, speed):
 def test_speed_with_active_bounds_limits_the_distance_to_the_optimum(depth, norm, bias):
     problem, network = on_the_bounds(depth, norm, bias)
     for _ in range(3):
-        check_slope(problem, network, flow.metric_speed(problem, network, flow.velocity(problem, network)[1]))
+        check_slope(
+            problem, network, velocities.metric_speed(problem, network, velocities.velocity(problem, network)[1])
+        )
         network = run(problem, network, steps=150, step_size=0.03).network
 
 
@@ -355,7 +357,7 @@ def test_speed_with_active_bounds_limits_the_distance_to_the_optimum(depth, norm
 def test_the_preconditioned_descent_rests_where_the_flow_does_with_masses_kept(norm, bias):
     """Projected in another metric than its steps', it came to rest at 0.08 to 0.28 of the flow's first speed."""
     problem, network = on_the_bounds(2, norm, bias)
-    first = flow.metric_speed(problem, network, flow.velocity(problem, network, False)[1])
+    first = velocities.metric_speed(problem, network, velocities.velocity(problem, network, False)[1])
     solution = run(problem, network, masses=False, steps=3000)
     assert max(reached / bound for _, reached, bound in problem.bounds(solution.network)) >= 1 - 1e-12
     assert solution.history[-1]["speed"] <= 1e-2 * first
@@ -390,7 +392,7 @@ def test_adaptive_gradient_descent_never_raises_the_value(depth, masses):
     assert values[-1] < 0.98 * values[0]
     # every accepted step is within twice the tolerance of the identity, or within what rounding resolves
     dissipated = history[-1]["dissipated"]
-    assert abs(values[0] - values[-1] - dissipated) <= 2 * flow.DISSIPATION_ERROR * dissipated + 60 * noise
+    assert abs(values[0] - values[-1] - dissipated) <= 2 * descents.DISSIPATION_ERROR * dissipated + 60 * noise
     assert all(a["time"] <= b["time"] for a, b in pairwise(history))
 
 
@@ -415,7 +417,7 @@ def test_source_prox_solves_its_problem(norm, varied):
     problem, _ = make(norm=norm, source=0.4)
     target, kernels = random_masses(3, 0), normal((3, 2, 1, 2), 1)
     steps = 0.2 + normal((3, 2), 2).abs() if varied else 0.7
-    found = flow._source_prox(problem, kernels, target, steps)
+    found = velocities._source_prox(problem, kernels, target, steps)
     inverse = (1 / steps if varied else torch.full((3, 2), 1 / 0.7)).numpy() * target.numpy()[:, None] / 2
 
     def cost(w, sum_squares, square, norms):
@@ -483,11 +485,11 @@ def test_masses_stay_positive_and_sum_to_one(descent, case):
 @pytest.mark.parametrize("images", [1, 2, 3])
 def test_velocities_are_the_same_for_any_block_size(monkeypatch, images, loss):
     problem, network = make(depth=3, bias=True, loss=loss, count=5)
-    terms, whole = flow.velocity(problem, network)
+    terms, whole = velocities.velocity(problem, network)
     each = 8 * problem.architecture.entries(network.widths, GRAPH)
     monkeypatch.setattr(limits, "BLOCK_BYTES", images * each)
     assert len(list(limits.blocks(5, each))) == math.ceil(5 / images)
-    terms_again, blocked = flow.velocity(problem, network)
+    terms_again, blocked = velocities.velocity(problem, network)
     torch.testing.assert_close(terms_again, terms, rtol=1e-14, atol=0)
     tensors = lambda found: [*found.masses, *found.kernels, found.readout, *found.biases]  # noqa: E731
     torch.testing.assert_close(tensors(blocked), tensors(whole), rtol=1e-11, atol=1e-13)
@@ -506,7 +508,7 @@ def test_a_velocity_holds_the_graph_of_one_block_only(monkeypatch):
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            flow.velocity(problem, network)
+            velocities.velocity(problem, network)
         return max(sizes)
 
     assert largest(60) == largest(6)
@@ -518,9 +520,9 @@ def test_minibatch_velocities_average_to_the_full_one(loss):
     batches = list(map(flow._Batches(problem, 2, 0).at, range(3)))
     seen = torch.cat([batch.inputs for batch in batches])
     assert sorted(seen.flatten(1).sum(1).tolist()) == sorted(problem.inputs.flatten(1).sum(1).tolist())
-    moving = [flow.velocity(batch, network)[1] for batch in batches]
+    moving = [velocities.velocity(batch, network)[1] for batch in batches]
     mean = moving[0].map(lambda *parts: sum(parts) / 3, *moving[1:])
-    whole = flow.velocity(problem, network)[1]
+    whole = velocities.velocity(problem, network)[1]
     for a, b in zip(
         (*mean.masses, *mean.kernels, mean.readout, *mean.biases),
         (*whole.masses, *whole.kernels, whole.readout, *whole.biases),
@@ -566,7 +568,7 @@ def test_minibatches_end_where_the_whole_batch_does(descent, step_size, monkeypa
     options = {"descent": descent, "step_size": step_size, "steps": 1500, "record_every": 1500, "tolerance": 0.0}
     limit = run(problem, network, **options, adaptive=False).value
     falling = run(problem, network, **options, batch_size=3).value - limit
-    monkeypatch.setattr(flow, "annealed", lambda count, total: 1.0)
+    monkeypatch.setattr(descents, "annealed", lambda count, total: 1.0)
     constant = run(problem, network, **options, batch_size=3).value - limit
     assert abs(falling) < 0.1 * constant
 
@@ -577,8 +579,8 @@ def test_a_step_moves_what_multiplies_the_features_by_the_rate(readout):
     arch = mf.Architecture((1, 3, 3), (mf.Conv(1, activation="tanh"),), readout=readout)
     problem = mf.Problem(arch, random_inputs(arch, 4, 0), random_targets("squared", 1, 4, 0))
     network = random_network(arch, (2,), 0)
-    method = flow.PreconditionedDescent(problem, 1e-3, 10**9)
-    moved = method.propose(network, flow.velocity(problem, network)[1])
+    method = descents.PreconditionedDescent(problem, 1e-3, 10**9)
+    moved = method.propose(network, velocities.velocity(problem, network)[1])
     steps = (moved.readout - network.readout).abs() / (1 if readout == "average" else 9)
     torch.testing.assert_close(steps, torch.full_like(steps, 1e-3), rtol=1e-6, atol=0)
 
@@ -745,7 +747,7 @@ def test_a_stationary_start_has_converged():
     solution = flow.solve(problem, zero, steps=5)
     assert solution.status == "converged"
     # masses of rounding over the probe's step
-    assert solution.history[-1]["speed"] <= 8 * EPS / flow.PROBE[torch.float64]
+    assert solution.history[-1]["speed"] <= 8 * EPS / velocities.PROBE[torch.float64]
     assert solution.value == pytest.approx(problem.targets.square().sum(1).mean().item() / 2)
 
 

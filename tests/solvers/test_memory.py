@@ -177,6 +177,7 @@ def test_60000_images_of_224_pixels_are_refused_in_one_line_before_they_are_read
     monkeypatch.setattr(limits, "free_memory", lambda _: 64 * GIB)
     before = fresh_peak()
     ended = run("solve", "--data", path, "--classes", "all", main=cli.main)
+    path.unlink()  # 9 GB to whoever reads what tests leave behind
     assert peak_bytes() - before < 2**25
     assert ended.exit_code == 2
     assert re.fullmatch(

@@ -26,7 +26,7 @@ from meanfield.grafting import least_squares
 from meanfield.network import ParticleNetwork
 from meanfield.penalties import Penalty
 from meanfield.problem import Problem
-from meanfield.solvers import arrangements, flow, splitting
+from meanfield.solvers import arrangements, splitting, velocities
 from theory_checks.catalogue import FAMILIES, claim
 from theory_checks.claim import Setting
 
@@ -36,12 +36,12 @@ KEPT = {
     "split": measures.split,
     "terms": Problem.terms,
     "image_residuals": ConvexProgram.image_residuals,
-    "tangent": flow._tangent,
+    "tangent": velocities._tangent,
     "activate": Conv.activate,
     "merge": measures.merge,
     "balance": measures.balance,
-    "squared_distance": flow.squared_distance,
-    "source_prox": flow._source_prox,
+    "squared_distance": velocities.squared_distance,
+    "source_prox": velocities._source_prox,
     "draw": finite_network._draw,
     "composed_costs": compositions.Compositions.costs,
     "own_costs": compositions.OwnFeatures.costs,
@@ -176,7 +176,7 @@ def masses_uphill(patch):
         found = KEPT["tangent"](network, gradients, masses)
         return replace(found, masses=[None if rate is None else -rate for rate in found.masses])
 
-    patch.setattr(flow, "_tangent", tangent)
+    patch.setattr(velocities, "_tangent", tangent)
 
 
 def velocities_without_source_masses(patch):
@@ -187,7 +187,7 @@ def velocities_without_source_masses(patch):
         kernels = [found.kernels[0], *(w * p[None, :, None, None] for w, p in zip(found.kernels[1:], network.masses))]
         return replace(found, kernels=kernels)
 
-    patch.setattr(flow, "_tangent", tangent)
+    patch.setattr(velocities, "_tangent", tangent)
 
 
 # --- missed by an earlier version of the claims ---------------------------------------------------------------------
@@ -216,7 +216,7 @@ def mass_term_of_the_distance_without_one_over_p(patch):
         mass_term = sum((change / p).sum() for change, p in zip(changes, start.masses))
         return KEPT["squared_distance"](start, end) - mass_term + sum(change.sum() for change in changes)
 
-    patch.setattr(flow, "squared_distance", squared_distance)
+    patch.setattr(velocities, "squared_distance", squared_distance)
 
 
 def masses_of_a_sample_rolled_by_one(patch):
@@ -343,17 +343,17 @@ def bound_projected_without_the_masses(patch):
     def project(kernels, logits, targets, penalty, bound, kernel_steps, mass_steps):
         masses = torch.softmax(logits, 0)
         level = torch.full_like(targets[:, None, None], bound)
-        theta = flow.shrinkage_root(penalty.atoms(kernels), 1.0, masses[None, :, None], (1, 2), level=level)
+        theta = velocities.shrinkage_root(penalty.atoms(kernels), 1.0, masses[None, :, None], (1, 2), level=level)
         return penalty.shrink(kernels, theta), masses, theta.flatten()
 
-    patch.setattr(flow, "inflow_projection", project)
+    patch.setattr(velocities, "inflow_projection", project)
 
 
 def source_pull_with_equal_masses(patch):
     def prox(problem, kernels, target, steps):
         return KEPT["source_prox"](problem, kernels, torch.full_like(target, 1 / len(target)), steps)
 
-    patch.setattr(flow, "_source_prox", prox)
+    patch.setattr(velocities, "_source_prox", prox)
 
 
 def bias_velocity_times_its_mass(patch):
@@ -362,7 +362,7 @@ def bias_velocity_times_its_mass(patch):
         slow = [None if b is None else b * p for b, p in zip(found.biases, network.masses)]
         return replace(found, biases=slow)
 
-    patch.setattr(flow, "_tangent", tangent)
+    patch.setattr(velocities, "_tangent", tangent)
 
 
 def input_penalty_without_masses(patch):

@@ -58,8 +58,8 @@ from meanfield.studies.solve.run import Run
 from meanfield.validation import Misuse, nonnegative, positive
 
 REPORT_SHARE = 0.25  # of --max-seconds
+SAMPLES = 1000  # unless told otherwise
 READOUT_PENALTY = 5e-4
-USUAL_SAMPLES = 1000
 STATE = "state.safetensors"
 
 
@@ -70,8 +70,7 @@ class Options(Learning):
         int | None,
         option(
             "How many images to use, the first ones in file order, or one of every class in turn where the source "
-            "keeps classes apart; the rest is held out. Without it: 1,000, and four fifths where there are fewer than "
-            "1,250.",
+            f"keeps classes apart; the rest is held out. Without it: {SAMPLES:,}, or four fifths of fewer.",
             DATA,
         ),
         at_least(1),
@@ -179,7 +178,7 @@ class Options(Learning):
 
 def usual_samples(available: int) -> int:
     """How many of so many images are learnt from where nobody says it: some are left to be judged on."""
-    return max(2, min(USUAL_SAMPLES, available * 4 // 5))
+    return max(2, min(SAMPLES, available * 4 // 5))
 
 
 def command(options: Options) -> None:

@@ -12,6 +12,7 @@ from meanfield.bench.task import Task
 from meanfield.pages import html
 from meanfield.solvers import alternating
 from meanfield.studies.solve import measure, page, pictures, run, sibling
+from meanfield.studies.solve.command import Options
 from meanfield.studies.solve.run import Run
 
 TASK = Task(classes=(0, 1, 2), samples=9, pool=2, loss="softmax", pooling="average", readout="flatten")
@@ -168,3 +169,14 @@ def test_what_cvxpy_would_see_is_counted_in_constraints_and_in_readout_features(
     positions = math.prod(problem.architecture.geometry[-1].pooled)
     readout = 9 * 3 * widths[-1] * positions
     assert run.entries(problem, widths) == max(readout, 6 * 4 * 9 * 2 * 2 if depth == 2 else 0)
+
+
+def test_what_the_options_leave_open_follows_the_images():
+    """Samples: 1,000 or four fifths; readout penalty: 5e-4 over the square of a flattened readout's positions."""
+    few, many = (Options(classes=classes) for classes in ((3, 5), None))
+    assert len(few.images()) == 4 * 365 // 5
+    assert len(many.images()) == 1000
+    task = many.task(many.images())
+    assert task.readout_penalty == 5e-4 / 4**2  # two poolings of 8x8 pixels leave 2x2
+    assert many.variant(readout="average").task(many.images()).readout_penalty == 5e-4
+    assert many.variant(readout_penalty=1e-3, samples=7).task(many.images()).readout_penalty == 1e-3
