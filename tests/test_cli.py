@@ -43,6 +43,8 @@ from theory_checks.__main__ import main as checks
         (["--device", "tpu"], ["--device='tpu'"]),
         (["--tolerance", "0"], ["--tolerance=0.0"]),
         (["--pair", "3"], ["--pair=3", "two classes at least"]),
+        (["--pair", "3,5", "--pair", "3,6"], ["--pair specified multiple times"]),
+        (["--classes", "3,5", "--classes", "all"], ["--classes specified multiple times"]),
         (["--pair", "3,8"], ["--pair=3,8", "must be two of the classes 3, 5"]),
         (["--pair", "3,5,5"], ["--pair=3,5,5", "must be two of the classes 3, 5"]),
     ],

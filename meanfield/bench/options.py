@@ -217,10 +217,12 @@ def _as_typed(kind: Any, tokens: Sequence[Any]) -> Any:
 
 
 def _read_all(kind: Any, tokens: Sequence[Any]) -> Any:
-    return None if tokens[0].value == "all" else _read_listing(kind, tokens)
+    return None if [token.value for token in tokens] == ["all"] else _read_listing(kind, tokens)
 
 
 def _read_listing(kind: Any, tokens: Sequence[Any]) -> Any:
+    if len(tokens) > 1:  # the parser takes it for a tuple that grows
+        raise ValueError(f"Parameter {tokens[0].keyword} specified multiple times.")
     wanted = next(each for each in _alternatives(kind) if each is not NoneType)
     kinds, text = _alternatives(typing.get_args(wanted)[0]), tokens[0].value
     entry = str if str in kinds else kinds[0]
