@@ -31,11 +31,13 @@ from meanfield.signatures import Count, Nonnegative, Positive, Seconds, Seed, ch
 from meanfield.solvers import velocities
 from meanfield.solvers.descents import Descent, GradientDescent, PreconditionedDescent
 from meanfield.solvers.solution import ENDED_EARLY, Solution, message
-from meanfield.solvers.velocities import Tangent
+from meanfield.solvers.velocities import Tangent, advance, metric_speed, squared_distance, velocity
 from meanfield.storage import states
 from meanfield.storage.states import StateFile
 from meanfield.storage.tensors import digest
 from meanfield.validation import choice, path
+
+__all__ = ["DESCENTS", "Tangent", "advance", "metric_speed", "solve", "squared_distance", "velocity"]
 
 DESCENTS = ("preconditioned", "gradient")
 STATE_SECONDS = 30.0  # of work that a killed run may lose

@@ -59,7 +59,7 @@ needs = memory.Job(
 print(json.dumps([peak_bytes() - before, needs.peak.size]))
 """
 CASES = {
-    "images": {"images": 200, "side": 20, "widths": [32, 32], "pooling": "average"},
+    "images": {"images": 800, "side": 20, "widths": [32, 32], "pooling": "average"},
     "columns, with a bound": {"images": 40, "side": 7, "widths": [200, 16], "bound": 5.0},
     "flattened readout": {"images": 800, "side": 12, "widths": [24, 16], "readout": "flatten"},
     "three layers, float32": {"images": 60, "side": 8, "widths": [48, 192, 32], "dtype": "float32"},
