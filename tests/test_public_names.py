@@ -36,9 +36,10 @@ MODULES = {
     ),
     "meanfield.solvers.alternating": "solve",
     "meanfield.solvers.arrangements": "solve",
-    "meanfield.solvers.flow": "advance metric_speed solve squared_distance velocity",
+    "meanfield.solvers.flow": "solve",
     "meanfield.solvers.reference": "solve",
     "meanfield.solvers.splitting": "solve",
+    "meanfield.solvers.velocities": "advance metric_speed squared_distance velocity",
     "meanfield.starts": "STARTS draw start",
     "meanfield.storage": "load_network load_tensors save_network save_tensors write_atomically",
     "meanfield.studies.convexity": (

@@ -186,8 +186,7 @@ class _Run:
         if file is not None and (found := file.load(self.problem.inputs.device)) is not None:
             self.restore(found)
         status = self.follow(file, seconds)
-        if status in ENDED_EARLY:
-            self.save(file)
+        self.save(file)  # its certificate may be broken off as well
         solution = self.trail.solution(status)
         if file is not None and solution.status not in ENDED_EARLY:
             file.remove()

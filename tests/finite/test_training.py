@@ -495,8 +495,8 @@ class TestResume:
             ({"batch_size": 3}, "batch_size"),
             ({"learning_rate": 0.02}, "learning_rate"),
             ({"checkpoints": (0.1,)}, "checkpoints"),
-            ({"problem": make_problem(source=2e-3)}, "problem"),
-            ({"problem": make_problem(dtype=torch.float32)}, "data"),
+            ({"problem": make_problem(source=2e-3)}, r"penalty\.source"),
+            ({"problem": make_problem(dtype=torch.float32)}, "dtype"),
             ({"start": random_network(make_problem(), (4, 3))}, "start"),
         ],
     )

@@ -615,6 +615,23 @@ class TestResume:
         ]
         assert repr(untimed[0]) == repr(untimed[1])
 
+    def test_broken_off_while_it_is_certified(self, tmp_path, monkeypatch):
+        """No step is lost, also where no state was due yet."""
+        problem, network = make()
+        whole, state, seen = run(problem, network, steps=20), tmp_path / "flow.safetensors", []
+
+        def broken(*_):
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(flow.certificates, "stationary_multipliers", broken)
+            assert run(problem, network, steps=20, state=state).status == "interrupted"
+        found = run(problem, network, steps=20, state=state, callback=seen.append)
+        assert seen == []
+        assert same(found.network, whole.network)
+        assert found.certificate is not None
+        assert not state.exists()
+
     def test_a_state_of_another_run_is_refused(self, tmp_path):
         problem, network = make()
         state = tmp_path / "flow.safetensors"
