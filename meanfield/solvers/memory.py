@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import torch
 
-from meanfield import limits
+from meanfield import folds, limits
 from meanfield.architecture import Architecture
 from meanfield.certificates import search
 from meanfield.problem import GRAPH, Problem
@@ -135,11 +135,16 @@ class Job:
 
     @property
     def _freezing(self) -> int:
-        """Stacked rows of all layers, of one of them a decomposition; the patches of a block."""
+        """Stacked rows of all layers, of one run of images, and the triangles of earlier runs; of one layer a
+        decomposition; the patches of a block.
+        """
+        runs = folds.runs(self.images, prod(self.architecture.input_shape[1:]))
+        waiting = len(runs).bit_length()  # branches of the tree that are not combined yet, and their sum
         stacks = factored = 0
         for _, rows, columns in self._rows:
+            rows = math.ceil(rows * max(runs) / self.images)
             height, triangle = min(rows, max(2 * columns, limits.block_bytes() // (8 * columns))), min(rows, columns)
-            stacks += 8 * columns * height
+            stacks += 8 * columns * (height + (waiting * triangle if len(runs) > 1 else 0))
             factored = max(factored, 8 * columns * max(height + 2 * triangle, FACTORED * triangle))
         block = max(limits.block_bytes(), 8 * self.architecture.entries(self._frozen) + self._patches)
         return stacks + factored + block + self._number * self.images * self._reading
