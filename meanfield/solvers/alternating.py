@@ -26,7 +26,6 @@ from meanfield.solvers import flow, memory, splitting
 from meanfield.solvers.solution import ENDED_EARLY, Solution, message
 from meanfield.storage import states
 from meanfield.storage.states import StateFile
-from meanfield.storage.tensors import digest
 from meanfield.validation import Misuse, path
 
 RATE, RATE_DECAY, RATE_CUT, LEAST_RATE = 0.1, 0.7, 0.25, 1e-3
@@ -105,12 +104,8 @@ def solve(
         "clones": clones,
         "grow": grow,
         "seed": seed,
-        "widths": network.widths,
     }
-    start = {"start": digest(network.tensors())[: states.DIGITS]}  # last: it follows from the data as well
-    file = (
-        None if state is None else StateFile(state, {**settings, **states.described(problem), **start}, problem.ranks)
-    )
+    file = states.of_run(state, settings, problem, network)
     run = _Run(
         problem,
         network,
@@ -206,7 +201,7 @@ class _Run:
         """One flow and one convex program; returns the status that ended it early, or "done"."""
         if self.flowed is None and (ended := self._flow(steps)) in ENDED_EARLY:
             return ended
-        program = self._program(self.index)
+        program = self._program()
         solved = splitting.solve(
             program,
             self.program_tolerance,
@@ -319,11 +314,11 @@ class _Run:
             return network
         return measures.balance(network, penalty.input, penalty.readout)
 
-    def _program(self, index: int) -> ConvexProgram:
+    def _program(self) -> ConvexProgram:
         """The program of the present features, of perturbed clones and of what the last search found."""
         network = self.network
         if self.clones is not None:
-            generator = torch.Generator().manual_seed(self.seed + 7919 * (index + 1))
+            generator = torch.Generator().manual_seed(self.seed + 7919 * (self.index + 1))
             network = measures.extend(network, self.clones, CLONE_NOISE, generator)
         if self.found is None or self.found.features is None:
             return ConvexProgram.freeze(self.problem, network)

@@ -34,7 +34,6 @@ from meanfield.solvers.solution import ENDED_EARLY, Solution, message
 from meanfield.solvers.velocities import Tangent, advance, metric_speed, squared_distance, velocity
 from meanfield.storage import states
 from meanfield.storage.states import StateFile
-from meanfield.storage.tensors import digest
 from meanfield.validation import choice, path
 
 __all__ = ["DESCENTS", "Tangent", "advance", "metric_speed", "solve", "squared_distance", "velocity"]
@@ -113,15 +112,22 @@ def solve(
         "batch_size": batch_size,
         "seed": seed,
         "record_every": every,
-        "widths": network.widths,
     }
-    start = {"start": digest(network.tensors())[: states.DIGITS]}
-    file = (
-        None if state is None else StateFile(state, {**settings, **states.described(problem), **start}, problem.ranks)
+    run = _Run(
+        problem,
+        network.detach(),
+        method,
+        _Trail(problem, callback),
+        batches,
+        masses,
+        steps,
+        every,
+        tolerance,
+        states.of_run(state, settings, problem, network),
+        state_seconds,
     )
-    run = _Run(problem, network.detach(), method, _Trail(problem, callback), batches, masses, steps, every, tolerance)
     with full_float32(), limits.within(max_seconds):
-        return run.solution(file, state_seconds)
+        return run.solution()
 
 
 def warn_unattained(problem: Problem) -> None:
@@ -178,35 +184,37 @@ class _Run:
     steps: int
     every: int
     tolerance: float
+    file: StateFile | None
+    state_seconds: float
     step: int = 0
     kept: dict[str, Any] | None = None
 
-    def solution(self, file: StateFile | None, seconds: float) -> Solution:
-        """Continue from the file, which is written every so many seconds and goes where the run ends by itself."""
-        if file is not None and (found := file.load(self.problem.inputs.device)) is not None:
+    def solution(self) -> Solution:
+        """Continue from the file, which is written every `state_seconds` and goes where the run ends by itself."""
+        if self.file is not None and (found := self.file.load(self.problem.inputs.device)) is not None:
             self.restore(found)
-        status = self.follow(file, seconds)
-        self.save(file)  # its certificate may be broken off as well
+        status = self.follow()
+        self.save()  # its certificate may be broken off as well
         solution = self.trail.solution(status)
-        if file is not None and solution.status not in ENDED_EARLY:
-            file.remove()
+        if self.file is not None and solution.status not in ENDED_EARLY:
+            self.file.remove()
         return solution
 
-    def save(self, file: StateFile | None) -> None:
+    def save(self) -> None:
         """As of the last place between two steps."""
-        if file is not None and self.kept is not None:
-            file.save(self.kept)
+        if self.file is not None and self.kept is not None:
+            self.file.save(self.kept)
 
-    def follow(self, file: StateFile | None, seconds: float) -> str:
+    def follow(self) -> str:
         """The status with which the steps ended."""
         try:
-            return self._descend(file, seconds)
+            return self._descend()
         except limits.STOPS as stop:
             if self.trail.network is None:
                 raise
             return limits.status(stop)
 
-    def _descend(self, file: StateFile | None, seconds: float) -> str:
+    def _descend(self) -> str:
         batch, pulled, saved = self.batches.at(self.step), None, time.perf_counter()
         ranks = self.problem.ranks
         while True:
@@ -219,13 +227,13 @@ class _Run:
                 if self._record(*whole) ** 2 <= self.tolerance:
                     return "converged"
                 pulled = whole if batch is self.problem else pulled
-            self.kept = None if file is None else self.state()
+            self.kept = None if self.file is None else self.state()
             if late:
                 return "max_seconds"
             if self.step == self.steps:
                 return "max_iterations"
-            if time.perf_counter() - saved >= seconds:
-                self.save(file)
+            if time.perf_counter() - saved >= self.state_seconds:
+                self.save()
                 saved = time.perf_counter()
             terms, flow = velocities.velocity(batch, self.network, self.masses) if pulled is None else pulled
             moved = self.method.propose(self.network, flow)

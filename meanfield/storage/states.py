@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from meanfield import limits
+from meanfield.network import ParticleNetwork
 from meanfield.problem import Problem
 from meanfield.ranks import ALONE, Ranks
 from meanfield.storage import files, tensors
@@ -44,6 +45,17 @@ def _digest(problem: Problem) -> str:
     rows = torch.tensor(own, dtype=torch.uint8).reshape(len(own), -1 if own else 32)
     every = problem.ranks.gathered(rows, problem.runs_of_ranks)
     return tensors.digest((every, problem.targets))[:DIGITS]
+
+
+def of_run(
+    path: str | Path | None, settings: Mapping[str, Any], problem: Problem, start: ParticleNetwork
+) -> StateFile | None:
+    """The file of a run that descends from `start`; None without a path, for which nothing is read of the tensors."""
+    if path is None:
+        return None
+    digest = tensors.digest(start.tensors())[:DIGITS]  # last: it follows from the data as well
+    named = {**settings, "widths": start.widths, **described(problem), "start": digest}
+    return StateFile(path, named, problem.ranks)
 
 
 def entries(variables: Any) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+from stops import interrupt_at
 from stored_optima import EXACT_ONE_LAYER, one_layer_problem
 from strategies import seeded
 
@@ -274,13 +275,3 @@ class TestResume:
         assert len(longer.history) == 3
         with pytest.raises(ValueError, match="is of another run: its seed is 0, here 1"):
             alternating.solve(problem, network, **options, state=state, seed=1)
-
-
-def interrupt_at(moment):
-    looks = iter(range(10**9))
-
-    def look():
-        if next(looks) == moment:
-            raise KeyboardInterrupt
-
-    return look

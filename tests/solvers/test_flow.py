@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given
+from stops import interrupt_at
 from strategies import (
     NORMS,
     SMOOTH,
@@ -604,7 +605,7 @@ class TestResume:
         whole = run(problem, network, **options)
         state = tmp_path / "flow.safetensors"
         for moment in (3, 9, 14, math.inf):
-            with limits.watched(_interrupt_at(moment)):
+            with limits.watched(interrupt_at(moment)):
                 found = run(problem, network, **options, state=state, state_seconds=0.0)
             assert state.exists() == (found.status == "interrupted") == (moment < math.inf)
         assert found.status == whole.status
@@ -635,7 +636,7 @@ class TestResume:
     def test_a_state_of_another_run_is_refused(self, tmp_path):
         problem, network = make()
         state = tmp_path / "flow.safetensors"
-        with limits.watched(_interrupt_at(4)):
+        with limits.watched(interrupt_at(4)):
             assert run(problem, network, steps=20, state=state, state_seconds=0.0).status == "interrupted"
         with pytest.raises(ValueError, match="is of another run: its steps is 20, here 21"):
             run(problem, network, steps=21, state=state)
@@ -643,16 +644,6 @@ class TestResume:
         other.readout[0] += 1e-16 + other.readout[0].abs() * 1e-15
         with pytest.raises(ValueError, match="is of another run: its start is"):
             run(problem, other, steps=20, state=state)
-
-
-def _interrupt_at(moment):
-    looks = iter(range(10**6))
-
-    def look():
-        if next(looks) == moment:
-            raise KeyboardInterrupt
-
-    return look
 
 
 @pytest.mark.parametrize("size", [4, 99])

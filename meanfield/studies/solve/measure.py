@@ -172,7 +172,7 @@ def _of_each(run: Run, judge: Callable[[Dataset], Any]) -> dict[str, Any]:
 def _judged(run: Run, network: ParticleNetwork, data: Dataset) -> dict[str, Any]:
     """Of the first JUDGED_MOST images; confusion[i][j]: how many of class i are read as class j."""
     indices = data.indices[:JUDGED_MOST]
-    output = _output(run.problem, network, data.inputs[:JUDGED_MOST])
+    output = network(data.inputs[:JUDGED_MOST].to(run.problem.inputs)).double().cpu()
     predicted, count = run.problem.loss.predict(output), len(data.classes)
     return {
         "count": len(indices),
@@ -186,14 +186,6 @@ def _judged(run: Run, network: ParticleNetwork, data: Dataset) -> dict[str, Any]
 
 def _score(judged: dict[str, Any]) -> dict[str, Any]:
     return {name: judged[name] for name in ("count", "accuracy")}
-
-
-@torch.no_grad()
-def _output(problem: Problem, network: ParticleNetwork, inputs: Tensor) -> Tensor:
-    """F on other images than the problem's, (N, K) in float64 on the CPU, in blocks."""
-    each = problem.inputs.element_size() * problem.architecture.entries(network.widths)
-    blocks = limits.blocks(len(inputs), each)
-    return torch.cat([network.responses(inputs[block].to(problem.inputs)).output.double().cpu() for block in blocks])
 
 
 def _shown(data: Dataset, judged: dict[str, Any]) -> dict[str, Any]:

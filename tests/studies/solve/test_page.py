@@ -63,7 +63,7 @@ def test_memory_that_runs_out_in_the_report_leaves_the_network_and_one_line(tmp_
     def short(*arguments):
         raise MemoryError
 
-    monkeypatch.setattr(measure, "_output", short)
+    monkeypatch.setattr(measure, "_judged", short)
     ended = solve("--flow-steps=5", "--out", tmp_path, "--quiet")
     assert ended.exit_code == 75
     assert ended.stderr.startswith("memory ran out: the best network so far, J = ")
