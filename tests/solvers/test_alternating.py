@@ -244,7 +244,9 @@ class TestResume:
     """An alternation that was broken off goes on from its file to the same bits."""
 
     @pytest.mark.parametrize(
-        "options", [{}, {"grow": 2}, {"batch_size": 3, "clones": (2, 2)}], ids=["plain", "grow", "batches"]
+        "options",
+        [{}, pytest.param({"grow": 2}, marks=pytest.mark.slow), {"batch_size": 3, "clones": (2, 2)}],
+        ids=["plain", "grow", "batches"],
     )
     def test_bits(self, tmp_path, monkeypatch, options):
         monkeypatch.setattr(alternating, "STARTS", 2)
