@@ -6,7 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from meanfield import certificates, data, finite, grafting, limits, measures, solvers, starts, studies
+    from meanfield import certificates, data, finite, grafting, landscape, limits, measures, solvers, starts, studies
     from meanfield.architecture import Architecture, Conv
     from meanfield.convex.program import ConvexProgram
     from meanfield.convex.repopulation import ProgramPoint
@@ -32,6 +32,7 @@ __all__ = [
     "data",
     "finite",
     "grafting",
+    "landscape",
     "limits",
     "load_network",
     "measures",

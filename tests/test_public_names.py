@@ -13,7 +13,7 @@ import pytest
 PACKAGES = {
     "meanfield": (
         "Architecture Conv ConvexProgram ParticleNetwork Penalty Problem ProgramPoint Solution certificates data "
-        "finite grafting limits load_network measures save_network solve solvers starts studies"
+        "finite grafting landscape limits load_network measures save_network solve solvers starts studies"
     ),
     "meanfield.certificates": (
         "Certificate Multipliers UnseenFeatures certify dual_value search_features stationary_multipliers"
@@ -47,7 +47,7 @@ MODULES = {
     ),
 }
 SUBMODULES = {
-    "meanfield": "certificates data finite grafting limits measures solvers starts studies",
+    "meanfield": "certificates data finite grafting landscape limits measures solvers starts studies",
     "meanfield.finite": "kernel",
     "meanfield.solvers": PACKAGES["meanfield.solvers"],
 }

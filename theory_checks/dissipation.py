@@ -16,10 +16,10 @@ from torch import Tensor
 
 import meanfield as mf
 from meanfield import finite, starts
-from meanfield.bench.rates import slope
 from meanfield.network import along_axis
 from meanfield.penalties import input_norms
 from meanfield.problem import project_bounds
+from meanfield.rates import slope
 from meanfield.solvers import velocities
 from meanfield.solvers.velocities import Tangent
 from theory_checks.claim import Axes, Claim, Evidence, Series, Setting

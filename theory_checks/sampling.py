@@ -10,7 +10,7 @@ from torch import Tensor
 
 import meanfield as mf
 from meanfield import finite
-from meanfield.bench.rates import slope
+from meanfield.rates import slope
 from theory_checks.claim import Axes, Claim, Evidence, Series, Setting
 from theory_checks.instances import Variety, random_network
 from theory_checks.statistics import largest

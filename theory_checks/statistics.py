@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from scipy import stats
 
-from meanfield.bench.rates import LEVEL
+from meanfield.rates import LEVEL
 
 
 def largest(values: Sequence[float]) -> float:

@@ -17,8 +17,8 @@ import pytest
 
 from meanfield.bench import provenance
 from meanfield.bench.provenance import Provenance
-from meanfield.bench.rates import slope
 from meanfield.pages import html
+from meanfield.rates import slope
 from meanfield.studies.convexity import Witness
 from theory_checks import catalogue, page, pictures, runner, statistics
 from theory_checks.__main__ import Options, main

@@ -10,11 +10,11 @@ from typing import Any
 
 from markupsafe import Markup
 
-from meanfield.bench.rates import Interval
 from meanfield.bench.study import Found
 from meanfield.bench.sweep import Row, Rows, Tables, groups, select
 from meanfield.pages.html import Details, Figure, Section, Table
 from meanfield.pages.words import capital, count, finite, listed, percent_more, two
+from meanfield.rates import Interval
 from meanfield.studies.grafting.pictures import CONTROLS, DISTANCES, DONORS, METHODS, NAMES, kind
 from meanfield.studies.grafting.summary import after_start, geometric, layers_upwards
 

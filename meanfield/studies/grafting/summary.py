@@ -10,8 +10,8 @@ from typing import Any
 
 from scipy.stats import spearmanr
 
-from meanfield.bench.rates import Interval, mean
 from meanfield.bench.sweep import Row, Rows, groups, select
+from meanfield.rates import Interval, mean
 
 ROUNDING = 1e-30  # relative squared errors below it, of grafts on themselves, are drawn there
 FIGURES = ("mmd", "sliced_wasserstein", "cka", "mean_difference", "log_variance_ratio")

@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from meanfield.bench.rates import Slope
 from meanfield.bench.sweep import Rows, Tables, groups, select
 from meanfield.pages import plotting
 from meanfield.pages.plotting import Curve
+from meanfield.rates import Slope
 from meanfield.studies.widths import summary
 from meanfield.studies.widths.summary import samples
 from meanfield.studies.widths.trajectories import QUANTILES

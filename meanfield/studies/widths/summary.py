@@ -6,8 +6,8 @@ from itertools import product
 from statistics import fmean, median
 from typing import Any
 
-from meanfield.bench.rates import Slope, slope
 from meanfield.bench.sweep import Row, Rows, groups, select
+from meanfield.rates import Slope, slope
 from meanfield.studies.widths.trajectories import TIMES
 
 CONVERGED = {"1%": 0.01, "5%": 0.05}

@@ -7,9 +7,9 @@ from itertools import product
 import pytest
 
 from meanfield.bench.provenance import Provenance
-from meanfield.bench.rates import Interval
 from meanfield.pages import html
 from meanfield.pages.html import Figure, Table
+from meanfield.rates import Interval
 from meanfield.studies.grafting import page, pictures, summary
 from meanfield.studies.grafting.study import STUDY
 

@@ -8,9 +8,9 @@ from strategies import random_network
 from meanfield import finite, measures, starts
 from meanfield.bench import distances
 from meanfield.bench.provenance import Provenance
-from meanfield.bench.rates import Slope
 from meanfield.bench.sweep import select
 from meanfield.bench.task import Task
+from meanfield.rates import Slope
 from meanfield.studies.widths import coordinates, networks, plan, summary, trajectories
 from meanfield.studies.widths.study import STUDY
 

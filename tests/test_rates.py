@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from meanfield.bench import rates
-from meanfield.bench.rates import Slope, slope
+from meanfield import rates
+from meanfield.rates import Slope, slope
 
 
 def test_an_exact_power_is_found_with_an_interval_of_no_width():

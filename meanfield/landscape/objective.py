@@ -1,0 +1,123 @@
+"""The mean loss of a network over images as a function of its parameters."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from meanfield.landscape.subject import Subject
+from meanfield.validation import Misuse, WrongType
+
+IMAGES = 256  # that pass through a network at a time, where they come in one tensor
+Batch = tuple[Tensor, Tensor]
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+
+class Score(NamedTuple):
+    """Mean loss, and the share of images of which the largest output (of one output: its sign) is the target's; nan
+    where targets are no classes.
+    """
+
+    loss: float
+    accuracy: float
+
+
+def cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
+    """-log softmax of outputs (N, K) at classes (N,), image by image (N,)."""
+    return functional.cross_entropy(outputs, targets, reduction="none")
+
+
+class Objective:
+    """A network, images with targets, and a loss.
+
+    images, targets: tensors of N rows each; or images is an iterable of batches (inputs, targets), such as a
+        DataLoader, read once and kept, and targets is None.
+    loss: a function of outputs and targets of a batch that gives one value per image, (N,), or their mean, (); a mean
+        over batches of unequal size is weighted by their sizes.  Default: the cross-entropy.
+    """
+
+    def __init__(self, subject: Subject, images: Any, targets: Any = None, loss: Loss | None = None) -> None:
+        self.subject = subject
+        self.batches = batches(images, targets)
+        self.loss_of: Loss = cross_entropy if loss is None else loss
+        if not callable(self.loss_of):
+            raise WrongType("loss", type(loss).__name__, "a function of outputs and targets")
+        if loss is None:
+            _require_classes(self.batches)
+        self.count = sum(len(inputs) for inputs, _ in self.batches)
+
+    def __call__(self, parameters: Mapping[str, Tensor]) -> Tensor:
+        """The mean loss over all images, 0-dimensional, differentiable in the parameters."""
+        return torch.stack([self.part(parameters, batch) for batch in self.batches]).sum()
+
+    def part(self, parameters: Mapping[str, Tensor], batch: Batch) -> Tensor:
+        """What a batch adds to the mean loss over all images."""
+        inputs, targets = batch
+        return mean(self.loss_of, self.subject(parameters, inputs), targets) * (len(inputs) / self.count)
+
+    @torch.no_grad()
+    def score(self, parameters: Mapping[str, Tensor]) -> Score:
+        """Loss and accuracy, in one pass."""
+        loss, right = 0.0, 0.0
+        for inputs, targets in self.batches:
+            outputs = self.subject(parameters, inputs)
+            loss += float(mean(self.loss_of, outputs, targets)) * len(inputs)
+            right += float(hits(outputs, targets).sum())
+        return Score(loss / self.count, right / self.count)
+
+
+def mean(loss: Loss, outputs: Tensor, targets: Tensor) -> Tensor:
+    """The mean over a batch, 0-dimensional, of what a loss says: a value per image, or their mean."""
+    found = loss(outputs, targets)
+    if not isinstance(found, Tensor) or found.shape not in ((), (len(outputs),)):
+        came = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+        raise Misuse("loss", came, f"came back for {len(outputs)} images: give one value per image, or their mean")
+    return found if found.ndim == 0 else found.mean()
+
+
+def hits(outputs: Tensor, targets: Tensor) -> Tensor:
+    """1 where the network is right, 0 where it is not, (N,); nan where targets are no classes."""
+    if outputs.ndim == 2 and outputs.shape[1] > 1 and targets.ndim == 1 and not targets.is_floating_point():
+        return (outputs.argmax(1) == targets).double()
+    if outputs[:1].numel() == 1 and targets.numel() == len(targets) and bool((targets.abs() == 1).all()):
+        return (outputs.flatten() * targets.flatten() > 0).double()
+    return torch.full((len(outputs),), math.nan, dtype=torch.float64, device=outputs.device)
+
+
+def batches(images: Any, targets: Any = None) -> list[Batch]:
+    """Pairs (inputs, targets) of at most IMAGES images, or as they come; empty ones are left out."""
+    if isinstance(images, Tensor):
+        if not isinstance(targets, Tensor) or targets.ndim == 0 or len(targets) != len(images):
+            came = f"{len(targets)} rows" if isinstance(targets, Tensor) and targets.ndim else type(targets).__name__
+            raise Misuse("targets", came, f"must be a tensor of {len(images)} rows, one for every image")
+        found = list(zip(images.split(IMAGES), targets.split(IMAGES)))
+    elif isinstance(images, Iterable) and targets is None:
+        found = [_pair(batch) for batch in images]
+    else:
+        kinds = "a tensor, with targets, or an iterable of batches (inputs, targets), without"
+        raise WrongType("images", type(images).__name__, kinds)
+    found = [(inputs, marks) for inputs, marks in found if len(inputs)]
+    if not found:
+        raise Misuse("images", "nothing", "must be at least one image")
+    return found
+
+
+def _pair(batch: Any) -> Batch:
+    if not isinstance(batch, (tuple, list)) or len(batch) != 2 or not all(isinstance(each, Tensor) for each in batch):
+        raise Misuse("images", type(batch).__name__, "must come in batches (inputs, targets), two tensors each")
+    inputs, targets = batch
+    if len(inputs) != len(targets):
+        raise Misuse("images", (len(inputs), len(targets)), "are the numbers of inputs and targets of one batch")
+    return inputs, targets
+
+
+def _require_classes(found: list[Batch]) -> None:
+    for _, targets in found:
+        if targets.is_floating_point() or targets.ndim != 1:
+            came = f"{targets.dtype} of shape {tuple(targets.shape)}"
+            raise Misuse("targets", came, "must be class indices (N,) for the cross-entropy; or give loss=")

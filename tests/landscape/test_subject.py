@@ -1,0 +1,60 @@
+import pytest
+import torch
+from strategies import random_network
+from torch import nn
+
+from meanfield import Architecture, Conv, landscape
+from meanfield.landscape.objective import Objective
+from meanfield.landscape.subject import Subject
+from meanfield.validation import Misuse
+
+
+def small(seed: int) -> nn.Sequential:
+    torch.manual_seed(seed)
+    layers = [nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.ReLU(), nn.Flatten(), nn.Linear(48, 4)]
+    return nn.Sequential(*layers).double()
+
+
+IMAGES, LABELS = torch.rand(20, 1, 6, 6, dtype=torch.float64), torch.arange(20) % 4
+
+
+def test_a_module_answers_as_it_is_and_as_its_copy_elsewhere():
+    network, subject = small(0), Subject(small(0))
+    assert torch.equal(subject(subject.parameters, IMAGES), network.eval()(IMAGES))
+    moved = {name: 1.1 * tensor for name, tensor in subject.parameters.items()}
+    assert torch.equal(subject(moved, IMAGES), subject.at(moved)(IMAGES))
+    assert torch.equal(subject(subject.parameters, IMAGES), network(IMAGES))
+
+
+def test_particles_answer_as_they_are_with_their_masses_kept():
+    architecture = Architecture((1, 5, 5), (Conv(3, activation="tanh", bias=True), Conv(2)), "flatten", outputs=2)
+    network = random_network(architecture, (4, 3), seed=1)
+    inputs = torch.rand(5, *network.architecture.input_shape, dtype=torch.float64)
+    subject = Subject(network)
+    assert torch.equal(subject(subject.parameters, inputs), network(inputs))
+    moved = {name: 1.1 * tensor for name, tensor in subject.parameters.items()}
+    assert torch.equal(subject(moved, inputs), subject.at(moved)(inputs))
+    assert torch.equal(subject.at(moved).masses[1], network.masses[1])
+
+
+def test_the_mean_loss_is_that_of_all_images_however_they_come():
+    subject = Subject(small(0))
+    whole = nn.functional.cross_entropy(subject.network(IMAGES), LABELS)
+    loader = [(IMAGES[:13], LABELS[:13]), (IMAGES[13:], LABELS[13:])]
+    for objective in (Objective(subject, IMAGES, LABELS), Objective(subject, loader)):
+        assert float(objective(subject.parameters)) == pytest.approx(float(whole), rel=1e-14)
+        assert objective.score(subject.parameters).loss == pytest.approx(float(whole), rel=1e-14)
+    averaged = Objective(subject, loader, loss=nn.functional.cross_entropy)
+    assert float(averaged(subject.parameters)) == pytest.approx(float(whole), rel=1e-14)
+
+
+def test_what_is_not_alike_is_refused_by_name():
+    with pytest.raises(Misuse, match=r"other='4.weight' is torch.float64 of shape \(4, 12\)"):
+        Subject(small(0)).sibling(nn.Sequential(*small(1)[:4], nn.Linear(12, 4).double()), "other")
+    with pytest.raises(TypeError, match="network must be a torch"):
+        Subject(3)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(Misuse, match="targets="):
+        Objective(Subject(small(0)), IMAGES, LABELS[:3])
+    with pytest.raises(Misuse, match="class indices"):
+        Objective(Subject(small(0)), IMAGES, torch.rand(20, 4))
+    assert landscape.plane(small(0), seed=1).origin["0.weight"].shape == (3, 1, 3, 3)
