@@ -189,10 +189,10 @@ class _DataSet:
 
     def _score(self, outputs: Tensor, group: _Group) -> Tensor:
         """Sum of losses and number of hits, (2,)."""
-        sizes = [len(targets) for targets in group.targets]
-        losses = zip(outputs.split(sizes), group.targets, sizes)
-        total = sum(said(self.objective.loss_of, part, each).double().mean() * size for part, each, size in losses)
-        return torch.stack([torch.as_tensor(total), hits(outputs, group.labels).sum()])
+        parts = outputs.split([len(targets) for targets in group.targets])
+        found = [said(self.objective.loss_of, part, each).double() for part, each in zip(parts, group.targets)]
+        losses = [each.sum() if each.ndim else each * len(part) for part, each in zip(parts, found)]
+        return torch.stack([torch.stack(losses).sum(), hits(outputs, group.labels).sum()])
 
     def losses(self, places: Sequence[Place], chosen: Tensor) -> Tensor:
         """Of single images, (P, n), float64."""

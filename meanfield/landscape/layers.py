@@ -25,17 +25,16 @@ from torch.nn import functional
 from meanfield.architecture import ACTIVATIONS, Architecture
 from meanfield.finite.network import SCALINGS, FiniteCNN
 from meanfield.finite.vgg import ResidualBlock
+from meanfield.landscape.products import product
 from meanfield.landscape.subject import Subject
 from meanfield.network import ParticleNetwork, along_axis
 
-# Positions of a map up to which a convolution is one matrix product: oneDNN's convolutions do twice as many operations
-# a second as a product; on 1x1 maps the product has 1/9 of them, on 2x2 maps 16/36 (measured, 1,437 images, 16 to 64
-# channels, product over convolution: 0.4 to 0.6, 0.6 to 0.8; 3x3 and 4x4: 2 to 5)
-DENSE_POSITIONS = 4
-
-# Outputs of a linear layer up to which its transpose is computed: 0.65 of the time at 512 inputs and 10 outputs, and a
-# softmax over the outputs is then one of long columns
-FEW_OUTPUTS = 32
+# Positions of a map up to which a convolution may be one matrix product; it is where that has no more multiplications
+# than a convolution with its channels filled up to CHANNELS, sources and targets (oneDNN works on vectors of so many).
+# Measured on 4x4 and 2x2 maps, product over convolution: 8 to 16 channels 0.55, 16 to 16 0.75, 16 to 32 1.35 (not made);
+# 32 to 32 on 2x2 0.35
+DENSE_POSITIONS = 16
+CHANNELS = (16, 32)
 
 Values = dict[str, Tensor]  # parameters and buffers by name
 Value = Callable[[Values], Tensor]
@@ -81,20 +80,29 @@ class Convolution(Affine):
     def apply(self, signal: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if signal.ndim != 4:
             raise Unknown(f"a convolution of signals of {signal.ndim} dimensions")
-        height, width = signal.shape[2:]
-        if height * width <= DENSE_POSITIONS and self.groups == 1 and isinstance(self.padding, tuple):
+        if self._is_product(signal, weight):
             return self._product(signal, weight, bias)
         return functional.conv2d(signal, weight, bias, self.stride, self.padding, self.dilation, self.groups)
+
+    def _is_product(self, signal: Tensor, weight: Tensor) -> bool:
+        positions, filled = signal.shape[2:].numel(), weight.shape[2:].numel()
+        for count, step in zip((weight.shape[1], len(weight)), CHANNELS):
+            positions, filled = positions * count, filled * (-count // step * -step)
+        small = signal.shape[2:].numel() <= DENSE_POSITIONS and positions <= filled
+        return small and self.groups == 1 and isinstance(self.padding, tuple)
 
     def _product(self, signal: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """(N, H W C) times a matrix (H W C, H' W' M) of the entries of the kernel that meet."""
         geometry = zip(signal.shape[2:], weight.shape[2:], self.stride, self.padding, self.dilation)
         height, width = (axis_taps(*map(int, each)) for each in geometry)
         taps = _taps(height, width, weight.shape[3], str(weight.device))
-        entries = functional.pad(weight.flatten(2), (0, 1))[:, :, taps]  # (M, C, H' W', H W), 0 where none meets
-        matrix = entries.permute(2, 0, 3, 1).flatten(2).flatten(0, 1)
-        offset = None if bias is None else bias.repeat(len(taps))
-        found = functional.linear(signal.movedim(1, 3).flatten(1), matrix, offset)
+        columns = signal.movedim(1, 3).flatten(1)
+        if taps.numel() == 1 and height[0][0] >= 0 and width[0][0] >= 0:
+            found = product(columns, weight[:, :, height[0][0], width[0][0]], bias)
+        else:
+            entries = functional.pad(weight.flatten(2), (0, 1))[:, :, taps]  # (M, C, H' W', H W), 0 where none meets
+            offset = None if bias is None else bias.repeat(len(taps))
+            found = product(columns, entries.permute(2, 0, 3, 1).flatten(2).flatten(0, 1), offset)
         return found.view(len(signal), len(height), len(width), len(weight)).movedim(3, 1)
 
 
@@ -131,10 +139,7 @@ class Dense(Affine):
             weight = weight.unflatten(1, signal.shape[1:]).movedim(1, 3).flatten(1)
             signal = signal.movedim(1, 3)
         signal = signal.flatten(1) if self.flat else signal
-        if signal.ndim == 2 and len(weight) <= FEW_OUTPUTS:
-            transposed = signal.T
-            return (weight @ transposed if bias is None else torch.addmm(bias[:, None], weight, transposed)).T
-        return functional.linear(signal, weight, bias)
+        return product(signal, weight, bias) if signal.ndim == 2 else functional.linear(signal, weight, bias)
 
 
 @dataclass(frozen=True, eq=False)

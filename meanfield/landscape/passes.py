@@ -59,14 +59,14 @@ class ChainPasses:
 
     def prepared(self, images: Tensor) -> Prepared:
         """g_0, g_1, g_2; or the images, where the first layer is of another kind."""
-        signal = self.before({}, images.contiguous(memory_format=torch.channels_last) if images.ndim == 4 else images)
+        signal = self.before({}, _channels_last(images))
         if not isinstance(self.first, Affine):
             return (signal,)
-        origin, first, second = map(self.flat.named, self.flat.vectors)
-        return tuple(self.first(values, signal) for values in (origin, first, second))
+        # of one channel a convolution leaves the layout open
+        return tuple(_channels_last(self.first(self.flat.named(each), signal)) for each in self.flat.vectors)
 
     def outputs(self, prepared: Prepared, places: Iterable[Place]) -> Iterator[Tensor]:
-        """(N, ...) at one place after another."""
+        """(N, ...) at one place after another, each valid until the next."""
         signals, parameters = _Along(prepared), _Along(self.flat.vectors)
         for point, statistics in places:
             yield self.after(self._values(parameters(point), statistics), signals(point))
@@ -90,10 +90,8 @@ class ChainPasses:
         return max(1, min(SIGNAL_BYTES, limits.block_bytes()) // self.bytes_each(images))
 
     def bytes_each(self, images: Tensor) -> int:
-        """What one of the images takes: all of its signals, and its share of `prepared`."""
-        prepared = self.prepared(images[:1])
-        own = sum(each.numel() * each.element_size() for each in prepared)
-        return own + self.after.bytes_each(self.values((0.0, 0.0)), prepared[0].clone())
+        """What all signals of one of the images take."""
+        return self.after.bytes_each(self.values((0.0, 0.0)), self.prepared(images[:1])[0].clone())
 
 
 _FIXED = (Plain, MaxPool, Flatten)  # layers without parameters
@@ -115,21 +113,27 @@ class _Flat:
         return {name: part.view(shape) for (name, shape), part in zip(self.shapes.items(), parts)}
 
 
+def _channels_last(signal: Tensor) -> Tensor:
+    return signal.contiguous(memory_format=torch.channels_last) if signal.ndim == 4 else signal
+
+
 class _Along:
     """origin + a first + b second of three tensors, an only one as it is; of points in one row of a grid, which have a
-    in common, the first two terms are added up once.
+    in common, the first two terms are added up once.  Every sum takes the place of the one before: memory that is asked
+    for anew at each point costs more than the sum.
     """
 
     def __init__(self, tensors: Prepared) -> None:
-        self.tensors, self.a, self.start = tensors, 0.0, tensors[0]
+        self.tensors, self.a, self.start = tensors, math.nan, tensors[0]
+        self.row, self.sum = (torch.empty_like(tensors[0]) if len(tensors) > 1 else None for _ in range(2))
 
     def __call__(self, point: Point) -> Tensor:
         if len(self.tensors) == 1:
             return self.start
         (a, b), (origin, first, second) = point, self.tensors
         if a != self.a:
-            self.a, self.start = a, torch.add(origin, first, alpha=a)
-        return torch.add(self.start, second, alpha=b)
+            self.a, self.start = a, torch.add(origin, first, alpha=a, out=self.row)
+        return torch.add(self.start, second, alpha=b, out=self.sum)
 
 
 def passes(subject: Subject, plane: Plane, images: Tensor) -> tuple[PlainPasses | ChainPasses, str | None]:
@@ -158,8 +162,7 @@ def _agree(layers: list[Layer], subject: Subject, plane: Plane, images: Tensor) 
     points = [(0.0, 0.0), tuple((2 * torch.rand(2, generator=generator) - 1).tolist())]
     places: list[Place] = [((a, b), buffers) for a, b in points]
     ours, theirs = ChainPasses(layers, subject, plane), PlainPasses(subject, plane)
-    found, wanted = (list(each.outputs(each.prepared(images.clone()), places)) for each in (ours, theirs))
-    return all(map(_alike, found, wanted))
+    return all(map(_alike, *(each.outputs(each.prepared(images.clone()), places) for each in (ours, theirs))))
 
 
 def _alike(found: Tensor, wanted: Tensor) -> bool:
