@@ -145,8 +145,8 @@ class _DataSet:
     def _tells_images_apart(self) -> bool:
         """Whether the loss gives a value per image."""
         images, targets = self.objective.batches[0]
-        (outputs,) = self.way.outputs(self.way.prepared(images[:1]), [((0.0, 0.0), {})])
-        return said(self.objective.loss_of, outputs, targets[:1]).ndim == 1
+        (outputs,) = self.way.outputs(self.way.prepared(images[:2]), [((0.0, 0.0), {})])
+        return said(self.objective.loss_of, outputs, targets[:2]).ndim == 1
 
     def _groups(self, batches: Iterable[Batch]) -> Iterator[_Group]:
         """Batches alike that follow one another, as many as may pass at once."""

@@ -30,8 +30,8 @@ from meanfield.landscape.subject import Subject
 from meanfield.network import ParticleNetwork, along_axis
 
 # Positions of a map up to which a convolution may be one matrix product; it is where that has no more multiplications
-# than a convolution with its channels filled up to CHANNELS, sources and targets (oneDNN works on vectors of so many).
-# Measured on 4x4 and 2x2 maps, product over convolution: 8 to 16 channels 0.55, 16 to 16 0.75, 16 to 32 1.35 (not made);
+# than a convolution with its channels filled up to CHANNELS, sources and targets (oneDNN works on such vectors).
+# Measured on 4x4 and 2x2 maps, product over convolution: 8 to 16 channels 0.55, 16 to 16 0.75, 16 to 32 1.35;
 # 32 to 32 on 2x2 0.35
 DENSE_POSITIONS = 16
 CHANNELS = (16, 32)
