@@ -23,6 +23,7 @@ PACKAGES = {
         "log_spaced_times regulariser residual sample sequential train vgg"
     ),
     "meanfield.grafting": "Graft Grafted Junction METHODS graft layer_errors",
+    "meanfield.landscape": "Plane Surface plane surface",
     "meanfield.solvers": "alternating arrangements flow reference splitting",
 }
 MODULES = {
