@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,9 +19,7 @@ class Evaluation:
     evaluations: points that were computed so far.
     """
 
-    def __init__(
-        self, plane: Plane, objectives: Mapping[str, Objective], *, penalty: Any = None, batch_norm: str = "kept"
-    ) -> None:
+    def __init__(self, plane: Plane, objectives: Mapping[str, Objective]) -> None:
         self.plane, self.objectives = plane, dict(objectives)
         self.figures: Sequence[str] = [f"{name} {figure}" for name in objectives for figure in ("loss", "accuracy")]
         self.evaluations = 0

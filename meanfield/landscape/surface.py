@@ -17,7 +17,7 @@ from meanfield.landscape import subsample as few
 from meanfield.landscape.directions import Plane
 from meanfield.landscape.evaluation import Evaluation
 from meanfield.landscape.kept import Keeper, Kept
-from meanfield.landscape.nested import MOST, Checks, Nested
+from meanfield.landscape.nested import Checks, Nested
 from meanfield.landscape.objective import Loss, Objective
 from meanfield.landscape.subject import Network, Subject
 from meanfield.network import ParticleNetwork
@@ -27,8 +27,8 @@ from meanfield.storage.states import DIGITS, StateFile
 from meanfield.storage.tensors import digest
 from meanfield.validation import Misuse
 
-DEGREE = 8  # of the first polynomial
-LOW = 4  # of that of a difference
+DEGREES = (8, 8)  # of the first polynomial
+LOW = (4, 4)  # of that of a difference
 ROUNDING = 16  # units in the last place of the largest value: no tolerance asks for less
 BLOCK_IMAGES = 2**16  # images times points between two looks at the limits
 BATCH_NORM = ("kept", "recomputed")
@@ -156,10 +156,10 @@ class Surface:
         """Of all images; or of some, and of what all images differ by."""
         full = partial(self._scaled, self._full)
         if self._part is None:
-            return [Nested(full, DEGREE, self._judged, generator)]
+            return [Nested(full, DEGREES, self._judged, generator)]
         part = partial(self._scaled, self._part)
         return [
-            Nested(part, DEGREE, self._judged, generator, self._share),
+            Nested(part, DEGREES, self._judged, generator, self._share),
             Nested(lambda places: full(places) - part(places), LOW, self._judged, generator, 1 + self._share),
         ]
 
@@ -169,9 +169,10 @@ class Surface:
             if bool((missed.sum(0) <= goal).all()):
                 return "met"
             worst = self._polynomials[int((missed / goal.clamp_min(math.ulp(0.0))).amax(1).argmax())]
-            if worst.degree >= MOST or self.evaluations + worst.cost > most:
+            degrees = worst.ahead(goal)
+            if degrees is None or self.evaluations + worst.cost(degrees) > most:
                 return "not met"
-            worst.climb()
+            worst.climb(degrees)
         return "not finite"
 
     def _goal(self, rounding: float) -> Tensor:
