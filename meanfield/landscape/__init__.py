@@ -1,6 +1,8 @@
 """Loss landscapes: planes through a network, surfaces with an error, sharpness, joins and trajectories."""
 
+from meanfield.landscape.balance import balanced
 from meanfield.landscape.directions import Plane, plane
+from meanfield.landscape.planes import line, principal, triangle
 from meanfield.landscape.surface import Surface, surface
 
-__all__ = ["Plane", "Surface", "plane", "surface"]
+__all__ = ["Plane", "Surface", "balanced", "line", "plane", "principal", "surface", "triangle"]

@@ -15,12 +15,11 @@ from torch import Tensor
 from meanfield import limits, validation
 from meanfield.landscape import subsample as few
 from meanfield.landscape.directions import Plane
-from meanfield.landscape.evaluation import Evaluation
+from meanfield.landscape.evaluation import BATCH_NORMS, Evaluation
 from meanfield.landscape.kept import Keeper, Kept
 from meanfield.landscape.nested import Checks, Nested
 from meanfield.landscape.objective import Loss, Objective
 from meanfield.landscape.subject import Network, Subject
-from meanfield.network import ParticleNetwork
 from meanfield.penalties import Penalty
 from meanfield.signatures import Positive, Seed, checked
 from meanfield.storage.states import DIGITS, StateFile
@@ -31,7 +30,6 @@ DEGREES = (8, 8)  # of the first polynomial
 LOW = (4, 4)  # of that of a difference
 ROUNDING = 16  # units in the last place of the largest value: no tolerance asks for less
 BLOCK_IMAGES = 2**16  # images times points between two looks at the limits
-BATCH_NORM = ("kept", "recomputed")
 STATUS_TEXTS = {
     "met": "the estimated largest error is within the tolerance",
     "not met": "the estimated largest error is above the tolerance, and no further polynomial was allowed",
@@ -226,7 +224,7 @@ def surface(
     loss: Loss | None = None,
     penalty: Penalty | None = None,
     held_out: Any = None,
-    batch_norm: Annotated[str, validation.choice(BATCH_NORM)] = "kept",
+    batch_norm: Annotated[str, validation.choice(BATCH_NORMS)] = "kept",
     subsample: int | bool | None = None,
     max_evaluations: Positive | None = None,
     seed: Seed = 0,
@@ -260,8 +258,6 @@ def surface(
     """
     subject = Subject(network)
     _check_plane(plane, subject)
-    if penalty is not None and not isinstance(network, ParticleNetwork):
-        raise Misuse("penalty", type(network).__name__, "is the network: only a ParticleNetwork has J and its terms")
     objectives = _objectives(subject, images, targets, held_out, loss)
     generator = torch.Generator().manual_seed(seed)
     count = few.size(objectives, False if tolerance is None else subsample)
