@@ -3,5 +3,6 @@
 from meanfield.landscape.balance import balanced
 from meanfield.landscape.directions import Plane, plane
 from meanfield.landscape.planes import line, principal, triangle
+from meanfield.landscape.surface import Surface, surface
 
-__all__ = ["Plane", "balanced", "line", "plane", "principal", "triangle"]
+__all__ = ["Plane", "Surface", "balanced", "line", "plane", "principal", "surface", "triangle"]
