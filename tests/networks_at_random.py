@@ -37,7 +37,9 @@ def network_at_random(seed: int, dtype: torch.dtype) -> tuple[nn.Sequential, tup
                 example = layer.eval()(example)
         layers += chance.choice(([], [nn.AdaptiveAvgPool2d(1)], [nn.AdaptiveAvgPool2d(2)]))
         layers += [nn.Flatten(), *chance.choice(([], [nn.Dropout()], [nn.Tanh()]))]
-        features = nn.Sequential(*layers[1:]).eval()(torch.zeros(1, *layers[0](torch.randn(2, *shape)).shape[1:])).shape[1]
+        features = (
+            nn.Sequential(*layers[1:]).eval()(torch.zeros(1, *layers[0](torch.randn(2, *shape)).shape[1:])).shape[1]
+        )
         layers += chance.choice(([], [nn.Linear(features, features), nn.ReLU()]))
         network = nn.Sequential(nn.Sequential(*layers), nn.Linear(features, 4, bias=chance.random() < 0.5))
         for module in network.modules():
@@ -60,7 +62,11 @@ def _stage(chance: random.Random, channels: int, side: int) -> list[nn.Module]:
     layers.append(chance.choice(ACTIVATIONS)())
     if chance.random() < 0.3:
         layers.append(nn.Dropout2d())
-    pools = [lambda: nn.MaxPool2d(2, ceil_mode=True), lambda: nn.AvgPool2d(2, ceil_mode=True), lambda: nn.MaxPool2d(3, 1, 1)]
+    pools = [
+        lambda: nn.MaxPool2d(2, ceil_mode=True),
+        lambda: nn.AvgPool2d(2, ceil_mode=True),
+        lambda: nn.MaxPool2d(3, 1, 1),
+    ]
     after = layers[0](torch.zeros(1, channels, side, side)).shape[2]
     pools += [lambda: nn.MaxPool2d(2), lambda: nn.MaxPool2d((2, 1))] * 2 if after >= 2 else []
     return [*layers, *([chance.choice(pools)()] if chance.random() < 0.7 else [])]

@@ -166,7 +166,10 @@ def test_blocks_batches_and_loaders_change_nothing():
 def test_data_sets_stand_side_by_side_and_points_are_counted():
     network = nn.Sequential(nn.Flatten(), nn.Linear(9, 4)).double()
     (images, labels), where, subject = data(20, (1, 3, 3), 0, torch.float64), plane(network, seed=1), Subject(network)
-    sets = {"train": Objective(subject, images[:12], labels[:12]), "held out": Objective(subject, images[12:], labels[12:])}
+    sets = {
+        "train": Objective(subject, images[:12], labels[:12]),
+        "held out": Objective(subject, images[12:], labels[12:]),
+    }
     found = Evaluation(where, sets)
     assert list(found.figures) == ["train loss", "train accuracy", "held out loss", "held out accuracy"]
     figures = found(POINTS)
@@ -192,7 +195,10 @@ def test_terms_of_j_are_those_of_the_problem_and_a_broken_bound_is_told():
     layers = (mf.Conv(3, activation="tanh", bias=True), mf.Conv(2))
     architecture = mf.Architecture((1, 6, 6), layers, "flatten", outputs=2)
     network = random_network(architecture, (4, 3), seed=1)
-    images, targets = torch.randn(7, 1, 6, 6, generator=seeded(), dtype=torch.float64), torch.randn(7, 2, generator=seeded(1)).double()
+    images, targets = (
+        torch.randn(7, 1, 6, 6, generator=seeded(), dtype=torch.float64),
+        torch.randn(7, 2, generator=seeded(1)).double(),
+    )
     penalty = mf.Penalty(source=0.1, readout=0.2, input=0.3, amplitude_bound=0.5, input_bound=1e-3)
     problem = mf.Problem(architecture, images, targets, "squared", penalty)
     subject, where = Subject(network), plane(network, seed=1)
