@@ -14,6 +14,7 @@ from collections.abc import Mapping
 
 import torch
 
+from meanfield import validation
 from meanfield.landscape.objective import Objective
 
 LEAST = 500  # images of a subsample: the difference is then a twentieth of the loss where losses scatter as their mean
@@ -32,7 +33,7 @@ def size(objectives: Mapping[str, Objective], subsample: int | bool | None) -> i
         few = max(LEAST, largest // SHARE)
         wanted = few if subsample or (subsample is None and PAYS * few <= largest) else 0
     else:
-        wanted = subsample
+        wanted = validation.integer(subsample, "subsample")
     return wanted if wanted < largest else 0
 
 
