@@ -105,7 +105,7 @@ class Surface:
 
     @property
     def evaluations(self) -> float:
-        """Points that it stands on, evaluated or found in the state; one on some of the images counts as their share."""
+        """Points it stands on, evaluated or found in the state; one on some of the images counts as their share."""
         return len(self._full) + (0 if self._part is None else self._share * len(self._part))
 
     @property
