@@ -17,7 +17,7 @@ import torch
 from meanfield import validation
 from meanfield.landscape.objective import Objective
 
-LEAST = 500  # images of a subsample: the difference is then a twentieth of the loss where losses scatter as their mean
+LEAST = 1000  # images of a subsample: the difference is then a thirtieth of the loss where losses scatter as their mean
 SHARE = 10  # of more images, one in so many
 PAYS = 4  # times the subsample: of fewer images, full evaluations alone are about as cheap
 

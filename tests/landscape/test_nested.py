@@ -7,7 +7,7 @@ from strategies import normal, seeded
 from meanfield.landscape import nested
 from meanfield.landscape.nested import FACTOR, Nested
 
-DRAWS = 10
+DRAWS = 20
 AXIS = torch.linspace(-1, 1, 51, dtype=torch.float64)
 
 
@@ -48,11 +48,13 @@ def by_uniform_checks(polynomial, function):
     return FACTOR * (polynomial.at(points) - function(points)).abs().amax(0)[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", [peaked, hinged])
 def test_the_estimate_covers(family):
     assert covered(family, lambda polynomial, _: polynomial.errors[0]) >= 0.9
 
 
+@pytest.mark.slow
 def test_uniform_checks_do_not():
     """The control: what lies in a corner escapes them."""
     assert covered(peaked, by_uniform_checks) < 0.6
