@@ -31,10 +31,17 @@ class Kept:
         self.points = torch.empty((0, 2), dtype=torch.float64)
         self.values = torch.empty((0, len(columns)), dtype=torch.float64)
         self.places: dict[tuple[float, ...], int] = {}
+        self.asked: dict[int, None] = {}  # rows, in the order of their asking: what is kept may be more
         self.after: Callable[[bool], None] = lambda end: None
 
     def __len__(self) -> int:
-        return len(self.places)
+        """How many different points were asked."""
+        return len(self.asked)
+
+    @property
+    def answers(self) -> Tensor:
+        """(len(self), F): the values at the points that were asked."""
+        return self.values[list(self.asked)]
 
     def __call__(self, points: Tensor) -> Tensor:
         """(P, F) at points (P, 2), float64.  Looks at the limits between blocks."""
@@ -44,7 +51,9 @@ class Kept:
                 self._evaluate(torch.tensor(missing, dtype=torch.float64))
             finally:
                 self.after(True)
-        return self.values[[self.places[each] for each in _keys(points)]]
+        rows = [self.places[each] for each in _keys(points)]
+        self.asked |= dict.fromkeys(rows)
+        return self.values[rows]
 
     def _evaluate(self, points: Tensor) -> None:
         for block in points.split(self.block):
@@ -59,7 +68,7 @@ class Kept:
         return values[found]
 
     def add(self, points: Tensor, values: Tensor) -> None:
-        self.places |= {key: len(self) + index for index, key in enumerate(_keys(points))}
+        self.places |= {key: len(self.places) + index for index, key in enumerate(_keys(points))}
         self.points, self.values = torch.cat([self.points, points]), torch.cat([self.values, values])
 
 

@@ -14,9 +14,10 @@ from collections.abc import Mapping
 
 import torch
 
+from meanfield import validation
 from meanfield.landscape.objective import Objective
 
-LEAST = 500  # images of a subsample: the difference is then a twentieth of the loss where losses scatter as their mean
+LEAST = 1000  # images of a subsample: the difference is then a thirtieth of the loss where losses scatter as their mean
 SHARE = 10  # of more images, one in so many
 PAYS = 4  # times the subsample: of fewer images, full evaluations alone are about as cheap
 
@@ -32,7 +33,7 @@ def size(objectives: Mapping[str, Objective], subsample: int | bool | None) -> i
         few = max(LEAST, largest // SHARE)
         wanted = few if subsample or (subsample is None and PAYS * few <= largest) else 0
     else:
-        wanted = subsample
+        wanted = validation.integer(subsample, "subsample")
     return wanted if wanted < largest else 0
 
 

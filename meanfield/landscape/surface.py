@@ -28,7 +28,7 @@ from meanfield.validation import Misuse
 
 DEGREES = (8, 8)  # of the first polynomial
 LOW = (4, 4)  # of that of a difference
-ROUNDING = 16  # units in the last place of the largest value: no tolerance asks for less
+ROUNDING = 64  # units in the last place of the largest value, which a polynomial may add to it: none is asked for less
 BLOCK_IMAGES = 2**16  # images times points between two looks at the limits
 STATUS_TEXTS = {
     "met": "the estimated largest error is within the tolerance",
@@ -100,13 +100,13 @@ class Surface:
     @property
     def range(self) -> tuple[float, float]:
         """Least and largest loss of the points that were evaluated on all images; nan where there are none."""
-        losses = self._full.values[:, 0]
+        losses = self._full.answers[:, 0]
         return (float(losses.min()), float(losses.max())) if len(losses) else (math.nan, math.nan)
 
     @property
     def evaluations(self) -> float:
-        """Points that were evaluated, before a pause as well; one on some of the images counts as their share."""
-        return len(self._full) + (self._share * len(self._part) if self._part else 0)
+        """Points it stands on, evaluated or found in the state; one on some of the images counts as their share."""
+        return len(self._full) + (0 if self._part is None else self._share * len(self._part))
 
     @property
     def checks(self) -> Checks:
@@ -124,7 +124,7 @@ class Surface:
 
     def watch(self, file: StateFile | None, callback: Callable[[dict[str, Any]], None] | None) -> None:
         """Keep what is evaluated in a file, take what is there, and tell of it."""
-        kept = {"all": self._full} | ({"some": self._part} if self._part else {})
+        kept = {"all": self._full} | ({} if self._part is None else {"some": self._part})
         keeper = None if file is None else Keeper(file, kept)
 
         def after(end: bool) -> None:
@@ -175,7 +175,7 @@ class Surface:
 
     def _goal(self, rounding: float) -> Tensor:
         """What the estimate of each figure that is judged must not exceed."""
-        values = self._full.values[:, self._judged]
+        values = self._full.answers[:, self._judged]
         ranges, largest = values.amax(0) - values.amin(0), values.abs().amax(0)
         return torch.maximum((self.tolerance or 0.0) * ranges, rounding * largest)
 
