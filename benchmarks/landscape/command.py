@@ -11,6 +11,6 @@ def command(options: Options) -> None:
     """Measure what a point of a loss surface costs beside functional_call and the package loss-landscapes.
 
     Digits, one thread, CPU milliseconds a point, and CPU seconds of a surface within a tolerance. loss-landscapes takes
-    part where it is installed. About 2 minutes.
+    part where it is installed. A few minutes.
     """
     run_benchmark("landscape", options, run, tables.landscape)
