@@ -213,7 +213,18 @@ def test_killed_it_goes_on_to_the_same_bits(tmp_path, monkeypatch):
         landscape.surface(network, other, IMAGES[:1], LABELS[:1], state=states[0])
     with pytest.raises(Misuse, match="its batch_norm is 'kept'"):
         run(states[0], batch_norm="recomputed")
-    assert run(states[-1], extent=0.5, max_evaluations=200).error  # values serve another square
+
+
+def test_what_a_state_keeps_of_a_wider_square_changes_nothing(tmp_path):
+    """The wider range would make a looser promise of the same tolerance."""
+
+    def bowl(a, b):
+        return 100 * (a.square() + b.square()) ** 4 + (a + b).abs()
+
+    state = tmp_path / "state.safetensors"
+    of(bowl, state=state, max_evaluations=107)
+    found, alone = (of(bowl, extent=0.2, max_evaluations=330, **options) for options in ({"state": state}, {}))
+    assert (found.range, found.error, found.evaluations) == (alone.range, alone.error, 330)
 
 
 def test_j_and_its_terms_of_particles():
