@@ -2,6 +2,7 @@
 
 from meanfield.landscape.balance import balanced
 from meanfield.landscape.directions import Plane, plane
+from meanfield.landscape.join import Joined, join
 from meanfield.landscape.planes import line, principal, triangle
 
-__all__ = ["Plane", "balanced", "line", "plane", "principal", "triangle"]
+__all__ = ["Joined", "Plane", "balanced", "join", "line", "plane", "principal", "triangle"]
