@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from meanfield.landscape.displacement import RIDGE
-from meanfield.landscape.objective import Batch, Loss, Objective, batches
+from meanfield.landscape.objective import Batch, Loss, Objective, data_sets, scores
 from meanfield.landscape.paths import WAYS, Path, path
 from meanfield.landscape.straight import norms
 from meanfield.landscape.subject import Network, Subject
@@ -107,7 +107,7 @@ def join(
     """
     networks = tuple(Subject(each, name).network for each, name in ((a, "a"), (b, "b")))
     _require_one_kind(*networks, penalty)
-    data = {"train": batches(images, targets)} | ({} if held_out is None else {"held out": _pair(held_out)})
+    data = data_sets(images, targets, held_out)
     route = path(*networks, how, [inputs for inputs, _ in data["train"]], ridge)
     moments = _times(times)
     rows = [_figures(route(t), data, loss, penalty) for t in moments]
@@ -119,10 +119,8 @@ def join(
 def _figures(
     network: Network, data: Mapping[str, list[Batch]], loss: Loss | None, penalty: Penalty | None
 ) -> dict[str, float]:
-    subject, found = Subject(network), {}
-    for name, found_batches in data.items():
-        score = Objective(subject, found_batches, loss=loss).score(subject.parameters)
-        found |= {f"{name} loss": score.loss, f"{name} accuracy": score.accuracy}
+    subject = Subject(network)
+    found = scores({name: Objective(subject, each, loss=loss) for name, each in data.items()}, subject.parameters)
     if penalty is None or not isinstance(network, ParticleNetwork):
         return found
     terms = dict(zip(("source", "readout", "input"), map(float, prices(penalty, network))))
@@ -158,11 +156,6 @@ def _require_one_kind(first: Network, second: Network, penalty: Penalty | None) 
     if isinstance(first, ParticleNetwork) and isinstance(second, ParticleNetwork):
         if first.architecture != second.architecture:
             raise Misuse("b", second.architecture, "is its architecture, and must be that of a")
-
-
-def _pair(held_out: Any) -> list[Batch]:
-    both = isinstance(held_out, (tuple, list)) and len(held_out) == 2 and all(isinstance(e, Tensor) for e in held_out)
-    return batches(*held_out) if both else batches(held_out)
 
 
 def _times(times: Any) -> list[float]:
