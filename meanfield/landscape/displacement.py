@@ -6,10 +6,10 @@ see features that the joined network really has, h(g_t) and no average of h(g_A)
 
     w_t = (1 - t) w_A + t w_B + d,    d = argmin  mean |g_t - w_t f|^2 + ridge s sum_i p_i |d_i|^2,
 
-over images and positions, p the masses of the pairs, f the features, s = sum_i p_i mean |f_i|^2.  In that metric nothing
-depends on how particles are split, and the ridge means the same at every width.  A large ridge leaves the line of the
-matched weights; without one the kernels are the least-squares fit, free to become large where features are nearly
-dependent.  At the ends d = 0: the line is exact there.
+over images and positions, p the masses of the pairs, f the features, s = sum_i p_i mean |f_i|^2; biases are free.  In
+that metric nothing depends on how particles are split, and the ridge means the same at every width.  A large ridge
+leaves the line of the matched kernels; without one they are the least-squares fit, free to become large where features
+are nearly dependent.  At the ends d = 0: the line is exact there.
 """
 
 from __future__ import annotations
