@@ -20,9 +20,8 @@ from meanfield.validation import Misuse
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
 POOLS = (nn.AvgPool2d, nn.MaxPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)
 NOTHING = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d)  # in evaluation mode
-POINTWISE = (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.ELU, nn.SELU, nn.CELU, nn.SiLU, nn.Mish, nn.GELU) + (
-    *(nn.Tanh, nn.Sigmoid, nn.Softplus, nn.Softsign, nn.Hardtanh, nn.Hardsigmoid, nn.Hardswish),
-)
+RAMPS = (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.ELU, nn.SELU, nn.CELU, nn.SiLU, nn.Mish, nn.GELU, nn.Softplus)
+SQUASHING = (nn.Tanh, nn.Sigmoid, nn.Softsign, nn.Hardtanh, nn.Hardsigmoid, nn.Hardswish)
 
 
 @dataclass(frozen=True)
@@ -49,7 +48,9 @@ def chain(network: nn.Module, argument: str) -> Chain:
     seen: set[int] = set()
     for tensor in (tensor for _, leaf in leaves for tensor in leaf.parameters()):
         if id(tensor) in seen:
-            raise Misuse(argument, type(network).__name__, "shares parameters between layers, whose channels then move together")
+            raise Misuse(
+                argument, type(network).__name__, "shares parameters between layers, whose channels then move together"
+            )
         seen.add(id(tensor))
     places = [index for index, (_, leaf) in enumerate(leaves) if _mixes(leaf)]
     if not places:
@@ -86,7 +87,15 @@ def _mixes(module: nn.Module) -> bool:
 
 
 def _require_single(after: Sequence[tuple[str, nn.Module]], argument: str) -> None:
-    known = {*NORMS, *POOLS, *NOTHING, *POINTWISE, nn.Flatten, *(type(each.module()) for each in ACTIVATIONS.values())}
+    known = {
+        *NORMS,
+        *POOLS,
+        *NOTHING,
+        *RAMPS,
+        *SQUASHING,
+        nn.Flatten,
+        *(type(each.module()) for each in ACTIVATIONS.values()),
+    }
     for name, module in after:
         plain = type(module) in known and not _hooked(module)
         if not plain or (isinstance(module, nn.Flatten) and (module.start_dim, module.end_dim) != (1, -1)):

@@ -48,7 +48,7 @@ PAIRS = {"particles": (particles(0), particles(1)), "chain": (chain(0), chain(1)
 def test_a_path_leads_from_the_one_to_the_other(kind, how):
     a, b = PAIRS[kind]
     if kind == "residual" and how in ("matched", "displacement"):
-        with pytest.raises(Misuse, match=r"='stage1.0' is a ResidualBlock, not known to act on every channel"):
+        with pytest.raises(Misuse, match=r"a='stage1.0' is a ResidualBlock, not known to act on every channel"):
             landscape.join(a, b, IMAGES, LABELS, how)
         return
     joined = landscape.join(a, b, IMAGES, LABELS, how, times=3)
@@ -222,15 +222,15 @@ def test_what_does_not_fit_is_refused():
         ((a, b, IMAGES, LABELS), {"penalty": mf.Penalty()}, "penalty=.* is of ParticleNetworks"),
         ((a, b, IMAGES, LABELS), {"times": (0.5, 1.5)}, "times=1.5 must lie between 0 and 1"),
         ((a, b, IMAGES, LABELS), {"how": "line"}, "how='line' is unknown"),
-        ((a, chain(1, nn.Tanh), IMAGES, LABELS), {}, r"second='1' is Tanh\(\) there and ReLU\(\)"),
-        ((a, chain(1, nn.Tanh), IMAGES, LABELS), {"how": "displacement"}, r"second='1' is Tanh\(\) there"),
+        ((a, chain(1, nn.Tanh), IMAGES, LABELS), {}, r"b='1' is Tanh\(\) there and ReLU\(\)"),
+        ((a, chain(1, nn.Tanh), IMAGES, LABELS), {"how": "displacement"}, r"b='1' is Tanh\(\) there"),
     ]
     for arguments, options, message in cases:
         with pytest.raises(Misuse, match=message):
             landscape.join(*arguments, **options)
     layers = [nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(64, 3)]
     networks = [filled(nn.Sequential(*layers), 0)] * 2
-    with pytest.raises(Misuse, match="first='1' is a BatchNorm2d, whose tensors no least squares gives"):
+    with pytest.raises(Misuse, match="a='1' is a BatchNorm2d, whose tensors no least squares gives"):
         landscape.join(*networks, IMAGES, LABELS, "displacement")
 
 

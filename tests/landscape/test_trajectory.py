@@ -20,7 +20,10 @@ def oblique(network):
     """Directions that are neither orthogonal nor of unit length."""
     origin = Subject(network).parameters
     first = {name: 3 * normal(tensor.shape, index) for index, (name, tensor) in enumerate(origin.items())}
-    second = {name: 0.1 * normal(tensor.shape, 50 + index) + first[name] for index, (name, tensor) in enumerate(origin.items())}
+    second = {
+        name: 0.1 * normal(tensor.shape, 50 + index) + first[name]
+        for index, (name, tensor) in enumerate(origin.items())
+    }
     return Plane(origin, first, second, "triangle")
 
 
@@ -43,7 +46,9 @@ def test_a_path_in_a_plane_gets_its_coordinates_back():
         torch.testing.assert_close(values, found.plane_figures[name], rtol=1e-9, atol=1e-12)
     for spot, loss in zip(SPOTS, found.figures["train loss"]):
         there = Subject(network).at(plane.at(*spot))
-        assert float(loss) == pytest.approx(float(nn.functional.cross_entropy(there(IMAGES), LABELS).detach()), rel=1e-10)
+        assert float(loss) == pytest.approx(
+            float(nn.functional.cross_entropy(there(IMAGES), LABELS).detach()), rel=1e-10
+        )
 
 
 def test_what_lies_off_the_plane_is_its_residual_and_changes_the_loss():
