@@ -87,15 +87,8 @@ def _mixes(module: nn.Module) -> bool:
 
 
 def _require_single(after: Sequence[tuple[str, nn.Module]], argument: str) -> None:
-    known = {
-        *NORMS,
-        *POOLS,
-        *NOTHING,
-        *RAMPS,
-        *SQUASHING,
-        nn.Flatten,
-        *(type(each.module()) for each in ACTIVATIONS.values()),
-    }
+    known = set(NORMS + POOLS + NOTHING + RAMPS + SQUASHING + (nn.Flatten,))
+    known.update(type(each.module()) for each in ACTIVATIONS.values())
     for name, module in after:
         plain = type(module) in known and not _hooked(module)
         if not plain or (isinstance(module, nn.Flatten) and (module.start_dim, module.end_dim) != (1, -1)):

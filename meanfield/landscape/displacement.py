@@ -56,9 +56,8 @@ class Displacement:
         if t in (0, 1):
             return self.first if t == 0 else self.second
         joined = straight(*self._chains, t)
-        signals = self._run(
-            [(batch.clone(), batch.clone(), batch.clone()) for batch in self.images], joined, self._links.before
-        )
+        signals = [(batch.clone(), batch.clone(), batch.clone()) for batch in self.images]  # some work in place
+        signals = self._run(signals, joined, self._links.before)
         for index, stage in enumerate(self._links.stages):
             if index:
                 self._fit(joined, stage.layer, self.masses[index - 1], signals, t)
@@ -88,7 +87,7 @@ class Displacement:
         fit = found.solve(ridge, torch.finfo(layer.weight.dtype).eps, offset=layer.bias is not None)
         scales = roots.repeat_interleave(found.unknowns // len(roots))[:, None].to(fit.weights)
         layer.weight.add_((scales * fit.weights).T.reshape(layer.weight.shape).to(layer.weight))
-        if fit.offset is not None:
+        if layer.bias is not None and fit.offset is not None:
             layer.bias.add_(fit.offset.to(layer.bias))
 
 

@@ -80,9 +80,9 @@ def _split(network: Network, keep: list[Tensor], masses: list[Tensor]) -> Networ
 
 
 def _masses(network: Network) -> list[Tensor]:
-    """Of the features of every layer that is followed by another or a readout, in float64."""
+    """Of the features of every layer that is followed by another or a readout."""
     if isinstance(network, ParticleNetwork):
-        return [p.double() for p in network.masses]
+        return list(network.masses)
     layers = [network.get_submodule(stage.layer) for stage in chain(network, "network").stages[:-1]]
     weights: list[Tensor] = [layer.weight for layer in layers]  # pyright: ignore[reportAssignmentType]
     return [torch.full((len(w),), 1 / len(w), dtype=torch.float64, device=w.device) for w in weights]

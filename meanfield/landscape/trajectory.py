@@ -106,8 +106,8 @@ def walks(lengths: Tensor, dimension: int, draws: int, seed: int = 0) -> Tensor:
     lengths: (n,), of its steps, in independent uniform directions of so many dimensions.  Without drawing vectors: the
     Gram matrix of n standard normal ones is that of a triangle, which has square roots of chi-squares with
     dimension, dimension - 1, ... degrees of freedom on its diagonal and standard normals below (Bartlett 1933).
-    In many dimensions, for n equal steps, the share is that of 1 / sin^2((2k - 1) pi / (4n + 2)), k = 1, 2, in their sum
-    over k = 1, ..., n: 8 / pi^2 (1 + 1/9) = 0.90 for large n.  About the mean in place of the end it would be
+    In many dimensions, for n equal steps, the share is that of 1 / sin^2((2k - 1) pi / (4n + 2)), k = 1, 2, in the sum
+    of these over k = 1, ..., n: 8 / pi^2 (1 + 1/9) = 0.90 for large n.  About the mean in place of the end it would be
     6 / pi^2 (1 + 1/4) = 0.76 (Antognini & Sohl-Dickstein 2018).
     """
     generator = np.random.default_rng(seed)
