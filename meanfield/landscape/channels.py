@@ -87,7 +87,7 @@ def _mixes(module: nn.Module) -> bool:
 
 
 def _require_single(after: Sequence[tuple[str, nn.Module]], argument: str) -> None:
-    known = set(NORMS + POOLS + NOTHING + RAMPS + SQUASHING + (nn.Flatten,))
+    known: set[type[nn.Module]] = set(NORMS + POOLS + NOTHING + RAMPS + SQUASHING + (nn.Flatten,))
     known.update(type(each.module()) for each in ACTIVATIONS.values())
     for name, module in after:
         plain = type(module) in known and not _hooked(module)

@@ -109,14 +109,6 @@ def test_between_equal_masses_the_first_network_stays():
     assert all(torch.equal(a, b) for a, b in zip(found.second.parameters(), best.parameters()))
 
 
-def test_equal_masses_of_float32_are_equal():
-    """Of five particles a fifth each, which float32 rounds."""
-    first, second = (particles(seed).to(dtype=torch.float32) for seed in (0, 1))
-    masses = [torch.full((width,), 1 / width) for width in (5, 4)]
-    ends = [measures.with_tensors(each, [*masses, *each.tensors()[2:]]) for each in (first, second)]
-    assert coupled(*ends, [SMALL.float()]).first.widths == (5, 4)
-
-
 def test_what_cannot_be_matched_is_refused():
     with pytest.raises(Misuse, match=r"b=\(3, 6\) are its widths, and \(5, 4\) those of a"):
         matched(particles(0), particles(1, (3, 6)), [SMALL])
