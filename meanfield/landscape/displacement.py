@@ -29,6 +29,9 @@ from meanfield.landscape.subject import Network, require_alike
 from meanfield.network import ParticleNetwork, along_axis
 from meanfield.validation import Misuse
 
+# Measured on two pairs of tanh networks of widths 64/64 on digits, of two classes and of ten, with ridges of 0 and 1e-8
+# to 100: J rises least at 1e-2, and by less than a tenth more at 1e-3, where the loss rises little more than half as
+# far.  Without a ridge the loss rises least, and J 490 and 26 times as far as at 1e-3.
 RIDGE = 1e-3
 Signals = list[tuple[Tensor, Tensor, Tensor]]  # batch by batch, of the joined, the first and the second network
 
