@@ -22,7 +22,9 @@ PACKAGES = {
         "AUTHORS_DROPOUT FiniteCNN Fitted L12_STRENGTHS L2_STRENGTHS Recipe Score Training evaluate fit kernel l12 "
         "log_spaced_times regulariser residual sample sequential train vgg"
     ),
-    "meanfield.landscape": "Plane Surface balanced line plane principal surface triangle",
+    "meanfield.landscape": (
+        "Joined Plane Surface Trajectory balanced join line plane principal surface trajectory triangle"
+    ),
     "meanfield.grafting": "Graft Grafted Junction METHODS graft layer_errors",
     "meanfield.solvers": "alternating arrangements flow reference splitting",
 }

@@ -2,7 +2,22 @@
 
 from meanfield.landscape.balance import balanced
 from meanfield.landscape.directions import Plane, plane
+from meanfield.landscape.join import Joined, join
 from meanfield.landscape.planes import line, principal, triangle
 from meanfield.landscape.surface import Surface, surface
+from meanfield.landscape.trajectory import Trajectory, trajectory
 
-__all__ = ["Plane", "Surface", "balanced", "line", "plane", "principal", "surface", "triangle"]
+__all__ = [
+    "Joined",
+    "Plane",
+    "Surface",
+    "Trajectory",
+    "balanced",
+    "join",
+    "line",
+    "plane",
+    "principal",
+    "surface",
+    "trajectory",
+    "triangle",
+]

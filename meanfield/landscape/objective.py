@@ -74,6 +74,30 @@ class Objective:
         return Score(loss / self.count, right / self.count)
 
 
+def data_sets(images: Any, targets: Any = None, held_out: Any = None) -> dict[str, list[Batch]]:
+    """Batches by name: those of `images` as "train", and of what is held out.
+
+    held_out: (images, targets) or an iterable of batches, which is "held out" then, or a dict of either by names.
+    """
+    further = held_out if isinstance(held_out, Mapping) else {} if held_out is None else {"held out": held_out}
+    if "train" in further:
+        raise Misuse("held_out", "train", "is the name of the first images: give another one")
+    return {"train": batches(images, targets)} | {str(name): batches(*_apart(each)) for name, each in further.items()}
+
+
+def _apart(data: Any) -> tuple[Any, ...]:
+    """Images and targets, where they come as two tensors; else batches."""
+    return (
+        tuple(data) if isinstance(data, (tuple, list)) and len(data) == 2 and isinstance(data[0], Tensor) else (data,)
+    )
+
+
+def scores(objectives: Mapping[str, Objective], parameters: Mapping[str, Tensor]) -> dict[str, float]:
+    """ "train loss", "train accuracy" and so on, of every data set."""
+    found = {name: objective.score(parameters) for name, objective in objectives.items()}
+    return {f"{name} {figure}": value for name, score in found.items() for figure, value in score._asdict().items()}
+
+
 def mean(loss: Loss, outputs: Tensor, targets: Tensor) -> Tensor:
     """The mean over a batch, 0-dimensional, of what a loss says: a value per image, or their mean."""
     found = said(loss, outputs, targets)

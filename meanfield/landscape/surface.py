@@ -18,7 +18,7 @@ from meanfield.landscape.directions import Plane
 from meanfield.landscape.evaluation import BATCH_NORMS, Evaluation
 from meanfield.landscape.kept import Keeper, Kept
 from meanfield.landscape.nested import Checks, Nested
-from meanfield.landscape.objective import Loss, Objective
+from meanfield.landscape.objective import Loss, Objective, data_sets
 from meanfield.landscape.subject import Network, Subject
 from meanfield.penalties import Penalty
 from meanfield.signatures import Positive, Seed, checked
@@ -258,7 +258,8 @@ def surface(
     """
     subject = Subject(network)
     _check_plane(plane, subject)
-    objectives = _objectives(subject, images, targets, held_out, loss)
+    data = data_sets(images, targets, held_out)
+    objectives = {name: Objective(subject, each, loss=loss) for name, each in data.items()}
     generator = torch.Generator().manual_seed(seed)
     count = few.size(objectives, False if tolerance is None else subsample)
     smaller = few.drawn(objectives, count, generator) if count else None
@@ -285,18 +286,6 @@ def _check_plane(plane: Plane, subject: Subject) -> None:
         if here is None or there is None or here.shape != there.shape:
             shapes = ["missing" if each is None else tuple(each.shape) for each in (there, here)]
             raise Misuse("plane", name, f"is {shapes[0]} there and {shapes[1]} in the network: give a plane of its own")
-
-
-def _objectives(subject: Subject, images: Any, targets: Any, held_out: Any, loss: Loss | None) -> dict[str, Objective]:
-    """By name; that of `images` is "train"."""
-    further = held_out if isinstance(held_out, Mapping) else {} if held_out is None else {"held out": held_out}
-    if "train" in further:
-        raise Misuse("held_out", "train", "is the name of the first images: give another one")
-    found = {"train": Objective(subject, images, targets, loss)}
-    for name, data in further.items():
-        pair = isinstance(data, (tuple, list)) and len(data) == 2 and isinstance(data[0], Tensor)
-        found[str(name)] = Objective(subject, *(data if pair else (data,)), loss=loss)
-    return found
 
 
 def _settings(
