@@ -1,4 +1,6 @@
-"""Figures of random samples with intervals: log-log slopes (bootstrap), means of a few values (Student)."""
+"""Figures of random samples with intervals: log-log slopes and rank correlations (bootstrap), means of a few values
+(Student).
+"""
 
 from __future__ import annotations
 
@@ -84,6 +86,39 @@ def slope(
     value = np.log([summary(each) for each in found]) @ logs / (logs @ logs)
     low, high = np.quantile(slopes, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return Slope(float(value), float(low), float(high))
+
+
+def rank_correlation(
+    x: Sequence[float], y: Sequence[float], groups: Sequence[object] | None = None, seed: int = 0, draws: int = 2000
+) -> Interval:
+    """Spearman's rank correlation with its percentile interval from redrawn samples; nan where it is undefined.
+
+    groups: of every sample; whole groups are redrawn, for samples of one group are not independent.  Without it every
+    sample is its own.  Redrawn samples without a spread have no correlation and are left out.
+    """
+    places, values = np.asarray(x, dtype=float), np.asarray(y, dtype=float)
+    if places.shape != values.shape or places.ndim != 1:
+        raise ValueError(f"a correlation needs as many x as y; got {places.shape} and {values.shape}")
+    names = list(range(len(places))) if groups is None else list(groups)
+    members = [[i for i, each in enumerate(names) if each == name] for name in dict.fromkeys(names)]
+    value, generator = _spearman(places, values), np.random.default_rng(seed)
+    if len(members) < 3 or not np.isfinite(value):
+        return Interval(value, -np.inf, np.inf)
+    redrawn = []
+    for drawn in generator.integers(0, len(members), (draws, len(members))):
+        chosen = [index for group in drawn for index in members[group]]
+        redrawn.append(_spearman(places[chosen], values[chosen]))
+    known = [each for each in redrawn if np.isfinite(each)]
+    low, high = np.quantile(known, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return Interval(value, float(low), float(high))
+
+
+def _spearman(x: np.ndarray, y: np.ndarray) -> float:
+    """The correlation of ranks, equal values at their mean rank."""
+    first, second = (stats.rankdata(each) for each in (x, y))
+    if len(set(first)) < 2 or len(set(second)) < 2:
+        return float("nan")
+    return float(np.corrcoef(first, second)[0, 1])
 
 
 def _checked(x: Sequence[float], samples: Sequence[Sequence[float]]) -> tuple[np.ndarray, list[np.ndarray]]:

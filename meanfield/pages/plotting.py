@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -453,6 +453,121 @@ def _name(place: Callable[..., Any], names: Sequence[str], most: int) -> None:
     place(range(len(names)), names, fontsize=SMALL, **turned)
 
 
+@dataclass(frozen=True)
+class Contour:
+    """Values (n, m) at x (n,) and y (m,), a note on them, and named places (x, y)."""
+
+    x: Sequence[float]
+    y: Sequence[float]
+    values: np.ndarray
+    note: str = ""
+    marks: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+
+
+def contours(panels: Mapping[str, Contour], x: str, y: str, label: str, *, columns: int = 3) -> Figure:
+    """Level lines in true coordinates, on a scale of its own in every panel; a cross where the least of the values is.
+
+    label: what the values are.  Values that are not finite stay blank.
+    """
+    figure, grid = _panels(len(panels), 5.4, columns, 4.9)
+    for axes, (title, each) in zip(grid, panels.items()):
+        values = np.asarray(each.values, dtype=float).T  # rows along y
+        shown = np.ma.masked_invalid(values)
+        if shown.count() and shown.max() > shown.min():
+            levels, norm = _levels(shown)
+            drawn = axes.contourf(each.x, each.y, shown, levels, cmap="viridis", norm=norm, extend="both")
+            lines = axes.contour(each.x, each.y, shown, levels[::2], colors="white", linewidths=0.7)
+            axes.clabel(lines, fmt="%.3g", fontsize=SMALL - 3)
+            bar = figure.colorbar(drawn, ax=axes, shrink=0.85, format="%.3g")
+            bar.set_label(label, fontsize=SMALL)
+            row, column = np.unravel_index(int(shown.argmin()), shown.shape)
+            axes.plot(each.x[column], each.y[row], "x", color=ORANGE, ms=10, mew=2.5, label="least of the grid")
+        for place, (name, (a, b)) in enumerate(each.marks.items()):
+            marker = "os^D"[place % 4]
+            axes.plot(a, b, marker, color="white", mec="black", ms=8, label=plain(name))
+        axes.set_title(f"{plain(title)}\n{plain(each.note)}" if each.note else plain(title), fontsize=SMALL)
+        axes.set_xlabel(x, fontsize=SMALL)
+        axes.set_ylabel(y, fontsize=SMALL)
+        axes.set_aspect("equal")
+        axes.tick_params(labelsize=SMALL - 2)
+    handles = {text: line for axes in grid for line, text in zip(*axes.get_legend_handles_labels())}
+    figure.legend(
+        list(handles.values()), list(handles), loc="outside lower center", ncols=4, fontsize=SMALL
+    ).get_frame().set_facecolor("#bbbbbb")
+    return figure
+
+
+def _levels(values: Any) -> tuple[np.ndarray, Normalize]:
+    """Equal steps, or equal ratios where the values are positive and range over more than a decade."""
+    low, high = float(values.min()), float(values.max())
+    if low > 0 and high / low > 10:
+        return np.geomspace(low, high, 16), LogNorm(low, high)
+    return np.linspace(low, high, 16), Normalize(low, high)
+
+
+@dataclass(frozen=True)
+class Line:
+    """y over x; look: the index of its colour, marker and dashes."""
+
+    label: str
+    x: Sequence[float]
+    y: Sequence[float]
+    look: int = 0
+    markers: bool = False
+
+
+def lines(
+    panels: Mapping[str, Sequence[Line]], x: str, y: str, *, log: Collection[str] = (), columns: int = 3
+) -> Figure:
+    """Curves, a panel per title; lines of one label are told once.  log: titles of panels with a logarithmic y."""
+    figure, grid = _panels(len(panels), 5.8, columns)
+    looks = list(_looks(map(str, range(6))).values())
+    for index, (axes, (title, curves)) in enumerate(zip(grid, panels.items())):
+        named: set[str] = set()
+        for curve in curves:
+            color, marker, dashes = looks[curve.look % len(looks)]
+            label = "_" if curve.label in named else curve.label
+            named.add(curve.label)
+            shape = {"marker": marker, "ms": 5} if curve.markers else {}
+            axes.plot(curve.x, curve.y, color=color, ls=dashes, lw=1.8, label=plain(label), **shape)
+        if title in log:
+            axes.set_yscale("log")
+        _dress(axes, x, y if index % columns == 0 else "")
+        axes.set_title(plain(title), fontsize=FONT)
+        axes.legend(fontsize=SMALL - 1)
+    return figure
+
+
+def scatter(
+    panels: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]],
+    x: Mapping[str, str],
+    y: str,
+    *,
+    log: Collection[str] = (),
+    columns: int = 3,
+) -> Figure:
+    """Points (x, y), a panel per title and a look per label, one legend under all.  x: title -> name of its axis; log:
+    titles of panels with a logarithmic x.
+    """
+    figure, grid = _panels(len(panels), 5.0, columns)
+    colors = (BLUE, RED, GREEN, ORANGE, PURPLE, GREY)
+    labels = list(dict.fromkeys(label for groups in panels.values() for label in groups))
+    for index, (axes, (title, groups)) in enumerate(zip(grid, panels.items())):
+        for label, points in groups.items():
+            place = labels.index(label)
+            style = {"color": colors[place % 6], "marker": "os^Dv*PX<>"[place // 6 + place % 6]}
+            axes.scatter(*zip(*points), s=34, alpha=0.8, linewidths=0, label=plain(label), **style)
+        if title in log:
+            axes.set_xscale("log")
+        _dress(axes, x[title], y if index % columns == 0 else "")
+        axes.set_title(plain(title), fontsize=FONT)
+    handles = {text: line for axes in grid for line, text in zip(*axes.get_legend_handles_labels())}
+    figure.legend(
+        list(handles.values()), list(handles), loc="outside lower center", ncols=5, fontsize=SMALL, frameon=False
+    )
+    return figure
+
+
 def distributions(panels: Mapping[str, Mapping[str, Sequence[Sequence[float]]]], levels: Sequence[float]) -> Figure:
     """Quantile functions, overlaid: title -> label -> one row of values per network, at `levels`."""
     figure, grid = _panels(len(panels), 5.2)
@@ -477,11 +592,11 @@ def _single() -> tuple[Figure, Axes]:
     return figure, figure.subplots()
 
 
-def _panels(count: int, width: float, columns: int = 3) -> tuple[Figure, list[Axes]]:
+def _panels(count: int, width: float, columns: int = 3, height: float = 4.4) -> tuple[Figure, list[Axes]]:
     columns = min(count, columns)
-    lines = math.ceil(count / columns)
-    figure = _figure(width * columns, 4.4 * lines)
-    grid = list(figure.subplots(lines, columns, squeeze=False).flat)
+    down = math.ceil(count / columns)
+    figure = _figure(width * columns, height * down)
+    grid = list(figure.subplots(down, columns, squeeze=False).flat)
     for unused in grid[count:]:
         unused.set_axis_off()
     return figure, grid[:count]
