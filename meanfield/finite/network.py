@@ -200,6 +200,23 @@ def sequential(network: ParticleNetwork | FiniteCNN) -> nn.Sequential:
     return nn.Sequential(OrderedDict(children))
 
 
+def from_sequential(network: nn.Module, like: ParticleNetwork) -> ParticleNetwork:
+    """Undoes `sequential`: the particles whose kernels, times their masses, are the modules' weights.
+
+    like: of the same architecture, with the masses, all of them positive.
+    """
+    weights = {name: parameter.detach() for name, parameter in network.named_parameters()}
+    kernels, biases = [], []
+    for index, kernel in enumerate(weights[f"conv{layer + 1}.weight"] for layer in range(like.architecture.depth)):
+        read = like.masses[index - 1][None, :, None, None] if index else 1 / kernel.shape[1]
+        kernels.append(kernel / read)
+        biases.append(weights.get(f"conv{index + 1}.bias"))
+    positions = 1 if like.architecture.readout == "average" else like.architecture.readout_positions
+    readout = (positions * weights["readout.weight"]).reshape(like.architecture.readout_shape(like.widths[-1]))
+    readout = readout / along_axis(like.masses[-1], readout, 1)
+    return ParticleNetwork(like.architecture, like.masses, kernels, readout, biases)
+
+
 def _modules(layer: Conv, number: int, weight: Tensor, bias: Tensor | None) -> dict[str, nn.Module]:
     conv = nn.utils.skip_init(
         nn.Conv2d,

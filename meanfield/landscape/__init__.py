@@ -2,6 +2,8 @@
 
 from meanfield.landscape.balance import balanced
 from meanfield.landscape.directions import Plane, plane
+from meanfield.landscape.join import Joined, join
 from meanfield.landscape.planes import line, principal, triangle
+from meanfield.landscape.trajectory import Trajectory, trajectory
 
-__all__ = ["Plane", "balanced", "line", "plane", "principal", "triangle"]
+__all__ = ["Joined", "Plane", "Trajectory", "balanced", "join", "line", "plane", "principal", "trajectory", "triangle"]

@@ -71,6 +71,20 @@ class Objective:
         return Score(loss / self.count, right / self.count)
 
 
+def data_sets(images: Any, targets: Any = None, held_out: Any = None) -> dict[str, list[Batch]]:
+    """Batches of "train" and, where it is given, "held out": (images, targets) or an iterable of batches."""
+    if held_out is None:
+        return {"train": batches(images, targets)}
+    both = isinstance(held_out, (tuple, list)) and len(held_out) == 2 and all(isinstance(x, Tensor) for x in held_out)
+    return {"train": batches(images, targets), "held out": batches(*held_out) if both else batches(held_out)}
+
+
+def scores(objectives: Mapping[str, Objective], parameters: Mapping[str, Tensor]) -> dict[str, float]:
+    """ "train loss", "train accuracy" and so on, of every data set."""
+    found = {name: objective.score(parameters) for name, objective in objectives.items()}
+    return {f"{name} {figure}": value for name, score in found.items() for figure, value in score._asdict().items()}
+
+
 def mean(loss: Loss, outputs: Tensor, targets: Tensor) -> Tensor:
     """The mean over a batch, 0-dimensional, of what a loss says: a value per image, or their mean."""
     found = loss(outputs, targets)

@@ -69,6 +69,20 @@ class Subject:
         return {name: other.parameters[name] for name in self.parameters}
 
 
+def require_alike(first: nn.Module, second: nn.Module, argument: str) -> None:
+    """Misuse unless both are made of the same modules, as far as what they print of themselves tells."""
+    ours, theirs = ({name: _printed(module) for name, module in each.named_modules()} for each in (first, second))
+    for name in {**ours, **theirs}:
+        here, there = ours.get(name, "missing"), theirs.get(name, "missing")
+        if here != there:
+            raise Misuse(argument, name, f"is {there} there and {here} in the first network: give networks alike")
+
+
+def _printed(module: nn.Module) -> str:
+    """Of a module with others in it the class alone: these come under names of their own."""
+    return type(module).__name__ if next(module.children(), None) is not None else repr(module)
+
+
 def _tensors(network: ParticleNetwork) -> Parameters:
     """In the order of `ParticleNetwork.tensors`, masses left out."""
     found = {f"kernels.{layer}": kernel for layer, kernel in enumerate(network.kernels)}

@@ -1,0 +1,118 @@
+"""Displacement of features between two networks: McCann's interpolation, layer by layer from below.
+
+Features are paired by an optimal transport plan, and a pair moves from the one to the other: the joined network is to
+have the pre-activations g_t = (1 - t) g_A + t g_B.  Kernels of the first layer give them exactly.  Those of a later one
+see features that the joined network really has, h(g_t) and no average of h(g_A) and h(g_B), and are fitted:
+
+    w_t = (1 - t) w_A + t w_B + d,    d = argmin  mean |g_t - w_t f|^2 + ridge s sum_i p_i |d_i|^2,
+
+over images and positions, p the masses of the pairs, f the features, s = sum_i p_i mean |f_i|^2.  In that metric nothing
+depends on how particles are split, and the ridge means the same at every width.  A large ridge leaves the line of the
+matched weights; without one the kernels are the least-squares fit, free to become large where features are nearly
+dependent.  At the ends d = 0: the line is exact there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from meanfield.finite.network import from_sequential, sequential
+from meanfield.grafting.connection import Connection
+from meanfield.grafting.least_squares import Moments, moments
+from meanfield.landscape.channels import Chain, chain
+from meanfield.landscape.matching import coupled
+from meanfield.landscape.straight import straight
+from meanfield.landscape.subject import Network, require_alike
+from meanfield.network import ParticleNetwork, along_axis
+from meanfield.validation import Misuse
+
+RIDGE = 1e-3
+Signals = list[tuple[Tensor, Tensor, Tensor]]  # batch by batch, of the joined, the first and the second network
+
+
+class Displacement:
+    """The path between two networks as a function of t in [0, 1]; widths may differ.
+
+    images: batches of inputs, on which features are compared and kernels fitted.  The signals of all of them at one
+    layer, of three networks, are held at a time.
+    A network on the path has as many channels, or particles, as the plans have pairs: those of either network where
+    they have as many of equal mass, otherwise at most the sum of both less one.
+    """
+
+    def __init__(self, first: Network, second: Network, images: Sequence[Tensor], ridge: float = RIDGE) -> None:
+        ends = coupled(first, second, images)
+        self.images, self.ridge, self.masses = images, ridge, ends.masses
+        self.first, self.second = ends.first, ends.second
+        self._chains = tuple(_sequential(end) for end in (ends.first, ends.second))
+        self._links = chain(self._chains[0], "first")
+        require_alike(*self._chains, "second")
+        _require_fitted(self._chains[0], self._links)
+
+    @torch.no_grad()
+    def __call__(self, t: float) -> Network:
+        if t in (0, 1):
+            return self.first if t == 0 else self.second
+        joined = straight(*self._chains, t)
+        signals = self._run([(batch.clone(),) * 3 for batch in self.images], joined, self._links.before)
+        for index, stage in enumerate(self._links.stages):
+            if index:
+                self._fit(joined, stage.layer, self.masses[index - 1], signals, t)
+            if index + 1 < len(self._links.stages):
+                signals = self._run(signals, joined, (stage.layer, *stage.after))
+        return from_sequential(joined, self.first) if isinstance(self.first, ParticleNetwork) else joined
+
+    def _run(self, signals: Signals, joined: nn.Module, names: Sequence[str]) -> Signals:
+        for name in names:
+            modules = [network.get_submodule(name) for network in (joined, *self._chains)]
+            signals = [tuple(module(x) for module, x in zip(modules, batch)) for batch in signals]  # type: ignore[misc]
+        return signals
+
+    def _fit(self, joined: nn.Module, name: str, masses: Tensor, signals: Signals, t: float) -> None:
+        """Move the kernels of a layer off the line, to where the pre-activations are closer to the wanted ones."""
+        layer, first, second = (network.get_submodule(name) for network in (joined, *self._chains))
+        assert isinstance(layer, (nn.Conv2d, nn.Linear))
+        connection = Connection(layer)
+        roots = masses.sqrt().repeat_interleave(layer.weight.shape[1] // len(masses))
+        found = moments(connection.weights.shape[0], len(layer.weight), layer.weight)
+        size = 0.0
+        for here, a, b in signals:
+            missing = connection.columns((1 - t) * first(a) + t * second(b) - layer(here))
+            size += _add(found, connection, here, roots.to(here), missing)
+        ridge = self.ridge * size * len(masses) / (found.unknowns * found.samples)
+        fit = found.solve(ridge, torch.finfo(layer.weight.dtype).eps, offset=layer.bias is not None)
+        scales = roots.repeat_interleave(found.unknowns // len(roots))[:, None].to(fit.weights)
+        layer.weight += (scales * fit.weights).T.reshape(layer.weight.shape).to(layer.weight)
+        if layer.bias is not None and fit.offset is not None:
+            layer.bias += fit.offset.to(layer.bias)
+
+
+def _add(found: Moments, connection: Connection, signal: Tensor, roots: Tensor, missing: Tensor) -> float:
+    """Take a batch into account, a block of images at a time; the sum of squares of what it adds to the design."""
+    step, size = max(1, found.block // missing[0, :1].numel()), 0.0
+    for first in range(0, len(signal), step):
+        part = slice(first, first + step)
+        design = connection.design(signal[part])
+        design = design * along_axis(roots, design, 0)
+        found.add(design, missing[:, part])
+        size += float(design.double().square().sum())
+    return size
+
+
+def _sequential(network: Network) -> nn.Module:
+    return sequential(network) if isinstance(network, ParticleNetwork) else network
+
+
+def _require_fitted(network: nn.Module, links: Chain) -> None:
+    """Misuse where anything but the layers holds tensors."""
+    between = [*links.before, *(name for stage in links.stages for name in stage.after)]
+    for name in between:
+        if network.get_submodule(name).state_dict():
+            raise Misuse(
+                "first",
+                name,
+                f"is a {type(network.get_submodule(name)).__name__}, whose tensors no least squares gives: fold it into "
+                "the layer in front of it (torch.nn.utils.fusion.fuse_conv_bn_eval), or join weights",
+            )
