@@ -89,6 +89,14 @@ class Classifier(Settings):
     def images(self) -> Images:
         return _images(self.data, self.pool, self.samples, self.split, self.dtype, self.device, data.stamp(self.data))
 
+    def training_labels(self) -> Tensor:
+        """What the training images are trained on, (N,): their own labels, or these permuted."""
+        labels = self.images().labels
+        if self.labels == "true":
+            return labels
+        order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(self.seed))
+        return labels[order.to(labels.device)]
+
     def start(self) -> nn.Module:
         """The network before training."""
         images, generator = self.images(), torch.Generator().manual_seed(self.seed)
@@ -123,12 +131,7 @@ class Classifier(Settings):
         """
         images, path = self.images(), self._path(store)
         path.parent.mkdir(parents=True, exist_ok=True)
-        labels = images.labels
-        if self.labels == "permuted":
-            labels = labels[
-                torch.randperm(len(labels), generator=torch.Generator().manual_seed(self.seed)).to(labels.device)
-            ]
-        found = self._fit(path.with_name(f"{path.stem}.state{tensors.TENSORS}"), images.inputs, labels)
+        found = self._fit(path.with_name(f"{path.stem}.state{tensors.TENSORS}"), images.inputs, self.training_labels())
         if found.status == "interrupted":
             raise KeyboardInterrupt
         if found.status != "completed":
