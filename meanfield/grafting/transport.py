@@ -23,7 +23,9 @@ def plan(costs: Tensor, rows: Tensor | None = None, columns: Tensor | None = Non
     A vertex of the polytope, with at most C + C' - 1 entries that are not zero; between as many equal masses a
     permutation.
     """
-    below, above = (_uniform(costs, size) if m is None else m.to(costs) for m, size in zip((rows, columns), costs.shape))
+    below, above = (
+        _uniform(costs, size) if m is None else m.to(costs) for m, size in zip((rows, columns), costs.shape)
+    )
     if costs.shape[0] == costs.shape[1] and is_uniform(below) and is_uniform(above):
         found = torch.zeros_like(costs)
         return found.scatter(1, assignment(costs)[:, None], 1 / len(costs))

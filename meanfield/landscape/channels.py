@@ -49,7 +49,9 @@ def chain(network: nn.Module, argument: str) -> Chain:
     seen: set[int] = set()
     for tensor in (tensor for _, leaf in leaves for tensor in leaf.parameters()):
         if id(tensor) in seen:
-            raise Misuse(argument, type(network).__name__, "shares parameters between layers, whose channels then move together")
+            raise Misuse(
+                argument, type(network).__name__, "shares parameters between layers, whose channels then move together"
+            )
         seen.add(id(tensor))
     places = [index for index, (_, leaf) in enumerate(leaves) if _mixes(leaf)]
     if not places:
@@ -143,6 +145,8 @@ def _read(layer: nn.Module, rows: Tensor, width: int, shares: Tensor | None) -> 
 def _replace(module: nn.Module, name: str, tensor: Tensor) -> None:
     if name in module._parameters:
         old = module._parameters[name]
-        module._parameters[name] = nn.Parameter(tensor.contiguous(), requires_grad=bool(old is not None and old.requires_grad))
+        module._parameters[name] = nn.Parameter(
+            tensor.contiguous(), requires_grad=bool(old is not None and old.requires_grad)
+        )
     else:
         module._buffers[name] = tensor.contiguous()

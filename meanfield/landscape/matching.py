@@ -61,9 +61,7 @@ def coupled(first: Network, second: Network, images: Sequence[Tensor]) -> Couple
         rows, columns = amounts.nonzero(as_tuple=True)
         pairs.append((rows, columns))
         masses.append(amounts[rows, columns])
-    ends = [
-        _split(network, [pair[side] for pair in pairs], masses) for side, network in enumerate((first, second))
-    ]
+    ends = [_split(network, [pair[side] for pair in pairs], masses) for side, network in enumerate((first, second))]
     return Coupled(ends[0], ends[1], masses)
 
 
@@ -74,7 +72,9 @@ def _reordered(network: Network, orders: list[Tensor]) -> Network:
 def _split(network: Network, keep: list[Tensor], masses: list[Tensor]) -> Network:
     if isinstance(network, ParticleNetwork):
         chosen = measures.select(network, keep)
-        return measures.with_tensors(chosen, [*(p.to(chosen.readout) for p in masses), *chosen.tensors()[len(masses) :]])
+        return measures.with_tensors(
+            chosen, [*(p.to(chosen.readout) for p in masses), *chosen.tensors()[len(masses) :]]
+        )
     whole = _masses(network)
     return select(network, keep, [pair / own[rows] for pair, own, rows in zip(masses, whole, keep)])
 
@@ -92,9 +92,15 @@ def _costs(first: Network, second: Network, images: Sequence[Tensor]) -> list[Te
     """Squared distances between features, (C, C') for every layer, in float64, in one pass over the images."""
     sums: list[list[Tensor]] = []
     for batch in images:
-        clouds = [list(_clouds(network, batch, argument)) for network, argument in ((first, "first"), (second, "second"))]
+        clouds = [
+            list(_clouds(network, batch, argument)) for network, argument in ((first, "first"), (second, "second"))
+        ]
         if len(clouds[0]) != len(clouds[1]):
-            raise Misuse("second", len(clouds[1]) + 1, f"layers and the first has {len(clouds[0]) + 1}: layers are matched one by one")
+            raise Misuse(
+                "second",
+                len(clouds[1]) + 1,
+                f"layers and the first has {len(clouds[0]) + 1}: layers are matched one by one",
+            )
         found = [_products(a, b, layer) for layer, (a, b) in enumerate(zip(*clouds))]
         sums = [[x + y for x, y in zip(old, new)] for old, new in zip(sums, found)] if sums else found
     return [(a[:, None] + b - 2 * mixed).clamp_min(0) for a, b, mixed in sums]
@@ -102,7 +108,11 @@ def _costs(first: Network, second: Network, images: Sequence[Tensor]) -> list[Te
 
 def _products(first: Tensor, second: Tensor, layer: int) -> list[Tensor]:
     if first.shape[1] != second.shape[1]:
-        raise Misuse("second", second.shape[1], f"values a feature of layer {layer + 1}, and the first has {first.shape[1]}: maps must be of one size")
+        raise Misuse(
+            "second",
+            second.shape[1],
+            f"values a feature of layer {layer + 1}, and the first has {first.shape[1]}: maps must be of one size",
+        )
     return [first.square().sum(1), second.square().sum(1), first @ second.T]
 
 
@@ -119,7 +129,9 @@ def _clouds(network: Network, batch: Tensor, argument: str) -> Iterator[Tensor]:
         signal = network.get_submodule(stage.layer)(signal)
         width = signal.shape[1]
         if isinstance(network.get_submodule(stage.layer), nn.Linear) and signal.ndim != 2:
-            raise Misuse(argument, stage.layer, f"is a Linear on tensors {tuple(signal.shape)}; it must be one on vectors (N, D)")
+            raise Misuse(
+                argument, stage.layer, f"is a Linear on tensors {tuple(signal.shape)}; it must be one on vectors (N, D)"
+            )
         for name in stage.after:
             signal = network.get_submodule(name)(signal)
         yield signal.reshape(len(signal), width, -1).transpose(0, 1).flatten(1).double()

@@ -72,5 +72,3 @@ def between(first: State, second: State, share: float) -> dict[str, Tensor]:
         name: torch.lerp(first[name], tensor, share) if tensor.is_floating_point() else tensor
         for name, tensor in second.items()
     }
-
-

@@ -25,6 +25,7 @@ from meanfield.landscape.directions import Plane, generator_of
 from meanfield.landscape.hessian import Hessian, named
 from meanfield.landscape.objective import Loss, Objective
 from meanfield.landscape.subject import Parameters, Subject
+from meanfield.penalties import Penalty
 from meanfield.rates import Interval
 from meanfield.storage import files
 from meanfield.storage.tensors import TENSORS
@@ -64,9 +65,7 @@ def surface(cell: Cell, store: str) -> list[Row]:
     cell: plane, grid, tolerance (None: exact), normalise, batch_norm, seed, extent.
     """
     first = Classifier.from_dict(cell["networks"][0])
-    networks = [
-        Classifier.from_dict(each).at(epoch, store) for each, epoch in zip(cell["networks"], cell["epochs"])
-    ]
+    networks = [Classifier.from_dict(each).at(epoch, store) for each, epoch in zip(cell["networks"], cell["epochs"])]
     images, labels = first.images(), first.training_labels()
     loss, held_out = loss_of(first), (images.held_out, images.held_out_labels)
     plane = planes(networks, cell, images.inputs, labels, loss)
@@ -82,6 +81,7 @@ def around(
     loss: Loss | None,
     cell: Cell,
     store: str,
+    penalty: Penalty | None = None,
 ) -> Row:
     """The row of one surface.  What is evaluated is kept in the store until it is finished."""
     made_by = json.dumps({"cell": cell, "library": provenance.library()}, sort_keys=True)
@@ -96,6 +96,7 @@ def around(
         cell["tolerance"],
         extent=cell["extent"],
         loss=loss,
+        penalty=penalty,
         held_out=held_out,
         batch_norm=cell["batch_norm"],
         seed=cell["seed"],

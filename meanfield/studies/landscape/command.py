@@ -1,0 +1,163 @@
+"""`meanfield landscape`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+from meanfield.bench import reading
+from meanfield.bench.classifiers import Classifier
+from meanfield.bench.command import StudyOptions, run_study
+from meanfield.bench.options import (
+    DATA,
+    MODEL,
+    OBJECTIVE,
+    WORK,
+    Classes,
+    Device,
+    Dtype,
+    Pool,
+    Split,
+    at_least,
+    choice,
+    flag,
+    option,
+)
+from meanfield.bench.options import source as address
+from meanfield.landscape.directions import NORMALISATIONS
+from meanfield.losses import LOSSES
+from meanfield.studies.landscape.given import ONE, Given
+from meanfield.studies.landscape.measure import PLANES
+from meanfield.studies.landscape.plan import Subject, View
+from meanfield.studies.landscape.study import STUDY
+from meanfield.validation import Misuse, positive
+
+TOLERANCE = 0.01  # unless told otherwise
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(StudyOptions):
+    """None: left open, see `settled`."""
+
+    data: Annotated[
+        str | None,
+        option(
+            "Images, as of `meanfield solve --data`. Without it: digits, or what the network of --network was made from.",
+            DATA,
+        ),
+        address,
+    ] = None
+    classes: Classes = None
+    samples: Annotated[
+        int | None,
+        option(
+            "How many images the loss is over; the rest is held out. Without it: 80% of them, drawn at random, or those "
+            "that the network of --network was made from.",
+            DATA,
+        ),
+        at_least(2),
+    ] = None
+    pool: Annotated[
+        int | None,
+        option("Average images over windows of N x N pixels first. Without it: 1, or as for the network.", DATA),
+        at_least(1),
+    ] = None
+    split: Split = None
+    network: Annotated[
+        tuple[str, ...],
+        option(
+            "A file of a network, or the directory of a solve: its surface alone. May be given again: two for "
+            "--plane line, three for triangle, checkpoints in their order for pca.",
+            MODEL,
+            show_default=False,
+        ),
+    ] = ()
+    width: Annotated[int, option("Channels of the first convolution of the plain networks.", MODEL), at_least(1)] = 16
+    loss: Annotated[
+        str | None,
+        option(f"{', '.join(LOSSES)}: of the network of --network. Without it: the one it was made with.", OBJECTIVE),
+        choice(LOSSES),
+    ] = None
+    plane: Annotated[
+        str,
+        option(
+            "random directions; eigen: of the Hessian's largest and smallest eigenvalue; line or triangle: through two "
+            "or three networks; pca: of the checkpoints of a training.",
+            WORK,
+        ),
+        choice(PLANES),
+    ] = "random"
+    grid: Annotated[int, option("Points on each side of a surface that is written.", WORK), at_least(2)] = 51
+    tolerance: Annotated[
+        float | None,
+        option(
+            "Largest error of a surface, as a share of the range of the loss, by an estimate that is shown. Without it: "
+            f"{TOLERANCE:g}.",
+            WORK,
+        ),
+        positive,
+    ] = None
+    exact: Annotated[bool, flag("Evaluate every point of the grid instead.", WORK)] = False
+    normalise: Annotated[
+        str, option(f"{', '.join(NORMALISATIONS)}: what random directions are scaled by.", WORK), choice(NORMALISATIONS)
+    ] = "filter"
+    batch_norm: Annotated[
+        str,
+        option("kept: running statistics as they are; recomputed: at every point, from the training images.", WORK),
+        choice(("kept", "recomputed")),
+    ] = "kept"
+    dtype: Dtype = "float32"
+    device: Device = "cpu"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.exact and self.tolerance is not None:
+            raise Misuse("exact", True, f"leaves nothing to tolerate: leave out --tolerance={self.tolerance:g}, or it")
+        refused = [name for name in ("classes", "split", "loss") if getattr(self, name) is not None]
+        if refused and not self.network:
+            raise Misuse(refused[0], getattr(self, refused[0]), "is of the network of --network, and none is given")
+
+    @property
+    def view(self) -> View:
+        tolerance = None if self.exact else TOLERANCE if self.tolerance is None else self.tolerance
+        return View.from_dict({**self.to_dict(), "tolerance": tolerance})
+
+
+def command(options: Options) -> None:
+    """Draw the loss around trained networks, with its error, and measure its sharpness.
+
+    Without --network, networks of several architectures, activations, losses and penalties are trained; their surfaces,
+    their sharpness at the end of training and at equal training loss, one function in several scalings, slices, joins of
+    two networks and trajectories are measured, each with what controls do. With --network, the surface of that network
+    on the images it was made from or on others.
+
+    A surface is a polynomial through a few exact values; its error is estimated and shown, or with --exact there is
+    none. Written are tables, surfaces as .npz, JSON and NetCDF, pictures and one page, in which surfaces can be turned,
+    offline.
+
+    The default size takes under five minutes on two cores. Trained networks, points of a surface and finished cells are
+    kept: after a stop of any kind the same command goes on and ends with the same tables.
+    """
+    if options.network:
+        wanted = {name: getattr(options, name) for name in ("data", "classes", "samples", "pool", "split", "loss")}
+        given = Given(tuple(map(str, options.network)), options.view, tuple(wanted.items()))
+        run_study(ONE, options, given, "meanfield", "landscape")
+    else:
+        options = settled(options)
+        run_study(STUDY, options, Subject(classifier(options), options.view), "meanfield", "landscape")
+
+
+def settled(options: Options) -> Options:
+    """With nothing left open: the page says what was taken."""
+    data, pool = options.data or "digits", options.pool or 1
+    samples = options.samples or max(2, len(reading.images(data, pool=pool)) * 4 // 5)
+    return options.variant(data=data, pool=pool, samples=samples)
+
+
+def classifier(options: Options) -> Classifier:
+    """That all arms are variants of: the plain network, without a penalty."""
+    kept = ("data", "pool", "samples", "width", "dtype", "device")
+    return Classifier(
+        network="cnn", penalty="none", strength=0.0, split=0, **{name: getattr(options, name) for name in kept}
+    )

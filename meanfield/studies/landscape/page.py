@@ -1,0 +1,354 @@
+"""The sections of the landscape study's page: sentences that carry their figures, pictures, small tables."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from meanfield.bench.study import Found
+from meanfield.bench.sweep import Row, Rows, Tables, groups, select
+from meanfield.pages import interactive
+from meanfield.pages.html import Details, Figure, Interactive, Note, Section, Table
+from meanfield.pages.interactive import Relief
+from meanfield.pages.words import capital, count, listed, two
+from meanfield.rates import Interval
+from meanfield.studies.landscape.measure import SHARPNESS
+from meanfield.studies.landscape.pictures import LOSS, NAMES, WAYS, note
+from meanfield.studies.landscape.summary import extent, says
+
+LIMITS = Section(
+    "What this does not say",
+    [
+        "A surface is a slice: two directions out of thousands. Random ones show the mean of the curvature and hide its "
+        "ends; eigenvectors show the ends and nothing of the rest. No picture here says that a network generalises.",
+        "Filter-normalised pictures of different networks may be compared only where rescaling filters leaves the "
+        "function as it is: ReLU and its kind, one factor per layer. The warnings of each surface name the layers "
+        "where it does not.",
+        "The error of a surface is an estimate from check points, no bound. Correlations are over these networks, these "
+        "images and this recipe; a digit data set of 8x8 pixels is small and easy.",
+    ],
+)
+
+
+def claim(found: Found) -> str:
+    rows = [row for row in found.get("correlations", ()) if row["against"] == "held_out_loss"]
+    matched = [row for row in rows if row["when"] == "equal training loss"]
+    if not matched:
+        return "The loss around trained networks, with the error of every surface, and their sharpness with intervals."
+    clear = [row for row in matched if says(row["spearman"])]
+    networks = count(matched[0]["networks"], "network")
+    if not clear:
+        return (
+            f"At equal training loss none of {count(len(matched), 'measure')} of sharpness goes with held-out loss over "
+            f"{networks}: every interval of the rank correlation holds zero."
+        )
+    named = listed([f"{NAMES[row['measure']]} ({_hundredths(row['spearman'])})" for row in clear])
+    return (
+        f"At equal training loss, over {networks}, {count(len(clear), 'measure')} of {len(matched)} "
+        f"{'goes' if len(clear) == 1 else 'go'} with held-out loss by {'its' if len(clear) == 1 else 'their'} rank "
+        f"correlation: {named}."
+    )
+
+
+def surfaces(found: Found, tables: Tables) -> Section:
+    rows = found["surfaces"]
+    met = [row for row in rows if row["status"] in ("met", "exact")]
+    text = (
+        f"{capital(count(len(rows), 'surface'))}, each over the square of side two around a network "
+        f"({rows[0]['plane']} plane). A surface is a polynomial through exact values at Chebyshev points; its largest "
+        "error is estimated from further exact values, at points where a polynomial of this degree errs most. "
+        f"{capital(count(len(met), 'surface'))} of {len(rows)} {'keeps' if len(met) == 1 else 'keep'} the tolerance by "
+        f"this estimate, with {extent([row['evaluations'] for row in rows])} evaluations; a grid of 51x51 has 2,601 "
+        "points."
+    )
+    head = ["network", "least", "largest", "estimated error", "share of the range", "evaluations", "checks", "status"]
+    table = [
+        [
+            row["arm"],
+            f"{row['least']:.3g}",
+            f"{row['largest']:.3g}",
+            f"{row['error']:.2g}",
+            f"{row['share']:.2%}",
+            f"{row['evaluations']:g}",
+            row["checks"],
+            row["status"],
+        ]
+        for row in rows
+    ]
+    caption = "Training loss; scales differ from panel to panel, and the cross is where the least value of the grid is."
+    turned = Interactive("surfaces", f"{caption} Turn it, and choose a network.", reliefs(tables["surfaces"]))
+    return Section(
+        "Surfaces",
+        [text, turned, Figure("surfaces", caption, wide=True), Table(head, table), *_warnings(tables["surfaces"])],
+    )
+
+
+def reliefs(rows: Rows) -> str:
+    shown = [_relief(row) for row in rows]
+    return interactive.reliefs(shown, "first direction", "second direction", "training loss")
+
+
+def _relief(row: Row) -> Relief:
+    axis, values = np.asarray(row["axis"]), np.asarray(row["values"][LOSS], dtype=float)
+    marks = [
+        (a, b, float(values[np.abs(axis - a).argmin(), np.abs(axis - b).argmin()]))
+        for a, b in row["marks"].values()
+        if axis[0] <= min(a, b) and max(a, b) <= axis[-1]
+    ]
+    checks = [(a, b, value) for a, b, value in row["check_points"]]
+    return Relief(row["arm"], row["axis"], row["axis"], values, f"{row['arm']}: {note(row)}", marks, checks)
+
+
+def _warnings(rows: Rows) -> list[Any]:
+    said = {text: [row["arm"] for row in rows if text in row["warnings"]] for row in rows for text in row["warnings"]}
+    if not said:
+        return []
+    return [
+        Details(
+            "Warnings",
+            Table(["warning", "networks"], [[text, ", ".join(arms)] for text, arms in said.items()], text=(0, 1)),
+        )
+    ]
+
+
+def sharpness(found: Found, tables: Tables) -> Section:
+    text = (
+        "At the end of training, means over seeds with 95% intervals. Eigenvalues, traces and norms are of the mean "
+        "training loss; the rise is that of the loss at a tenth of the filters' lengths away, the adaptive one the "
+        "largest found within half of the weights' sizes. Where the loss of an arm is not the cross-entropy it is on a "
+        "scale of its own."
+    )
+    return Section(
+        "Sharpness at the end of training",
+        [text, *_scatter(tables, "sharpness"), Details("All figures", _measures(found["sharpness"]))],
+    )
+
+
+def matched(found: Found, tables: Tables) -> Section:
+    reached = found["reach"]
+    targets = listed([f"{value:g} ({name.replace('_', '-')})" for name, value in reached["targets"].items()])
+    text = (
+        "Training loss differs from arm to arm, and sharpness falls with it. Here every network is taken where its "
+        f"training passes the same loss, {targets}, between the two checkpoints on either side of it. "
+        f"{capital(count(reached['networks'], 'network'))} {'has' if reached['networks'] == 1 else 'have'} that loss "
+        f"to within {reached['largest_deviation']:.1g} of itself."
+    )
+    left = [f"{arm} ({number})" for arm, number in reached["left_out"].items()]
+    notes = [Note("Left out:", f"networks that never reach it, {listed(left)}.")] if left else []
+    return Section(
+        "Sharpness at equal training loss",
+        [text, *notes, *_scatter(tables, "matched"), Details("All figures", _measures(found["matched"]))],
+    )
+
+
+def _scatter(tables: Tables, part: str) -> list[Any]:
+    trained = [row for row in tables[part] if row.get("reached", True) and row["arm"] != "untrained"]
+    caption = "Measures against held-out loss, a point per network, of the networks trained with the cross-entropy."
+    return [Figure(part, caption, wide=True)] if len(trained) > 1 else []
+
+
+def _measures(rows: Rows) -> Table:
+    names = (*SHARPNESS, "train_loss", "held_out_loss")
+    head = ["networks", "number", *(NAMES.get(name, name.replace("_", " ")) for name in names)]
+    head[head.index(NAMES["train_loss"])] = "training loss"
+    return Table(head, [[row["arm"], row["networks"], *(row[name] for name in names)] for row in rows])
+
+
+def correlations(found: Found, tables: Tables) -> Section:
+    rows = found["correlations"]
+    text = (
+        "Spearman's rank correlation with 95% bootstrap intervals, over the networks that were trained with the "
+        "cross-entropy and reach the common loss. With held-out loss whole arms are redrawn, for networks of one arm "
+        f"are alike. {_ladder_text(rows)} {_held_out_text(rows)}"
+    )
+    whens = list(dict.fromkeys(row["when"] for row in rows))
+    head = ["measure", *(f"{against}, {when}" for against in ("held-out loss", "l2 strength") for when in whens)]
+    table = []
+    for name in dict.fromkeys(row["measure"] for row in rows):
+        cells = [
+            _bold(each[0]["spearman"]) if (each := select(rows, measure=name, against=against, when=when)) else None
+            for against in ("held_out_loss", "l2")
+            for when in whens
+        ]
+        table.append([NAMES[name], *cells])
+    return Section("Which measure goes with held-out loss?", [text, Table(head, table)])
+
+
+def _bold(found: Interval) -> str:
+    return f"{_hundredths(found)}{' *' if says(found) else ''}"
+
+
+def _hundredths(found: Interval) -> str:
+    if not np.isfinite(found.value):
+        return "undefined"
+    value, low, high = (f"{round(each, 2) + 0.0:.2f}" for each in (found.value, found.low, found.high))
+    return f"{value} ({low} to {high})" if found.bounded else value
+
+
+def _ladder_text(rows: Rows) -> str:
+    found = {row["measure"]: row["spearman"] for row in select(rows, against="l2", when="end of training")}
+    if not found:
+        return ""
+    trace, rise = found["trace"], found["rise"]
+    text = f"On the ladder of l2 strengths the trace has {_hundredths(trace)} at the end of training and the rise {_hundredths(rise)}"
+    opposite = says(trace) and says(rise) and trace.value * rise.value < 0
+    return f"{text}{': they order the same networks oppositely' if opposite else ''}."
+
+
+def _held_out_text(rows: Rows) -> str:
+    sentences = []
+    for (when,), each in groups(select(rows, against="held_out_loss"), "when").items():
+        clear = [NAMES[row["measure"]] for row in each if says(row["spearman"])]
+        sentences.append(
+            f"{capital('at ' + when if when.startswith('equal') else 'at the ' + when)}, {listed(clear) if clear else 'none'} {'has' if len(clear) < 2 else 'have'} an interval that leaves out zero."
+        )
+    return " ".join(sentences)
+
+
+def toy(found: Found, tables: Tables) -> Section:
+    rows = found["toy"]
+    text = (
+        "One function, its first layer written larger and the second one smaller. A factor for the whole layer keeps the "
+        "surface of filter-normalised directions; factors of their own for channels keep the function as well, and make "
+        "the surface another one, even with ReLU, because a filter above has entries from all channels and one length. "
+        "Balancing the channels first makes it one again. With tanh even one factor makes another function. "
+        f"{_toy_text(rows)}"
+    )
+    head = [
+        "activation",
+        "written",
+        "networks",
+        "largest difference of outputs",
+        "mean loss",
+        "times that of the first",
+    ]
+    table = [
+        [
+            row["activation"],
+            row["writing"],
+            row["networks"],
+            f"{row['difference']:.1g}",
+            f"{row['mean_loss']:.4g}",
+            row["ratio"],
+        ]
+        for row in rows
+    ]
+    caption = "Training loss around one function, written in several ways; directions are drawn from one seed."
+    return Section("What a filter is", [text, Figure("toy", caption, wide=True), Table(head, table)])
+
+
+def _toy_text(rows: Rows) -> str:
+    named = {(row["activation"], row["writing"]): row for row in rows}
+    layer, channel = (named.get(("relu", f"per {each}")) for each in ("layer", "channel"))
+    if layer is None or channel is None:
+        return ""
+    return (
+        f"With ReLU the mean loss over the surface is {layer['ratio'].value:.6g} times the first one's for the layer and "
+        f"{two(channel['ratio'].value)} times for channels."
+    )
+
+
+def slices(found: Found, tables: Tables) -> Section:
+    known = found["slices"]
+    random, trace = known["random"], known["trace_over_size"]
+    text = (
+        f"Along {known['directions']} random directions of length one the curvature is {random} in the mean, and trace / D "
+        f"is {trace}: they are the same figure, for the mean of d^T H d over such directions is trace / D, with D = "
+        f"{known['parameters']:,}. The largest curvature is {known['top']}, {two(known['top'].value / trace.value)} times "
+        f"as much, and the smallest {known['smallest']}. A random slice hides both: the one direction in which the loss "
+        "rises steeply, and the ones in which it falls."
+    )
+    caption = (
+        "The loss along random directions and along the two eigenvectors, at equal distances; right, without the largest "
+        "eigenvalue, on a scale of its own."
+    )
+    return Section("What a random slice hides", [text, Figure("slices", caption, wide=True)])
+
+
+def joins(found: Found, tables: Tables) -> Section:
+    rows = found["barriers"]
+    width = max(row["width"] for row in rows)
+    sentences = [f"{WAYS[row['how']]} {row['barrier']}" for row in select(rows, width=width, figure=rows[0]["figure"])]
+    text = (
+        "Two particle networks from different starts, joined in four ways. The barrier is the largest rise above the "
+        f"chord between the ends. At widths {width}/{width}, means over {count(rows[0]['pairs'], 'pair')}, of the "
+        f"{rows[0]['figure']}: {listed(sentences)}. A mixture has none by proof: loss and J are convex in measures. The "
+        "others have, and where kernels are fitted by least squares the penalty has a barrier of its own: J is apart from "
+        "the loss."
+    )
+    head = ["figure", "path", "width", "pairs", "barrier", "in units of the chord below it"]
+    table = [
+        [row["figure"], WAYS[row["how"]], row["width"], row["pairs"], row["barrier"], row["relative"]] for row in rows
+    ]
+    fitted = [f"{WAYS[row['how']]}, {row['figure']}: {row['slope']}" for row in found["slopes"]]
+    items: list[Any] = [text, Figure("joins", "Values along the paths of the first pair.", wide=True)]
+    if len({row["width"] for row in rows}) > 1:
+        items.append(Figure("barriers", "Barriers over the width, a point per pair.", wide=True))
+    if fitted:
+        items.append(f"Slopes of the logarithms with 95% bootstrap intervals: {'; '.join(fitted)}.")
+    return Section("Two networks, joined in four ways", [*items, Details("All figures", Table(head, table))])
+
+
+def trajectory(found: Found, tables: Tables) -> Section:
+    rows = found["trajectory"]
+    worst = max(rows, key=lambda row: row["factor"])
+    text = (
+        "The checkpoints of a training in the plane of their two principal components, which pass through the last one. "
+        "The plane explains most of the squared distances, but so it does for a random walk with the same step lengths. "
+        f"And what it shows is not the loss of the path: of {worst['arm']} the checkpoint of epoch {worst['epoch']} has "
+        f"the loss {worst['loss']:.3g}, and its place on the plane {worst['loss_on_plane']:.3g}, where the plane explains "
+        f"{worst['explained']:.1%}."
+    )
+    head = [
+        "network",
+        "checkpoints",
+        "explained",
+        "random walks",
+        "epoch of the largest difference",
+        "loss",
+        "on the plane",
+    ]
+    table = [
+        [
+            row["arm"],
+            row["checkpoints"],
+            f"{row['explained']:.1%}",
+            f"{row['null'].value:.1%} ({row['null'].low:.1%} to {row['null'].high:.1%})",
+            row["epoch"],
+            f"{row['loss']:.3g}",
+            f"{row['loss_on_plane']:.3g}",
+        ]
+        for row in rows
+    ]
+    caption = "Training loss of the checkpoints, and at their places on the plane of the picture."
+    return Section("The path on a plane", [text, Figure("trajectory", caption, wide=True), Table(head, table)])
+
+
+def train(found: Found, tables: Tables) -> Section:
+    rows = []
+    names = ("network", "activation", "loss", "labels", "penalty", "strength", "width")
+    for named, each in groups(tables["train"], *names).items():
+        last = [row for row in each if row["epoch"] == max(other["epoch"] for other in each)]
+        shown = [extent([row[figure] for row in last]) for figure in ("train_loss", "held_out_loss")]
+        right = extent([row["held_out_accuracy"] for row in last])
+        rows.append([*named[:5], f"{named[5]:g}", named[6], last[0]["epoch"], len(last), *shown, right])
+    head = [*names, "epochs", "networks", "training loss", "held-out loss", "held-out accuracy"]
+    return Section("The networks", ["Losses and accuracies in evaluation mode at the end.", Table(head, rows)])
+
+
+def one_surface(found: Found, tables: Tables) -> Section:
+    """Of the networks of files."""
+    section = surfaces(found, {"surfaces": tables["surface"]})
+    row = tables["surface"][0]
+    figures = [[name, f"{np.min(values):.5g}", f"{np.max(values):.5g}"] for name, values in row["values"].items()]
+    items = [item if getattr(item, "name", "") != "surfaces" else _renamed(item) for item in section.items]
+    return Section("The surface", [*items, Table(["figure", "least of the grid", "largest"], figures)])
+
+
+def _renamed(item: Any) -> Any:
+    return (
+        Interactive("surface", item.caption, item.plot)
+        if isinstance(item, Interactive)
+        else Figure("surface", item.caption, item.wide)
+    )
