@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated
 
 from meanfield.bench import reading
@@ -17,7 +16,6 @@ from meanfield.bench.options import (
     Classes,
     Device,
     Dtype,
-    Pool,
     Split,
     at_least,
     choice,
@@ -43,7 +41,7 @@ class Options(StudyOptions):
     data: Annotated[
         str | None,
         option(
-            "Images, as of `meanfield solve --data`. Without it: digits, or what the network of --network was made from.",
+            "Images, as of `meanfield solve --data`. Without it: digits, or those that --network was made from.",
             DATA,
         ),
         address,
@@ -52,8 +50,8 @@ class Options(StudyOptions):
     samples: Annotated[
         int | None,
         option(
-            "How many images the loss is over; the rest is held out. Without it: 80% of them, drawn at random, or those "
-            "that the network of --network was made from.",
+            "How many images the loss is over; the rest is held out. Without it: 80% of them, drawn at random, or as many "
+            "as --network was made from.",
             DATA,
         ),
         at_least(2),
@@ -92,8 +90,8 @@ class Options(StudyOptions):
     tolerance: Annotated[
         float | None,
         option(
-            "Largest error of a surface, as a share of the range of the loss, by an estimate that is shown. Without it: "
-            f"{TOLERANCE:g}.",
+            "Largest error of a surface, as a share of the range of the loss, by an estimate that is shown. Without "
+            f"it: {TOLERANCE:g}.",
             WORK,
         ),
         positive,
@@ -127,10 +125,10 @@ class Options(StudyOptions):
 def command(options: Options) -> None:
     """Draw the loss around trained networks, with its error, and measure its sharpness.
 
-    Without --network, networks of several architectures, activations, losses and penalties are trained; their surfaces,
-    their sharpness at the end of training and at equal training loss, one function in several scalings, slices, joins of
-    two networks and trajectories are measured, each with what controls do. With --network, the surface of that network
-    on the images it was made from or on others.
+    Without --network, networks of several architectures, activations, losses and penalties are trained; measured are
+    their surfaces, their sharpness at the end of training and at equal training loss, one function in several scalings,
+    slices, joins of two networks and trajectories, each with what controls do. With --network, the surface of that
+    network on the images it was made from or on others.
 
     A surface is a polynomial through a few exact values; its error is estimated and shown, or with --exact there is
     none. Written are tables, surfaces as .npz, JSON and NetCDF, pictures and one page, in which surfaces can be turned,

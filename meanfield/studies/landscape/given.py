@@ -76,10 +76,8 @@ class Given:
             raise Misuse("network", self.paths[0], remedy)
         outputs = images.outputs_for(self.loss)
         if network.architecture.outputs != outputs:
-            remedy = (
-                f"has {network.architecture.outputs} outputs, and {len(images.classes)} classes with --loss={self.loss} "
-                f"need {outputs}: see --classes, --loss"
-            )
+            classes = f"{len(images.classes)} classes with --loss={self.loss}"
+            remedy = f"has {network.architecture.outputs} outputs, and {classes} need {outputs}: see --classes, --loss"
             raise Misuse("network", self.paths[0], remedy)
         targets = images.targets(self.loss)
         problem = mf.Problem(network.architecture, images.inputs, targets, self.loss, self.penalty or Penalty())
@@ -175,4 +173,5 @@ ONE = Study(
 
 def _claim(found: Any) -> str:
     (row,) = found["surfaces"]
-    return f"{row['arm']}: the training loss between {row['least']:.4g} and {row['largest']:.4g} on a {row['plane']} plane, {pictures.note(row)}."
+    ends = f"{row['least']:.4g} and {row['largest']:.4g}"
+    return f"{row['arm']}: a training loss between {ends} on a plane of kind {row['plane']}, {pictures.note(row)}."

@@ -154,7 +154,7 @@ def drawn(found: Any, plane: Plane, grid: int) -> Row:
 def sharpness(cell: Cell, store: str) -> list[Row]:
     """Every measure of `SHARPNESS` with its interval, and losses.
 
-    cell: images (of the training images, the first so many), products, and for a network at equal training loss
+    cell: count (of training images, the first so many), products, steps, tolerance, and for a network at equal training loss
     target.  One that never has that loss gives a row that says so.
     """
     classifier = Classifier.from_dict(cell["networks"][0])
@@ -166,7 +166,7 @@ def sharpness(cell: Cell, store: str) -> list[Row]:
         reached: Row = {"target": cell["target"], "reached": True}
     else:
         network, epoch, reached = classifier.at(cell["epochs"][0], store), cell["epochs"][0], {}
-    count, images = cell["images"], classifier.images()
+    count, images = cell["count"], classifier.images()
     found = landscape.sharpness(
         network,
         images.inputs[:count],

@@ -20,13 +20,13 @@ from meanfield.studies.landscape.summary import extent, says
 LIMITS = Section(
     "What this does not say",
     [
-        "A surface is a slice: two directions out of thousands. Random ones show the mean of the curvature and hide its "
-        "ends; eigenvectors show the ends and nothing of the rest. No picture here says that a network generalises.",
+        "A surface is a slice: two directions out of thousands. Random ones show the mean of the curvature and hide "
+        "its ends; eigenvectors show the ends and nothing of the rest. No picture here says that a network generalises.",
         "Filter-normalised pictures of different networks may be compared only where rescaling filters leaves the "
         "function as it is: ReLU and its kind, one factor per layer. The warnings of each surface name the layers "
         "where it does not.",
-        "The error of a surface is an estimate from check points, no bound. Correlations are over these networks, these "
-        "images and this recipe; a digit data set of 8x8 pixels is small and easy.",
+        "The error of a surface is an estimate from check points, no bound. Correlations are over these networks, "
+        "these images and this recipe; a digit data set of 8x8 pixels is small and easy.",
     ],
 )
 
@@ -40,8 +40,8 @@ def claim(found: Found) -> str:
     networks = count(matched[0]["networks"], "network")
     if not clear:
         return (
-            f"At equal training loss none of {count(len(matched), 'measure')} of sharpness goes with held-out loss over "
-            f"{networks}: every interval of the rank correlation holds zero."
+            f"At equal training loss none of {count(len(matched), 'measure')} of sharpness goes with held-out loss "
+            f"over {networks}: every interval of the rank correlation holds zero."
         )
     named = listed([f"{NAMES[row['measure']]} ({_hundredths(row['spearman'])})" for row in clear])
     return (
@@ -191,7 +191,10 @@ def _ladder_text(rows: Rows) -> str:
     if not found:
         return ""
     trace, rise = found["trace"], found["rise"]
-    text = f"On the ladder of l2 strengths the trace has {_hundredths(trace)} at the end of training and the rise {_hundredths(rise)}"
+    text = (
+        f"With the strength of the l2 penalty the trace has a correlation of {_hundredths(trace)} at the end of training, "
+        f"and the rise one of {_hundredths(rise)}"
+    )
     opposite = says(trace) and says(rise) and trace.value * rise.value < 0
     return f"{text}{': they order the same networks oppositely' if opposite else ''}."
 
@@ -200,19 +203,18 @@ def _held_out_text(rows: Rows) -> str:
     sentences = []
     for (when,), each in groups(select(rows, against="held_out_loss"), "when").items():
         clear = [NAMES[row["measure"]] for row in each if says(row["spearman"])]
-        sentences.append(
-            f"{capital('at ' + when if when.startswith('equal') else 'at the ' + when)}, {listed(clear) if clear else 'none'} {'has' if len(clear) < 2 else 'have'} an interval that leaves out zero."
-        )
+        time = f"At {when}" if when.startswith("equal") else f"At the {when}"
+        sentences.append(f"{time} intervals leave out zero for {listed(clear) if clear else 'no measure'}.")
     return " ".join(sentences)
 
 
 def toy(found: Found, tables: Tables) -> Section:
     rows = found["toy"]
     text = (
-        "One function, its first layer written larger and the second one smaller. A factor for the whole layer keeps the "
-        "surface of filter-normalised directions; factors of their own for channels keep the function as well, and make "
-        "the surface another one, even with ReLU, because a filter above has entries from all channels and one length. "
-        "Balancing the channels first makes it one again. With tanh even one factor makes another function. "
+        "One function, its first layer written larger and the second one smaller. A factor for the whole layer keeps "
+        "the surface of filter-normalised directions. A factor of its own for every channel keeps the function as well, "
+        "and makes the surface another one, even with ReLU: a filter above has entries from all channels and one "
+        "length. Balancing the channels first makes all of them one. With tanh even one factor makes another function. "
         f"{_toy_text(rows)}"
     )
     head = [
@@ -244,8 +246,8 @@ def _toy_text(rows: Rows) -> str:
     if layer is None or channel is None:
         return ""
     return (
-        f"With ReLU the mean loss over the surface is {layer['ratio'].value:.6g} times the first one's for the layer and "
-        f"{two(channel['ratio'].value)} times for channels."
+        f"With ReLU the mean loss over the surface is {layer['ratio'].value:.6g} times the network's own where the layer "
+        f"is rescaled, and {two(channel['ratio'].value)} times where channels are."
     )
 
 
@@ -253,15 +255,15 @@ def slices(found: Found, tables: Tables) -> Section:
     known = found["slices"]
     random, trace = known["random"], known["trace_over_size"]
     text = (
-        f"Along {known['directions']} random directions of length one the curvature is {random} in the mean, and trace / D "
-        f"is {trace}: they are the same figure, for the mean of d^T H d over such directions is trace / D, with D = "
-        f"{known['parameters']:,}. The largest curvature is {known['top']}, {two(known['top'].value / trace.value)} times "
-        f"as much, and the smallest {known['smallest']}. A random slice hides both: the one direction in which the loss "
-        "rises steeply, and the ones in which it falls."
+        f"Along {known['directions']} random directions of length one the curvature is {random} in the mean, and trace "
+        f"/ D is {trace}: one figure, since the mean of d^T H d over such directions is trace / D, with D = "
+        f"{known['parameters']:,}. The largest curvature is {known['top']}, {two(known['top'].value / trace.value)} "
+        f"times as much, and the smallest {known['smallest']}. A random slice hides both: the direction in which the "
+        "loss rises steeply, and the ones in which it bends down."
     )
     caption = (
-        "The loss along random directions and along the two eigenvectors, at equal distances; right, without the largest "
-        "eigenvalue, on a scale of its own."
+        "The loss along random directions and along the two eigenvectors, at equal distances; right, its rise without "
+        "the eigenvector of the largest eigenvalue, on a scale of its own."
     )
     return Section("What a random slice hides", [text, Figure("slices", caption, wide=True)])
 
@@ -273,9 +275,9 @@ def joins(found: Found, tables: Tables) -> Section:
     text = (
         "Two particle networks from different starts, joined in four ways. The barrier is the largest rise above the "
         f"chord between the ends. At widths {width}/{width}, means over {count(rows[0]['pairs'], 'pair')}, of the "
-        f"{rows[0]['figure']}: {listed(sentences)}. A mixture has none by proof: loss and J are convex in measures. The "
-        "others have, and where kernels are fitted by least squares the penalty has a barrier of its own: J is apart from "
-        "the loss."
+        f"{rows[0]['figure']}: {listed(sentences)}. A mixture has none by proof, since loss and J are convex in "
+        "measures. Where kernels are fitted by least squares the penalty may rise while the loss does not: J is shown "
+        "apart from the loss."
     )
     head = ["figure", "path", "width", "pairs", "barrier", "in units of the chord below it"]
     table = [
@@ -294,11 +296,11 @@ def trajectory(found: Found, tables: Tables) -> Section:
     rows = found["trajectory"]
     worst = max(rows, key=lambda row: row["factor"])
     text = (
-        "The checkpoints of a training in the plane of their two principal components, which pass through the last one. "
-        "The plane explains most of the squared distances, but so it does for a random walk with the same step lengths. "
-        f"And what it shows is not the loss of the path: of {worst['arm']} the checkpoint of epoch {worst['epoch']} has "
-        f"the loss {worst['loss']:.3g}, and its place on the plane {worst['loss_on_plane']:.3g}, where the plane explains "
-        f"{worst['explained']:.1%}."
+        "The checkpoints of a training in the plane of their two principal components, which passes through the last "
+        "one. The plane explains most of the squared distances, but much of that a random walk with the same step "
+        "lengths has as well. And the plane does not show the loss of the path: of the network "
+        f"{worst['arm']} the checkpoint of epoch {worst['epoch']} has the loss {worst['loss']:.3g}, and its place on "
+        f"the plane {worst['loss_on_plane']:.3g}, where the plane explains {worst['explained']:.1%}."
     )
     head = [
         "network",

@@ -250,7 +250,7 @@ def trajectory(subject: Subject, sizes: Sizes, seed: int) -> list[Cell]:
 
 def _sharpness(subject: Subject, sizes: Sizes, seed: int) -> list[Cell]:
     settings = {
-        "images": min(sizes.images, subject.base.samples),
+        "count": min(sizes.images, subject.base.samples),
         "products": sizes.products,
         "steps": sizes.steps,
         "tolerance": sizes.tolerance,

@@ -86,7 +86,7 @@ def says(interval: Interval) -> bool:
 
 
 def writings(rows: Rows) -> list[Row]:
-    """Of the toy, per activation and writing: means over networks, and the mean loss in units of the first writing's."""
+    """Of the toy, per activation and writing: means over networks, and the mean loss in units of the network's own."""
     own = {(row["activation"], row["seed"]): row["mean_loss"] for row in select(rows, writing="as it is")}
     found = []
     for (activation, writing), each in groups(rows, "activation", "writing").items():
