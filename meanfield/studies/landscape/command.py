@@ -50,8 +50,8 @@ class Options(StudyOptions):
     samples: Annotated[
         int | None,
         option(
-            "How many images the loss is over; the rest is held out. Without it: 80% of them, drawn at random, or as many "
-            "as --network was made from.",
+            "How many images the loss is over; the rest is held out. Without it: 80% of them, drawn at random, or as "
+            "many as --network was made from.",
             DATA,
         ),
         at_least(2),

@@ -62,7 +62,8 @@ def train(cell: Cell, store: str) -> list[Row]:
 def surface(cell: Cell, store: str) -> list[Row]:
     """One surface: a row with its figures, and its values on the grid under "values", name of a figure -> lists.
 
-    cell: plane, grid, tolerance (None: exact), normalise, batch_norm, seed, extent.
+    cell: plane, grid, tolerance (None: exact), evaluations (at most; None: as many as it takes), normalise, batch_norm,
+    seed, extent.
     """
     first = Classifier.from_dict(cell["networks"][0])
     networks = [Classifier.from_dict(each).at(epoch, store) for each, epoch in zip(cell["networks"], cell["epochs"])]
@@ -99,6 +100,7 @@ def around(
         penalty=penalty,
         held_out=held_out,
         batch_norm=cell["batch_norm"],
+        max_evaluations=cell["evaluations"],
         seed=cell["seed"],
         state=state,
     )
@@ -154,7 +156,7 @@ def drawn(found: Any, plane: Plane, grid: int) -> Row:
 def sharpness(cell: Cell, store: str) -> list[Row]:
     """Every measure of `SHARPNESS` with its interval, and losses.
 
-    cell: count (of training images, the first so many), products, steps, tolerance, and for a network at equal training loss
+    cell: count (of training images, the first so many), products, steps, tolerance, and at equal training loss
     target.  One that never has that loss gives a row that says so.
     """
     classifier = Classifier.from_dict(cell["networks"][0])

@@ -20,7 +20,7 @@ from meanfield.studies.landscape.summary import extent, says
 LIMITS = Section(
     "What this does not say",
     [
-        "A surface is a slice: two directions out of thousands. Random ones show the mean of the curvature and hide "
+        "A surface is a slice: two directions out of thousands. Random ones show the mean of the curvature, hiding "
         "its ends; eigenvectors show the ends and nothing of the rest. No picture here says that a network generalises.",
         "Filter-normalised pictures of different networks may be compared only where rescaling filters leaves the "
         "function as it is: ReLU and its kind, one factor per layer. The warnings of each surface name the layers "

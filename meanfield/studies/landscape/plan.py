@@ -33,8 +33,9 @@ class View(Settings):
     normalise: Annotated[str, choice(NORMALISATIONS)] = "filter"
     batch_norm: Annotated[str, choice(("kept", "recomputed"))] = "kept"
 
-    def cell(self, seed: int) -> Cell:
-        return {**self.to_dict(), "extent": ROOM if self.plane == "pca" else 1.0, "seed": seed}
+    def cell(self, seed: int, evaluations: int | None = None) -> Cell:
+        reach = ROOM if self.plane == "pca" else 1.0
+        return {**self.to_dict(), "extent": reach, "seed": seed, "evaluations": evaluations}
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,7 @@ class Sizes:
     "full" has every arm, strength and width.
 
     arms: names in `ARMS`, beside the ladders of strengths l2 and l12.  seeds: of every arm.
+    evaluations: of a surface, at most.
     target: training loss, by the name of the loss, at which networks are compared.
     images, products, steps, tolerance: of `landscape.sharpness`, on the first so many training images.
     directions: random slices.  widths, pairs, flow_steps, flow_images: of particle networks that are joined.
@@ -61,6 +63,7 @@ class Sizes:
     arms: tuple[str, ...]
     l2: tuple[float, ...]
     l12: tuple[float, ...]
+    evaluations: int
     images: int
     products: int
     steps: int
@@ -93,6 +96,7 @@ SIZES = {
         arms=("relu", "tanh", "residual, batch norm", "squared loss", "untrained"),
         l2=(0.003, 0.01),
         l12=(),
+        evaluations=110,
         images=96,
         products=9,
         steps=15,
@@ -109,6 +113,7 @@ SIZES = {
         arms=tuple(ARMS),
         l2=(0.001, 0.003, 0.006, 0.01),
         l12=(0.25, 0.5, 1.0),
+        evaluations=330,
         images=360,
         products=30,
         steps=60,
@@ -124,6 +129,7 @@ SIZES = {
         arms=tuple(ARMS),
         l2=(0.0003, 0.001, 0.003, 0.006, 0.01, 0.03),
         l12=(0.1, 0.25, 0.5, 1.0, 2.0),
+        evaluations=1200,
         images=1437,
         products=30,
         steps=100,
@@ -185,7 +191,7 @@ def surfaces(subject: Subject, sizes: Sizes, seed: int) -> list[Cell]:
             chosen = [(each.classifier, each.epoch) for each in same]
         if subject.view.plane == "random":
             chosen = chosen[:1]
-        found.append(_cell(chosen, first.names, **subject.view.cell(seed)))
+        found.append(_cell(chosen, first.names, **subject.view.cell(seed, sizes.evaluations)))
     return found
 
 
@@ -210,6 +216,7 @@ def toy(subject: Subject, sizes: Sizes, seed: int) -> list[Cell]:
         both = [base.variant(seed=seed + number, activation=name) for name in ("relu", "tanh")]
         chosen = [(each, sizes.epochs) for each in both]
         settings = {"spread": 10.0, "grid": subject.view.grid, "tolerance": 0.01, "seed": seed + number}
+        settings["evaluations"] = sizes.evaluations
         cells.append(_cell(chosen, {"seed": seed + number}, **settings))
     return cells
 

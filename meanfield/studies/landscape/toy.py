@@ -71,7 +71,13 @@ def _measured(classifier: Classifier, network: nn.Module, written: nn.Module, ce
     own, other = (each.eval()(images.held_out).double() for each in (network, written))
     plane = landscape.plane(written, cell["seed"], "filter")
     found = landscape.surface(
-        written, plane, images.inputs, classifier.training_labels(), cell["tolerance"], seed=cell["seed"]
+        written,
+        plane,
+        images.inputs,
+        classifier.training_labels(),
+        cell["tolerance"],
+        max_evaluations=cell["evaluations"],
+        seed=cell["seed"],
     )
     row = drawn(found, plane, cell["grid"])
     values = torch.tensor(row["values"][found.figures[0]], dtype=torch.float64)
