@@ -33,8 +33,8 @@ class Figure:
 
 @dataclass(frozen=True)
 class Interactive:
-    """A picture that can be turned: where there are scripts and WebGL, `plot` (JSON, see `interactive.reliefs`) takes
-    the place of the picture of that name.
+    """The picture of that name and, where there are scripts and WebGL, above it one that can be turned: `plot` (JSON,
+    see `interactive.reliefs`).
     """
 
     name: str

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import LogNorm, Normalize
@@ -337,7 +338,7 @@ def bands(
         axes.set_title(title, fontsize=FONT)
         _name(axes.set_xticks, places, most=40)
         if title in log:
-            _plain_logarithms(axes)
+            _plain_logarithms(axes.yaxis)
     handles = {text: line for axes in grid for line, text in zip(*axes.get_legend_handles_labels())}
     figure.legend(
         list(handles.values()), list(handles), loc="outside lower center", ncols=4, fontsize=SMALL, frameon=False
@@ -420,7 +421,7 @@ def heat_maps(
     bar.set_label(label, fontsize=SMALL)
     bar.ax.tick_params(labelsize=SMALL)
     if isinstance(scale, LogNorm):
-        _plain_logarithms(bar.ax)
+        _plain_logarithms(bar.ax.yaxis)
     figure.draw_without_rendering()  # square panels: the layout takes a second pass, without it titles are cut off
     return figure
 
@@ -492,8 +493,8 @@ def contours(panels: Mapping[str, Contour], x: str, y: str, label: str, *, colum
         axes.tick_params(labelsize=SMALL - 2)
     handles = {text: line for axes in grid for line, text in zip(*axes.get_legend_handles_labels())}
     figure.legend(
-        list(handles.values()), list(handles), loc="outside lower center", ncols=4, fontsize=SMALL
-    ).get_frame().set_facecolor("#bbbbbb")
+        list(handles.values()), list(handles), loc="outside lower center", ncols=4, fontsize=SMALL, facecolor="#bbbbbb"
+    )
     return figure
 
 
@@ -530,11 +531,15 @@ def lines(
             named.add(curve.label)
             shape = {"marker": marker, "ms": 5} if curve.markers else {}
             axes.plot(curve.x, curve.y, color=color, ls=dashes, lw=1.8, label=plain(label), **shape)
+        _dress(axes, x, y if index % columns == 0 else "")
         if title in log:
             axes.set_yscale("log")
-        _dress(axes, x, y if index % columns == 0 else "")
+            _plain_logarithms(axes.yaxis)
         axes.set_title(plain(title), fontsize=FONT)
-        axes.legend(fontsize=SMALL - 1)
+    handles = {text: line for axes in grid for line, text in zip(*axes.get_legend_handles_labels())}
+    figure.legend(
+        list(handles.values()), list(handles), loc="outside lower center", ncols=4, fontsize=SMALL, frameon=False
+    )
     return figure
 
 
@@ -557,9 +562,10 @@ def scatter(
             place = labels.index(label)
             style = {"color": colors[place % 6], "marker": "os^Dv*PX<>"[place // 6 + place % 6]}
             axes.scatter(*zip(*points), s=34, alpha=0.8, linewidths=0, label=plain(label), **style)
+        _dress(axes, x[title], y if index % columns == 0 else "")
         if title in log:
             axes.set_xscale("log")
-        _dress(axes, x[title], y if index % columns == 0 else "")
+            _plain_logarithms(axes.xaxis)
         axes.set_title(plain(title), fontsize=FONT)
     handles = {text: line for axes in grid for line, text in zip(*axes.get_legend_handles_labels())}
     figure.legend(
@@ -615,7 +621,7 @@ def _finish(figure: Figure, axes: Axes, x: str, y: str, *, rounds: bool = False)
     _dress(axes, x, y)
     if rounds:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    if axes.get_yscale() == "log" and _decades(axes) < 1.5:
+    if axes.get_yscale() == "log" and _decades(axes.yaxis) < 1.5:
         axes.yaxis.set_major_locator(MaxNLocator(nbins=6))
         axes.yaxis.set_major_formatter(ScalarFormatter())
         axes.yaxis.set_minor_formatter(NullFormatter())
@@ -623,17 +629,17 @@ def _finish(figure: Figure, axes: Axes, x: str, y: str, *, rounds: bool = False)
     return figure
 
 
-def _plain_logarithms(axes: Axes) -> None:
+def _plain_logarithms(axis: Axis) -> None:
     """Plain numbers on a logarithmic axis, as many per decade as it has room for."""
-    decades = _decades(axes)
+    decades = _decades(axis)
     subs = (1, 1.5, 2, 3, 4, 6, 8) if decades < 0.7 else (1, 2, 5) if decades < 3 else (1,)
-    axes.yaxis.set_major_locator(MaxNLocator(nbins=5) if decades < 0.4 else LogLocator(subs=subs))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.yaxis.set_minor_formatter(NullFormatter())
+    axis.set_major_locator(MaxNLocator(nbins=5) if decades < 0.4 else LogLocator(subs=subs))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())
 
 
-def _decades(axes: Axes) -> float:
-    low, high = axes.get_ylim()
+def _decades(axis: Axis) -> float:
+    low, high = axis.get_view_interval()
     return math.log10(high / low)
 
 

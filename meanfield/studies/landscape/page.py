@@ -20,8 +20,8 @@ from meanfield.studies.landscape.summary import extent, says
 LIMITS = Section(
     "What this does not say",
     [
-        "A surface is a slice: two directions out of thousands. Random ones show the mean of the curvature, hiding "
-        "its ends; eigenvectors show the ends and nothing of the rest. No picture here says that a network generalises.",
+        "A surface is a slice: two directions out of thousands. Random ones show the mean curvature and hide "
+        "its ends; eigenvectors show the ends and nothing of the rest. No picture says that a network generalises.",
         "Filter-normalised pictures of different networks may be compared only where rescaling filters leaves the "
         "function as it is: ReLU and its kind, one factor per layer. The warnings of each surface name the layers "
         "where it does not.",
@@ -76,11 +76,14 @@ def surfaces(found: Found, tables: Tables) -> Section:
         ]
         for row in rows
     ]
-    caption = "Training loss; scales differ from panel to panel, and the cross is where the least value of the grid is."
-    turned = Interactive("surfaces", f"{caption} Turn it, and choose a network.", reliefs(tables["surfaces"]))
+    caption = (
+        "Training loss; scales differ from panel to panel, and the cross is where the least value of the grid is. The "
+        "surface above can be turned, and its menu has every network."
+    )
+    turned = Interactive("surfaces", caption, reliefs(tables["surfaces"]))
     return Section(
         "Surfaces",
-        [text, turned, Figure("surfaces", caption, wide=True), Table(head, table), *_warnings(tables["surfaces"])],
+        [text, turned, Table(head, table), *_warnings(tables["surfaces"])],
     )
 
 
@@ -192,8 +195,8 @@ def _ladder_text(rows: Rows) -> str:
         return ""
     trace, rise = found["trace"], found["rise"]
     text = (
-        f"With the strength of the l2 penalty the trace has a correlation of {_hundredths(trace)} at the end of training, "
-        f"and the rise one of {_hundredths(rise)}"
+        f"With the strength of the l2 penalty the trace has a correlation of {_hundredths(trace)} at the end of "
+        f"training, and the rise one of {_hundredths(rise)}"
     )
     opposite = says(trace) and says(rise) and trace.value * rise.value < 0
     return f"{text}{': they order the same networks oppositely' if opposite else ''}."
@@ -212,9 +215,9 @@ def toy(found: Found, tables: Tables) -> Section:
     rows = found["toy"]
     text = (
         "One function, its first layer written larger and the second one smaller. A factor for the whole layer keeps "
-        "the surface of filter-normalised directions. A factor of its own for every channel keeps the function as well, "
-        "and makes the surface another one, even with ReLU: a filter above has entries from all channels and one "
-        "length. Balancing the channels first makes all of them one. With tanh even one factor makes another function. "
+        "the surface of filter-normalised directions. A factor of its own for every channel keeps the function as "
+        "well, and makes the surface another one, even with ReLU: a filter above has entries from all channels and "
+        "one length. Balancing the channels first makes all of them one. With tanh even one factor makes another function. "
         f"{_toy_text(rows)}"
     )
     head = [
@@ -246,8 +249,8 @@ def _toy_text(rows: Rows) -> str:
     if layer is None or channel is None:
         return ""
     return (
-        f"With ReLU the mean loss over the surface is {layer['ratio'].value:.6g} times the network's own where the layer "
-        f"is rescaled, and {two(channel['ratio'].value)} times where channels are."
+        f"With ReLU the mean loss over the surface is {layer['ratio'].value:.6g} times the network's own where the "
+        f"layer is rescaled, and {two(channel['ratio'].value)} times where channels are."
     )
 
 
@@ -286,7 +289,11 @@ def joins(found: Found, tables: Tables) -> Section:
     fitted = [f"{WAYS[row['how']]}, {row['figure']}: {row['slope']}" for row in found["slopes"]]
     items: list[Any] = [text, Figure("joins", "Values along the paths of the first pair.", wide=True)]
     if len({row["width"] for row in rows}) > 1:
-        items.append(Figure("barriers", "Barriers over the width, a point per pair.", wide=True))
+        items.append(
+            Figure(
+                "barriers", "Barriers over the width, a point per pair, of paths that have one throughout.", wide=True
+            )
+        )
     if fitted:
         items.append(f"Slopes of the logarithms with 95% bootstrap intervals: {'; '.join(fitted)}.")
     return Section("Two networks, joined in four ways", [*items, Details("All figures", Table(head, table))])

@@ -32,6 +32,7 @@ WAYS = {
     "mixture": "mixture of measures",
 }
 LOSS = "train loss"
+NONE = 1e-12  # a barrier below it is none
 
 
 def surfaces(tables: Tables) -> Any:
@@ -47,7 +48,7 @@ def drawn(rows: dict[str, Row], columns: int = 3) -> Any:
 def contour(row: Row) -> Contour:
     values = np.asarray(row["values"][LOSS], dtype=float)
     marks = {name: (place[0], place[1]) for name, place in row["marks"].items() if _inside(place, row["axis"])}
-    return Contour(row["axis"], row["axis"], values, note(row), marks)
+    return Contour(row["axis"], row["axis"], values, note(row).replace(", ", "\n", 1), marks)
 
 
 def note(row: Row) -> str:
@@ -55,7 +56,8 @@ def note(row: Row) -> str:
     if row["status"] == "exact":
         return f"exact, {row['evaluations']:g} evaluations"
     share = row["error"] / (row["largest"] - row["least"]) if row["largest"] > row["least"] else np.nan
-    return f"error at most {share:.1%} of the range (estimate), {row['evaluations']:g} evaluations: {row['status']}"
+    kept = {"met": "tolerance met", "not met": "tolerance not met"}.get(row["status"], row["status"])
+    return f"estimated error {share:.2%} of the range, {row['evaluations']:g} evaluations, {kept}"
 
 
 def _inside(place: Iterable[float], axis: list[float]) -> bool:
@@ -129,15 +131,15 @@ def joins(tables: Tables) -> Any:
 
 
 def barriers(tables: Tables) -> Any:
-    """Barriers over the width; None for one width alone."""
-    rows = [row for row in tables["joins"] if row["how"] != "mixture"]
+    """Barriers over the width, of the ways that have one everywhere; None for one width alone."""
+    rows, panels = tables["joins"], {}
     if len({row["width"] for row in rows}) < 2:
         return None
-    panels = {}
     for (figure,), each in groups(rows, "figure").items():
         panels[figure] = [
             Curve(WAYS[how], {m: [row["barrier"] for row in at] for (m,), at in groups(same, "width").items()}, "mean")
             for (how,), same in groups(each, "how").items()
+            if min(row["barrier"] for row in same) > NONE
         ]
     return plotting.rates(panels, "barrier: largest rise above the chord")
 
