@@ -102,25 +102,29 @@ def rank_correlation(
     if places.shape != values.shape or places.ndim != 1:
         raise ValueError(f"a correlation needs as many x as y; got {places.shape} and {values.shape}")
     names = list(range(len(places))) if groups is None else list(groups)
-    members = [[i for i, each in enumerate(names) if each == name] for name in dict.fromkeys(names)]
-    value, generator = _spearman(places, values), np.random.default_rng(seed)
-    if len(members) < LEAST_GROUPS or not np.isfinite(value):
+    members = [list(dict.fromkeys(names)).index(name) for name in names]
+    count, generator = len(set(members)), np.random.default_rng(seed)
+    value = float(_spearman(places, values, np.ones((1, len(places))))[0])
+    if count < LEAST_GROUPS or not np.isfinite(value):
         return Interval(value, -np.inf, np.inf)
-    redrawn = []
-    for drawn in generator.integers(0, len(members), (draws, len(members))):
-        chosen = [index for group in drawn for index in members[group]]
-        redrawn.append(_spearman(places[chosen], values[chosen]))
-    known = [each for each in redrawn if np.isfinite(each)]
-    low, high = np.quantile(known, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    times = generator.multinomial(count, np.full(count, 1 / count), draws)  # that each group is drawn
+    redrawn = _spearman(places, values, times[:, members].astype(float))
+    low, high = np.quantile(redrawn[np.isfinite(redrawn)], [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return Interval(value, float(low), float(high))
 
 
-def _spearman(x: np.ndarray, y: np.ndarray) -> float:
-    """The correlation of ranks, equal values at their mean rank."""
-    first, second = (stats.rankdata(each) for each in (x, y))
-    if len(set(first)) < 2 or len(set(second)) < 2:
-        return float("nan")
-    return float(np.corrcoef(first, second)[0, 1])
+def _spearman(x: np.ndarray, y: np.ndarray, times: np.ndarray) -> np.ndarray:
+    """The correlation of ranks, equal values at their mean rank, (B,): of samples that come as often as `times` (B, n)
+    says.
+    """
+    total, products = times.sum(1, keepdims=True), {}
+    ranks = [times @ ((each < each[:, None]) + (each == each[:, None]) / 2).T for each in (x, y)]
+    centred = [each - (times * each).sum(1, keepdims=True) / total for each in ranks]
+    for name, (first, second) in {"xy": (0, 1), "xx": (0, 0), "yy": (1, 1)}.items():
+        products[name] = (times * centred[first] * centred[second]).sum(1)
+    spread = products["xx"] * products["yy"]
+    known = spread > 1e-12 * total[:, 0] ** 6  # ranks are half integers: anything else is rounding
+    return np.where(known, products["xy"] / np.sqrt(np.where(known, spread, 1.0)), np.nan)
 
 
 def _checked(x: Sequence[float], samples: Sequence[Sequence[float]]) -> tuple[np.ndarray, list[np.ndarray]]:

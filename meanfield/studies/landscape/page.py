@@ -217,7 +217,8 @@ def toy(found: Found, tables: Tables) -> Section:
         "One function, its first layer written larger and the second one smaller. A factor for the whole layer keeps "
         "the surface of filter-normalised directions. A factor of its own for every channel keeps the function as "
         "well, and makes the surface another one, even with ReLU: a filter above has entries from all channels and "
-        "one length. Balancing the channels first makes all of them one. With tanh even one factor makes another function. "
+        "one length. Balancing the channels first makes all of them one. With tanh even one factor makes another "
+        "function. "
         f"{_toy_text(rows)}"
     )
     head = [
