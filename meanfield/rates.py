@@ -101,6 +101,8 @@ def rank_correlation(
     places, values = np.asarray(x, dtype=float), np.asarray(y, dtype=float)
     if places.shape != values.shape or places.ndim != 1:
         raise ValueError(f"a correlation needs as many x as y; got {places.shape} and {values.shape}")
+    if len(places) < 2:
+        return Interval(float("nan"), -np.inf, np.inf)
     names = list(range(len(places))) if groups is None else list(groups)
     members = [list(dict.fromkeys(names)).index(name) for name in names]
     count, generator = len(set(members)), np.random.default_rng(seed)

@@ -79,6 +79,7 @@ class TestRankCorrelation:
         assert (found.value, found.bounded) == (pytest.approx(1.0), False)
         assert not rates.rank_correlation(range(8), range(8), [0, 0, 1, 1, 2, 2, 3, 3]).bounded
         assert math.isnan(rates.rank_correlation([1] * 8, range(8)).value)
+        assert math.isnan(rates.rank_correlation([], []).value)
 
     def test_intervals_miss_independent_samples_about_as_often_as_they_say(self):
         """Of 200 at 5%: at most 4.5 standard errors above, and some."""

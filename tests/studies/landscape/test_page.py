@@ -136,6 +136,7 @@ def written(**tables):
     return "\n".join([str(text.claim), *(item for item in items if isinstance(item, str))])
 
 
+@pytest.mark.slow
 def test_every_part_has_its_pictures_its_section_and_its_files():
     files = STUDY.files(TABLES, MADE)
     drawn = {"surfaces", "sharpness", "matched", "toy", "slices", "joins", "barriers", "trajectory"}
@@ -160,6 +161,7 @@ def test_every_part_has_its_pictures_its_section_and_its_files():
     assert "values" not in files["surfaces.csv"].splitlines()[-2]
 
 
+@pytest.mark.slow
 def test_any_part_alone_has_a_page():
     for part, rows in TABLES.items():
         assert "landscape.html" in STUDY.files({part: rows}, MADE), part
@@ -190,7 +192,7 @@ def test_a_table_without_a_relation_is_said_to_have_none():
     text = written()
     assert "At equal training loss none of 9 measures of sharpness goes with held-out loss over 14 networks" in text
     related = [
-        {**row, **{name: row["held_out_loss"] for name in SHARPNESS}} if row["reached"] else row
+        {**row, **dict.fromkeys(SHARPNESS, row["held_out_loss"])} if row["reached"] else row
         for row in TABLES["matched"]
     ]
     assert "over 14 networks, 9 measures of 9 go with held-out loss" in written(**{**TABLES, "matched": related})

@@ -15,7 +15,7 @@ from strategies import random_network
 import meanfield as mf
 from meanfield.bench.classifiers import Classifier
 from meanfield.landscape import Plane
-from meanfield.studies.landscape import command, plan
+from meanfield.studies.landscape import command, measure, plan
 from meanfield.studies.landscape.command import Options, classifier, settled
 from meanfield.studies.landscape.plan import ARMS, SIZES, Sizes, Subject, View
 from meanfield.studies.landscape.study import STUDY
@@ -129,8 +129,6 @@ def test_the_study_runs_and_goes_on_where_it_was(tmp_path):
 def test_exact_surfaces_are_the_network_s_own_losses(tmp_path):
     subject = Subject(TINY.base, View(grid=3, tolerance=None))
     (cell, *_) = cells("surfaces", subject, replace(SMALL, epochs=1, arms=("relu",), l2=()))
-    from meanfield.studies.landscape import measure
-
     (row,) = measure.surface(cell, str(tmp_path))
     assert (row["status"], row["error"], row["evaluations"], row["check_points"]) == ("exact", 0.0, 9, [])
     network, images = Classifier.from_dict(cell["networks"][0]).at(1, tmp_path), TINY.base.images()
@@ -186,6 +184,7 @@ class TestNetworkOfAFile:
         network = random_network(architecture, (3, 2), 0)
         return mf.save_network(network, tmp_path / "net.safetensors", {"settings": settings}), network
 
+    @pytest.mark.slow
     def test_its_surface_has_j_at_the_network(self, network, tmp_path):
         path, particles = network
         out = tmp_path / "out"
@@ -230,8 +229,6 @@ class TestNetworkOfAFile:
 
 def test_marks_of_a_plane_are_rows_of_plain_values():
     """A cell's rows travel as JSON."""
-    from meanfield.studies.landscape import measure
-
     plane = Plane({}, {}, {}, marks={"network": (0.0, 0.5)}, warnings=("x",))
 
     class Found:
