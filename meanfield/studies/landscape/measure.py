@@ -140,6 +140,7 @@ def drawn(found: Any, plane: Plane, grid: int) -> Row:
         "plane": plane.kind,
         "normalise": plane.normalise,
         "error": found.error,
+        "errors": found.errors,
         "status": found.status,
         "evaluations": found.evaluations,
         "checks": len(points),

@@ -163,10 +163,13 @@ def correlations(found: Found, tables: Tables) -> Section:
     text = (
         "Spearman's rank correlation with 95% bootstrap intervals, over the networks that were trained with the "
         "cross-entropy and reach the common loss. With held-out loss whole arms are redrawn, for networks of one arm "
-        f"are alike. {_ladder_text(rows)} {_held_out_text(rows)}"
+        f"are alike. {_ladder_text(rows)} {_held_out_text(rows)} So many measures are tried that one in twenty would "
+        "have such an interval by chance; a star marks them. Beside it are the ends of the correlations with any one "
+        "arm left out."
     )
     whens = list(dict.fromkeys(row["when"] for row in rows))
     head = ["measure", *(f"{against}, {when}" for against in ("held-out loss", "l2 strength") for when in whens)]
+    head.insert(1 + len(whens), f"{whens[-1]}, one arm left out")
     table = []
     for name in dict.fromkeys(row["measure"] for row in rows):
         cells = [
@@ -174,7 +177,9 @@ def correlations(found: Found, tables: Tables) -> Section:
             for against in ("held_out_loss", "l2")
             for when in whens
         ]
-        table.append([NAMES[name], *cells])
+        last = select(rows, measure=name, against="held_out_loss", when=whens[-1])
+        ends = " to ".join(f"{each:.2f}" for each in last[0]["without_an_arm"]) if last else None
+        table.append([NAMES[name], *cells[: len(whens)], ends, *cells[len(whens) :]])
     return Section("Which measure goes with held-out loss?", [text, Table(head, table)])
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from meanfield.bench.sweep import Row, Rows, Tables, groups, select
 from meanfield.pages import plotting
 from meanfield.pages.plotting import Contour, Curve, Line
-from meanfield.studies.landscape.summary import COMPARED
+from meanfield.studies.landscape.summary import COMPARED, share
 
 NAMES = {
     "top": "largest eigenvalue",
@@ -55,9 +55,8 @@ def note(row: Row) -> str:
     """What is said of the error of a surface."""
     if row["status"] == "exact":
         return f"exact, {row['evaluations']:g} evaluations"
-    share = row["error"] / (row["largest"] - row["least"]) if row["largest"] > row["least"] else np.nan
     kept = {"met": "tolerance met", "not met": "tolerance not met"}.get(row["status"], row["status"])
-    return f"estimated error {share:.2%} of the range, {row['evaluations']:g} evaluations, {kept}"
+    return f"estimated error {share(row):.2%} of the range, {row['evaluations']:g} evaluations, {kept}"
 
 
 def _inside(place: Iterable[float], axis: list[float]) -> bool:

@@ -18,13 +18,17 @@ COMPARED = "cross_entropy"  # networks of another training loss are not on the s
 def surfaces(rows: Rows) -> list[Row]:
     """Of every surface its figures, without the values."""
     kept = ("arm", "seed", "plane", "normalise", "error", "status", "evaluations", "checks", "least", "largest")
-    return [{name: row[name] for name in kept if name in row} | {"share": _share(row)} for row in rows]
+    return [{name: row[name] for name in kept if name in row} | {"share": share(row)} for row in rows]
 
 
-def _share(row: Row) -> float:
-    """The estimated error in units of the range."""
-    spread = row["largest"] - row["least"]
-    return row["error"] / spread if spread > 0 else math.nan
+def share(row: Row) -> float:
+    """The largest estimated error of a loss, or of J, in units of its range on the grid: what the tolerance is about."""
+    found = []
+    for figure, values in row["values"].items():
+        if figure.endswith((" loss", " J")):
+            spread = max(map(max, values)) - min(map(min, values))
+            found.append(row["errors"][figure] / spread if spread > 0 else math.nan)
+    return max(found, default=math.nan)
 
 
 def measures(rows: Rows) -> list[Row]:
@@ -70,10 +74,18 @@ def correlations(tables: Tables) -> list[Row]:
             values, others = [row[name] for row in which], [row[against] for row in which]
             clusters = [row["arm"] for row in which] if against == "held_out_loss" else None
             interval = rank_correlation(values, others, clusters)
-            found.append(
-                {"when": when, "measure": name, "against": against, "networks": len(which), "spearman": interval}
-            )
+            kept = {"when": when, "measure": name, "against": against, "networks": len(which), "spearman": interval}
+            found.append({**kept, "without_an_arm": _without(which, name, against)})
     return found
+
+
+def _without(rows: Rows, name: str, against: str) -> list[float]:
+    """The least and the largest correlation where one of the arms is left out: how much hangs on one."""
+    values = []
+    for arm in {row["arm"] for row in rows}:
+        rest = [row for row in rows if row["arm"] != arm]
+        values.append(rank_correlation([row[name] for row in rest], [row[against] for row in rest], draws=1).value)
+    return [min(values, default=math.nan), max(values, default=math.nan)]
 
 
 def _at_both(row: Row, passed: set[tuple[str, int]], tables: Tables) -> bool:
