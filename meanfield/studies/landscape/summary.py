@@ -22,7 +22,7 @@ def surfaces(rows: Rows) -> list[Row]:
 
 
 def share(row: Row) -> float:
-    """The largest estimated error of a loss, or of J, in units of its range on the grid: what the tolerance is about."""
+    """The largest estimated error of a loss, or of J, in units of its range on the grid, as the tolerance is."""
     found = []
     for figure, values in row["values"].items():
         if figure.endswith((" loss", " J")):
