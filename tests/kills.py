@@ -80,6 +80,11 @@ COMMANDS = {
             "graft",
         ),
         Command(
+            "landscape",
+            ("-m", "meanfield.cli", "landscape", "--size=quick", "--part=surfaces", "--width=4", "--jobs=2"),
+            "landscape",
+        ),
+        Command(
             "theory_checks",
             ("-m", "theory_checks", "--only=change_of_variables", "--only=invariances", "--seeds=3", "--jobs=2"),
             "theory_checks",

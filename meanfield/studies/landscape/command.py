@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Any
 
 from meanfield.bench import reading
 from meanfield.bench.classifiers import Classifier
@@ -25,6 +26,7 @@ from meanfield.bench.options import (
 from meanfield.bench.options import source as address
 from meanfield.landscape.directions import NORMALISATIONS
 from meanfield.losses import LOSSES
+from meanfield.storage.tensors import suffixed
 from meanfield.studies.landscape.given import ONE, Given
 from meanfield.studies.landscape.measure import PLANES
 from meanfield.studies.landscape.plan import Subject, View
@@ -32,6 +34,15 @@ from meanfield.studies.landscape.study import STUDY
 from meanfield.validation import Misuse, positive
 
 TOLERANCE = 0.01  # unless told otherwise
+
+
+def saved(value: Any, argument: str) -> tuple[str, ...]:
+    """Files of networks, or directories of solves, that are there."""
+    found = tuple(value)
+    for each in found:
+        if not each or not (Path(each).is_dir() or suffixed(Path(each)).is_file()):
+            raise Misuse(argument, each, "must be the file of a network, or the directory of a solve")
+    return found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +81,7 @@ class Options(StudyOptions):
             MODEL,
             show_default=False,
         ),
+        saved,
     ] = ()
     width: Annotated[int, option("Channels of the first convolution of the plain networks.", MODEL), at_least(1)] = 16
     loss: Annotated[
@@ -112,9 +124,14 @@ class Options(StudyOptions):
         super().__post_init__()
         if self.exact and self.tolerance is not None:
             raise Misuse("exact", True, f"leaves nothing to tolerate: leave out --tolerance={self.tolerance:g}, or it")
-        refused = [name for name in ("classes", "split", "loss") if getattr(self, name) is not None]
-        if refused and not self.network:
-            raise Misuse(refused[0], getattr(self, refused[0]), "is of the network of --network, and none is given")
+        others, remedy = (
+            (("width", "dtype", "device"), "is of networks that are trained, and --network has its own")
+            if self.network
+            else (("classes", "split", "loss"), "is of the network of --network, and none is given")
+        )
+        for name in others:
+            if getattr(self, name) != getattr(type(self), name):
+                raise Misuse(name, getattr(self, name), remedy)
 
     @property
     def view(self) -> View:
@@ -140,7 +157,7 @@ def command(options: Options) -> None:
     if options.network:
         wanted = {name: getattr(options, name) for name in ("data", "classes", "samples", "pool", "split", "loss")}
         given = Given(tuple(map(str, options.network)), options.view, tuple(wanted.items()))
-        run_study(ONE, options, given, "meanfield", "landscape")
+        run_study(ONE, options.variant(data=given.settings["data"]), given, "meanfield", "landscape")
     else:
         options = settled(options)
         run_study(STUDY, options, Subject(classifier(options), options.view), "meanfield", "landscape")

@@ -217,7 +217,8 @@ class TestNetworkOfAFile:
             (["--pool", "1"], "takes images (1, 4, 4), and --data='digits' has (1, 8, 8)"),
             (["--classes", "1,2,3"], "has 1 outputs, and 3 classes"),
             (["--exact", "--tolerance", "0.1"], "--exact leaves nothing to tolerate"),
-            (["--network", "missing.safetensors", "--plane", "line"], "missing.safetensors"),
+            (["--network", "missing", "--plane", "line"], "--network='missing' must be the file of a network"),
+            (["--width", "8"], "--width=8 is of networks that are trained"),
         ],
     )
     def test_what_does_not_fit_is_one_line(self, network, tmp_path, arguments, message):
