@@ -26,7 +26,7 @@ from meanfield.bench.options import (
 from meanfield.bench.options import source as address
 from meanfield.landscape.directions import NORMALISATIONS
 from meanfield.losses import LOSSES
-from meanfield.storage.tensors import suffixed
+from meanfield.storage.tensors import TENSORS
 from meanfield.studies.landscape.given import ONE, Given
 from meanfield.studies.landscape.measure import PLANES
 from meanfield.studies.landscape.plan import Subject, View
@@ -40,7 +40,7 @@ def saved(value: Any, argument: str) -> tuple[str, ...]:
     """Files of networks, or directories of solves, that are there."""
     found = tuple(value)
     for each in found:
-        if not each or not (Path(each).is_dir() or suffixed(Path(each)).is_file()):
+        if not each or not (Path(each).is_dir() or (Path(each).suffix == TENSORS and Path(each).is_file())):
             raise Misuse(argument, each, "must be the file of a network, or the directory of a solve")
     return found
 
