@@ -456,17 +456,19 @@ def _name(place: Callable[..., Any], names: Sequence[str], most: int) -> None:
 
 @dataclass(frozen=True)
 class Contour:
-    """Values (n, m) at x (n,) and y (m,), a note on them, and named places (x, y)."""
+    """Values (n, m) at x (n,) and y (m,), a note on them, named places (x, y), and how far the values may be off."""
 
     x: Sequence[float]
     y: Sequence[float]
     values: np.ndarray
     note: str = ""
     marks: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    error: float = 0.0
 
 
 def contours(panels: Mapping[str, Contour], x: str, y: str, label: str, *, columns: int = 3) -> Figure:
-    """Level lines in true coordinates, on a scale of its own in every panel; a cross where the least of the values is.
+    """Level lines in true coordinates, on a scale of its own in every panel; a cross where the least of the values is,
+    unless a named place has one that the error does not tell from it.
 
     label: what the values are.  Values that are not finite stay blank.
     """
@@ -475,14 +477,15 @@ def contours(panels: Mapping[str, Contour], x: str, y: str, label: str, *, colum
         values = np.asarray(each.values, dtype=float).T  # rows along y
         shown = np.ma.masked_invalid(values)
         if shown.count() and shown.max() > shown.min():
-            levels, norm = _levels(shown)
+            levels, norm = _levels(shown, each.error)
             drawn = axes.contourf(each.x, each.y, shown, levels, cmap="viridis", norm=norm, extend="both")
             lines = axes.contour(each.x, each.y, shown, levels[::2], colors="white", linewidths=0.7)
             axes.clabel(lines, fmt="%.3g", fontsize=SMALL - 3)
             bar = figure.colorbar(drawn, ax=axes, shrink=0.85, format="%.3g")
             bar.set_label(label, fontsize=SMALL)
             row, column = np.unravel_index(int(shown.argmin()), shown.shape)
-            axes.plot(each.x[column], each.y[row], "x", color=ORANGE, ms=10, mew=2.5, label="least of the grid")
+            if not any(_near(each, shown, place) for place in each.marks.values()):
+                axes.plot(each.x[column], each.y[row], "x", color=ORANGE, ms=10, mew=2.5, label="least of the grid")
         for place, (name, (a, b)) in enumerate(each.marks.items()):
             marker = "os^D"[place % 4]
             axes.plot(a, b, marker, color="white", mec="black", ms=8, label=plain(name))
@@ -498,9 +501,16 @@ def contours(panels: Mapping[str, Contour], x: str, y: str, label: str, *, colum
     return figure
 
 
-def _levels(values: Any) -> tuple[np.ndarray, Normalize]:
-    """Equal steps, or equal ratios where the values are positive and range over more than a decade."""
+def _near(contour: Contour, shown: Any, place: tuple[float, float]) -> bool:
+    """Whether the value at a place is the least one as far as the error tells."""
+    column, row = (int(np.abs(np.asarray(axis) - at).argmin()) for axis, at in zip((contour.x, contour.y), place))
+    return bool(shown[row, column] <= shown.min() + 2 * contour.error)
+
+
+def _levels(values: Any, error: float) -> tuple[np.ndarray, Normalize]:
+    """Equal steps; or equal ratios where the values, from the error upwards, range over more than a decade."""
     low, high = float(values.min()), float(values.max())
+    low = max(low, error)
     if low > 0 and high / low > 10:
         return np.geomspace(low, high, 16), LogNorm(low, high)
     return np.linspace(low, high, 16), Normalize(low, high)

@@ -131,6 +131,16 @@ def test_contours_have_true_coordinates_and_a_cross_at_the_least_value():
     assert (axes.get_xlim(), axes.get_ylim()) == ((-1, 1), (0, 4))
 
 
+def test_contours_draw_no_cross_that_the_error_does_not_tell_from_a_network():
+    x = np.linspace(-1, 1, 9)
+    values = (x[:, None] - 0.25) ** 2 + x[None, :] ** 2  # at the network 0.0625
+    for error, labels in ((0.03, {"least of the grid", "network"}), (0.032, {"network"})):
+        shown = plotting.Contour(x, x, values, "", {"network": (0.0, 0.0)}, error)
+        axes = plotting.contours({"a": shown}, "x", "y", "loss").axes[0]
+        assert {line.get_label() for line in axes.get_lines()} == labels
+        assert axes.collections[0].norm.vmin == pytest.approx(error)
+
+
 def test_contours_leave_blank_what_is_not_finite_and_take_equal_ratios_over_decades():
     x = np.linspace(-1, 1, 5)
     values = np.exp(4 * (x[:, None] + x[None, :]))

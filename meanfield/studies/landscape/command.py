@@ -108,6 +108,14 @@ class Options(StudyOptions):
         ),
         positive,
     ] = None
+    extent: Annotated[
+        float | None,
+        option(
+            "The surface reaches from -X to X along both directions. Without it: 1; 1.2 for pca, whose path reaches to 1.",
+            WORK,
+        ),
+        positive,
+    ] = None
     exact: Annotated[bool, flag("Evaluate every point of the grid instead.", WORK)] = False
     normalise: Annotated[
         str, option(f"{', '.join(NORMALISATIONS)}: what random directions are scaled by.", WORK), choice(NORMALISATIONS)

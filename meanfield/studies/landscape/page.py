@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from meanfield.pages.words import capital, count, listed, two
 from meanfield.rates import Interval
 from meanfield.studies.landscape.measure import SHARPNESS
 from meanfield.studies.landscape.pictures import LOSS, NAMES, WAYS, note
-from meanfield.studies.landscape.summary import extent, says
+from meanfield.studies.landscape.summary import compared, extent, says
 
 LIMITS = Section(
     "What this does not say",
@@ -77,8 +78,9 @@ def surfaces(found: Found, tables: Tables) -> Section:
         for row in rows
     ]
     caption = (
-        "Training loss; scales differ from panel to panel, and the cross is where the least value of the grid is. The "
-        "surface above can be turned, and its menu has every network."
+        "Training loss; scales differ from panel to panel and begin at the estimated error. A cross is where the least "
+        "value of the grid is, if the error tells it from the network's. The surface above can be turned, and its menu "
+        "has every network."
     )
     turned = Interactive("surfaces", caption, reliefs(tables["surfaces"]))
     return Section(
@@ -146,9 +148,11 @@ def matched(found: Found, tables: Tables) -> Section:
 
 
 def _scatter(tables: Tables, part: str) -> list[Any]:
-    trained = [row for row in tables[part] if row.get("reached", True) and row["arm"] != "untrained"]
-    caption = "Measures against held-out loss, a point per network, of the networks trained with the cross-entropy."
-    return [Figure(part, caption, wide=True)] if len(trained) > 1 else []
+    caption = (
+        "Measures against held-out loss, a point per network, of the networks trained with the cross-entropy that reach "
+        "the common loss."
+    )
+    return [Figure(part, caption, wide=True)] if len(compared(tables, part)) > 1 else []
 
 
 def _measures(rows: Rows) -> Table:
@@ -168,19 +172,24 @@ def correlations(found: Found, tables: Tables) -> Section:
         "arm left out."
     )
     whens = list(dict.fromkeys(row["when"] for row in rows))
-    head = ["measure", *(f"{against}, {when}" for against in ("held-out loss", "l2 strength") for when in whens)]
-    head.insert(1 + len(whens), f"{whens[-1]}, one arm left out")
-    table = []
-    for name in dict.fromkeys(row["measure"] for row in rows):
-        cells = [
-            _bold(each[0]["spearman"]) if (each := select(rows, measure=name, against=against, when=when)) else None
-            for against in ("held_out_loss", "l2")
-            for when in whens
+    items: list[Any] = [text]
+    for against, title in (("held_out_loss", "held-out loss"), ("l2", "strength of the l2 penalty")):
+        head = [f"rank correlation with {title}", *whens]
+        table = [
+            [NAMES[name], *_cells(rows, name, against, whens)] for name in dict.fromkeys(row["measure"] for row in rows)
         ]
-        last = select(rows, measure=name, against="held_out_loss", when=whens[-1])
-        ends = " to ".join(f"{each:.2f}" for each in last[0]["without_an_arm"]) if last else None
-        table.append([NAMES[name], *cells[: len(whens)], ends, *cells[len(whens) :]])
-    return Section("Which measure goes with held-out loss?", [text, Table(head, table)])
+        if against == "held_out_loss":
+            head.append(f"{whens[-1]}, any one arm left out")
+        items.append(Table(head, table))
+    return Section("Which measure goes with held-out loss?", items)
+
+
+def _cells(rows: Rows, name: str, against: str, whens: Sequence[str]) -> list[str | None]:
+    found = [select(rows, measure=name, against=against, when=when) for when in whens]
+    cells = [_bold(each[0]["spearman"]) if each else None for each in found]
+    if against == "held_out_loss":
+        cells.append(" to ".join(f"{each:.2f}" for each in found[-1][0]["without_an_arm"]) if found[-1] else None)
+    return cells
 
 
 def _bold(found: Interval) -> str:

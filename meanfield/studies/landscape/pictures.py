@@ -10,7 +10,7 @@ import numpy as np
 from meanfield.bench.sweep import Row, Rows, Tables, groups, select
 from meanfield.pages import plotting
 from meanfield.pages.plotting import Contour, Curve, Line
-from meanfield.studies.landscape.summary import COMPARED, share
+from meanfield.studies.landscape.summary import compared, share
 
 NAMES = {
     "top": "largest eigenvalue",
@@ -48,7 +48,7 @@ def drawn(rows: dict[str, Row], columns: int = 3) -> Any:
 def contour(row: Row) -> Contour:
     values = np.asarray(row["values"][LOSS], dtype=float)
     marks = {name: (place[0], place[1]) for name, place in row["marks"].items() if _inside(place, row["axis"])}
-    return Contour(row["axis"], row["axis"], values, note(row).replace(", ", "\n", 1), marks)
+    return Contour(row["axis"], row["axis"], values, note(row).replace(", ", "\n", 1), marks, row["error"])
 
 
 def note(row: Row) -> str:
@@ -64,16 +64,15 @@ def _inside(place: Iterable[float], axis: list[float]) -> bool:
 
 
 def sharpness(tables: Tables) -> Any:
-    return _against_held_out(tables["sharpness"])
+    return _against_held_out(compared(tables, "sharpness"))
 
 
 def matched(tables: Tables) -> Any:
-    return _against_held_out(select(tables["matched"], reached=True))
+    return _against_held_out(compared(tables, "matched"))
 
 
-def _against_held_out(rows: Rows) -> Any:
+def _against_held_out(kept: Rows) -> Any:
     """Measures that are positive, one panel each; None where there are too few networks."""
-    kept = [row for row in rows if row["trained_with"] == COMPARED and row["arm"] != "untrained"]
     if len(kept) < 2:
         return None
     panels = {

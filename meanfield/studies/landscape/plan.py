@@ -30,12 +30,13 @@ class View(Settings):
     plane: Annotated[str, choice(PLANES)] = "random"
     grid: Annotated[int, at_least(2)] = 51
     tolerance: Annotated[float | None, positive] = 0.01
+    extent: Annotated[float | None, positive] = None
     normalise: Annotated[str, choice(NORMALISATIONS)] = "filter"
     batch_norm: Annotated[str, choice(("kept", "recomputed"))] = "kept"
 
     def cell(self, seed: int, evaluations: int | None = None) -> Cell:
-        reach = ROOM if self.plane == "pca" else 1.0
-        return {**self.to_dict(), "extent": reach, "seed": seed, "evaluations": evaluations}
+        extent = self.extent or (ROOM if self.plane == "pca" else 1.0)
+        return {**self.to_dict(), "extent": extent, "seed": seed, "evaluations": evaluations}
 
 
 @dataclass(frozen=True)

@@ -60,14 +60,9 @@ def correlations(tables: Tables) -> list[Row]:
     Networks of one arm are not independent: with held-out loss whole arms are redrawn for the interval; on the l2
     ladder networks are.
     """
-    passed = {(row["arm"], row["seed"]) for row in select(tables.get("matched", ()), reached=True)}
     found = []
     for when, part in (("end of training", "sharpness"), ("equal training loss", "matched")):
-        rows = [
-            row
-            for row in tables.get(part, ())
-            if row["trained_with"] == COMPARED and row.get("reached", True) and _at_both(row, passed, tables)
-        ]
+        rows = compared(tables, part)
         ladder = [row for row in rows if row["l2"] is not None]
         names = SHARPNESS if part == "matched" else (*SHARPNESS, "train_loss")
         for name, (against, which) in product(names, (("held_out_loss", rows), ("l2", ladder))):
@@ -88,8 +83,18 @@ def _without(rows: Rows, name: str, against: str) -> list[float]:
     return [min(values, default=math.nan), max(values, default=math.nan)]
 
 
-def _at_both(row: Row, passed: set[tuple[str, int]], tables: Tables) -> bool:
-    return not tables.get("matched") or (row["arm"], row["seed"]) in passed
+def compared(tables: Tables, part: str) -> list[Row]:
+    """The rows of a part that can be held against each other: of networks that were trained with one loss and, where
+    that was measured, reach the common value of it.
+    """
+    passed = {(row["arm"], row["seed"]) for row in select(tables.get("matched", ()), reached=True)}
+    return [
+        row
+        for row in tables.get(part, ())
+        if row["trained_with"] == COMPARED
+        and row["arm"] != "untrained"
+        and ((row["arm"], row["seed"]) in passed or "matched" not in tables)
+    ]
 
 
 def says(interval: Interval) -> bool:
