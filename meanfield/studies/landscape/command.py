@@ -111,7 +111,7 @@ class Options(StudyOptions):
     extent: Annotated[
         float | None,
         option(
-            "The surface reaches from -X to X along both directions. Without it: 1; 1.2 for pca, whose path reaches to 1.",
+            "A surface reaches from -X to X along both directions. Without it: 1, or 1.2 for pca.",
             WORK,
         ),
         positive,

@@ -149,8 +149,8 @@ def matched(found: Found, tables: Tables) -> Section:
 
 def _scatter(tables: Tables, part: str) -> list[Any]:
     caption = (
-        "Measures against held-out loss, a point per network, of the networks trained with the cross-entropy that reach "
-        "the common loss."
+        "Measures against held-out loss, a point per network, of those trained with the cross-entropy that reach the "
+        "common loss."
     )
     return [Figure(part, caption, wide=True)] if len(compared(tables, part)) > 1 else []
 
