@@ -478,8 +478,9 @@ def contours(panels: Mapping[str, Contour], x: str, y: str, label: str, *, colum
         shown = np.ma.masked_invalid(values)
         if shown.count() and shown.max() > shown.min():
             levels, norm = _levels(shown, each.error)
-            drawn = axes.contourf(each.x, each.y, shown, levels, cmap="viridis", norm=norm, extend="both")
-            lines = axes.contour(each.x, each.y, shown, levels[::2], colors="white", linewidths=0.7)
+            seen = np.ma.maximum(shown, levels[0])  # what lies below the error has no logarithm to be drawn
+            drawn = axes.contourf(each.x, each.y, seen, levels, cmap="viridis", norm=norm, extend="both")
+            lines = axes.contour(each.x, each.y, seen, levels[::2], colors="white", linewidths=0.7)
             axes.clabel(lines, fmt="%.3g", fontsize=SMALL - 3)
             bar = figure.colorbar(drawn, ax=axes, shrink=0.85, format="%.3g")
             bar.set_label(label, fontsize=SMALL)
