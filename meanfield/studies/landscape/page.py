@@ -38,17 +38,25 @@ def claim(found: Found) -> str:
     if not matched:
         return "The loss around trained networks, with the error of every surface, and their sharpness with intervals."
     clear = [row for row in matched if says(row["spearman"])]
-    networks = count(matched[0]["networks"], "network")
+    firm = [row for row in clear if row["without_any"]]
+    over = f"over {count(matched[0]['networks'], 'network')}"
+    named, kept = (
+        listed([f"{NAMES[row['measure']]} ({_hundredths(row['spearman'])})" for row in each]) for each in (clear, firm)
+    )
     if not clear:
         return (
             f"At equal training loss none of {count(len(matched), 'measure')} of sharpness goes with held-out loss "
-            f"over {networks}: every interval of the rank correlation holds zero."
+            f"{over}: every interval of the rank correlation holds zero."
         )
-    named = listed([f"{NAMES[row['measure']]} ({_hundredths(row['spearman'])})" for row in clear])
+    if not firm:
+        return (
+            f"At equal training loss no measure of sharpness goes with held-out loss {over} in a way that does not hang "
+            f"on one arm: of {len(matched)} rank correlations that of {named} has an interval without zero, and not any "
+            "more where one arm is left out."
+        )
     return (
-        f"At equal training loss, over {networks}, {count(len(clear), 'measure')} of {len(matched)} "
-        f"{'goes' if len(clear) == 1 else 'go'} with held-out loss by {'its' if len(clear) == 1 else 'their'} rank "
-        f"correlation: {named}."
+        f"At equal training loss, {over}, {count(len(firm), 'measure')} of {len(matched)} "
+        f"{'goes' if len(firm) == 1 else 'go'} with held-out loss by rank correlation, whichever arm is left out: {kept}."
     )
 
 
@@ -167,9 +175,8 @@ def correlations(found: Found, tables: Tables) -> Section:
     text = (
         "Spearman's rank correlation with 95% bootstrap intervals, over the networks that were trained with the "
         "cross-entropy and reach the common loss. With held-out loss whole arms are redrawn, for networks of one arm "
-        f"are alike. {_ladder_text(rows)} {_held_out_text(rows)} So many measures are tried that one in twenty would "
-        "have such an interval by chance; a star marks them. Beside it are the ends of the correlations with any one "
-        "arm left out."
+        f"are alike. {_ladder_text(rows)} {_held_out_text(rows)} A star marks intervals without zero, which one measure "
+        "in twenty has by chance; a second star those that stay so whichever arm is left out."
     )
     whens = list(dict.fromkeys(row["when"] for row in rows))
     items: list[Any] = [text]
@@ -186,14 +193,15 @@ def correlations(found: Found, tables: Tables) -> Section:
 
 def _cells(rows: Rows, name: str, against: str, whens: Sequence[str]) -> list[str | None]:
     found = [select(rows, measure=name, against=against, when=when) for when in whens]
-    cells = [_bold(each[0]["spearman"]) if each else None for each in found]
+    cells = [_starred(each[0]) if each else None for each in found]
     if against == "held_out_loss":
         cells.append(" to ".join(f"{each:.2f}" for each in found[-1][0]["without_an_arm"]) if found[-1] else None)
     return cells
 
 
-def _bold(found: Interval) -> str:
-    return f"{_hundredths(found)}{' *' if says(found) else ''}"
+def _starred(row: Row) -> str:
+    stars = "**" if row["without_any"] else "*"
+    return f"{_hundredths(row['spearman'])} {stars}" if says(row["spearman"]) else _hundredths(row["spearman"])
 
 
 def _hundredths(found: Interval) -> str:

@@ -70,17 +70,22 @@ def correlations(tables: Tables) -> list[Row]:
             clusters = [row["arm"] for row in which] if against == "held_out_loss" else None
             interval = rank_correlation(values, others, clusters)
             kept = {"when": when, "measure": name, "against": against, "networks": len(which), "spearman": interval}
-            found.append({**kept, "without_an_arm": _without(which, name, against)})
+            found.append({**kept, **_without(which, name, against)})
     return found
 
 
-def _without(rows: Rows, name: str, against: str) -> list[float]:
-    """The least and the largest correlation where one of the arms is left out: how much hangs on one."""
-    values = []
+def _without(rows: Rows, name: str, against: str) -> Row:
+    """How much hangs on one arm: the ends of the correlations where any one is left out, and whether all of their
+    intervals have a sign.
+    """
+    found = []
     for arm in {row["arm"] for row in rows}:
         rest = [row for row in rows if row["arm"] != arm]
-        values.append(rank_correlation([row[name] for row in rest], [row[against] for row in rest], draws=1).value)
-    return [min(values, default=math.nan), max(values, default=math.nan)]
+        clusters = [row["arm"] for row in rest]
+        found.append(rank_correlation([row[name] for row in rest], [row[against] for row in rest], clusters))
+    values = [each.value for each in found]
+    ends = [min(values, default=math.nan), max(values, default=math.nan)]
+    return {"without_an_arm": ends, "without_any": bool(found) and all(map(says, found))}
 
 
 def compared(tables: Tables, part: str) -> list[Row]:
