@@ -41,7 +41,8 @@ def claim(found: Found) -> str:
     firm = [row for row in clear if row["without_any"]]
     over = f"over {count(matched[0]['networks'], 'network')}"
     named, kept = (
-        listed([f"{NAMES[row['measure']]} ({_hundredths(row['spearman'])})" for row in each]) for each in (clear, firm)
+        listed([f"{NAMES[row['measure']]} ({_hundredths(row['spearman'])})" for row in each]) if each else ""
+        for each in (clear, firm)
     )
     if not clear:
         return (
@@ -50,9 +51,9 @@ def claim(found: Found) -> str:
         )
     if not firm:
         return (
-            f"At equal training loss no measure of sharpness goes with held-out loss {over} in a way that does not hang "
-            f"on one arm: of {len(matched)} rank correlations that of {named} has an interval without zero, and not any "
-            "more where one arm is left out."
+            f"At equal training loss no measure of sharpness goes with held-out loss {over} in a way that does not "
+            f"hang on one arm: of {len(matched)} rank correlations, {named} has an interval without zero, and no longer "
+            "where one arm is left out."
         )
     return (
         f"At equal training loss, {over}, {count(len(firm), 'measure')} of {len(matched)} "
@@ -175,8 +176,8 @@ def correlations(found: Found, tables: Tables) -> Section:
     text = (
         "Spearman's rank correlation with 95% bootstrap intervals, over the networks that were trained with the "
         "cross-entropy and reach the common loss. With held-out loss whole arms are redrawn, for networks of one arm "
-        f"are alike. {_ladder_text(rows)} {_held_out_text(rows)} A star marks intervals without zero, which one measure "
-        "in twenty has by chance; a second star those that stay so whichever arm is left out."
+        f"are alike. {_ladder_text(rows)} {_held_out_text(rows)} A star marks intervals without zero, which one "
+        "measure in twenty has by chance; a second star those that stay so whichever arm is left out."
     )
     whens = list(dict.fromkeys(row["when"] for row in rows))
     items: list[Any] = [text]
