@@ -52,12 +52,13 @@ def claim(found: Found) -> str:
     if not firm:
         return (
             f"At equal training loss no measure of sharpness goes with held-out loss {over} in a way that does not "
-            f"hang on one arm: of {len(matched)} rank correlations, {named} has an interval without zero, and no longer "
-            "where one arm is left out."
+            f"hang on one arm: of {len(matched)} rank correlations, {named} has an interval without zero, and no "
+            "longer where one arm is left out."
         )
+    go = "goes" if len(firm) == 1 else "go"
     return (
-        f"At equal training loss, {over}, {count(len(firm), 'measure')} of {len(matched)} "
-        f"{'goes' if len(firm) == 1 else 'go'} with held-out loss by rank correlation, whichever arm is left out: {kept}."
+        f"At equal training loss, {over}, {count(len(firm), 'measure')} of {len(matched)} {go} with held-out loss by rank "
+        f"correlation, whichever arm is left out: {kept}."
     )
 
 
