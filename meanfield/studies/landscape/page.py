@@ -57,8 +57,8 @@ def claim(found: Found) -> str:
         )
     go = "goes" if len(firm) == 1 else "go"
     return (
-        f"At equal training loss, {over}, {count(len(firm), 'measure')} of {len(matched)} {go} with held-out loss by rank "
-        f"correlation, whichever arm is left out: {kept}."
+        f"At equal training loss, {over}, {count(len(firm), 'measure')} of {len(matched)} {go} with held-out loss by "
+        f"rank correlation, whichever arm is left out: {kept}."
     )
 
 
