@@ -99,8 +99,8 @@ def slices(tables: Tables) -> Any:
         for row in rows
         if row["kind"] != "largest eigenvalue"
     ]
-    panels = {"all": curves, "without the largest": near}
-    return plotting.lines(panels, "distance from the network", "training loss; right: its rise", columns=2)
+    panels = {"training loss": curves, "its rise, without the largest eigenvalue": near}
+    return plotting.lines(panels, "distance from the network", "", columns=2)
 
 
 def kind(row: Row) -> str:
@@ -139,7 +139,7 @@ def barriers(tables: Tables) -> Any:
             for (how,), same in groups(each, "how").items()
             if min(row["barrier"] for row in same) > NONE
         ]
-    return plotting.rates(panels, "barrier: largest rise above the chord")
+    return plotting.rates(panels, "largest rise above the chord")
 
 
 def trajectory(tables: Tables) -> Any:
