@@ -27,10 +27,10 @@ from meanfield.bench.options import source as address
 from meanfield.landscape.directions import NORMALISATIONS
 from meanfield.losses import LOSSES
 from meanfield.storage.tensors import TENSORS
-from meanfield.studies.landscape.given import ONE, Given
+from meanfield.studies.landscape.given import Given
 from meanfield.studies.landscape.measure import PLANES
 from meanfield.studies.landscape.plan import Subject, View
-from meanfield.studies.landscape.study import STUDY
+from meanfield.studies.landscape.study import ONE, STUDY
 from meanfield.validation import Misuse, positive
 
 TOLERANCE = 0.01  # unless told otherwise

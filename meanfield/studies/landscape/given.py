@@ -9,12 +9,11 @@ from typing import Any
 
 import meanfield as mf
 from meanfield.bench import reading
-from meanfield.bench.study import Part, Study
 from meanfield.bench.sweep import Cell, Row
 from meanfield.data import Dataset
 from meanfield.penalties import Penalty
 from meanfield.storage import files, load_network, networks
-from meanfield.studies.landscape import archives, page, pictures, plan, summary
+from meanfield.studies.landscape import plan
 from meanfield.studies.landscape.measure import PLANES, around, planes
 from meanfield.validation import Misuse
 
@@ -140,38 +139,6 @@ def _plain(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
-def _digest(images: Dataset) -> str:
+def digest(images: Dataset) -> str:
+    """Of the images and labels that are read, not of those held out."""
     return files.checksum(images.inputs.numpy().tobytes() + images.labels.numpy().tobytes())[:16]
-
-
-ONE = Study(
-    name="landscape",
-    title="The loss around a network",
-    claim=lambda found: _claim(found),
-    sizes=plan.SIZES,
-    common=lambda given: {"images": _digest(given.images)},
-    data=lambda given: given.images.summary,
-    check=lambda given, _: given.check(),
-    places=lambda directory: {"store": str(directory / "networks")},
-    closing=[page.LIMITS],
-    parts={
-        "surface": Part(
-            cells,
-            surface,
-            {"surfaces": lambda tables: summary.surfaces(tables["surface"])},
-            {"surface": lambda tables: pictures.drawn({row["arm"]: row for row in tables["surface"]})},
-            [page.one_surface],
-            {
-                "surface.npz": lambda tables: archives.npz(tables["surface"]),
-                "surface.json": lambda tables: archives.json(tables["surface"]),
-                "surface.nc": lambda tables: archives.netcdf(tables["surface"]),
-            },
-        )
-    },
-)
-
-
-def _claim(found: Any) -> str:
-    (row,) = found["surfaces"]
-    ends = f"{row['least']:.4g} and {row['largest']:.4g}"
-    return f"{row['arm']}: a training loss between {ends} on a plane of kind {row['plane']}, {pictures.note(row)}."

@@ -65,10 +65,11 @@ def claim(found: Found) -> str:
 def surfaces(found: Found, tables: Tables) -> Section:
     rows = found["surfaces"]
     met = [row for row in rows if row["status"] in ("met", "exact")]
+    reach = extent([row["axis"][-1] for row in tables["surfaces"]])
     text = (
-        f"{capital(count(len(rows), 'surface'))}, each over the square of side two around a network "
-        f"({rows[0]['plane']} plane). A surface is a polynomial through exact values at Chebyshev points; its largest "
-        "error is estimated from further exact values, at points where a polynomial of this degree errs most. "
+        f"{capital(count(len(rows), 'surface'))} from -{reach} to {reach} along both directions of a plane of kind "
+        f"{rows[0]['plane']}. A surface is a polynomial through exact values at Chebyshev points; its largest error is "
+        "estimated from further exact values, at points where a polynomial of this degree errs most. "
         f"{capital(count(len(met), 'surface'))} of {len(rows)} {'keeps' if len(met) == 1 else 'keep'} the tolerance by "
         f"this estimate, with {extent([row['evaluations'] for row in rows])} evaluations; a grid of 51x51 has 2,601 "
         "points."
@@ -371,18 +372,24 @@ def train(found: Found, tables: Tables) -> Section:
     return Section("The networks", ["Losses and accuracies in evaluation mode at the end.", Table(head, rows)])
 
 
-def one_surface(found: Found, tables: Tables) -> Section:
-    """Of the networks of files."""
-    section = surfaces(found, {"surfaces": tables["surface"]})
-    row = tables["surface"][0]
-    figures = [[name, f"{np.min(values):.5g}", f"{np.max(values):.5g}"] for name, values in row["values"].items()]
-    items = [item if getattr(item, "name", "") != "surfaces" else _renamed(item) for item in section.items]
-    return Section("The surface", [*items, Table(["figure", "least of the grid", "largest"], figures)])
-
-
-def _renamed(item: Any) -> Any:
+def claim_of_one(found: Found) -> str:
+    (row,) = found["surfaces"]
+    ends = f"{row['least']:.4g} and {row['largest']:.4g}"
     return (
-        Interactive("surface", item.caption, item.plot)
-        if isinstance(item, Interactive)
-        else Figure("surface", item.caption, item.wide)
+        f"{row['arm']}: a training loss between {ends} on a plane of kind {row['plane']}, with an estimated error of "
+        f"{row['error']:.2g} ({row['status']})."
+    )
+
+
+def figures(found: Found, tables: Tables) -> Section:
+    """Everything that a surface has: losses, accuracies, J and its terms."""
+    rows = [
+        [row["arm"], name, f"{np.min(values):.5g}", f"{np.max(values):.5g}", f"{row['errors'][name]:.2g}"]
+        for row in tables["surfaces"]
+        for name, values in row["values"].items()
+    ]
+    text = "The tolerance is for losses and J; accuracy jumps where a polynomial does not, and has its estimate without a promise."
+    return Section(
+        "All figures of the surface",
+        [text, Table(["network", "figure", "least of the grid", "largest", "estimated error"], rows)],
     )

@@ -1,13 +1,36 @@
-"""The landscape study in one record: a part is entered here and nowhere else."""
+"""The landscape study in one record, and the surface of given networks in another: a part is entered here and nowhere
+else.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 from meanfield.bench.study import Part, Study
-from meanfield.studies.landscape import archives, measure, page, pictures, plan, summary
+from meanfield.bench.sweep import Measure
+from meanfield.studies.landscape import archives, given, measure, page, pictures, plan, summary
 from meanfield.studies.landscape.joins import joins
 from meanfield.studies.landscape.toy import toy
 
 NAME = "landscape"
+
+
+def _surfaces(cells: Callable[..., Any], measured: Measure, *sections: Callable[..., Any]) -> Part:
+    return Part(
+        cells,
+        measured,
+        {"surfaces": lambda tables: summary.surfaces(tables["surfaces"])},
+        {"surfaces": pictures.surfaces},
+        sections,
+        {
+            "surfaces.npz": lambda tables: archives.npz(tables["surfaces"]),
+            "surfaces.json": lambda tables: archives.json(tables["surfaces"]),
+            "surfaces.nc": lambda tables: archives.netcdf(tables["surfaces"]),
+        },
+    )
+
+
 STUDY = Study(
     name=NAME,
     title="The loss around trained networks, and what a picture of it can say",
@@ -20,18 +43,7 @@ STUDY = Study(
     places=lambda directory: {"store": str(directory / "networks")},
     closing=[page.LIMITS],
     parts={
-        "surfaces": Part(
-            plan.surfaces,
-            measure.surface,
-            {"surfaces": lambda tables: summary.surfaces(tables["surfaces"])},
-            {"surfaces": pictures.surfaces},
-            [page.surfaces],
-            {
-                "surfaces.npz": lambda tables: archives.npz(tables["surfaces"]),
-                "surfaces.json": lambda tables: archives.json(tables["surfaces"]),
-                "surfaces.nc": lambda tables: archives.netcdf(tables["surfaces"]),
-            },
-        ),
+        "surfaces": _surfaces(plan.surfaces, measure.surface, page.surfaces),
         "sharpness": Part(
             plan.sharpness,
             measure.sharpness,
@@ -82,4 +94,17 @@ STUDY = Study(
             [page.trajectory],
         ),
     },
+)
+
+ONE = Study(
+    name=NAME,
+    title="The loss around a network",
+    claim=page.claim_of_one,
+    sizes=plan.SIZES,
+    common=lambda subject: {"images": given.digest(subject.images)},
+    data=lambda subject: subject.images.summary,
+    check=lambda subject, _: subject.check(),
+    places=lambda directory: {"store": str(directory / "networks")},
+    closing=[page.LIMITS],
+    parts={"surfaces": _surfaces(given.cells, given.surface, page.surfaces, page.figures)},
 )

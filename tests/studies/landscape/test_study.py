@@ -190,17 +190,17 @@ class TestNetworkOfAFile:
         out = tmp_path / "out"
         result = run("landscape", "--network", path, "--grid", "5", "--tolerance", "0.3", "--out", out, "--jobs", "1")
         assert result.exit_code == 0, result.stderr
-        found = np.load(out / "surface.npz")
+        found = np.load(out / "surfaces.npz")
         digits = mf.data.load("digits", classes=(3, 5), samples=12, pool=2)
         penalty = mf.Penalty(source=1e-3, readout=1e-2, input=1e-3)
         problem = mf.Problem(particles.architecture, digits.inputs, digits.targets("squared"), "squared", penalty)
-        (row,) = json.loads((out / "surface.json").read_text()).values()
+        (row,) = json.loads((out / "surfaces.json").read_text()).values()
         assert found["net/train J"][2, 2] == pytest.approx(float(problem.value(particles)), abs=3 * row["error"] + 1e-9)
-        assert (out / "surface.nc").read_bytes()[:3] == b"CDF"
+        assert (out / "surfaces.nc").read_bytes()[:3] == b"CDF"
         page = (out / "landscape.html").read_text()
-        assert "The surface" in page
+        assert "All figures of the surface" in page
         assert "12 images of 1 x 4 x 4" in page
-        lines = [line for line in (out / "surface.csv").read_text().splitlines() if not line.startswith("#")]
+        lines = [line for line in (out / "surfaces.csv").read_text().splitlines() if not line.startswith("#")]
         assert next(csv.DictReader(lines))["status"] == row["status"]
         assert (
             "1 of 1 cells were there already"
