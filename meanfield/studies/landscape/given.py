@@ -140,5 +140,8 @@ def _plain(value: Any) -> Any:
 
 
 def digest(images: Dataset) -> str:
-    """Of the images and labels that are read, not of those held out."""
-    return files.checksum(images.inputs.numpy().tobytes() + images.labels.numpy().tobytes())[:16]
+    """Of the images and labels, those held out as well."""
+    parts = [images] if images.rest is None else [images, images.rest]
+    return files.checksum(b"".join(each.inputs.numpy().tobytes() + each.labels.numpy().tobytes() for each in parts))[
+        :16
+    ]

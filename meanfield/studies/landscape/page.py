@@ -388,7 +388,9 @@ def figures(found: Found, tables: Tables) -> Section:
         for row in tables["surfaces"]
         for name, values in row["values"].items()
     ]
-    text = "The tolerance is for losses and J; accuracy jumps where a polynomial does not, and has its estimate without a promise."
+    text = (
+        "The tolerance is for losses and J; accuracy jumps where a polynomial does not, and has its estimate without a "
+        "promise."
     return Section(
         "All figures of the surface",
         [text, Table(["network", "figure", "least of the grid", "largest", "estimated error"], rows)],
