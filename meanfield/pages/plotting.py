@@ -480,7 +480,7 @@ def contours(panels: Mapping[str, Contour], x: str, y: str, label: str, *, colum
             levels, norm = _levels(shown, each.error)
             seen = np.ma.maximum(shown, levels[0])  # what lies below the error has no logarithm to be drawn
             drawn = axes.contourf(each.x, each.y, seen, levels, cmap="viridis", norm=norm, extend="both")
-            lines = axes.contour(each.x, each.y, seen, levels[::2], colors="white", linewidths=0.7)
+            lines = axes.contour(each.x, each.y, seen, levels[1::2], colors="white", linewidths=0.7)
             axes.clabel(lines, fmt="%.3g", fontsize=SMALL - 3)
             bar = figure.colorbar(drawn, ax=axes, shrink=0.85, format="%.3g")
             bar.set_label(label, fontsize=SMALL)

@@ -391,6 +391,7 @@ def figures(found: Found, tables: Tables) -> Section:
     text = (
         "The tolerance is for losses and J; accuracy jumps where a polynomial does not, and has its estimate without a "
         "promise."
+    )
     return Section(
         "All figures of the surface",
         [text, Table(["network", "figure", "least of the grid", "largest", "estimated error"], rows)],
