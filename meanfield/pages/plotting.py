@@ -484,7 +484,7 @@ def contours(panels: Mapping[str, Contour], x: str, y: str, label: str, *, colum
             axes.clabel(lines, fmt="%.3g", fontsize=SMALL - 3)
             bar = figure.colorbar(drawn, ax=axes, shrink=0.85, format="%.3g")
             bar.set_label(label, fontsize=SMALL)
-            row, column = np.unravel_index(int(shown.argmin()), shown.shape)
+            row, column = divmod(int(shown.argmin()), shown.shape[1])
             if not any(_near(each, shown, place) for place in each.marks.values()):
                 axes.plot(each.x[column], each.y[row], "x", color=ORANGE, ms=10, mew=2.5, label="least of the grid")
         for place, (name, (a, b)) in enumerate(each.marks.items()):

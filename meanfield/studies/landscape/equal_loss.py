@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from scipy.optimize import brentq
@@ -55,15 +56,17 @@ def passing(loss: Callable[[nn.Module], float], above: nn.Module, below: nn.Modu
     """The share t of the way from a network above the target to one below at which the loss is the target; `below` is
     moved there.
     """
-    ends = [{name: tensor.clone() for name, tensor in each.state_dict().items()} for each in (above, below)]
+    first, second = ({name: tensor.clone() for name, tensor in each.state_dict().items()} for each in (above, below))
 
     def excess(share: float) -> float:
-        below.load_state_dict(between(*ends, share))
+        below.load_state_dict(between(first, second, share))
         return loss(below) - target
 
-    share = 1.0 if excess(1.0) == 0 else float(brentq(excess, 0.0, 1.0, xtol=SHARE))
-    excess(share)
-    return share
+    if excess(1.0) == 0:
+        return 1.0
+    found: Any = brentq(excess, 0.0, 1.0, xtol=SHARE)
+    excess(found)
+    return float(found)
 
 
 def between(first: State, second: State, share: float) -> dict[str, Tensor]:

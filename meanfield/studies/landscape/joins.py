@@ -24,12 +24,13 @@ def joins(cell: Cell, store: str) -> list[Row]:
     """
     task = Task.from_dict(cell["task"])
     problem, held_out = task.problem(), task.images().rest
-    ends = [_trained(problem, cell["width"], seed, cell["steps"]) for seed in cell["seeds"]]
+    first, second = (_trained(problem, cell["width"], seed, cell["steps"]) for seed in cell["seeds"])
     others = None if held_out is None else _prepared(task.problem(held_out))
     rows = []
     for how in WAYS:
         found = landscape.join(
-            *ends,
+            first,
+            second,
             problem.inputs,
             problem.targets,
             how=how,
