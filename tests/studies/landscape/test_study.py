@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from command_line import run
+from command_line import run, tiny
 from strategies import random_network
 
 import meanfield as mf
@@ -17,6 +17,7 @@ from meanfield.bench.classifiers import Classifier
 from meanfield.landscape import Plane
 from meanfield.studies.landscape import command, measure, plan
 from meanfield.studies.landscape.command import Options, classifier, settled
+from meanfield.studies.landscape.given import Given
 from meanfield.studies.landscape.plan import ARMS, SIZES, Sizes, Subject, View
 from meanfield.studies.landscape.study import STUDY
 from meanfield.validation import Misuse
@@ -208,6 +209,19 @@ class TestNetworkOfAFile:
                 "landscape", "--network", path, "--grid", "5", "--tolerance", "0.3", "--out", out, "--jobs", "1"
             ).stderr
         )
+
+    @pytest.mark.slow
+    def test_a_solve_says_what_it_was_made_from(self, tmp_path):
+        """What the command line left open used to be written as None: images and penalty could not be found again."""
+        out = tmp_path / "solve"
+        result = run("solve", *tiny("--loss", "squared", "--samples=8", "--out", out)[1:])
+        assert result.exit_code == 0, result.stderr
+        given = Given((str(out),), View())
+        assert (len(given.images), given.loss) == (8, "squared")
+        value = json.loads((out / "results.json").read_text())["solution"]["value"]
+        assert float(given.problem(given.images).value(given.networks[0])) == pytest.approx(value, rel=1e-9)
+        settings = json.loads((out / "results.json").read_text())["made"]["settings"]
+        assert settings["readout_penalty"] > 0
 
     @pytest.mark.parametrize(
         ("arguments", "message"),
