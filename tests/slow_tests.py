@@ -11,6 +11,7 @@ CLAIMS = (
     "joint_convexity.curvature",
     "joint_convexity.falsification",
     "mixture",
+    "mixture.loss",
     "one_layer_relation",
     "sampling",
     "sampling.tangent_kernel",

@@ -22,7 +22,7 @@ PACKAGES = {
         "AUTHORS_DROPOUT FiniteCNN Fitted L12_STRENGTHS L2_STRENGTHS Recipe Score Training cnn evaluate fit kernel l12 "
         "log_spaced_times mlp regulariser residual sample sequential train vgg"
     ),
-    "meanfield.landscape": "Plane balanced line plane principal triangle",
+    "meanfield.landscape": "Joined Plane Trajectory balanced join line plane principal trajectory triangle",
     "meanfield.grafting": "Graft Grafted Junction METHODS graft layer_errors",
     "meanfield.solvers": "alternating arrangements flow reference splitting",
 }

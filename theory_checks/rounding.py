@@ -52,9 +52,18 @@ def _spread(layer, error: Tensor) -> Tensor:
 def value_error(problem: Problem, network: ParticleNetwork) -> float:
     """Bound of |computed J - J|: through F, and from the sums of the non-negative penalties."""
     eps = torch.finfo(problem.inputs.dtype).eps
-    error = output_error(network, problem.inputs)
-    output = network.responses(problem.inputs).output
-    steepest = problem.loss.gradient(output, problem.targets).abs()
-    loss = float((error * (steepest + error)).sum(1).mean())  # the curvature of every loss is at most 1
+    loss = loss_change(problem, network.responses(problem.inputs).output, output_error(network, problem.inputs))
     terms = sum(tensor.numel() for tensor in network.tensors()) + len(problem.inputs)
     return loss + (terms + EXTRA) * eps * float(problem.terms(network).total())
+
+
+def loss_change(problem: Problem, output: Tensor, error: Tensor) -> float:
+    """Bound of how far the mean loss moves where outputs (N, K) move by at most `error` (N, K)."""
+    steepest = problem.loss.gradient(output, problem.targets).abs()
+    return float((error * (steepest + error)).sum(1).mean())  # the curvature of every loss is at most 1
+
+
+def loss_error(problem: Problem, output: Tensor) -> float:
+    """Bound of the rounding of the mean loss at given outputs (N, K): of sums, and of exponents and logarithms."""
+    eps, loss = torch.finfo(output.dtype).eps, problem.loss.value(output, problem.targets)
+    return eps * float((output.numel() + EXTRA) * loss.abs().mean() + EXTRA * output.abs().amax(1).mean())

@@ -20,9 +20,8 @@ from meanfield.validation import Misuse
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
 POOLS = (nn.AvgPool2d, nn.MaxPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)
 NOTHING = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d)  # in evaluation mode
-POINTWISE = (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.ELU, nn.SELU, nn.CELU, nn.SiLU, nn.Mish, nn.GELU) + (
-    *(nn.Tanh, nn.Sigmoid, nn.Softplus, nn.Softsign, nn.Hardtanh, nn.Hardsigmoid, nn.Hardswish),
-)
+RAMPS = (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.ELU, nn.SELU, nn.CELU, nn.SiLU, nn.Mish, nn.GELU, nn.Softplus)
+SQUASHING = (nn.Tanh, nn.Sigmoid, nn.Softsign, nn.Hardtanh, nn.Hardsigmoid, nn.Hardswish)
 
 
 @dataclass(frozen=True)
@@ -69,10 +68,9 @@ def _leaves(module: nn.Module, name: str, argument: str) -> Iterator[tuple[str, 
     if isinstance(module, nn.Sequential):
         if type(module).forward is not nn.Sequential.forward or _hooked(module):
             raise Misuse(argument, name or type(module).__name__, "is an nn.Sequential that does something of its own")
-        for child_name, child in module.named_children():
+        for child_name, child in module._modules.items():  # also one that stands there twice, such as an activation
+            assert child is not None
             yield from _leaves(child, f"{name}.{child_name}" if name else child_name, argument)
-        if len(list(module.named_children())) < len(module):
-            raise Misuse(argument, name or type(module).__name__, "holds one module several times")
     elif not name:
         hint = "; finite.sequential makes one of it" if type(module).__name__ == "FiniteCNN" else ""
         raise Misuse(argument, type(module).__name__, f"is no nn.Sequential, whose layers follow each other{hint}")
@@ -89,7 +87,8 @@ def _mixes(module: nn.Module) -> bool:
 
 
 def _require_single(after: Sequence[tuple[str, nn.Module]], argument: str) -> None:
-    known = {*NORMS, *POOLS, *NOTHING, *POINTWISE, nn.Flatten, *(type(each.module()) for each in ACTIVATIONS.values())}
+    known: set[type[nn.Module]] = set(NORMS + POOLS + NOTHING + RAMPS + SQUASHING + (nn.Flatten,))
+    known.update(type(each.module()) for each in ACTIVATIONS.values())
     for name, module in after:
         plain = type(module) in known and not _hooked(module)
         if not plain or (isinstance(module, nn.Flatten) and (module.start_dim, module.end_dim) != (1, -1)):
@@ -110,7 +109,7 @@ def select(network: nn.Module, keep: Sequence[Tensor], shares: Sequence[Tensor] 
     """
     found, stages = copy.deepcopy(network), chain(network, "network").stages
     widths = [len(found.get_submodule(stage.layer).weight) for stage in stages]  # pyright: ignore[reportArgumentType]
-    for index, (stage, width, rows) in enumerate(zip(stages[:-1], widths, keep, strict=True)):
+    for index, (stage, width, rows) in enumerate(zip(stages[:-1], widths[:-1], keep, strict=True)):
         _take(found.get_submodule(stage.layer), rows, width)
         for name in stage.after:
             _take(found.get_submodule(name), rows, width)
@@ -122,11 +121,8 @@ def select(network: nn.Module, keep: Sequence[Tensor], shares: Sequence[Tensor] 
 def _take(module: nn.Module, rows: Tensor, width: int) -> None:
     """The outputs `rows` of a layer, or the channels of a module that acts on each by itself."""
     for name, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
-        if tensor.ndim and len(tensor) != 1 and len(tensor) % width == 0:
-            taken = tensor.detach().unflatten(0, (width, -1))[rows].flatten(0, 1)
-            _replace(module, name, taken)
-        elif tensor.ndim and len(tensor) == width:
-            _replace(module, name, tensor.detach()[rows])
+        if tensor.ndim and len(tensor) % width == 0:  # not a count of batches, nor one slope for all channels
+            _replace(module, name, tensor.detach().unflatten(0, (width, -1))[rows].flatten(0, 1))
     for count in ("out_channels", "out_features", "num_features"):
         if hasattr(module, count):
             setattr(module, count, getattr(module, count) // width * len(rows))
@@ -143,10 +139,5 @@ def _read(layer: nn.Module, rows: Tensor, width: int, shares: Tensor | None) -> 
 
 
 def _replace(module: nn.Module, name: str, tensor: Tensor) -> None:
-    if name in module._parameters:
-        old = module._parameters[name]
-        module._parameters[name] = nn.Parameter(
-            tensor.contiguous(), requires_grad=bool(old is not None and old.requires_grad)
-        )
-    else:
-        module._buffers[name] = tensor.contiguous()
+    old = module.get_parameter(name) if name in dict(module.named_parameters(recurse=False)) else None
+    setattr(module, name, tensor if old is None else nn.Parameter(tensor, requires_grad=old.requires_grad))

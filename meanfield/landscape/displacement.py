@@ -6,10 +6,10 @@ see features that the joined network really has, h(g_t) and no average of h(g_A)
 
     w_t = (1 - t) w_A + t w_B + d,    d = argmin  mean |g_t - w_t f|^2 + ridge s sum_i p_i |d_i|^2,
 
-over images and positions, p the masses of the pairs, f the features, s = sum_i p_i mean |f_i|^2.  In that metric nothing
-depends on how particles are split, and the ridge means the same at every width.  A large ridge leaves the line of the
-matched weights; without one the kernels are the least-squares fit, free to become large where features are nearly
-dependent.  At the ends d = 0: the line is exact there.
+over images and positions, p the masses of the pairs, f the features, s = sum_i p_i mean |f_i|^2; biases are free.  In
+that metric nothing depends on how particles are split, and the ridge means the same at every width.  A large ridge
+leaves the line of the matched kernels; without one they are the least-squares fit, free to become large where features
+are nearly dependent.  At the ends d = 0: the line is exact there.
 """
 
 from __future__ import annotations
@@ -29,6 +29,9 @@ from meanfield.landscape.subject import Network, require_alike
 from meanfield.network import ParticleNetwork, along_axis
 from meanfield.validation import Misuse
 
+# Measured on two pairs of tanh networks of widths 64/64 on digits, of two classes and of ten, with ridges of 0 and 1e-8
+# to 100: J rises least at 1e-2, and by less than a tenth more at 1e-3, where the loss rises little more than half as
+# far.  Without a ridge the loss rises least, and J 490 and 26 times as far as at 1e-3.
 RIDGE = 1e-3
 Signals = list[tuple[Tensor, Tensor, Tensor]]  # batch by batch, of the joined, the first and the second network
 
@@ -42,13 +45,13 @@ class Displacement:
     they have as many of equal mass, otherwise at most the sum of both less one.
     """
 
-    def __init__(self, first: Network, second: Network, images: Sequence[Tensor], ridge: float = RIDGE) -> None:
-        ends = coupled(first, second, images)
+    def __init__(self, a: Network, b: Network, images: Sequence[Tensor], ridge: float = RIDGE) -> None:
+        ends = coupled(a, b, images)
         self.images, self.ridge, self.masses = images, ridge, ends.masses
         self.first, self.second = ends.first, ends.second
-        self._chains = tuple(_sequential(end) for end in (ends.first, ends.second))
-        self._links = chain(self._chains[0], "first")
-        require_alike(*self._chains, "second")
+        self._chains = _sequential(ends.first), _sequential(ends.second)
+        self._links = chain(self._chains[0], "a")
+        require_alike(*self._chains, "b")
         _require_fitted(self._chains[0], self._links)
 
     @torch.no_grad()
@@ -56,7 +59,8 @@ class Displacement:
         if t in (0, 1):
             return self.first if t == 0 else self.second
         joined = straight(*self._chains, t)
-        signals = self._run([(batch.clone(),) * 3 for batch in self.images], joined, self._links.before)
+        signals = [(batch.clone(), batch.clone(), batch.clone()) for batch in self.images]  # some work in place
+        signals = self._run(signals, joined, self._links.before)
         for index, stage in enumerate(self._links.stages):
             if index:
                 self._fit(joined, stage.layer, self.masses[index - 1], signals, t)
@@ -66,8 +70,8 @@ class Displacement:
 
     def _run(self, signals: Signals, joined: nn.Module, names: Sequence[str]) -> Signals:
         for name in names:
-            modules = [network.get_submodule(name) for network in (joined, *self._chains)]
-            signals = [tuple(module(x) for module, x in zip(modules, batch)) for batch in signals]  # type: ignore[misc]
+            here, first, second = (network.get_submodule(name) for network in (joined, *self._chains))
+            signals = [(here(x), first(y), second(z)) for x, y, z in signals]
         return signals
 
     def _fit(self, joined: nn.Module, name: str, masses: Tensor, signals: Signals, t: float) -> None:
@@ -75,29 +79,30 @@ class Displacement:
         layer, first, second = (network.get_submodule(name) for network in (joined, *self._chains))
         assert isinstance(layer, (nn.Conv2d, nn.Linear))
         connection = Connection(layer)
+        # unknown and feature are divided by and multiplied with the root of the mass, for the metric
         roots = masses.sqrt().repeat_interleave(layer.weight.shape[1] // len(masses))
         found = moments(connection.weights.shape[0], len(layer.weight), layer.weight)
-        size = 0.0
+        size = torch.zeros((), dtype=torch.float64, device=layer.weight.device)
         for here, a, b in signals:
             missing = connection.columns((1 - t) * first(a) + t * second(b) - layer(here))
             size += _add(found, connection, here, roots.to(here), missing)
-        ridge = self.ridge * size * len(masses) / (found.unknowns * found.samples)
+        ridge = self.ridge * float(size) * len(masses) / (found.unknowns * found.samples)
         fit = found.solve(ridge, torch.finfo(layer.weight.dtype).eps, offset=layer.bias is not None)
         scales = roots.repeat_interleave(found.unknowns // len(roots))[:, None].to(fit.weights)
-        layer.weight += (scales * fit.weights).T.reshape(layer.weight.shape).to(layer.weight)
+        layer.weight.add_((scales * fit.weights).T.reshape(layer.weight.shape).to(layer.weight))
         if layer.bias is not None and fit.offset is not None:
-            layer.bias += fit.offset.to(layer.bias)
+            layer.bias.add_(fit.offset.to(layer.bias))
 
 
-def _add(found: Moments, connection: Connection, signal: Tensor, roots: Tensor, missing: Tensor) -> float:
+def _add(found: Moments, connection: Connection, signal: Tensor, roots: Tensor, missing: Tensor) -> Tensor:
     """Take a batch into account, a block of images at a time; the sum of squares of what it adds to the design."""
-    step, size = max(1, found.block // missing[0, :1].numel()), 0.0
+    step, size = max(1, found.block // missing[0, :1].numel()), roots.new_zeros((), dtype=torch.float64)
     for first in range(0, len(signal), step):
         part = slice(first, first + step)
         design = connection.design(signal[part])
         design = design * along_axis(roots, design, 0)
         found.add(design, missing[:, part])
-        size += float(design.double().square().sum())
+        size += design.double().square().sum()
     return size
 
 
@@ -107,12 +112,8 @@ def _sequential(network: Network) -> nn.Module:
 
 def _require_fitted(network: nn.Module, links: Chain) -> None:
     """Misuse where anything but the layers holds tensors."""
-    between = [*links.before, *(name for stage in links.stages for name in stage.after)]
-    for name in between:
-        if network.get_submodule(name).state_dict():
-            raise Misuse(
-                "first",
-                name,
-                f"is a {type(network.get_submodule(name)).__name__}, whose tensors no least squares gives: fold it into "
-                "the layer in front of it (torch.nn.utils.fusion.fuse_conv_bn_eval), or join weights",
-            )
+    for name in (*links.before, *(name for stage in links.stages for name in stage.after)):
+        module = network.get_submodule(name)
+        if module.state_dict():
+            remedy = "fold it into the layer in front of it (torch.nn.utils.fusion.fuse_conv_bn_eval), or join weights"
+            raise Misuse("a", name, f"is a {type(module).__name__}, whose tensors no least squares gives; {remedy}")

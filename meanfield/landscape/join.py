@@ -105,15 +105,15 @@ def join(
     Batch norm: running statistics belong to neither network in between.  Along a line of parameters those of all images
     are taken at every time, at the ends too (one pass with all of them); a mixture keeps each network's own.
     """
-    networks = tuple(Subject(each, name).network for each, name in ((a, "a"), (b, "b")))
-    _require_one_kind(*networks, penalty)
+    first, second = Subject(a, "a").network, Subject(b, "b").network
+    _require_one_kind(first, second, penalty)
     data = data_sets(images, targets, held_out)
-    route = path(*networks, how, [inputs for inputs, _ in data["train"]], ridge)
+    route = path(first, second, how, [inputs for inputs, _ in data["train"]], ridge)
     moments = _times(times)
     rows = [_figures(route(t), data, loss, penalty) for t in moments]
     figures = {name: torch.tensor([row[name] for row in rows], dtype=torch.float64) for name in rows[0]}
     moments = torch.tensor(moments, dtype=torch.float64)
-    return Joined(how, moments, figures, route, _warnings(networks[0], how, loss))
+    return Joined(how, moments, figures, route, _warnings(first, how, loss))
 
 
 def _figures(
@@ -153,9 +153,9 @@ def _require_one_kind(first: Network, second: Network, penalty: Penalty | None) 
         raise Misuse("b", type(second).__name__, f"joins none of another kind: a is a {type(first).__name__}")
     if penalty is not None and not particles[0]:
         raise Misuse("penalty", penalty, "is of ParticleNetworks, and a and b are modules")
-    if isinstance(first, ParticleNetwork) and isinstance(second, ParticleNetwork):
-        if first.architecture != second.architecture:
-            raise Misuse("b", second.architecture, "is its architecture, and must be that of a")
+    ours, theirs = (getattr(each, "architecture", None) if particles[0] else None for each in (first, second))
+    if ours != theirs:
+        raise Misuse("b", theirs, "is its architecture, and must be that of a")
 
 
 def _times(times: Any) -> list[float]:

@@ -28,33 +28,33 @@ class Coupled(NamedTuple):
 
 
 @torch.no_grad()
-def matched(first: Network, second: Network, images: Sequence[Tensor]) -> Network:
-    """The second network with its channels, or particles, in the order that fits the first best; the function is kept.
+def matched(a: Network, b: Network, images: Sequence[Tensor]) -> Network:
+    """b with its channels, or particles, in the order that fits a best; its function is kept.
 
     The order of a layer has the least sum of squared distances between features (scipy's linear_sum_assignment).
     images: batches of inputs.  Widths must be equal, layer by layer.
     """
-    first, second = Subject(first, "first").network, Subject(second, "second").network
+    first, second = Subject(a, "a").network, Subject(b, "b").network
     found = _costs(first, second, images)
     for layer, costs in enumerate(found):
         if costs.shape[0] != costs.shape[1]:
             raise Misuse(
-                "second",
+                "b",
                 tuple(costs.shape[1] for costs in found),
-                f"are its widths, and {tuple(costs.shape[0] for costs in found)} those of the first: a matching needs "
+                f"are its widths, and {tuple(costs.shape[0] for costs in found)} those of a: a matching needs "
                 f"equal ones; displacement and mixture do not (layer {layer + 1})",
             )
     return _reordered(second, [assignment(costs) for costs in found])
 
 
 @torch.no_grad()
-def coupled(first: Network, second: Network, images: Sequence[Tensor]) -> Coupled:
+def coupled(a: Network, b: Network, images: Sequence[Tensor]) -> Coupled:
     """Both networks with a channel, or particle, for every pair of an optimal transport plan between their features.
 
     Between as many equal masses the plan is the assignment, and the first network stays as it is.  Otherwise a feature
     that is in several pairs is split among them; both functions are kept.  Channels of a module have equal masses.
     """
-    first, second = Subject(first, "first").network, Subject(second, "second").network
+    first, second = Subject(a, "a").network, Subject(b, "b").network
     pairs, masses = [], []
     for costs, below, above in zip(_costs(first, second, images), _masses(first), _masses(second)):
         amounts = plan(costs, below, above)
@@ -80,9 +80,9 @@ def _split(network: Network, keep: list[Tensor], masses: list[Tensor]) -> Networ
 
 
 def _masses(network: Network) -> list[Tensor]:
-    """Of the features of every layer that is followed by another or a readout, in float64."""
+    """Of the features of every layer that is followed by another or a readout."""
     if isinstance(network, ParticleNetwork):
-        return [p.double() for p in network.masses]
+        return list(network.masses)
     layers = [network.get_submodule(stage.layer) for stage in chain(network, "network").stages[:-1]]
     weights: list[Tensor] = [layer.weight for layer in layers]  # pyright: ignore[reportAssignmentType]
     return [torch.full((len(w),), 1 / len(w), dtype=torch.float64, device=w.device) for w in weights]
@@ -92,14 +92,12 @@ def _costs(first: Network, second: Network, images: Sequence[Tensor]) -> list[Te
     """Squared distances between features, (C, C') for every layer, in float64, in one pass over the images."""
     sums: list[list[Tensor]] = []
     for batch in images:
-        clouds = [
-            list(_clouds(network, batch, argument)) for network, argument in ((first, "first"), (second, "second"))
-        ]
+        clouds = [list(_clouds(network, batch, argument)) for network, argument in ((first, "a"), (second, "b"))]
         if len(clouds[0]) != len(clouds[1]):
             raise Misuse(
-                "second",
+                "b",
                 len(clouds[1]) + 1,
-                f"layers and the first has {len(clouds[0]) + 1}: layers are matched one by one",
+                f"layers and a has {len(clouds[0]) + 1}: layers are matched one by one",
             )
         found = [_products(a, b, layer) for layer, (a, b) in enumerate(zip(*clouds))]
         sums = [[x + y for x, y in zip(old, new)] for old, new in zip(sums, found)] if sums else found
@@ -109,9 +107,9 @@ def _costs(first: Network, second: Network, images: Sequence[Tensor]) -> list[Te
 def _products(first: Tensor, second: Tensor, layer: int) -> list[Tensor]:
     if first.shape[1] != second.shape[1]:
         raise Misuse(
-            "second",
+            "b",
             second.shape[1],
-            f"values a feature of layer {layer + 1}, and the first has {first.shape[1]}: maps must be of one size",
+            f"values a feature of layer {layer + 1}, and {first.shape[1]} in a: maps must be of one size",
         )
     return [first.square().sum(1), second.square().sum(1), first @ second.T]
 

@@ -31,7 +31,7 @@ def path(first: Network, second: Network, how: str, images: Sequence[Tensor], ri
 
 def _mixture(first: Any, second: Any) -> Path:
     """Of measures or of modules; at the ends the networks themselves."""
-    mixed = measures.mixture if isinstance(first, ParticleNetwork) else Mixture
+    mixed: Any = measures.mixture if isinstance(first, ParticleNetwork) else Mixture
     return lambda t: first if t == 0 else second if t == 1 else mixed(first, second, t)
 
 
@@ -41,6 +41,6 @@ def _line(first: Any, second: Any, images: Sequence[Tensor]) -> Path:
         require_line(first, second)
         return lambda t: renormalised(straight(first, second, t), images)
     if first.widths != second.widths:
-        remedy = f"are its widths, and {first.widths} those of the first: only mixture and displacement join these"
-        raise Misuse("second", second.widths, remedy)
+        remedy = f"are its widths, and {first.widths} those of a: only mixture and displacement join these"
+        raise Misuse("b", second.widths, remedy)
     return lambda t: first if t == 0 else second if t == 1 else measures.interpolate(first, second, t)

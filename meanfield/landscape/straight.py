@@ -17,12 +17,12 @@ def require_line(first: nn.Module, second: nn.Module) -> None:
     """Misuse unless a line of parameters leads from one to the other: alike, and equal in what is no parameter but the
     running statistics of batch norm.
     """
-    require_alike(first, second, "second")
+    require_alike(first, second, "b")
     moved = {f"{name}.{each}" for name, norm in norms(first) for each, _ in norm.named_buffers()}
     others = dict(second.named_buffers())
     for name, buffer in first.named_buffers():
         if name not in moved and not torch.equal(buffer, others[name]):
-            raise Misuse("second", name, "is a buffer that differs from the first network's, and no parameter")
+            raise Misuse("b", name, "is a buffer that differs from that of a, and no parameter")
 
 
 @torch.no_grad()

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from scipy.sparse.linalg import LinearOperator, eigsh
+from scipy.sparse.linalg import aslinearoperator, eigsh
 from torch import Tensor, nn
 
 from meanfield.landscape.directions import Plane, difference, inner
@@ -19,7 +20,6 @@ from meanfield.rates import LEVEL, Interval
 from meanfield.signatures import Count, Seed, checked
 
 DENSE = 200  # steps up to which all eigenvalues are found and not two of them
-TIGHT = 1e-10  # relative error of these two
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,9 +106,9 @@ def walks(lengths: Tensor, dimension: int, draws: int, seed: int = 0) -> Tensor:
     lengths: (n,), of its steps, in independent uniform directions of so many dimensions.  Without drawing vectors: the
     Gram matrix of n standard normal ones is that of a triangle, which has square roots of chi-squares with
     dimension, dimension - 1, ... degrees of freedom on its diagonal and standard normals below (Bartlett 1933).
-    The limit of many dimensions and n equal steps is the share of 1 / sin^2((2k - 1) pi / (4n + 2)), k = 1, 2, of the
-    sum over k = 1, ..., n; for large n 8 / pi^2 (1 + 1/9) = 0.90, and 6 / pi^2 (1 + 1/4) = 0.76 for components about the
-    mean in place of the end (Antognini & Sohl-Dickstein 2018).
+    In many dimensions, for n equal steps, the share is that of 1 / sin^2((2k - 1) pi / (4n + 2)), k = 1, 2, in the sum
+    of these over k = 1, ..., n: 8 / pi^2 (1 + 1/9) = 0.90 for large n.  About the mean in place of the end it would be
+    6 / pi^2 (1 + 1/4) = 0.76 (Antognini & Sohl-Dickstein 2018).
     """
     generator = np.random.default_rng(seed)
     return torch.tensor([_walk(lengths, dimension, generator) for _ in range(draws)], dtype=torch.float64)
@@ -129,13 +129,14 @@ def _largest_two(matrix: np.ndarray) -> float:
     """The sum of the two largest squared singular values."""
     if min(matrix.shape) <= DENSE:
         return float(np.square(np.linalg.svd(matrix, compute_uv=False)[:2]).sum())
-    product = LinearOperator((matrix.shape[1],) * 2, matvec=lambda v: matrix.T @ (matrix @ v), dtype=matrix.dtype)
+    factor: Any = aslinearoperator(matrix)
     start = np.ones(matrix.shape[1])  # the default is drawn anew each time
-    return float(eigsh(product, k=2, v0=start, tol=TIGHT, return_eigenvectors=False).sum())
+    found: Any = eigsh(factor.T @ factor, k=2, v0=start, return_eigenvectors=False)
+    return float(found.sum())
 
 
 def _null(points: Sequence[Parameters], draws: int, seed: int) -> Interval:
-    lengths = torch.cat([_distances([here], there) for here, there in zip(points, points[1:])])
+    lengths = torch.cat([_distances([here], there) for here, there in itertools.pairwise(points)])
     shares = walks(lengths, sum(tensor.numel() for tensor in points[0].values()), draws, seed)
     low, high = np.quantile(shares.numpy(), [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return Interval(float(shares.mean()), float(low), float(high))

@@ -12,6 +12,7 @@ from torch import nn
 import meanfield as mf
 from meanfield import starts
 from meanfield.finite import FiniteCNN, sample, sequential
+from meanfield.finite.network import from_sequential
 
 SCALINGS = ("mean_field", "ntk", "standard", "mup")
 
@@ -346,3 +347,6 @@ class TestBadInput:
 def test_a_particle_network_as_a_sequential_is_the_same_function(arch, seed):
     network, inputs = random_network(arch, (3, 4, 2)[: arch.depth], seed), random_inputs(arch, 3, seed)
     torch.testing.assert_close(sequential(network)(inputs).detach(), network(inputs), rtol=1e-10, atol=1e-12)
+    back = from_sequential(sequential(network), network)
+    for tensor, own in zip(back.tensors(), network.tensors()):
+        torch.testing.assert_close(tensor, own, rtol=1e-12, atol=0)

@@ -24,6 +24,7 @@ from meanfield.finite import kernel
 from meanfield.finite import network as finite_network
 from meanfield.grafting import least_squares
 from meanfield.landscape import directions
+from meanfield.landscape.mixture import Mixture
 from meanfield.network import ParticleNetwork
 from meanfield.penalties import Penalty
 from meanfield.problem import Problem
@@ -148,6 +149,15 @@ def mixture_without_its_share(patch):
         return type(union)(union.architecture, union.masses, kernels, union.readout, union.biases)
 
     patch.setattr(measures, "mixture", mixed)
+
+
+def modules_mixed_the_wrong_way_round(patch):
+    kept = Mixture.forward
+    patch.setattr(Mixture, "forward", lambda self, inputs: kept(_turned(self), inputs))
+
+
+def _turned(mixture):
+    return Mixture(mixture.second, mixture.first, mixture.t)
 
 
 def split_without_sharing(patch):
@@ -449,6 +459,7 @@ BUGS = {
     wrong_conjugate: ("zero_gap.programs", 3),
     mass_multiplier_halved: ("weak_duality", 3),
     mixture_without_its_share: ("mixture", None),
+    modules_mixed_the_wrong_way_round: ("mixture.loss", None),
     split_without_sharing: ("invariances.particles", 3),
     total_variation_weight_halved: ("one_layer_relation", None),
     masses_uphill: ("dissipation.identity", 3),
