@@ -80,6 +80,11 @@ COMMANDS = {
             "graft",
         ),
         Command(
+            "landscape",
+            ("-m", "meanfield.cli", "landscape", "--size=quick", "--part=surfaces", "--width=4", "--jobs=2"),
+            "landscape",
+        ),
+        Command(
             "theory_checks",
             ("-m", "theory_checks", "--only=change_of_variables", "--only=invariances", "--seeds=3", "--jobs=2"),
             "theory_checks",
@@ -256,7 +261,7 @@ def run(name, kinds, seed, span, home):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=2, help="each ends every command in every way: 20 ends")
+    parser.add_argument("--rounds", type=int, default=2, help="each ends every command in every way: 25 ends")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--span", type=float, default=8.0, help="seconds among which the moments are drawn")
     parser.add_argument("--only", choices=COMMANDS, action="append", default=[])

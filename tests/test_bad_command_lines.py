@@ -29,6 +29,7 @@ COMMANDS = [
     (cli.main, "solve", "meanfield.studies.solve"),
     (cli.main, "widths", "meanfield.studies.widths"),
     (cli.main, "graft", "meanfield.studies.grafting"),
+    (cli.main, "landscape", "meanfield.studies.landscape"),
     *((benchmarks.main, name, f"benchmarks.{name}") for name in BENCHMARKS),
 ]
 
@@ -118,7 +119,9 @@ def test_what_is_missing_is_not_said_to_be_all(tmp_path, monkeypatch):
     assert ended.stderr.startswith("error: --split must say which images of ")
 
 
-@pytest.mark.parametrize("words", list(itertools.product(["solve", "widths", "graft"], ["--nosuch", "--sampels=3"])))
+@pytest.mark.parametrize(
+    "words", list(itertools.product(["solve", "widths", "graft", "landscape"], ["--nosuch", "--sampels=3"]))
+)
 def test_an_unknown_option_is_refused_by_name(words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     refused(cli.main, words, words[1].split("=")[0], tmp_path)

@@ -1,4 +1,4 @@
-"""Eight of the ends of `kills.py`, which has forty by one command."""
+"""Eight of the ends of `kills.py`, which has fifty by one command."""
 
 import os
 

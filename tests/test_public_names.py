@@ -19,8 +19,8 @@ PACKAGES = {
         "Certificate Multipliers UnseenFeatures certify dual_value search_features stationary_multipliers"
     ),
     "meanfield.finite": (
-        "AUTHORS_DROPOUT FiniteCNN Fitted L12_STRENGTHS L2_STRENGTHS Recipe Score Training evaluate fit kernel l12 "
-        "log_spaced_times regulariser residual sample sequential train vgg"
+        "AUTHORS_DROPOUT FiniteCNN Fitted L12_STRENGTHS L2_STRENGTHS Recipe Score Training cnn evaluate fit kernel l12 "
+        "log_spaced_times mlp regulariser residual sample sequential train vgg"
     ),
     "meanfield.landscape": (
         "Joined Plane Surface Trajectory balanced join line plane principal surface trajectory triangle"

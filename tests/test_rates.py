@@ -67,3 +67,41 @@ def test_a_mean_has_students_interval():
     assert rates.mean([3.0]).low == -math.inf
     with pytest.raises(ValueError, match="positive"):
         rates.mean([1.0, 0.0], geometric=True)
+
+
+class TestRankCorrelation:
+    def test_it_is_spearman_s_with_ties(self):
+        x, y = [1, 2, 2, 4, 5, 9], [2, 1, 3, 3, 8, 7]
+        assert rates.rank_correlation(x, y).value == pytest.approx(stats.spearmanr(x, y).statistic)
+
+    def test_few_groups_and_constants_have_no_interval(self):
+        found = rates.rank_correlation([1, 2, 3, 4], [2, 4, 6, 8])
+        assert (found.value, found.bounded) == (pytest.approx(1.0), False)
+        assert not rates.rank_correlation(range(8), range(8), [0, 0, 1, 1, 2, 2, 3, 3]).bounded
+        assert math.isnan(rates.rank_correlation([1] * 8, range(8)).value)
+        assert math.isnan(rates.rank_correlation([], []).value)
+
+    def test_intervals_miss_independent_samples_about_as_often_as_they_say(self):
+        """Of 200 at 5%: at most 4.5 standard errors above, and some."""
+        rng, misses = np.random.default_rng(0), 0
+        for trial in range(200):
+            x, y = rng.normal(size=(2, 30))
+            found = rates.rank_correlation(x, y, seed=trial, draws=200)
+            misses += not found.low <= 0 <= found.high
+        assert 0 < misses / 200 <= 0.05 + 4.5 * np.sqrt(0.05 * 0.95 / 200)
+
+    def test_groups_that_are_alike_widen_the_interval(self):
+        """Every sample ten times says no more than once, which an interval over single ones does not know."""
+        rng = np.random.default_rng(1)
+        x = rng.normal(size=12)
+        y = x + rng.normal(size=12)
+        names = [number for number in range(12) for _ in range(10)]
+        spread = lambda found: found.high - found.low  # noqa: E731
+        once = rates.rank_correlation(x, y)
+        whole, single = (rates.rank_correlation(np.repeat(x, 10), np.repeat(y, 10), each) for each in (names, None))
+        assert spread(whole) == pytest.approx(spread(once), rel=0.1)
+        assert spread(single) < spread(once) / 2
+
+    def test_errors(self):
+        with pytest.raises(ValueError, match="as many x as y"):
+            rates.rank_correlation([1, 2], [1])

@@ -17,15 +17,16 @@ import torch
 from torch import Tensor, nn
 
 from meanfield import data
+from meanfield.architecture import ACTIVATIONS
 from meanfield.bench import provenance, reading
 from meanfield.bench.options import OBJECTIVE, Data, Device, Dtype, Pool, Settings, at_least, choice, option
-from meanfield.finite import AUTHORS_DROPOUT, Fitted, Recipe, fit, residual, vgg
-from meanfield.finite.recipes import PENALTIES, increasing_epochs
+from meanfield.finite import AUTHORS_DROPOUT, Fitted, Recipe, cnn, fit, mlp, residual, vgg
+from meanfield.finite.recipes import LOSSES, PENALTIES, increasing_epochs
 from meanfield.storage import files, tensors
 from meanfield.validation import Misuse, nonnegative
 
 VGGS = ("vgg8", "vgg11", "vgg13", "vgg16")
-NETWORKS = (*VGGS, "residual")
+NETWORKS = ("mlp", "cnn", *VGGS, "residual", "residual_bn")
 PRESETS = ("default", "authors")
 MILESTONES = (2 / 3, 13 / 15)  # of the default recipe, as shares of its epochs
 LABELS = ("true", "permuted")
@@ -43,11 +44,12 @@ class Classifier(Settings):
     data, pool: as in `data.load`, all classes.  samples: images to train on; the rest is held out.  split: seed by
         which they are drawn, None for the first ones in file order (CIFAR's own division into training and test
         images).
-    network, width: "vgg11" and so on (finite.vgg), or "residual".  penalty, strength: as in Recipe.
+    network, width: "mlp" (two hidden layers of `width` units), "cnn", "vgg11" and so on, "residual" or, with batch
+        norm, "residual_bn", see `finite`.  activation: of all layers.  penalty, strength, loss: as in Recipe.
     labels: "true", or "permuted" among the training images (the permutation drawn from the seed).
     seed: of the start, the batches and the permutation.
     preset: "default" (Recipe's defaults, milestones at 2/3 and 13/15 of the epochs) or "authors" (Recipe.authors for
-        `epochs` epochs, dropout 1/2, plain He start).
+        `epochs` epochs; of a VGG also dropout 1/2 and the plain He start).
     checkpoints: epochs whose networks are kept, 0 the start.
     """
 
@@ -57,6 +59,8 @@ class Classifier(Settings):
     split: Annotated[int | None, at_least(0)] = 0
     network: Annotated[str, choice(NETWORKS)] = "vgg11"
     width: Annotated[int, at_least(1)] = 8
+    activation: Annotated[str, choice(ACTIVATIONS)] = "relu"
+    loss: Annotated[str, choice(LOSSES)] = "cross_entropy"
     penalty: WeightPenalty = "l12"
     strength: Annotated[float, nonnegative] = 1.0
     labels: Annotated[str, choice(LABELS)] = "true"
@@ -76,29 +80,46 @@ class Classifier(Settings):
     @property
     def recipe(self) -> Recipe:
         if self.preset == "authors":
-            return replace(Recipe.authors(self.penalty, self.strength), epochs=self.epochs)
+            return replace(Recipe.authors(self.penalty, self.strength), epochs=self.epochs, loss=self.loss)
         milestones = tuple(round(share * self.epochs) for share in MILESTONES) if self.epochs >= 5 else ()
-        return Recipe(epochs=self.epochs, milestones=milestones, penalty=self.penalty, strength=self.strength)
+        return Recipe(
+            epochs=self.epochs, milestones=milestones, penalty=self.penalty, strength=self.strength, loss=self.loss
+        )
 
     def images(self) -> Images:
         return _images(self.data, self.pool, self.samples, self.split, self.dtype, self.device, data.stamp(self.data))
 
+    def training_labels(self) -> Tensor:
+        """What the training images are trained on, (N,): their own labels, or these permuted."""
+        labels = self.images().labels
+        if self.labels == "true":
+            return labels
+        order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(self.seed))
+        return labels[order.to(labels.device)]
+
     def start(self) -> nn.Module:
         """The network before training."""
         images, generator = self.images(), torch.Generator().manual_seed(self.seed)
-        shape, dtype = tuple(images.inputs.shape[1:]), getattr(torch, self.dtype)
-        if self.network == "residual":
-            return residual(shape, images.classes, width=self.width, generator=generator, dtype=dtype)
+        place = (tuple(images.inputs.shape[1:]), images.classes)
+        common: dict[str, Any] = {
+            "activation": self.activation,
+            "generator": generator,
+            "dtype": getattr(torch, self.dtype),
+        }
+        if self.network == "mlp":
+            return mlp(*place, hidden=(self.width, self.width), **common)
+        if self.network == "cnn":
+            return cnn(*place, width=self.width, **common)
+        if self.network in ("residual", "residual_bn"):
+            return residual(*place, width=self.width, batch_norm=self.network == "residual_bn", **common)
         plain = self.preset == "authors"
         return vgg(
             int(self.network.removeprefix("vgg")),
-            shape,
-            images.classes,
+            *place,
             width=self.width,
             dropout=AUTHORS_DROPOUT if plain else 0.0,
             fan_in="kernel" if plain else "inside",
-            generator=generator,
-            dtype=dtype,
+            **common,
         )
 
     def train(self, store: str | Path) -> Fitted:
@@ -110,12 +131,7 @@ class Classifier(Settings):
         """
         images, path = self.images(), self._path(store)
         path.parent.mkdir(parents=True, exist_ok=True)
-        labels = images.labels
-        if self.labels == "permuted":
-            labels = labels[
-                torch.randperm(len(labels), generator=torch.Generator().manual_seed(self.seed)).to(labels.device)
-            ]
-        found = self._fit(path.with_name(f"{path.stem}.state{tensors.TENSORS}"), images.inputs, labels)
+        found = self._fit(path.with_name(f"{path.stem}.state{tensors.TENSORS}"), images.inputs, self.training_labels())
         if found.status == "interrupted":
             raise KeyboardInterrupt
         if found.status != "completed":

@@ -31,6 +31,7 @@ class Part:
     cells(subject, sizes, seed): what is to be measured.  measure: a cell -> its rows.
     figures, pictures: name -> function of all tables; a picture may be None.
     sections: functions of (figures, tables) that give a section of the page each.
+    files: name -> function of all tables, for what no CSV can hold.
     """
 
     cells: Callable[..., Sequence[Cell]]
@@ -38,6 +39,7 @@ class Part:
     figures: Mapping[str, Callable[[Tables], Any]] = field(default_factory=dict)
     pictures: Mapping[str, Callable[[Tables], Any]] = field(default_factory=dict)
     sections: Sequence[Callable[[Found, Tables], Section]] = ()
+    files: Mapping[str, Callable[[Tables], bytes | str]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -116,18 +118,22 @@ class Study:
         return {name: picture for name, picture in drawn.items() if picture is not None}
 
     def files(self, tables: Tables, made: Provenance, *, report: bool = True) -> dict[str, bytes | str]:
-        """Name -> content: the tables as CSV and, with `report`, the page, its pictures as PNG and summary.json."""
-        found = {f"{part}.csv": sweep.table(rows, made) for part, rows in tables.items()}
+        """Name -> content: the tables as CSV, files of the parts' own and, with `report`, the page, its pictures as PNG
+        and summary.json.
+        """
+        found: dict[str, bytes | str] = {f"{part}.csv": sweep.table(rows, made) for part, rows in tables.items()}
         tables = {part: rows for part, rows in tables.items() if rows}
+        found |= {name: make(tables) for part in self._there(tables) for name, make in part.files.items()}
         if not report:
-            return dict(found)
+            return found
         figures = self.summary(tables)
         return {**found, **html.files(self.page(figures, tables, made), self.name, self.pictures(tables), figures)}
 
     def names(self) -> list[str]:
         """Of the files that there may be."""
         drawn = [f"{name}.png" for part in self._all.values() for name in part.pictures]
-        return [*(f"{part}.csv" for part in self._all), *drawn, html.SUMMARY, self.page_name]
+        others = [name for part in self._all.values() for name in part.files]
+        return [*(f"{part}.csv" for part in self._all), *drawn, *others, html.SUMMARY, self.page_name]
 
     def folders(self) -> list[str]:
         """Of what is kept beside them."""

@@ -157,18 +157,21 @@ def _named(measure: Measure) -> str:
 
 
 def table(rows: Iterable[Row], made: Provenance | None = None) -> str:
-    """A CSV file, a column for every key in the order of first appearance, floats to the last bit.
+    """A CSV file, a column for every key in the order of first appearance, floats to the last bit.  Lists and dicts,
+    such as the values of a surface, are no entries of a table: their keys have no column.
 
     made: said in lines that begin with #, before the names of the columns.
     """
     rows = list(rows)
-    columns = list(dict.fromkeys(key for row in rows for key in row))
+    nested = {key for row in rows for key, value in row.items() if isinstance(value, (list, dict))}
+    columns = list(dict.fromkeys(key for row in rows for key in row if key not in nested))
     text = io.StringIO(newline="")
     said = made.lines() if made is not None else ()
     text.writelines(f"# {line}\n" for each in said for line in each.splitlines())  # a quoted name may have several
     writer = csv.DictWriter(text, columns, lineterminator="\n")
     writer.writeheader()
     writer.writerows(
-        {key: repr(value) if isinstance(value, float) else value for key, value in row.items()} for row in rows
+        {key: repr(row[key]) if isinstance(row[key], float) else row[key] for key in columns if key in row}
+        for row in rows
     )
     return text.getvalue()

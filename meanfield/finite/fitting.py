@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from meanfield import limits, validation
-from meanfield.finite.recipes import Recipe, increasing_epochs, regulariser
+from meanfield.finite.recipes import LOSSES, Recipe, increasing_epochs, regulariser
 from meanfield.storage.states import StateFile, ended
 from meanfield.storage.tensors import digest
 from meanfield.validation import Misuse
@@ -32,7 +32,7 @@ STATUS_TEXTS = {
 
 
 class Score(NamedTuple):
-    """Share of images classified correctly and mean cross-entropy."""
+    """Share of images classified correctly and mean loss, the cross-entropy unless another one was asked for."""
 
     accuracy: float
     loss: float
@@ -43,7 +43,7 @@ class Fitted:
     """A trained classifier.
 
     network: after the last whole epoch, in eval mode.  history: one dict per epoch: epoch (1 for the first), loss (mean
-    cross-entropy of the pass, in training mode), regulariser (after the epoch, not times strength), accuracy (of the
+    over the pass, in training mode), regulariser (after the epoch, not times strength), accuracy (of the
     pass), learning_rate (of the last step), seconds (so far).  epochs: whole epochs taken.  status: a key of
     STATUS_TEXTS.  checkpoints: epoch -> the state_dict after it, 0 for the start, see `at`.
     """
@@ -108,20 +108,22 @@ def fit(
 
 
 @torch.no_grad()
-def evaluate(network: nn.Module, inputs: Tensor, labels: Tensor, batch_size: int = 500) -> Score:
-    """Accuracy and mean cross-entropy in eval mode on images (N, ...) and labels (N,); the network's modes are put
-    back.
+def evaluate(
+    network: nn.Module, inputs: Tensor, labels: Tensor, batch_size: int = 500, loss: str = "cross_entropy"
+) -> Score:
+    """Accuracy and mean loss (a name of `recipes.LOSSES`) in eval mode on images (N, ...) and labels (N,); the
+    network's modes are put back.
     """
     size = validation.integer(batch_size, "batch_size")
     _check_data(network, inputs, labels)
     _check_kind(network, inputs)
-    loss, hits = 0.0, 0
+    measured, total, hits = LOSSES[validation.one_of(loss, "loss", LOSSES)], 0.0, 0
     with _evaluating(network):
         for images, classes in zip(inputs.split(size), labels.split(size)):
             output = network(images)
-            loss += float(functional.cross_entropy(output, classes, reduction="sum"))
+            total += float(measured(output, classes, reduction="sum"))
             hits += int((output.argmax(1) == classes).sum())
-    return Score(hits / len(inputs), loss / len(inputs))
+    return Score(hits / len(inputs), total / len(inputs))
 
 
 @contextlib.contextmanager
@@ -312,7 +314,7 @@ def _step(run: _Run, indices: Tensor, rate: float) -> tuple[Tensor, Tensor]:
     """One step of SGD; summed loss and number of hits of the batch, from before it."""
     recipe, images, labels = run.recipe, run.inputs[indices], run.labels[indices]
     output = run.network(augmented(images, run.generator) if recipe.augment else images)
-    loss = functional.cross_entropy(output, labels)
+    loss = LOSSES[recipe.loss](output, labels)
     objective = loss + recipe.strength * regulariser(run.network, recipe.penalty) if recipe.strength else loss
     run.optimiser.param_groups[0]["lr"] = rate
     run.optimiser.zero_grad(set_to_none=True)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
-from meanfield import validation
+from meanfield import losses, validation
 from meanfield.signatures import checked
 from meanfield.validation import Misuse
 
@@ -20,6 +21,19 @@ L2_STRENGTHS = tuple(5e-4 * factor for factor in (1, 4, 16, 24, 28))
 AUTHORS_DROPOUT = 0.5  # of their networks, before every fully connected layer
 AUTHORS_RATE = 0.01
 AUTHORS_STRONG_RATES = (0.002, 0.001)  # at the last two strengths of either penalty
+
+
+def squared(outputs: Tensor, labels: Tensor, reduction: str = "mean") -> Tensor:
+    """1/2 |F - e_c|^2 of outputs F (N, K) at classes c (N,), image by image, (N,): their mean, sum, or with
+    "none" themselves, as torch's own losses have it.
+    """
+    targets = functional.one_hot(labels, outputs.shape[1]).to(outputs)
+    found = losses.SquaredLoss().value(outputs, targets)
+    return {"mean": Tensor.mean, "sum": Tensor.sum, "none": Tensor.clone}[reduction](found)
+
+
+# outputs (N, K), classes (N,), reduction="mean"
+LOSSES: dict[str, Callable[..., Tensor]] = {"cross_entropy": functional.cross_entropy, "squared": squared}
 
 
 @checked
@@ -62,7 +76,8 @@ class Recipe:
 
     epochs: passes over the images.  batch_size: images per step; the last batch of an epoch may be smaller.
     learning_rate: of SGD; momentum is Nesterov's, 0 for none.  See `rate_at` for milestones, decay and warm_up.
-    penalty, strength: strength times `regulariser` of this kind is added to the mean cross-entropy of the batch.
+    penalty, strength: strength times `regulariser` of this kind is added to the mean loss of the batch.
+    loss: "cross_entropy", or "squared": half the squared distance from 1 at the own class and 0 at the others.
     augment: every image is padded by zeros, cropped to its size at a random place and mirrored left to right with
         probability 1/2, anew in every epoch; the padding is side // 8, 4 pixels at 32x32.
     """
@@ -77,6 +92,7 @@ class Recipe:
     penalty: str = "none"
     strength: float = 0.0
     augment: bool = False
+    loss: str = "cross_entropy"
 
     def __post_init__(self) -> None:
         for name, minimum in (("epochs", 1), ("batch_size", 1), ("warm_up", 0)):
@@ -94,6 +110,7 @@ class Recipe:
         if validation.one_of(self.penalty, "penalty", PENALTIES) == "none" and self.strength:
             raise Misuse("strength", self.strength, "needs a penalty: 'l12' or 'l2', not 'none'")
         object.__setattr__(self, "augment", validation.boolean(self.augment, "augment"))
+        validation.one_of(self.loss, "loss", LOSSES)
 
     @classmethod
     def authors(cls, penalty: str = "none", strength: float = 0.0) -> Recipe:

@@ -6,23 +6,21 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import skip_init
 
 from meanfield import validation
+from meanfield.architecture import ACTIVATIONS
+from meanfield.finite.layers import all_integers, convolution, image_shape, linear, norm, probability
 from meanfield.signatures import checked
-from meanfield.starts import normal
 from meanfield.validation import Misuse
 
 # convolutions per stage: Simonyan & Zisserman 2015, table 1, columns A, B and D; 8, one convolution a stage, is not in
 # it
 VGG_STAGES = {8: (1, 1, 1, 1, 1), 11: (1, 1, 2, 2, 2), 13: (2, 2, 2, 2, 2), 16: (2, 2, 3, 3, 3)}
 VGG_MULTIPLES = (1, 2, 4, 8, 8)  # of the width of the first convolution, per stage: 64, 128, 256, 512, 512 in the table
-HE_GAIN = 2.0  # He et al. 2015, eq. (10): before a ReLU, variance 2 / fan-in
 FAN_INS = ("inside", "kernel")
 
 
@@ -36,6 +34,7 @@ def vgg(
     hidden: Sequence[int] = (),
     dropout: float = 0.0,
     fan_in: str = "inside",
+    activation: str = "relu",
     generator: torch.Generator,
     dtype: torch.dtype = torch.float32,
 ) -> nn.Sequential:
@@ -54,26 +53,31 @@ def vgg(
         they agree.  On 1x1 maps, where 8 of 9 entries meet zeros, "kernel" shrinks the signal threefold in every layer:
         VGG-11 has four such layers on 8x8 images, and hardly trains.
 
-    The layers with weights, convolutions first, are numbered from 1, and relu{k} follows the k-th of them: conv1,
-    relu1, conv2, ..., pool{s} at the end of stage s, flatten, then for the j-th fully connected layer dropout{j} (where
-    dropout > 0) and linear{j}.  The start is Gaussian from `generator`: variance 2 / fan-in (He et al. 2015, eq. (10)),
-    1 / fan-in for the last layer, biases zero.  The global random numbers are not touched.
+    activation: a name of architecture.ACTIVATIONS.
+
+    The layers with weights, convolutions first, are numbered from 1, and relu{k} (tanh{k}, ...: the activation's name)
+    follows the k-th of them: conv1, relu1, conv2, ..., pool{s} at the end of stage s, flatten, then for the j-th fully
+    connected layer dropout{j} (where dropout > 0) and linear{j}.  The start is Gaussian from `generator`: variance
+    gain / fan-in with the activation's gain (2 for ReLU: He et al. 2015, eq. (10)), 1 / fan-in for the last layer,
+    biases zero.  The global random numbers are not touched.
     """
     if validation.integer(depth, "depth") not in VGG_STAGES:
         raise Misuse("depth", depth, f"must be one of {', '.join(map(str, VGG_STAGES))}")
-    shape, classes = _image_shape(input_shape), validation.integer(classes, "classes", minimum=2)
-    widths = _all_integers(hidden, "hidden")
-    rate, inside = _probability(dropout), validation.one_of(fan_in, "fan_in", FAN_INS) == "inside"
-    layers, flat = _convolutions(VGG_STAGES[depth], shape, validation.integer(width, "width"), inside, generator, dtype)
+    shape, classes = image_shape(input_shape), validation.integer(classes, "classes", minimum=2)
+    widths = all_integers(hidden, "hidden")
+    rate, inside = probability(dropout), validation.one_of(fan_in, "fan_in", FAN_INS) == "inside"
+    gain = ACTIVATIONS[validation.one_of(activation, "activation", ACTIVATIONS)].gain
+    width = validation.integer(width, "width")
+    layers, flat = _convolutions(VGG_STAGES[depth], shape, width, inside, activation, generator, dtype)
     layers["flatten"] = nn.Flatten()
     before = sum(VGG_STAGES[depth])
     for index, (source, target) in enumerate(zip((flat, *widths), (*widths, classes)), start=1):
         last = index == len(widths) + 1
         if rate > 0:
             layers[f"dropout{index}"] = nn.Dropout(rate)
-        layers[f"linear{index}"] = _linear(source, target, 1.0 if last else HE_GAIN, generator, dtype)
+        layers[f"linear{index}"] = linear(source, target, 1.0 if last else gain, generator, dtype)
         if not last:
-            layers[f"relu{before + index}"] = nn.ReLU()
+            layers[f"{activation}{before + index}"] = ACTIVATIONS[activation].module()
     return nn.Sequential(layers)
 
 
@@ -82,21 +86,22 @@ def _convolutions(
     shape: tuple[int, int, int],
     width: int,
     inside: bool,
+    activation: str,
     generator: torch.Generator,
     dtype: torch.dtype,
 ) -> tuple[OrderedDict[str, nn.Module], int]:
     """All stages, and the number of features they end in."""
     (channels, *sides), layers = shape, OrderedDict[str, nn.Module]()
-    index = 0
+    index, gain = 0, ACTIVATIONS[activation].gain
     for stage, (count, multiple) in enumerate(zip(stages, VGG_MULTIPLES), start=1):
         # along a side of h pixels the two end positions lose one of three offsets each
         offsets = math.prod((3 * side - 2) / side for side in sides) if inside else 9
         for _ in range(count):
             index += 1
-            layers[f"conv{index}"] = _convolution(
-                channels, multiple * width, 3, generator, dtype, gain=HE_GAIN * 9 / offsets
+            layers[f"conv{index}"] = convolution(
+                channels, multiple * width, 3, generator, dtype, gain=gain * 9 / offsets
             )
-            layers[f"relu{index}"] = nn.ReLU()
+            layers[f"{activation}{index}"] = ACTIVATIONS[activation].module()
             channels = multiple * width
         if min(sides) >= 2:
             layers[f"pool{stage}"] = nn.MaxPool2d(2)
@@ -105,8 +110,8 @@ def _convolutions(
 
 
 class ResidualBlock(nn.Module):
-    """relu(F(x) + shortcut(x)), F two 3x3 convolutions with a ReLU between: the basic block of He et al. 2016, figure
-    2.
+    """h(F(x) + shortcut(x)), F two 3x3 convolutions with h between, an activation: with ReLU the basic block of He et
+    al. 2016, figure 2.
 
     (N, sources, H, W) -> (N, targets, H', W'), H' = ceil(H / stride).  The shortcut is the identity, or where shapes
     change a 1x1 convolution (their option B).  With batch norm every convolution is followed by one and has no bias.
@@ -122,25 +127,31 @@ class ResidualBlock(nn.Module):
         batch_norm: bool,
         generator: torch.Generator,
         dtype: torch.dtype = torch.float32,
+        activation: str = "relu",
     ) -> None:
         super().__init__()
-        self.conv1 = _convolution(sources, targets, 3, generator, dtype, stride=stride, bias=not batch_norm)
-        self.norm1 = _norm(targets, batch_norm, dtype)
-        self.conv2 = _convolution(
-            targets, targets, 3, generator, dtype, gain=HE_GAIN if batch_norm else 0.0, bias=not batch_norm
+        self.activation, gain = activation, ACTIVATIONS[activation].gain
+        self.conv1 = convolution(sources, targets, 3, generator, dtype, gain=gain, stride=stride, bias=not batch_norm)
+        self.norm1 = norm(targets, batch_norm, dtype)
+        self.conv2 = convolution(
+            targets, targets, 3, generator, dtype, gain=gain if batch_norm else 0.0, bias=not batch_norm
         )
-        self.norm2 = _norm(targets, batch_norm, dtype)
+        self.norm2 = norm(targets, batch_norm, dtype)
         self.shortcut: nn.Module = nn.Identity()
         if sources != targets or stride != 1:
-            # no ReLU follows the shortcut alone: variance 1 / fan-in keeps the size of the signal
-            projection = _convolution(
+            # no activation follows the shortcut alone: variance 1 / fan-in keeps the size of the signal
+            projection = convolution(
                 sources, targets, 1, generator, dtype, gain=1.0, stride=stride, bias=not batch_norm
             )
-            self.shortcut = nn.Sequential(projection, _norm(targets, batch_norm, dtype)) if batch_norm else projection
+            self.shortcut = nn.Sequential(projection, norm(targets, batch_norm, dtype)) if batch_norm else projection
 
     def forward(self, signal: Tensor) -> Tensor:
-        inner = torch.relu(self.norm1(self.conv1(signal)))
-        return torch.relu(self.norm2(self.conv2(inner)) + self.shortcut(signal))
+        activate = ACTIVATIONS[self.activation].function
+        inner = activate(self.norm1(self.conv1(signal)))
+        return activate(self.norm2(self.conv2(inner)) + self.shortcut(signal))
+
+    def extra_repr(self) -> str:
+        return f"activation={self.activation!r}"
 
 
 @checked
@@ -151,6 +162,7 @@ def residual(
     width: int = 16,
     blocks: Sequence[int] = (1, 1, 1),
     batch_norm: bool = True,
+    activation: str = "relu",
     generator: torch.Generator,
     dtype: torch.dtype = torch.float32,
 ) -> nn.Sequential:
@@ -159,85 +171,32 @@ def residual(
     blocks: blocks per stage.  Stage s = 1, 2, ... has 2^(s-1) width channels; from the second on its first block has
         stride 2.  Blocks are the modules stage1.0, stage1.1, ..., stage2.0, ..., see ResidualBlock.
     batch_norm: with False, biases and a start in which every block is its shortcut.
+    activation: a name of architecture.ACTIVATIONS.
 
-    Before the stages: conv1, norm1 (with batch norm), relu1; after them: pool (the mean over positions), flatten and
-    linear1.  The start is as in `vgg` with fan_in="kernel".
+    Before the stages: conv1, norm1 (with batch norm), relu1 (tanh1, ...: the activation's name); after them: pool (the
+    mean over positions), flatten and linear1.  The start is as in `vgg` with fan_in="kernel".
     """
-    shape, classes = _image_shape(input_shape), validation.integer(classes, "classes", minimum=2)
+    shape, classes = image_shape(input_shape), validation.integer(classes, "classes", minimum=2)
     batch_norm = validation.boolean(batch_norm, "batch_norm")
-    counts = _all_integers(blocks, "blocks")
+    counts = all_integers(blocks, "blocks")
     if not counts:
         raise Misuse("blocks", blocks, "must hold one integer per stage, at least one")
     channels = validation.integer(width, "width")
+    gain = ACTIVATIONS[validation.one_of(activation, "activation", ACTIVATIONS)].gain
     layers = OrderedDict[str, nn.Module](
-        conv1=_convolution(shape[0], channels, 3, generator, dtype, bias=not batch_norm)
+        conv1=convolution(shape[0], channels, 3, generator, dtype, gain=gain, bias=not batch_norm)
     )
     if batch_norm:
-        layers["norm1"] = _norm(channels, True, dtype)
-    layers["relu1"] = nn.ReLU()
+        layers["norm1"] = norm(channels, True, dtype)
+    layers[f"{activation}1"] = ACTIVATIONS[activation].module()
     for stage, count in enumerate(counts):
         targets, stride = channels if stage == 0 else 2 * channels, 1 if stage == 0 else 2
-        first = ResidualBlock(channels, targets, stride, batch_norm, generator, dtype)
-        rest = (ResidualBlock(targets, targets, 1, batch_norm, generator, dtype) for _ in range(count - 1))
+        first = ResidualBlock(channels, targets, stride, batch_norm, generator, dtype, activation)
+        rest = (ResidualBlock(targets, targets, 1, batch_norm, generator, dtype, activation) for _ in range(count - 1))
         layers[f"stage{stage + 1}"], channels = nn.Sequential(first, *rest), targets
     layers |= {
         "pool": nn.AdaptiveAvgPool2d(1),
         "flatten": nn.Flatten(),
-        "linear1": _linear(channels, classes, 1.0, generator, dtype),
+        "linear1": linear(channels, classes, 1.0, generator, dtype),
     }
     return nn.Sequential(layers)
-
-
-def _convolution(
-    sources: int,
-    targets: int,
-    side: int,
-    generator: torch.Generator,
-    dtype: torch.dtype,
-    *,
-    gain: float = HE_GAIN,
-    stride: int = 1,
-    bias: bool = True,
-) -> nn.Conv2d:
-    # the constructor of a layer draws from the global random numbers: skip_init does not
-    layer: Any = skip_init(nn.Conv2d, sources, targets, side, stride=stride, padding=side // 2, bias=bias, dtype=dtype)
-    return _drawn(layer, gain, generator)
-
-
-def _linear(sources: int, targets: int, gain: float, generator: torch.Generator, dtype: torch.dtype) -> nn.Linear:
-    layer: Any = skip_init(nn.Linear, sources, targets, dtype=dtype)
-    return _drawn(layer, gain, generator)
-
-
-@torch.no_grad()
-def _drawn(layer: Any, gain: float, generator: torch.Generator) -> Any:
-    """Fill the weight (targets, sources, ...) with normals of variance gain / fan-in, the bias with zeros."""
-    deviation = math.sqrt(gain / layer.weight[0].numel())
-    layer.weight.copy_(normal(layer.weight.shape, generator, layer.weight) * deviation)
-    if layer.bias is not None:
-        layer.bias.zero_()
-    return layer
-
-
-def _norm(channels: int, batch_norm: bool, dtype: torch.dtype) -> nn.Module:
-    return nn.BatchNorm2d(channels, dtype=dtype) if batch_norm else nn.Identity()
-
-
-def _image_shape(value: Any) -> tuple[int, int, int]:
-    entries = _all_integers(value, "input_shape")
-    if len(entries) != 3:
-        raise Misuse("input_shape", value, "must be three integers (C, H, W)")
-    channels, height, width = entries
-    return channels, height, width
-
-
-def _all_integers(value: Any, argument: str) -> tuple[int, ...]:
-    if isinstance(value, (str, bytes)) or not isinstance(value, Iterable):
-        raise Misuse(argument, value, "must be a sequence of integers")
-    return tuple(validation.integer(entry, argument) for entry in value)
-
-
-def _probability(value: Any) -> float:
-    if validation.nonnegative(value, "dropout") >= 1:
-        raise Misuse("dropout", value, "must be at least 0 and less than 1")
-    return float(value)

@@ -14,6 +14,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from meanfield.pages import interactive
 from meanfield.storage import to_json
 
 SUMMARY = "summary.json"
@@ -28,6 +29,18 @@ class Figure:
     caption: str
     wide: bool = False
     kind: str = "figure"
+
+
+@dataclass(frozen=True)
+class Interactive:
+    """The picture of that name and, where there are scripts and WebGL, above it one that can be turned: `plot` (JSON,
+    see `interactive.reliefs`).
+    """
+
+    name: str
+    caption: str
+    plot: str
+    kind: str = "interactive"
 
 
 @dataclass(frozen=True)
@@ -100,7 +113,8 @@ def _template() -> Any:
 
 def render(page: Page, images: Mapping[str, str]) -> str:
     """The page; images: name -> address of the picture (see `inline`)."""
-    return _template().render(page=page, images=images)
+    turned = any(getattr(item, "kind", "") == "interactive" for section in page.sections for item in section.items)
+    return _template().render(page=page, images=images, script=Markup(interactive.script()) if turned else "")
 
 
 def inline(image: bytes) -> str:

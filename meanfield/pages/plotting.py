@@ -5,11 +5,12 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import LogNorm, Normalize
@@ -337,7 +338,7 @@ def bands(
         axes.set_title(title, fontsize=FONT)
         _name(axes.set_xticks, places, most=40)
         if title in log:
-            _plain_logarithms(axes)
+            _plain_logarithms(axes.yaxis)
     handles = {text: line for axes in grid for line, text in zip(*axes.get_legend_handles_labels())}
     figure.legend(
         list(handles.values()), list(handles), loc="outside lower center", ncols=4, fontsize=SMALL, frameon=False
@@ -420,7 +421,7 @@ def heat_maps(
     bar.set_label(label, fontsize=SMALL)
     bar.ax.tick_params(labelsize=SMALL)
     if isinstance(scale, LogNorm):
-        _plain_logarithms(bar.ax)
+        _plain_logarithms(bar.ax.yaxis)
     figure.draw_without_rendering()  # square panels: the layout takes a second pass, without it titles are cut off
     return figure
 
@@ -453,6 +454,137 @@ def _name(place: Callable[..., Any], names: Sequence[str], most: int) -> None:
     place(range(len(names)), names, fontsize=SMALL, **turned)
 
 
+@dataclass(frozen=True)
+class Contour:
+    """Values (n, m) at x (n,) and y (m,), a note on them, named places (x, y), and how far the values may be off."""
+
+    x: Sequence[float]
+    y: Sequence[float]
+    values: np.ndarray
+    note: str = ""
+    marks: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    error: float = 0.0
+
+
+def contours(panels: Mapping[str, Contour], x: str, y: str, label: str, *, columns: int = 3) -> Figure:
+    """Level lines in true coordinates, on a scale of its own in every panel; a cross where the least of the values is,
+    unless a named place has one that the error does not tell from it.
+
+    label: what the values are.  Values that are not finite stay blank.
+    """
+    figure, grid = _panels(len(panels), 5.4, columns, 4.9)
+    for axes, (title, each) in zip(grid, panels.items()):
+        values = np.asarray(each.values, dtype=float).T  # rows along y
+        shown = np.ma.masked_invalid(values)
+        if shown.count() and shown.max() > shown.min():
+            levels, norm = _levels(shown, each.error)
+            seen = np.ma.maximum(shown, levels[0])  # what lies below the error has no logarithm to be drawn
+            drawn = axes.contourf(each.x, each.y, seen, levels, cmap="viridis", norm=norm, extend="both")
+            lines = axes.contour(each.x, each.y, seen, levels[1::2], colors="white", linewidths=0.7)
+            axes.clabel(lines, fmt="%.3g", fontsize=SMALL - 3)
+            bar = figure.colorbar(drawn, ax=axes, shrink=0.85, format="%.3g")
+            bar.set_label(label, fontsize=SMALL)
+            row, column = divmod(int(shown.argmin()), shown.shape[1])
+            if not any(_near(each, shown, place) for place in each.marks.values()):
+                axes.plot(each.x[column], each.y[row], "x", color=ORANGE, ms=10, mew=2.5, label="least of the grid")
+        for place, (name, (a, b)) in enumerate(each.marks.items()):
+            marker = "os^D"[place % 4]
+            axes.plot(a, b, marker, color="white", mec="black", ms=8, label=plain(name))
+        axes.set_title(f"{plain(title)}\n{plain(each.note)}" if each.note else plain(title), fontsize=SMALL)
+        axes.set_xlabel(x, fontsize=SMALL)
+        axes.set_ylabel(y, fontsize=SMALL)
+        axes.set_aspect("equal")
+        axes.tick_params(labelsize=SMALL - 2)
+    handles = {text: line for axes in grid for line, text in zip(*axes.get_legend_handles_labels())}
+    figure.legend(
+        list(handles.values()), list(handles), loc="outside lower center", ncols=4, fontsize=SMALL, facecolor="#bbbbbb"
+    )
+    return figure
+
+
+def _near(contour: Contour, shown: Any, place: tuple[float, float]) -> bool:
+    """Whether the value at a place is the least one as far as the error tells."""
+    column, row = (int(np.abs(np.asarray(axis) - at).argmin()) for axis, at in zip((contour.x, contour.y), place))
+    return bool(shown[row, column] <= shown.min() + 2 * contour.error)
+
+
+def _levels(values: Any, error: float) -> tuple[np.ndarray, Normalize]:
+    """Equal steps; or equal ratios where the values, from the error upwards, range over more than a decade."""
+    low, high = float(values.min()), float(values.max())
+    low = max(low, error)
+    if low > 0 and high / low > 10:
+        return np.geomspace(low, high, 16), LogNorm(low, high)
+    return np.linspace(low, high, 16), Normalize(low, high)
+
+
+@dataclass(frozen=True)
+class Line:
+    """y over x; look: the index of its colour, marker and dashes."""
+
+    label: str
+    x: Sequence[float]
+    y: Sequence[float]
+    look: int = 0
+    markers: bool = False
+
+
+def lines(
+    panels: Mapping[str, Sequence[Line]], x: str, y: str, *, log: Collection[str] = (), columns: int = 3
+) -> Figure:
+    """Curves, a panel per title; lines of one label are told once.  log: titles of panels with a logarithmic y."""
+    figure, grid = _panels(len(panels), 5.8, columns)
+    looks = list(_looks(map(str, range(6))).values())
+    for index, (axes, (title, curves)) in enumerate(zip(grid, panels.items())):
+        named: set[str] = set()
+        for curve in curves:
+            color, marker, dashes = looks[curve.look % len(looks)]
+            label = "_" if curve.label in named else curve.label
+            named.add(curve.label)
+            shape = {"marker": marker, "ms": 5} if curve.markers else {}
+            axes.plot(curve.x, curve.y, color=color, ls=dashes, lw=1.8, label=plain(label), **shape)
+        _dress(axes, x, y if index % columns == 0 else "")
+        if title in log:
+            axes.set_yscale("log")
+            _plain_logarithms(axes.yaxis)
+        axes.set_title(plain(title), fontsize=FONT)
+    handles = {text: line for axes in grid for line, text in zip(*axes.get_legend_handles_labels())}
+    figure.legend(
+        list(handles.values()), list(handles), loc="outside lower center", ncols=4, fontsize=SMALL, frameon=False
+    )
+    return figure
+
+
+def scatter(
+    panels: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]],
+    x: Mapping[str, str],
+    y: str,
+    *,
+    log: Collection[str] = (),
+    columns: int = 3,
+) -> Figure:
+    """Points (x, y), a panel per title and a look per label, one legend under all.  x: title -> name of its axis; log:
+    titles of panels with a logarithmic x.
+    """
+    figure, grid = _panels(len(panels), 5.0, columns)
+    colors = (BLUE, RED, GREEN, ORANGE, PURPLE, GREY)
+    labels = list(dict.fromkeys(label for groups in panels.values() for label in groups))
+    for index, (axes, (title, groups)) in enumerate(zip(grid, panels.items())):
+        for label, points in groups.items():
+            place = labels.index(label)
+            style = {"color": colors[place % 6], "marker": "os^Dv*PX<>"[place // 6 + place % 6]}
+            axes.scatter(*zip(*points), s=34, alpha=0.8, linewidths=0, label=plain(label), **style)
+        _dress(axes, x[title], y if index % columns == 0 else "")
+        if title in log:
+            axes.set_xscale("log")
+            _plain_logarithms(axes.xaxis)
+        axes.set_title(plain(title), fontsize=FONT)
+    handles = {text: line for axes in grid for line, text in zip(*axes.get_legend_handles_labels())}
+    figure.legend(
+        list(handles.values()), list(handles), loc="outside lower center", ncols=5, fontsize=SMALL, frameon=False
+    )
+    return figure
+
+
 def distributions(panels: Mapping[str, Mapping[str, Sequence[Sequence[float]]]], levels: Sequence[float]) -> Figure:
     """Quantile functions, overlaid: title -> label -> one row of values per network, at `levels`."""
     figure, grid = _panels(len(panels), 5.2)
@@ -477,11 +609,11 @@ def _single() -> tuple[Figure, Axes]:
     return figure, figure.subplots()
 
 
-def _panels(count: int, width: float, columns: int = 3) -> tuple[Figure, list[Axes]]:
+def _panels(count: int, width: float, columns: int = 3, height: float = 4.4) -> tuple[Figure, list[Axes]]:
     columns = min(count, columns)
-    lines = math.ceil(count / columns)
-    figure = _figure(width * columns, 4.4 * lines)
-    grid = list(figure.subplots(lines, columns, squeeze=False).flat)
+    down = math.ceil(count / columns)
+    figure = _figure(width * columns, height * down)
+    grid = list(figure.subplots(down, columns, squeeze=False).flat)
     for unused in grid[count:]:
         unused.set_axis_off()
     return figure, grid[:count]
@@ -500,7 +632,7 @@ def _finish(figure: Figure, axes: Axes, x: str, y: str, *, rounds: bool = False)
     _dress(axes, x, y)
     if rounds:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    if axes.get_yscale() == "log" and _decades(axes) < 1.5:
+    if axes.get_yscale() == "log" and _decades(axes.yaxis) < 1.5:
         axes.yaxis.set_major_locator(MaxNLocator(nbins=6))
         axes.yaxis.set_major_formatter(ScalarFormatter())
         axes.yaxis.set_minor_formatter(NullFormatter())
@@ -508,17 +640,17 @@ def _finish(figure: Figure, axes: Axes, x: str, y: str, *, rounds: bool = False)
     return figure
 
 
-def _plain_logarithms(axes: Axes) -> None:
+def _plain_logarithms(axis: Axis) -> None:
     """Plain numbers on a logarithmic axis, as many per decade as it has room for."""
-    decades = _decades(axes)
+    decades = _decades(axis)
     subs = (1, 1.5, 2, 3, 4, 6, 8) if decades < 0.7 else (1, 2, 5) if decades < 3 else (1,)
-    axes.yaxis.set_major_locator(MaxNLocator(nbins=5) if decades < 0.4 else LogLocator(subs=subs))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.yaxis.set_minor_formatter(NullFormatter())
+    axis.set_major_locator(MaxNLocator(nbins=5) if decades < 0.4 else LogLocator(subs=subs))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())
 
 
-def _decades(axes: Axes) -> float:
-    low, high = axes.get_ylim()
+def _decades(axis: Axis) -> float:
+    low, high = axis.get_view_interval()
     return math.log10(high / low)
 
 

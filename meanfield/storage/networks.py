@@ -52,7 +52,24 @@ def load_network(path: Annotated[str | Path, validation.path]) -> ParticleNetwor
     Raises FileNotFoundError, and ValueError where a file is truncated or changed, of another kind, or where the
     directory's other files are of another run.
     """
-    path = Path(path)
+    held, about, place = _read(Path(path))
+    try:
+        return _network(held, about)
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{place} does not fit its description: {error}") from error
+
+
+@checked
+def made_by(path: Annotated[str | Path, validation.path]) -> dict[str, Any]:
+    """What made the network of `path`, as it was given to `save_network`; {} where nothing was.  Raises as
+    `load_network`.
+    """
+    _, about, _ = _read(Path(path))
+    return about.get("made") or {}
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any], Path]:
+    """Tensors, their description, and the file."""
     if path.is_dir():
         content, path = Result(path, RESULT).read(NETWORK), path / NETWORK
         held, about = tensors.unpack(content, path)
@@ -62,10 +79,7 @@ def load_network(path: Annotated[str | Path, validation.path]) -> ParticleNetwor
         raise ValueError(f"{path} {OLDER}")
     if about.get("kind") != KIND:
         raise ValueError(f"{path} holds {about.get('kind')!r}, not {KIND!r}")
-    try:
-        return _network(held, about)
-    except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"{path} does not fit its description: {error}") from error
+    return held, about, path
 
 
 def _network(held: dict[str, Tensor], about: dict[str, Any]) -> ParticleNetwork:

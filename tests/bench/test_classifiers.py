@@ -142,6 +142,32 @@ def test_presets():
     assert (names[0], names[-1], len(names)) == ("conv1", "linear1", 6)
 
 
+@pytest.mark.parametrize(
+    ("network", "names"),
+    [
+        ("mlp", ["flatten", "linear1", "tanh1", "linear2", "tanh2", "linear3"]),
+        ("cnn", ["conv1", "tanh1", "pool1", "conv2", "tanh2", "flatten", "linear1"]),
+        ("residual", ["conv1", "tanh1", "stage1", "stage2", "stage3", "pool", "flatten", "linear1"]),
+        ("residual_bn", ["conv1", "norm1", "tanh1", "stage1", "stage2", "stage3", "pool", "flatten", "linear1"]),
+    ],
+)
+def test_networks_by_name(network, names):
+    found = TINY.variant(network=network, activation="tanh").start()
+    assert [name for name, _ in found.named_children()] == names
+    norms = [module for module in found.modules() if isinstance(module, torch.nn.BatchNorm2d)]
+    assert bool(norms) == (network == "residual_bn")
+    assert found(TINY.images().inputs[:2]).shape == (2, 10)
+
+
+def test_the_loss_is_that_of_the_recipe():
+    assert Classifier(loss="squared").recipe.loss == "squared"
+    assert Classifier(preset="authors", loss="squared").recipe.loss == "squared"
+    with pytest.raises(Misuse, match=r"loss='hinge' is unknown"):
+        Classifier(loss="hinge")
+    with pytest.raises(Misuse, match=r"activation='relu6' is unknown"):
+        Classifier(activation="relu6")
+
+
 def test_errors_name_the_field():
     with pytest.raises(ValueError, match=r"network='vgg12' is unknown"):
         Classifier(network="vgg12")

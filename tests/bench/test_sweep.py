@@ -187,6 +187,11 @@ def test_a_table_has_every_column_and_floats_to_the_last_bit():
     ]
 
 
+def test_a_table_leaves_out_what_is_no_entry():
+    rows = [{"n": 1, "values": [1.0, 2.0]}, {"n": 2, "values": None, "marks": {"a": 1}}]
+    assert sweep.table(rows).splitlines() == ["n", "1", "2"]
+
+
 def test_a_table_says_what_made_it():
     made = Provenance("meanfield widths '--data=a b'", {})
     lines = sweep.table(squares({"n": 1}), made).splitlines()

@@ -58,20 +58,36 @@ def comparable(history):
 
 
 class TestSteps:
-    @pytest.mark.parametrize(("penalty", "strength"), [("none", 0.0), ("l12", 0.7), ("l2", 0.3)])
-    def test_three_whole_batch_steps_are_nesterov_steps_on_the_objective(self, penalty, strength):
+    @pytest.mark.parametrize(
+        ("penalty", "strength", "loss"),
+        [
+            ("none", 0.0, "cross_entropy"),
+            ("l12", 0.7, "cross_entropy"),
+            ("l2", 0.3, "cross_entropy"),
+            ("l2", 0.3, "squared"),
+        ],
+    )
+    def test_three_whole_batch_steps_are_nesterov_steps_on_the_objective(self, penalty, strength, loss):
         """v <- momentum v + g, w <- w - rate (g + momentum v)  (torch's form of Sutskever et al. 2013), at the rate of
         each step.
         """
         (inputs, labels), network = task(dtype=torch.float64), linear()
         found = recipe(
-            epochs=3, batch_size=100, penalty=penalty, strength=strength, warm_up=2, milestones=(2,), momentum=0.8
+            epochs=3,
+            batch_size=100,
+            penalty=penalty,
+            strength=strength,
+            warm_up=2,
+            milestones=(2,),
+            momentum=0.8,
+            loss=loss,
         )
         weight, bias = (p.detach().clone() for p in network.parameters())
         velocity = [torch.zeros_like(weight), torch.zeros_like(bias)]
         for rate in (0.01, 0.02, 0.004):
             output = inputs.flatten(1) @ weight.T + bias
-            residue = (output.softmax(1) - functional.one_hot(labels, 3)) / len(labels)
+            said = output if loss == "squared" else output.softmax(1)
+            residue = (said - functional.one_hot(labels, 3)) / len(labels)
             means = weight.abs().mean(0)
             extra = {"none": 0 * weight, "l12": 2 * means * weight.sign() / 3, "l2": weight}[penalty]
             gradients = [residue.T @ inputs.flatten(1) + strength * extra, residue.sum(0)]
@@ -342,6 +358,11 @@ class TestEvaluate:
         )
         assert score.accuracy == sum(int(row.argmax()) == label for row, label in zip(logs, labels.tolist())) / 22
         assert 0 < score.accuracy < 1
+        squared = evaluate(network, inputs, labels, batch_size=5, loss="squared")
+        assert squared.accuracy == score.accuracy
+        assert squared.loss == pytest.approx(
+            float((output - functional.one_hot(labels, 3)).double().square().sum()) / 44, rel=1e-5
+        )
 
     def test_modes_are_put_back_after_an_error(self):
         network = small().train()

@@ -19,6 +19,7 @@ from meanfield.finite import (
     regulariser,
     residual,
 )
+from meanfield.finite.recipes import LOSSES
 
 
 class TestRegulariser:
@@ -66,6 +67,12 @@ class TestRegulariser:
             l12(torch.ones(3))
         with pytest.raises(ValueError, match=r"kind='L12' is unknown.*did you mean 'l12'"):
             regulariser(nn.Linear(2, 2), "L12")
+
+
+@pytest.mark.parametrize(("reduction", "expected"), [("none", [0.5, 2.5]), ("sum", 3.0), ("mean", 1.5)])
+def test_the_squared_loss_is_half_the_square_from_one_hot(reduction, expected):
+    outputs, classes = torch.tensor([[1.0, 1.0], [2.0, 0.0]]), torch.tensor([0, 1])
+    torch.testing.assert_close(LOSSES["squared"](outputs, classes, reduction=reduction), torch.tensor(expected))
 
 
 class TestRecipe:
@@ -117,6 +124,7 @@ class TestRecipe:
             ({"milestones": (4, 4)}, r"milestones=\(4, 4\) must be increasing epochs"),
             ({"penalty": "l1"}, "penalty='l1' is unknown"),
             ({"strength": 1}, "strength=1.0 needs a penalty: 'l12' or 'l2'"),
+            ({"loss": "hinge"}, "loss='hinge' is unknown"),
             ({"augment": "yes"}, "augment='yes' must be True or False"),
         ],
     )

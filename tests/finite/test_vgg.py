@@ -56,6 +56,11 @@ class TestVGGLayers:
         assert network.linear1.in_features == features  # 8 channels times the positions that are left
         assert network(images(2, 1, *side)).shape == (2, 3)
 
+    def test_an_activation_takes_the_place_of_every_relu(self):
+        network = vgg(8, (1, 4, 4), 3, width=1, hidden=(4,), activation="tanh", generator=seeded())
+        assert names(network, nn.Tanh) == [f"tanh{index}" for index in range(1, 7)]
+        assert not names(network, nn.ReLU)
+
     def test_hidden_layers_and_dropout(self):
         network = vgg(11, (1, 8, 8), 4, width=1, hidden=(6, 5), dropout=0.25, generator=seeded())
         expected = ["flatten", "dropout1", "linear1", "relu9", "dropout2", "linear2", "relu10", "dropout3", "linear3"]
@@ -91,6 +96,13 @@ class TestVGGStart:
         self.is_normal(network.linear1.weight, 2 / 256)
         self.is_normal(network.linear2.weight, 1 / 256)
         assert all(not p.any() for name, p in network.named_parameters() if name.endswith("bias"))
+
+    def test_variances_follow_the_activation(self):
+        network = vgg(8, (3, 4, 4), 64, width=32, activation="tanh", fan_in="kernel", generator=seeded())
+        self.is_normal(network.conv2.weight, 1 / (9 * 32))
+        block = residual((3, 4, 4), 64, width=32, activation="tanh", generator=seeded()).get_submodule("stage1.0")
+        self.is_normal(block.conv1.weight, 1 / (9 * 32))
+        self.is_normal(block.conv2.weight, 1 / (9 * 32))
 
     def is_normal(self, weight, variance):
         """Mean, variance and fourth moment within five standard deviations."""
@@ -158,9 +170,10 @@ class TestResidual:
         features = network[:3](x)
         torch.testing.assert_close(network(x), features.mean((2, 3)) @ network.linear1.weight.T)
 
-    @pytest.mark.parametrize("batch_norm", [True, False])
-    def test_a_block_is_the_formula_of_its_docstring(self, batch_norm):
-        block = ResidualBlock(2, 3, 2, batch_norm, seeded(), torch.float64).train()
+    @pytest.mark.parametrize(("batch_norm", "activation"), [(True, "relu"), (False, "relu"), (True, "tanh")])
+    def test_a_block_is_the_formula_of_its_docstring(self, batch_norm, activation):
+        h = {"relu": lambda signal: signal.clamp_min(0), "tanh": torch.tanh}[activation]
+        block = ResidualBlock(2, 3, 2, batch_norm, seeded(), torch.float64, activation).train()
         with torch.no_grad():
             for index, parameter in enumerate(block.parameters()):
                 parameter.copy_(torch.randn(parameter.shape, generator=seeded(index), dtype=torch.float64))
@@ -170,11 +183,11 @@ class TestResidual:
         def norm(signal, name):
             return self.norm(signal, at[f"{name}.weight"], at[f"{name}.bias"]) if batch_norm else signal
 
-        inner = norm(functional.conv2d(x, at["conv1.weight"], at.get("conv1.bias"), 2, 1), "norm1").clamp_min(0)
+        inner = h(norm(functional.conv2d(x, at["conv1.weight"], at.get("conv1.bias"), 2, 1), "norm1"))
         outer = norm(functional.conv2d(inner, at["conv2.weight"], at.get("conv2.bias"), 1, 1), "norm2")
         side = "shortcut.0" if batch_norm else "shortcut"
         across = norm(functional.conv2d(x, at[f"{side}.weight"], at.get(f"{side}.bias"), 2), "shortcut.1")
-        torch.testing.assert_close(found, (outer + across).clamp_min(0))
+        torch.testing.assert_close(found, h(outer + across))
         assert ("conv1.bias" in at) != batch_norm
 
     def norm(self, signal, scale, shift):
@@ -204,6 +217,7 @@ class TestArguments:
             ({"hidden": (0,)}, "hidden=0 must be an integer of at least 1"),
             ({"dropout": 1.0}, "dropout=1.0 must be at least 0 and less than 1"),
             ({"dropout": -0.1}, "dropout=-0.1 must be a finite number of at least 0"),
+            ({"activation": "elu"}, "activation='elu' is unknown"),
             ({"fan_in": "inner"}, "fan_in='inner' is unknown.*'inside'"),
         ],
     )

@@ -117,3 +117,60 @@ def test_confusion_has_a_number_in_every_cell_that_is_not_empty():
     assert [label.get_text() for label in axes.get_yticklabels()] == ["a", r"b \$x", "c"]
     many = np.eye(40, dtype=int)
     assert not plotting.confusion(many, list(map(str, range(40)))).axes[0].texts
+
+
+def test_contours_have_true_coordinates_and_a_cross_at_the_least_value():
+    x, y = np.linspace(-1, 1, 9), np.linspace(0, 4, 5)
+    values = (x[:, None] - 0.5) ** 2 + (y[None, :] - 3) ** 2
+    shown = plotting.Contour(x, y, values, "note $", {"start": (0.25, 1.0)})
+    figure = plotting.contours({"a": shown}, "x", "y", "loss")
+    axes = figure.axes[0]
+    places = {line.get_label(): (float(line.get_xdata()[0]), float(line.get_ydata()[0])) for line in axes.get_lines()}
+    assert places == {"least of the grid": (0.5, 3.0), "start": (0.25, 1.0)}
+    assert axes.get_title() == "a\nnote \\$"
+    assert (axes.get_xlim(), axes.get_ylim()) == ((-1, 1), (0, 4))
+
+
+def test_contours_draw_no_cross_that_the_error_does_not_tell_from_a_network():
+    x = np.linspace(-1, 1, 9)
+    values = (x[:, None] - 0.25) ** 2 + x[None, :] ** 2  # at the network 0.0625
+    for error, labels in ((0.03, {"least of the grid", "network"}), (0.032, {"network"})):
+        shown = plotting.Contour(x, x, values, "", {"network": (0.0, 0.0)}, error)
+        axes = plotting.contours({"a": shown}, "x", "y", "loss").axes[0]
+        assert {line.get_label() for line in axes.get_lines()} == labels
+        assert axes.collections[0].norm.vmin == pytest.approx(error)
+
+
+def test_contours_leave_blank_what_is_not_finite_and_take_equal_ratios_over_decades():
+    x = np.linspace(-1, 1, 5)
+    values = np.exp(4 * (x[:, None] + x[None, :]))
+    values[0, 0], values[4, 4] = np.nan, np.inf
+    figure = plotting.contours(
+        {"a": plotting.Contour(x, x, values), "b": plotting.Contour(x, x, values * np.nan)}, "x", "y", "z"
+    )
+    filled = figure.axes[0].collections[0]
+    assert filled.norm.vmin == pytest.approx(np.exp(-6), rel=1e-6)
+    np.testing.assert_allclose(np.diff(np.log(filled.levels)), 12 / 15, rtol=1e-6)
+    assert not figure.axes[1].collections
+
+
+def test_lines_of_one_label_are_told_once():
+    curves = [
+        plotting.Line("random", [0, 1], [1, 2]),
+        plotting.Line("random", [0, 1], [2, 3]),
+        plotting.Line("b", [0, 1], [1, 1], 1),
+    ]
+    figure = plotting.lines({"left": curves, "right": curves}, "x", "y", log=["right"])
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["random", "b"]
+    assert [axes.get_yscale() for axes in figure.axes] == ["linear", "log"]
+    assert len(figure.axes[0].get_lines()) == 3
+
+
+def test_a_scatter_has_every_point_and_one_look_per_label():
+    panels = {"left": {"a": [(1.0, 2.0), (3.0, 4.0)], "b": [(5.0, 6.0)]}, "right": {"b": [(1.0, 1.0)]}}
+    figure = plotting.scatter(panels, dict.fromkeys(panels, "value"), "loss", log=["left"])
+    left, right = figure.axes
+    assert [each.get_offsets().tolist() for each in left.collections] == [[[1, 2], [3, 4]], [[5, 6]]]
+    assert np.array_equal(left.collections[1].get_facecolor(), right.collections[0].get_facecolor())
+    assert (left.get_xscale(), right.get_xscale()) == ("log", "linear")
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["a", "b"]

@@ -69,6 +69,12 @@ class TestRoundTrip:
         assert (about["widths"], about["dtype"], about["made"]) == ([3, 2], "float64", None)
         assert mf.Architecture.from_dict(about["architecture"]) == network.architecture
 
+    def test_a_file_says_what_made_it(self, saved, tmp_path):
+        path, network = saved
+        assert networks.made_by(path) == {}
+        other = mf.save_network(network, tmp_path / "other.safetensors", {"settings": {"pool": 2}})
+        assert networks.made_by(other) == {"settings": {"pool": 2}}
+
     def test_equal_networks_are_equal_files(self, saved):
         path, network = saved
         again = mf.save_network(network, path.with_name("again.safetensors"))

@@ -323,7 +323,8 @@ def _solve(
     state: Path | None,
 ) -> Run:
     # before the work: the digest is of what runs, whatever is edited in the meantime
-    made = asdict(Provenance(options.command_line(*ranks.program(), "solve"), options.to_dict(), data=images.summary))
+    settled = {**options.to_dict(), "samples": len(images), "readout_penalty": problem.penalty.readout}
+    made = asdict(Provenance(options.command_line(*ranks.program(), "solve"), settled, data=images.summary))
     training, held_out = images.split() if images.rest is not None else (images, None)
     start = starts.draw(problem, options.widths, torch.Generator().manual_seed(options.seed), "low_rank")
     with warnings.catch_warnings(), limits.watched(signals.look), ranks.together() as group:
