@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -91,14 +91,12 @@ def extremes(
     """
     if not 1 <= largest + smallest <= operator.size:
         raise Misuse("largest", largest, f"and smallest={smallest} must be 1 to {operator.size} eigenvalues together")
-    basis, wanted = _Krylov(operator, generator, min(products, operator.size)), (largest, smallest)
+    basis, wanted = _Krylov(operator, generator, products), (largest, smallest)
     while basis.steps < basis.most and not basis.exhausted and not basis.converged(wanted, tolerance):
-        basis.extend(min(CHECK, basis.most - basis.steps))
-    chosen = basis.chosen(wanted)
-    pairs = [_pair(operator, basis.combined(coordinates)) for coordinates in basis.vectors[:, chosen].T]
-    met = all(
-        pair.residual <= bound for pair, bound in zip(pairs, _allowed([pair.value.value for pair in pairs], wanted, tolerance))
-    )
+        basis.extend(CHECK)
+    pairs = [_pair(operator, basis.combined(coordinates)) for coordinates in basis.vectors[:, basis.chosen(wanted)].T]
+    allowed = _allowed([pair.value.value for pair in pairs], wanted, tolerance)
+    met = all(pair.residual <= most for pair, most in zip(pairs, allowed))
     spent = basis.steps + len(pairs)
     return Extremes(tuple(pairs[:largest]), tuple(pairs[largest:]), spent, "converged" if met else "max_products")
 
@@ -120,35 +118,33 @@ def _pair(operator: Operator, vector: Tensor) -> Eigenpair:
 class _Krylov:
     """An orthonormal basis of the Krylov space of a Gaussian start, and the operator's tridiagonal matrix in it.
 
-    Rows are kept in the operator's dtype; inner products and the vector at work are in float64.
+    space: the basis (k, D), in the operator's dtype; inner products and the vector at work are in float64.  values,
+    vectors: eigenvalues, rising, and eigenvectors (k, k), in columns, of the tridiagonal matrix.
     """
 
     def __init__(self, operator: Operator, generator: torch.Generator, most: int) -> None:
-        self.operator, self.most, self.steps = operator, most, 0
-        self.rows = operator.like.new_empty(most + 1, operator.size)
+        self.operator, self.most, self.steps, self.exhausted = operator, min(most, operator.size), 0, False
         start = normal((operator.size,), generator, operator.like).double()
-        self.rows[0] = start / start.norm()
+        self.rows = (start / start.norm()).to(operator.like.dtype)[None]
         self.diagonal: list[Tensor] = []
         self.beside: list[Tensor] = []
-        self.exhausted = False
         self.values, self.vectors, self.left = np.zeros(0), np.zeros((0, 0)), math.inf
 
+    @property
+    def space(self) -> Tensor:
+        return self.rows[: len(self.values)]
+
     def extend(self, steps: int) -> None:
-        for _ in range(steps):
-            row = self.rows[len(self.diagonal)].double()
+        first, self.steps = self.steps, min(self.steps + steps, self.most)
+        self.rows = torch.cat([self.rows, self.rows.new_empty(self.steps - first, self.operator.size)])
+        for step in range(first, self.steps):
+            row = self.rows[step].double()
             image = self.operator(row).double()
             self.diagonal.append(row @ image)
-            image = self._without(self._without(image))
+            image = without(self.rows[: step + 1], without(self.rows[: step + 1], image))
             self.beside.append(image.norm())
-            self.rows[len(self.diagonal)] = image / self.beside[-1].clamp_min(torch.finfo(torch.float64).tiny)
+            self.rows[step + 1] = image / self.beside[-1].clamp_min(torch.finfo(torch.float64).tiny)
         self._solve()
-
-    def _without(self, vector: Tensor) -> Tensor:
-        """A vector without its part in the rows so far."""
-        rows = self.rows[: len(self.diagonal)]
-        blocks = list(limits.blocks(self.operator.size, 8 * len(rows)))
-        part = torch.stack([rows[:, block].double() @ vector[block] for block in blocks]).sum(0)
-        return torch.cat([vector[block] - part @ rows[:, block].double() for block in blocks])
 
     def _solve(self) -> None:
         """The tridiagonal matrix's eigenvalues, up to the step at which the Krylov space was exhausted."""
@@ -156,7 +152,6 @@ class _Krylov:
         beside = torch.stack(self.beside).cpu().numpy()
         size = np.abs(diagonal) + beside
         spent = np.nonzero(beside <= len(size) * torch.finfo(self.rows.dtype).eps * size.max())[0]
-        self.steps = len(size)
         kept = int(spent[0]) + 1 if len(spent) else self.steps
         self.exhausted = bool(len(spent)) or self.steps == self.operator.size
         matrix = np.diag(diagonal[:kept]) + np.diag(beside[: kept - 1], 1) + np.diag(beside[: kept - 1], -1)
@@ -169,7 +164,7 @@ class _Krylov:
         return [max(last - rank, 0) for rank in range(wanted[0])] + [min(rank, last) for rank in range(wanted[1])]
 
     def converged(self, wanted: tuple[int, int], tolerance: float) -> bool:
-        """By the residuals |left s|, s the last entry of each vector, half of what is allowed: rounding adds to them."""
+        """By residuals |left s|, s the last entry of each vector, at half of what is allowed: rounding adds to them."""
         if len(self.values) < sum(wanted):
             return False
         chosen = self.chosen(wanted)
@@ -179,41 +174,49 @@ class _Krylov:
     def combined(self, coordinates: np.ndarray) -> Tensor:
         """The vector (D,) of coordinates in the basis."""
         weights = torch.as_tensor(coordinates, device=self.rows.device)
-        rows = self.rows[: len(weights)]
-        return torch.cat([weights @ rows[:, block].double() for block in limits.blocks(rows.shape[1], 8 * len(rows))])
+        return torch.cat([weights @ self.space[:, block].double() for block in _blocks(self.space)])
+
+
+def without(rows: Tensor, vector: Tensor) -> Tensor:
+    """A vector (D,) without its part in orthonormal rows (k, D)."""
+    part = torch.stack([rows[:, block].double() @ vector[block] for block in _blocks(rows)]).sum(0)
+    return torch.cat([vector[block] - part @ rows[:, block].double() for block in _blocks(rows)])
+
+
+def _blocks(rows: Tensor) -> Iterator[slice]:
+    """Columns that fit into a block in float64."""
+    return limits.blocks(rows.shape[1], 8 * len(rows))
 
 
 @checked
 def trace(operator: Operator, generator: torch.Generator, *, products: Count = PRODUCTS) -> Estimate:
     """The trace, by Hutch++ (Meyer, Musco, Musco, Woodruff 2021) with so many products.
 
-    A third of them finds a subspace Q in which much of the operator acts, a third gives its trace in there exactly, and
-    a third estimates the trace of the rest by random signs: the standard error is that of these independent draws,
-    given Q, and the estimate is unbiased given Q.  Where D <= products the trace is taken entry by entry, and is exact
-    up to rounding.
-    products: at least 6, or D.
+    Half of them span a subspace Q in which much of the operator acts, and the other half estimates the trace of the
+    rest by random signs: the standard error is that of these independent draws given Q, and so is the estimate
+    unbiased.  Q is the Krylov space of Lanczos, whose products give the trace in Q as well (Chen, Hallman 2023); of a
+    random sketch that would take as many again.  Where D <= products the trace is taken entry by entry, and is exact up
+    to rounding.
+    products: at least 4, or D.
     """
     if operator.size <= products:
         entries = torch.eye(operator.size, dtype=torch.float64, device=operator.like.device)
         exact = float(torch.stack([entry @ operator(entry).double() for entry in entries]).sum())
         return Estimate(exact, exact, exact, 0.0)
-    if products < 6:
-        raise Misuse("products", products, "leaves no two draws for a standard error: give at least 6")
-    third = products // 3
-    images = torch.stack([operator(_signs(operator, generator)).double() for _ in range(third)], 1)
-    found = torch.linalg.qr(images).Q
-    inside = torch.stack([row @ operator(row).double() for row in found.T]).sum()
-    draws = torch.stack([_rest(operator, found, generator) for _ in range(products - 2 * third)])
-    rest = mean([float(each) for each in draws.cpu()])
-    error = float(draws.std() / math.sqrt(len(draws)))
-    shift = float(inside)
-    return Estimate(shift + rest.value, shift + rest.low, shift + rest.high, error)
+    if products < 4:
+        raise Misuse("products", products, "leaves no two draws for a standard error: give at least 4")
+    basis = _Krylov(operator, generator, products // 2)
+    basis.extend(basis.most)
+    draws = [_rest(operator, basis, generator) for _ in range(products - basis.most)]
+    samples = torch.stack(draws).tolist()
+    rest, inside = mean(samples), float(basis.values.sum())
+    error = float(np.std(samples, ddof=1)) / math.sqrt(len(samples))
+    return Estimate(inside + rest.value, inside + rest.low, inside + rest.high, error)
 
 
-def _rest(operator: Operator, found: Tensor, generator: torch.Generator) -> Tensor:
-    """g^T P A P g of random signs g, P the projection on what is orthogonal to the columns of `found`."""
-    vector = _signs(operator, generator)
-    vector = vector - found @ (found.T @ vector)
+def _rest(operator: Operator, basis: _Krylov, generator: torch.Generator) -> Tensor:
+    """g^T P A P g of random signs g, P the projection on what is orthogonal to the basis."""
+    vector = without(basis.space, _signs(operator, generator))
     return vector @ operator(vector).double()
 
 

@@ -111,7 +111,7 @@ class _Slope:
 
 
 class _Outputs:
-    """The outputs of a batch as a function of the parameters, J^T u as one of u, and the loss's slope in the outputs."""
+    """The outputs of a batch as a function of the parameters, J^T u as one of u, the loss's slope as one of outputs."""
 
     def __init__(self, objective: Objective, leaves: Parameters, batch: Batch) -> None:
         inputs, targets = batch
@@ -184,7 +184,7 @@ def require_smooth(objective: Objective, parameters: Mapping[str, Tensor]) -> fl
     """The mean loss; Misuse where it or its gradient is not finite."""
     value, gradient = slope(objective, parameters)
     if not bool(torch.stack([value.isfinite(), *(each.isfinite().all() for each in gradient.values())]).all()):
-        raise Misuse("network", float(value), "is its mean loss, and that or its gradient is not finite: nothing to bend")
+        raise Misuse("network", float(value), "is its mean loss; that and its gradient must be finite")
     return float(value)
 
 

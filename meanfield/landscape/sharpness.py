@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -160,14 +161,12 @@ class _Here:
     def ends(self, asked: Sequence[str], tolerance: float, steps: int) -> dict[str, Interval]:
         """The eigenvalues asked for, from one Krylov space; top is always sought, as what residuals are measured by."""
         count = int("smallest" in asked and self.hessian.size > 1)
-        found = curvature.extremes(
-            self.hessian, self.generator, 1, count, tolerance=tolerance, products=steps
-        )
+        found = curvature.extremes(self.hessian, self.generator, 1, count, tolerance=tolerance, products=steps)
         self.products |= dict.fromkeys(asked, found.products)
         if found.status != "converged":
             residuals = " and ".join(f"{pair.residual:.1e}" for pair in (*found.largest, *found.smallest))
             self.warnings.append(
-                f"{' and '.join(asked)}: residuals of {residuals} after {steps} Lanczos steps are more than {tolerance:g} "
+                f"{' and '.join(asked)}: residuals are {residuals} after {steps} Lanczos steps, more than {tolerance:g} "
                 "of the top eigenvalue"
             )
         values = {"top": found.largest[0].value, "smallest": (found.smallest or found.largest)[0].value}
@@ -187,27 +186,29 @@ class _Here:
             moved = {name: tensor + epsilon * direction[name] for name, tensor in self.parameters.items()}
             found.append(self._rise(moved))
         values = torch.stack(found).tolist()
-        return rates.mean(values), Interval(max(values), max(values), float("inf"))
+        return rates.mean(values), _at_least(max(values))
 
     @torch.no_grad()
     def _rise(self, parameters: Parameters) -> Tensor:
         return self.objective(parameters).double() - self.loss
 
     def adaptive(self, rho: float) -> Interval:
-        """f(t) = L(w + |w| t) on |t| = rho: steps of falling length along the normalised gradient, back to the sphere."""
-        generator, best = self.generator, torch.zeros((), dtype=torch.float64, device=next(iter(self.parameters.values())).device)
-        sizes = hessian.flat(self.parameters.values()).abs()
-        origin = hessian.flat(self.parameters.values())
+        """The largest f(t) = L(w + |w| t) on |t| = rho: steps along the normalised gradient and back to the sphere."""
+        generator, origin = self.generator, hessian.flat(self.parameters.values())
+        sizes, best = origin.abs(), origin.new_zeros(())
         for start in range(STARTS):
-            point = normal(sizes.shape, generator, sizes) * (sizes > 0) if start else torch.zeros_like(sizes)
-            point = rho * _unit(point)
+            point = _unit(normal(sizes.shape, generator, sizes) * (sizes > 0)) if start else torch.zeros_like(sizes)
             for step in range(ASCENT + 1):
-                value, gradient = hessian.slope(self.objective, hessian.named(origin + sizes * point, self.parameters))
+                moved = hessian.named(origin + rho * sizes * point, self.parameters)
+                value, gradient = hessian.slope(self.objective, moved)
                 best = torch.maximum(best, value.double() - self.loss)
-                towards = _unit(sizes * hessian.flat(gradient.values()))
-                point = rho * _unit(point / rho + 2 / (1 + step / 2) * towards)
-        reached = float(best)
-        return Interval(reached, reached, float("inf"))
+                point = _unit(point + 2 / (1 + step / 2) * _unit(sizes * hessian.flat(gradient.values())))
+        return _at_least(float(best))
+
+
+def _at_least(value: float) -> Interval:
+    """A lower bound."""
+    return Interval(value, value, math.inf)
 
 
 def _unit(vector: Tensor) -> Tensor:
