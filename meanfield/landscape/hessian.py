@@ -10,7 +10,7 @@ parameters lie; what the gradient jumps by between pieces is no part of it.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol, Self
 
@@ -48,15 +48,13 @@ class Products:
     graph: type[Graph]
 
     def __init__(self, objective: Objective, parameters: Mapping[str, Tensor], scale: Parameters | None = None) -> None:
-        self.leaves = {name: ordinary(tensor).detach().clone() for name, tensor in parameters.items()}
-        self.objective, self.like = objective, next(iter(self.leaves.values())).new_empty(0)
-        self.size = sum(tensor.numel() for tensor in self.leaves.values())
-        for leaf in self.leaves.values():
-            leaf.requires_grad_()
+        self.objective, self._done = objective, [0]
         self._scale = None if scale is None else flat(scale.values())
-        self._batches = [(ordinary(inputs), ordinary(targets)) for inputs, targets in objective.batches]
-        self._done = [0]
         with _differentiable():
+            self.leaves = _leaves(parameters)
+            self.like = next(iter(self.leaves.values())).new_empty(0)
+            self.size = sum(leaf.numel() for leaf in self.leaves.values())
+            self._batches = list(_ordinary(objective.batches))
             self._kept: list[Graph | None] = self._graphs()
 
     @property
@@ -122,12 +120,12 @@ class _Outputs:
         loss = mean(objective.loss_of, self.here, targets) * (len(inputs) / objective.count)
         (self.slope,) = _pulled([loss], [self.here], None, graph=True)
 
-    def pushed(self, direction: Sequence[Tensor], keep: bool = True) -> Tensor:
+    def pushed(self, direction: Sequence[Tensor], keep: bool) -> Tensor:
         """J v, (N, ...)."""
         return _pulled(self.pulled, [self.cotangent], direction, keep=keep)[0]
 
     def product(self, direction: Sequence[Tensor], keep: bool) -> list[Tensor]:
-        bent = _pulled([self.slope], [self.here], [self.pushed(direction)], keep=keep)
+        bent = _pulled([self.slope], [self.here], [self.pushed(direction, True)], keep=keep)
         return _pulled([self.outputs], self.leaves, bent, keep=keep)
 
 
@@ -147,24 +145,25 @@ class GaussNewton(Products):
 
 def slope(objective: Objective, parameters: Mapping[str, Tensor]) -> tuple[Tensor, Parameters]:
     """The mean loss over all images, 0-dimensional, and its gradient, one batch after the other."""
-    leaves = {name: ordinary(tensor).detach().clone().requires_grad_() for name, tensor in parameters.items()}
-    value, gradient = torch.zeros((), device=next(iter(leaves.values())).device), [0.0] * len(leaves)
     with _differentiable():
-        for inputs, targets in objective.batches:
-            part = objective.part(leaves, (ordinary(inputs), ordinary(targets)))
-            gradient = [total + each for total, each in zip(gradient, _pulled([part], list(leaves.values()), None))]
-            value = value + part.detach()
-    return value, dict(zip(leaves, gradient))  # type: ignore[arg-type]
+        leaves = _leaves(parameters)
+        value = next(iter(leaves.values())).detach().new_zeros(())
+        gradient = [torch.zeros_like(leaf) for leaf in leaves.values()]
+        for batch in _ordinary(objective.batches):
+            part = objective.part(leaves, batch)
+            pulled = _pulled([part], list(leaves.values()), None)
+            value, gradient = value + part.detach(), [total + each for total, each in zip(gradient, pulled)]
+    return value, dict(zip(leaves, gradient))
 
 
 def slopes_along(objective: Objective, parameters: Mapping[str, Tensor], direction: Mapping[str, Tensor]) -> Tensor:
     """d loss_n(parameters + t direction) / dt at t = 0, image by image, (N,) in float64."""
-    leaves = {name: ordinary(tensor).detach().clone().requires_grad_() for name, tensor in parameters.items()}
     found = []
     with _differentiable():
-        for inputs, targets in objective.batches:
-            graph = _Outputs(objective, leaves, (ordinary(inputs), ordinary(targets)))
-            along = graph.slope.detach().double() * graph.pushed([direction[name] for name in leaves]).double()
+        leaves = _leaves(parameters)
+        for batch in _ordinary(objective.batches):
+            graph = _Outputs(objective, leaves, batch)
+            along = graph.slope.detach().double() * graph.pushed([direction[name] for name in leaves], False).double()
             found.append(objective.count * along.flatten(1).sum(1))
     return torch.cat(found)
 
@@ -186,6 +185,15 @@ def require_smooth(objective: Objective, parameters: Mapping[str, Tensor]) -> fl
     if not bool(torch.stack([value.isfinite(), *(each.isfinite().all() for each in gradient.values())]).all()):
         raise Misuse("network", float(value), "is its mean loss; that and its gradient must be finite")
     return float(value)
+
+
+def _leaves(parameters: Mapping[str, Tensor]) -> Parameters:
+    """Copies that take gradients."""
+    return {name: ordinary(tensor).detach().clone().requires_grad_() for name, tensor in parameters.items()}
+
+
+def _ordinary(batches: Iterable[Batch]) -> Iterator[Batch]:
+    return ((ordinary(inputs), ordinary(targets)) for inputs, targets in batches)
 
 
 def _pulled(

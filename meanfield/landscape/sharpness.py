@@ -166,8 +166,8 @@ class _Here:
         if found.status != "converged":
             residuals = " and ".join(f"{pair.residual:.1e}" for pair in (*found.largest, *found.smallest))
             self.warnings.append(
-                f"{' and '.join(asked)}: residuals are {residuals} after {steps} Lanczos steps, more than {tolerance:g} "
-                "of the top eigenvalue"
+                f"{' and '.join(asked)}: after {steps} Lanczos steps residuals are {residuals}, "
+                f"more than {tolerance:g} of the top eigenvalue"
             )
         values = {"top": found.largest[0].value, "smallest": (found.smallest or found.largest)[0].value}
         return {name: values[name] for name in asked}
