@@ -23,6 +23,7 @@ PACKAGES = {
         "log_spaced_times regulariser residual sample sequential train vgg"
     ),
     "meanfield.grafting": "Graft Grafted Junction METHODS graft layer_errors",
+    "meanfield.landscape": "Plane Sharpness plane sharpness",
     "meanfield.solvers": "alternating arrangements flow reference splitting",
 }
 MODULES = {
@@ -30,6 +31,7 @@ MODULES = {
     "meanfield.certificates.search": "UnseenFeatures search_features",
     "meanfield.certificates.sphere": "SphereMaximum maximise",
     "meanfield.data": "Dataset load",
+    "meanfield.landscape.curvature": "Eigenpair Estimate Extremes Operator extremes trace",
     "meanfield.limits": "memory within",
     "meanfield.measures": (
         "adjoin balance drop_massless extend interpolate merge mixture permute select split with_tensors"
