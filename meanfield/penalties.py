@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from meanfield.transfer import on_host
+from meanfield.host import on_host
 from meanfield.validation import nonnegative, one_of, positive
 
 KERNEL_NORMS = ("l2", "l1")

@@ -81,3 +81,9 @@ def residual(width: int, seed: int) -> Residual:
     with torch.no_grad():
         network(normal((64, 2, 12, 12), seed + 50))  # running statistics that are not the default
     return network  # type: ignore[return-value]
+
+
+def chain(seed: int = 0, activation: type[nn.Module] = nn.ReLU) -> nn.Module:
+    """Two convolutions and two linear layers with biases, (N, 2, 6, 6) -> (N, 3)."""
+    layers = [nn.Conv2d(2, 5, 3), activation(), nn.MaxPool2d(2), nn.Conv2d(5, 4, 2), activation(), nn.Flatten()]
+    return filled(nn.Sequential(*layers, nn.Linear(4, 6), activation(), nn.Linear(6, 3)), seed)

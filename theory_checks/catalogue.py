@@ -20,6 +20,7 @@ FAMILIES = (
     "dissipation",
     "mixture",
     "invariances",
+    "filter_normalisation",
     "weak_duality",
     "one_layer_relation",
     "hybrids",

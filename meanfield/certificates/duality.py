@@ -36,11 +36,11 @@ from meanfield import limits
 from meanfield.certificates import concave
 from meanfield.convex.program import ConvexProgram
 from meanfield.convex.repopulation import ProgramPoint, joined, parted
+from meanfield.host import on_host
 from meanfield.network import ordinary, propagate
 from meanfield.penalties import largest, lengths
 from meanfield.precision import full_float32
 from meanfield.signatures import checked
-from meanfield.transfer import on_host
 from meanfield.validation import instance
 
 # of r between the domain of the conjugate and what no feature sees; where the two meet, a few dozen do

@@ -1,6 +1,8 @@
 """Loss landscapes: planes through a network, surfaces with an error, sharpness, joins and trajectories."""
 
+from meanfield.landscape.balance import balanced
 from meanfield.landscape.directions import Plane, plane
+from meanfield.landscape.planes import line, principal, triangle
 from meanfield.landscape.sharpness import Sharpness, sharpness
 
-__all__ = ["Plane", "Sharpness", "plane", "sharpness"]
+__all__ = ["Plane", "Sharpness", "balanced", "line", "plane", "principal", "sharpness", "triangle"]

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from meanfield import rates
 from meanfield.landscape import curvature, directions, hessian, metric
+from meanfield.landscape.caution import cautions
 from meanfield.landscape.objective import Loss, Objective
 from meanfield.landscape.subject import Network, Parameters, Subject
 from meanfield.network import ParticleNetwork
@@ -45,7 +46,8 @@ class Sharpness:
     fisher_rao: w^T F w of the empirical Fisher matrix F = mean of the outer products of the images' own gradients at
         their own targets (Liang et al. 2019, whose norm is its root): the mean of (d loss_n(t w) / dt)^2 at t = 1;
         exact for these images, Student's interval over images for what they were drawn from.
-    products: with H or its part, spent on each measure.  warnings: which figure is not what was asked for.
+    products: with H or its part, spent on each measure.
+    warnings: eigenvalues that Lanczos did not reach; where networks are not made comparable by normalised directions.
     """
 
     loss: float
@@ -117,6 +119,7 @@ def sharpness(
         bare = hessian.GaussNewton(objective, here.parameters, scale)
         found["gauss_newton"] = here.trace("gauss_newton", bare, products)
     if "rise" in asked:
+        here.warnings += cautions(objective.subject.network)
         found["rise"], found["largest_rise"] = here.rises(epsilon, directions)
     if "adaptive" in asked:
         found["adaptive"] = here.adaptive(rho)
@@ -148,7 +151,7 @@ class _Here:
 
     @property
     def generator(self) -> torch.Generator:
-        return torch.Generator().manual_seed(self.seed)
+        return directions.generator_of(self.seed)
 
     @cached_property
     def hessian(self) -> hessian.Hessian:
@@ -182,7 +185,7 @@ class _Here:
         """Mean and largest."""
         generator, found = self.generator, []
         for _ in range(count):
-            direction = directions.gaussian(self.parameters, generator, "filter")
+            direction = directions.gaussian(self.objective.subject, generator, "filter")
             moved = {name: tensor + epsilon * direction[name] for name, tensor in self.parameters.items()}
             found.append(self._rise(moved))
         values = torch.stack(found).tolist()

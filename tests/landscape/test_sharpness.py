@@ -156,7 +156,7 @@ def test_nothing_of_the_callers_is_touched(fails):
 
 def test_figures_follow_from_the_seed_and_not_from_what_else_is_measured():
     whole = landscape.sharpness(small(), IMAGES, LABELS, seed=4)
-    assert whole.warnings == ()
+    assert [warning.split(":")[0] for warning in whole.warnings] == ["not positively homogeneous", "batch norm"]
     for measure in ("trace", "rise", "adaptive", "fisher_rao"):
         alone = landscape.sharpness(small(), IMAGES, LABELS, seed=4, measures=[measure])
         assert getattr(alone, measure) == getattr(whole, measure)
