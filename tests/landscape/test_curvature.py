@@ -75,7 +75,7 @@ def traces(products, seeds):
     return [curvature.trace(Matrix(entries), seeded(seed), products=products) for seed in range(seeds)]
 
 
-@pytest.mark.parametrize("products", [30, 8])
+@pytest.mark.parametrize("products", [pytest.param(30, marks=pytest.mark.slow), 8])
 def test_errors_of_the_trace_cover_as_students_law_says(products):
     """Also of one that stops early: it is often far off, and says so.  Bounds: 1e-4 tails of the binomial law."""
     found, truth, freedom = traces(products, 200), SPECTRUM.sum(), products - products // 2 - 1

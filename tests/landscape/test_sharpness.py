@@ -154,6 +154,7 @@ def test_nothing_of_the_callers_is_touched(fails):
     assert random.getstate() == chance[1]
 
 
+@pytest.mark.slow
 def test_figures_follow_from_the_seed_and_not_from_what_else_is_measured():
     whole = landscape.sharpness(small(), IMAGES, LABELS, seed=4)
     assert [warning.split(":")[0] for warning in whole.warnings] == ["not positively homogeneous", "batch norm"]
@@ -173,6 +174,7 @@ def test_what_did_not_converge_is_said():
     assert found.top.high - found.top.value > 1e-4 * found.top.value
 
 
+@pytest.mark.slow
 def test_float32_and_a_loader_find_what_float64_and_tensors_do():
     measures = ("top", "smallest", "rise", "adaptive", "fisher_rao")
     wide = landscape.sharpness(small(), IMAGES, LABELS, measures=measures)
