@@ -23,7 +23,7 @@ from meanfield.storage import to_json
 from meanfield.storage.results import Result, opened
 
 PIPED_WIDTH = 160  # columns, where the output is no terminal
-PEERS = ("scs", "pyscnn")
+PEERS = ("scs", "pyscnn", "loss-landscapes")
 Found = dict[str, Any]  # the figures of a benchmark, ready for JSON
 Report = Callable[[str], None]  # takes a line of progress
 

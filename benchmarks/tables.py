@@ -314,6 +314,28 @@ def grafting(found: dict[str, Any]) -> list[Table]:
     return [grafts, peer]
 
 
+def landscape(found: dict[str, Any]) -> list[Table]:
+    """Milliseconds a point, and seconds of a surface within a tolerance."""
+    title = f"a point of a loss surface, {found['images']} images, one thread, medians of CPU milliseconds"
+    columns = ("network", "parameters", "exact", "functional_call", "loss_landscapes", "exact / loss_landscapes")
+    surface = f"surface {found['grid']}x{found['grid']} within {found['tolerance']:.0%}, CPU s"
+    table = Table(*columns, "largest relative difference", "prepared ms", surface, "evaluations", title=title)
+    table.caption = found["missing"] and escape(found["missing"])
+    for row in found["rows"]:
+        target = "" if row["fast_enough"] is None else f" (at most {row['target']:g}: {_kept(row['fast_enough'])})"
+        table.add_row(
+            row["network"],
+            str(row["parameters"]),
+            *(_fixed(row["milliseconds"].get(name)) for name in columns[2:5]),
+            _fixed(row["ratio"]) + target,
+            _scientific(row["largest_relative_difference"]),
+            f"{1e3 * row['prepared_seconds']:.0f}",
+            _fixed(row["surface_seconds"]),
+            f"{row['surface_evaluations']} ({row['surface_status']})",
+        )
+    return [table]
+
+
 def _scientific(number: float | None) -> str:
     return "" if number is None else f"{number:.1e}"
 

@@ -237,17 +237,8 @@ class Problem:
         return Terms(self.loss.value(output, self.targets).mean(), *self.prices(network))
 
     def prices(self, network: ParticleNetwork) -> tuple[Tensor, Tensor, Tensor]:
-        """The terms of J that do not depend on images: source, readout and input penalty."""
-        p, penalty = network.masses, self.penalty
-        source = network.readout.new_zeros(())
-        for layer in range(1, self.architecture.depth):
-            outflow = p[layer] @ penalty.norms(network.kernels[layer])  # (M_{l-1},): sum_j |w_ij| p_j
-            source = source + p[layer - 1] @ outflow.square()
-        readout = p[-1] @ network.readout.movedim(1, 0).flatten(1).square().sum(1)
-        first = network.kernels[0].flatten(1).square().sum(1)
-        if network.biases[0] is not None:
-            first = first + network.biases[0].square()
-        return penalty.source * source, penalty.readout * readout, penalty.input * (p[0] @ first)
+        """See the function of this name."""
+        return prices(network, self.penalty)
 
     def value(self, network: ParticleNetwork) -> Tensor:
         """J, a 0-dimensional tensor; +inf where a bound is broken by more than rounding."""
@@ -264,25 +255,12 @@ class Problem:
             )
 
     def excess(self, network: ParticleNetwork) -> float:
-        """Largest relative excess over the bounds, 0 where they hold: max of (reached / bound - 1)."""
-        return max((reached / bound - 1 for _, reached, bound in self.bounds(network)), default=0.0)
+        """See the function of this name."""
+        return excess(network, self.penalty)
 
     def bounds(self, network: ParticleNetwork) -> list[tuple[str, float, float]]:
-        """(name, largest value reached, bound) for every bound that is on; massless features are not counted."""
-        found: list[tuple[str, float, float]] = []
-        alive = [p > 0 for p in network.masses]
-        if self.penalty.input_bound is not None:
-            norms = input_norms(network.kernels[0], network.biases[0])
-            found.append(("input_bound", float(norms[alive[0]].max()), self.penalty.input_bound))
-        if self.penalty.amplitude_bound is not None and self.architecture.depth > 1:
-            reached = 0.0
-            for layer in range(1, self.architecture.depth):
-                amplitudes = network.amplitudes(layer, self.penalty.norms(network.kernels[layer]))
-                bias = network.biases[layer]
-                amplitudes = amplitudes if bias is None else torch.maximum(amplitudes, bias.abs())
-                reached = max(reached, float(amplitudes[alive[layer]].max()))
-            found.append(("amplitude_bound", reached, self.penalty.amplitude_bound))
-        return found
+        """See the function of this name."""
+        return bounds(network, self.penalty)
 
     def require_feasible(self, network: ParticleNetwork) -> None:
         """Refuse a network that is not finite, or breaks a bound, naming the bound and the value reached."""
@@ -343,6 +321,43 @@ def project_bounds(problem: Problem, network: ParticleNetwork, *, input_bias_ste
             bias = biases[layer]
             biases[layer] = None if bias is None else bias.clamp(-penalty.amplitude_bound, penalty.amplitude_bound)
     return ParticleNetwork.unchecked(network.architecture, network.masses, kernels, network.readout, biases)
+
+
+def prices(network: ParticleNetwork, penalty: Penalty) -> tuple[Tensor, Tensor, Tensor]:
+    """The terms of J that do not depend on images: source, readout and input penalty."""
+    p = network.masses
+    source = network.readout.new_zeros(())
+    for layer in range(1, network.architecture.depth):
+        outflow = p[layer] @ penalty.norms(network.kernels[layer])  # (M_{l-1},): sum_j |w_ij| p_j
+        source = source + p[layer - 1] @ outflow.square()
+    readout = p[-1] @ network.readout.movedim(1, 0).flatten(1).square().sum(1)
+    first = network.kernels[0].flatten(1).square().sum(1)
+    if network.biases[0] is not None:
+        first = first + network.biases[0].square()
+    return penalty.source * source, penalty.readout * readout, penalty.input * (p[0] @ first)
+
+
+def excess(network: ParticleNetwork, penalty: Penalty) -> float:
+    """Largest relative excess over the bounds, 0 where they hold: max of (reached / bound - 1)."""
+    return max((reached / bound - 1 for _, reached, bound in bounds(network, penalty)), default=0.0)
+
+
+def bounds(network: ParticleNetwork, penalty: Penalty) -> list[tuple[str, float, float]]:
+    """(name, largest value reached, bound) for every bound that is on; massless features are not counted."""
+    found: list[tuple[str, float, float]] = []
+    alive = [p > 0 for p in network.masses]
+    if penalty.input_bound is not None:
+        norms = input_norms(network.kernels[0], network.biases[0])
+        found.append(("input_bound", float(norms[alive[0]].max()), penalty.input_bound))
+    if penalty.amplitude_bound is not None and network.architecture.depth > 1:
+        reached = 0.0
+        for layer in range(1, network.architecture.depth):
+            amplitudes = network.amplitudes(layer, penalty.norms(network.kernels[layer]))
+            bias = network.biases[layer]
+            amplitudes = amplitudes if bias is None else torch.maximum(amplitudes, bias.abs())
+            reached = max(reached, float(amplitudes[alive[layer]].max()))
+        found.append(("amplitude_bound", reached, penalty.amplitude_bound))
+    return found
 
 
 def _shifted(blocks: Iterator[slice], by: int) -> Iterator[slice]:

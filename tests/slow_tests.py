@@ -37,6 +37,7 @@ SLOW = {
     "benchmarks/test_benchmarks.py::test_a_fresh_process_answers_and_a_failure_says_why",
     "benchmarks/test_benchmarks.py::test_flow_command",
     "benchmarks/test_benchmarks.py::test_growth_command",
+    "benchmarks/test_benchmarks.py::test_points_of_a_landscape_are_measured_and_an_absent_peer_is_told",
     "benchmarks/test_benchmarks.py::test_solve_command",
     "solvers/test_flow.py::test_minibatches_end_where_the_whole_batch_does[gradient-1.0]",
     "solvers/test_flow.py::test_minibatches_end_where_the_whole_batch_does[preconditioned-0.1]",

@@ -22,7 +22,7 @@ PACKAGES = {
         "AUTHORS_DROPOUT FiniteCNN Fitted L12_STRENGTHS L2_STRENGTHS Recipe Score Training evaluate fit kernel l12 "
         "log_spaced_times regulariser residual sample sequential train vgg"
     ),
-    "meanfield.landscape": "Plane Sharpness balanced line plane principal sharpness triangle",
+    "meanfield.landscape": ("Plane Sharpness Surface balanced line plane principal sharpness surface triangle"),
     "meanfield.grafting": "Graft Grafted Junction METHODS graft layer_errors",
     "meanfield.solvers": "alternating arrangements flow reference splitting",
 }

@@ -34,6 +34,7 @@ class Subject:
             self.network = frozen(network, argument)
             self.parameters = {name: tensor.clone() for name, tensor in self.network.named_parameters()}
             self.buffers = dict(self.network.named_buffers())
+            self.places = _places(self.network)
         else:
             raise WrongType(argument, type(network).__name__, "a torch.nn.Module or a ParticleNetwork")
         if not self.parameters:
@@ -46,9 +47,11 @@ class Subject:
         """
         if isinstance(self.network, ParticleNetwork):
             return self.at(parameters).output(inputs)
-        # buffers are copied, so that a module which changes one in evaluation mode changes nothing here
+        # buffers and inputs are copied, so that a module which works in place changes nothing of the caller's
         buffers = {name: buffer.clone() for name, buffer in self.buffers.items()}
-        return functional_call(self.network, {**buffers, **parameters}, (inputs,))
+        values = {**buffers, **parameters}
+        placed = {place: values[name] for place, name in self.places.items()}
+        return functional_call(self.network, placed, (inputs.clone(),), tie_weights=False)
 
     def at(self, parameters: Mapping[str, Tensor]) -> Any:
         """The network at other parameters, in evaluation mode: a ParticleNetwork, or a module with copies of them."""
@@ -67,6 +70,21 @@ class Subject:
             if here != there:
                 raise Misuse(argument, name, f"is {there} there and {here} in the first network: give networks alike")
         return {name: other.parameters[name] for name in self.parameters}
+
+
+def _places(network: nn.Module) -> dict[str, str]:
+    """Where the tensors of a network stand, each module once, and their names: tied ones stand at several places.
+
+    `functional_call` would find the places of tied tensors itself, but takes a module that is called twice for two, and
+    leaves in it what it was given.
+    """
+    tensors = [*network.named_parameters(), *network.named_buffers()]
+    names = {id(tensor): name for name, tensor in tensors}
+    found = {}
+    for prefix, module in network.named_modules():
+        own = [*module.named_parameters("", False, False), *module.named_buffers("", False, False)]
+        found |= {f"{prefix}.{name}" if prefix else name: names[id(tensor)] for name, tensor in own}
+    return found
 
 
 def _tensors(network: ParticleNetwork) -> Parameters:

@@ -152,6 +152,7 @@ def test_ctrl_c_is_one_line_and_exit_code_130(tmp_path, monkeypatch):
         ["device", "--quick", "--out=a b"],
         ["widths", "--width=4", "--jobs=1"],
         ["grafting", "--samples=9", "--threads=1"],
+        ["landscape", "--repetitions=2", "--quick"],
     ],
     ids=lambda words: words[0],
 )
@@ -410,3 +411,15 @@ def test_grafts_are_measured_and_agree_with_the_whole_design_matrix(tmp_path):
     assert (large["images"], large["rows"], large["unknowns"]) == (12, 12 * 16 * 16, 9 * 8)
     assert [each["images"] for each in found["memory"]] == [500, 1000]
     assert "whole matrix" in ended.stdout
+
+
+def test_points_of_a_landscape_are_measured_and_an_absent_peer_is_told(tmp_path, monkeypatch):
+    monkeypatch.setattr("benchmarks.landscape.measure.PEER", "no_such_package")
+    sizes = ("--samples", 40, "--repetitions", 1)
+    found, ended = measured("landscape", "--quick", "--in-process", *sizes, out=tmp_path)
+    (row,) = found["rows"]
+    assert row["parameters"] == 9930
+    assert set(row["milliseconds"]) == {"exact", "functional_call"}
+    assert row["largest_relative_difference"] < 1e-6
+    assert row["ratio"] is None
+    assert "no_such_package is not installed" in ended.stdout

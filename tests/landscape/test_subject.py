@@ -58,3 +58,20 @@ def test_what_is_not_alike_is_refused_by_name():
     with pytest.raises(Misuse, match="class indices"):
         Objective(Subject(small(0)), IMAGES, torch.rand(20, 4))
     assert landscape.plane(small(0), seed=1).origin["0.weight"].shape == (3, 1, 3, 3)
+
+
+def test_a_module_called_twice_and_a_tied_weight_move_and_the_copy_stays_whole():
+    torch.manual_seed(0)
+    twice, tied = nn.Conv2d(1, 1, 3, padding=1), nn.Conv2d(1, 1, 3, padding=1)
+    tied.weight = twice.weight
+    network = nn.Sequential(twice, nn.Tanh(), twice, tied, nn.Flatten()).double()
+    subject = Subject(network)
+    moved = {name: 1.1 * tensor for name, tensor in subject.parameters.items()}
+    assert sorted(moved) == ["0.bias", "0.weight", "3.bias"]
+    found = subject(moved, IMAGES)
+    assert all(type(each) is nn.Parameter for each in subject.network.parameters())
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter *= 1.1
+    assert torch.equal(found, network(IMAGES))
+    assert torch.equal(found, subject.at(moved)(IMAGES))
