@@ -12,12 +12,13 @@ from strategies import bounded, normal, random_inputs, random_network, random_ta
 from torch_networks import IMAGES, plain, residual
 
 import meanfield as mf
-from meanfield import certificates, finite, grafting, measures, penalties
+from meanfield import certificates, finite, grafting, landscape, measures, penalties
 from meanfield.bench import distances
 from meanfield.certificates import search
 from meanfield.convex.program import ConvexProgram
 from meanfield.finite import kernel
 from meanfield.grafting import graft
+from meanfield.landscape.subject import Subject
 from meanfield.solvers import alternating, arrangements, flow, reference, splitting, velocities
 from meanfield.solvers.acceleration import Anderson
 from meanfield.studies import convexity
@@ -253,6 +254,17 @@ def test_grafting(pretend, method):
 def test_grafting_of_residual_networks(pretend):
     lower, upper, images = on_device(residual(4, 0), residual(6, 1), normal((20, 2, 12, 12), 9))
     assert is_there(graft(lower, upper, "stage1.1", images).network(images))
+
+
+def test_sharpness(pretend):
+    """A few numbers a measure beside the copy of the network: one a look of Lanczos, none a product."""
+    network, images, targets = on_device(residual(2, 0), IMAGES[:9], torch.arange(9) % 3)
+    Subject(network)
+    copying = pretend.reads
+    for measure, most in (("top", 8), ("trace", 6), ("adaptive", 4)):
+        before = pretend.reads
+        landscape.sharpness(network, images, targets, measures=measure, steps=10, products=10)
+        assert pretend.reads - before - copying <= most, measure
 
 
 def test_distances(pretend):

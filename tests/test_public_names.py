@@ -23,7 +23,7 @@ PACKAGES = {
         "log_spaced_times mlp regulariser residual sample sequential train vgg"
     ),
     "meanfield.landscape": (
-        "Joined Plane Surface Trajectory balanced join line plane principal surface trajectory triangle"
+        "Joined Plane Sharpness Surface Trajectory balanced join line plane principal sharpness surface trajectory triangle"
     ),
     "meanfield.grafting": "Graft Grafted Junction METHODS graft layer_errors",
     "meanfield.solvers": "alternating arrangements flow reference splitting",
@@ -33,6 +33,7 @@ MODULES = {
     "meanfield.certificates.search": "UnseenFeatures search_features",
     "meanfield.certificates.sphere": "SphereMaximum maximise",
     "meanfield.data": "Dataset load",
+    "meanfield.landscape.curvature": "Eigenpair Estimate Extremes Operator extremes trace",
     "meanfield.limits": "memory within",
     "meanfield.measures": (
         "adjoin balance drop_massless extend interpolate merge mixture permute select split with_tensors"

@@ -4,12 +4,14 @@ from meanfield.landscape.balance import balanced
 from meanfield.landscape.directions import Plane, plane
 from meanfield.landscape.join import Joined, join
 from meanfield.landscape.planes import line, principal, triangle
+from meanfield.landscape.sharpness import Sharpness, sharpness
 from meanfield.landscape.surface import Surface, surface
 from meanfield.landscape.trajectory import Trajectory, trajectory
 
 __all__ = [
     "Joined",
     "Plane",
+    "Sharpness",
     "Surface",
     "Trajectory",
     "balanced",
@@ -17,6 +19,7 @@ __all__ = [
     "line",
     "plane",
     "principal",
+    "sharpness",
     "surface",
     "trajectory",
     "triangle",
