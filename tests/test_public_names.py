@@ -23,7 +23,8 @@ PACKAGES = {
         "log_spaced_times mlp regulariser residual sample sequential train vgg"
     ),
     "meanfield.landscape": (
-        "Joined Plane Sharpness Surface Trajectory balanced join line plane principal sharpness surface trajectory triangle"
+        "Joined Plane Sharpness Surface Trajectory balanced eigenplane join line plane principal sharpness surface "
+        "trajectory triangle"
     ),
     "meanfield.grafting": "Graft Grafted Junction METHODS graft layer_errors",
     "meanfield.solvers": "alternating arrangements flow reference splitting",

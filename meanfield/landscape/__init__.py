@@ -3,7 +3,7 @@
 from meanfield.landscape.balance import balanced
 from meanfield.landscape.directions import Plane, plane
 from meanfield.landscape.join import Joined, join
-from meanfield.landscape.planes import line, principal, triangle
+from meanfield.landscape.planes import eigenplane, line, principal, triangle
 from meanfield.landscape.sharpness import Sharpness, sharpness
 from meanfield.landscape.surface import Surface, surface
 from meanfield.landscape.trajectory import Trajectory, trajectory
@@ -15,6 +15,7 @@ __all__ = [
     "Surface",
     "Trajectory",
     "balanced",
+    "eigenplane",
     "join",
     "line",
     "plane",

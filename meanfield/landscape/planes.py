@@ -1,15 +1,18 @@
-"""Planes through what is known of a landscape: solutions, checkpoints of a training."""
+"""Planes through what is known of a landscape: solutions, checkpoints of a training, directions of large curvature."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from meanfield.landscape.caution import cautions
+from meanfield.landscape.curvature import extremes
 from meanfield.landscape.directions import Plane, Point, difference, gaussian, generator_of, inner
+from meanfield.landscape.hessian import Hessian
+from meanfield.landscape.objective import Objective
 from meanfield.landscape.subject import Network, Parameters, Subject
 from meanfield.signatures import Seed, checked
 from meanfield.validation import Misuse, instance
@@ -74,6 +77,30 @@ def principal(checkpoints: Sequence[Any], network: Network | None = None) -> Pla
     first, second = (_combined(offsets, reach * unit) for unit in units)
     found = Plane(points[-1], first, second, "pca", warnings=cautions(subject.network, scaled=False))
     return _marked(found, {"start": points[0], "end": points[-1]})
+
+
+@checked
+def eigenplane(
+    network: Network, images: Any, targets: Any = None, *, loss: Callable[..., Tensor] | None = None, seed: Seed = 0
+) -> Plane:
+    """The plane of the two largest eigenvalues of the Hessian of the mean loss, at a network, which is its origin.
+
+    images, targets, loss: as for `Objective`.  seed: of the start of Lanczos.
+    The directions are unit eigenvectors, not normalised again: a is a distance, and the surface bends by the
+    eigenvalues, which the marks name.  Of a ReLU network the Hessian is that of the smooth piece at hand.
+    """
+    objective = Objective(Subject(network), images, targets, loss)
+    subject = objective.subject
+    hessian = Hessian(objective, subject.parameters)
+    found = extremes(hessian, generator_of(seed), largest=2, smallest=0)
+    first, second = (hessian.named(pair.vector) for pair in found.largest)
+    values = " and ".join(f"{pair.value.value:.3g}" for pair in found.largest)
+    warnings = cautions(subject.network, scaled=False)
+    if found.status != "converged":
+        residuals = " and ".join(f"{pair.residual:.1e}" for pair in found.largest)
+        warnings += (f"the eigenvectors are not converged: eigenvalues {values}, residuals {residuals}",)
+    marks = {f"network, eigenvalues {values}": (0.0, 0.0)}
+    return Plane(subject.parameters, first, second, "eigen", marks=marks, warnings=warnings)
 
 
 def parameters_of(checkpoints: Sequence[Any], network: Network | None = None) -> tuple[Subject, list[Parameters]]:

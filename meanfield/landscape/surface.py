@@ -98,10 +98,23 @@ class Surface:
         return dict.fromkeys(self.figures, 0.0 if self.status == "exact" else math.inf)
 
     @property
-    def range(self) -> tuple[float, float]:
-        """Least and largest loss of the points that were evaluated on all images; nan where there are none."""
-        losses = self._full.answers[:, 0]
-        return (float(losses.min()), float(losses.max())) if len(losses) else (math.nan, math.nan)
+    def range(self) -> float:
+        """largest - least: what the tolerance is a share of; nan where nothing is evaluated yet."""
+        return self.largest - self.least
+
+    @property
+    def least(self) -> float:
+        """The least loss of the points that were evaluated on all images."""
+        return float(self._losses.min()) if len(self._losses) else math.nan
+
+    @property
+    def largest(self) -> float:
+        """The largest loss of these points."""
+        return float(self._losses.max()) if len(self._losses) else math.nan
+
+    @property
+    def _losses(self) -> Tensor:
+        return self._full.values[:, 0]
 
     @property
     def evaluations(self) -> float:

@@ -7,6 +7,7 @@ from torch_networks import chain
 
 from meanfield import landscape
 from meanfield.landscape.directions import Plane, difference, inner
+from meanfield.landscape.objective import Objective
 from meanfield.landscape.subject import Subject
 from meanfield.validation import Misuse
 
@@ -100,3 +101,24 @@ def test_checkpoints_are_refused_by_name():
     with pytest.raises(Misuse, match="line"):
         landscape.principal(states[:1] * 3, chain())
     assert landscape.principal(states, chain()).kind == "pca"
+
+
+def test_the_plane_of_eigenvectors_bends_by_the_two_largest_eigenvalues():
+    network = nn.Sequential(nn.Flatten(), nn.Linear(4, 3)).double()
+    images = torch.randn(40, 1, 2, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    labels = torch.arange(40) % 3
+    objective = Objective(Subject(network), images, labels)
+    shapes = {name: tensor.shape for name, tensor in objective.subject.parameters.items()}
+
+    def loss(vector: torch.Tensor) -> torch.Tensor:
+        pieces = vector.split([shape.numel() for shape in shapes.values()])
+        return objective({name: piece.view(shape) for piece, (name, shape) in zip(pieces, shapes.items())})
+
+    origin = torch.cat([tensor.flatten() for tensor in objective.subject.parameters.values()])
+    values, vectors = torch.linalg.eigh(torch.autograd.functional.hessian(loss, origin))
+    plane = landscape.eigenplane(network, images, labels)
+    for direction, wanted in zip((plane.first, plane.second), vectors.T.flip(0)):
+        found = torch.cat([tensor.flatten() for tensor in direction.values()])
+        assert float(found.norm()) == pytest.approx(1, rel=1e-12)
+        assert abs(float(found @ wanted)) == pytest.approx(1, rel=1e-6)  # the square of residuals of 1e-4
+    assert f"eigenvalues {values[-1]:.3g} and {values[-2]:.3g}" in next(iter(plane.marks))

@@ -50,7 +50,7 @@ def test_a_surface_within_the_tolerance_and_the_exact_one():
     for figure in exact.figures:
         missed = (found.grid(13, figure) - exact.grid(13, figure)).abs().max()
         assert 0 < missed <= found.errors[figure]
-    assert found.error == found.errors["train loss"] <= 0.01 * (found.range[1] - found.range[0])
+    assert found.error == found.errors["train loss"] <= 0.01 * found.range
     assert exact.evaluations == 169
     moved = torch.func.functional_call(network.eval(), plane.at(0.5, -1.0), (IMAGES,))
     assert float(exact.at([[0.5, -1.0]])) == pytest.approx(float(nn.functional.cross_entropy(moved, LABELS)), rel=1e-5)
@@ -124,7 +124,7 @@ def test_the_largest_miss_is_an_absolute_one_within_the_share_of_the_range():
     found = of(lambda a, b: 1e-4 + (a.square() + b.square()) ** 3 + 0.05 * (a + b).abs())
     exact = of(lambda a, b: 1e-4 + (a.square() + b.square()) ** 3 + 0.05 * (a + b).abs(), None)
     missed = (found.grid(21) - exact.grid(21)).abs()
-    assert missed.max() <= found.error <= 0.01 * (found.range[1] - found.range[0])
+    assert missed.max() <= found.error <= 0.01 * found.range
     assert (missed / exact.grid(21)).max() > 0.5
 
 

@@ -135,7 +135,6 @@ def drawn(found: Any, plane: Plane, grid: int) -> Row:
     """The row of a surface: plain values."""
     values = {figure: found.grid(grid, figure).tolist() for figure in found.figures}  # evaluated now where exact
     points, _, exact = found.checks
-    low, high = found.range
     return {
         "plane": plane.kind,
         "normalise": plane.normalise,
@@ -144,8 +143,8 @@ def drawn(found: Any, plane: Plane, grid: int) -> Row:
         "status": found.status,
         "evaluations": found.evaluations,
         "checks": len(points),
-        "least": low,
-        "largest": high,
+        "least": found.least,
+        "largest": found.largest,
         "warnings": list(plane.warnings),
         "marks": {name: list(place) for name, place in plane.marks.items()},
         "axis": found.axis(grid).tolist(),
