@@ -114,7 +114,7 @@ class Surface:
 
     @property
     def _losses(self) -> Tensor:
-        return self._full.values[:, 0]
+        return self._full.answers[:, 0]
 
     @property
     def evaluations(self) -> float:
