@@ -388,10 +388,10 @@ def _plain(module: Any, names: Names) -> list[Layer]:
 
 
 def _residual(module: Any, names: Names) -> list[Layer]:
-    relu = Plain(nn.ReLU(), rises=True)
+    activate = _activation(module.activation)
     inner = [*_layers(module.conv1, names), *_layers(module.norm1, names)]
     outer = [*_layers(module.conv2, names), *_layers(module.norm2, names)]
-    return [Residual(Chain([*inner, relu, *outer]), Chain(_layers(module.shortcut, names))), relu]
+    return [Residual(Chain([*inner, activate, *outer]), Chain(_layers(module.shortcut, names))), activate]
 
 
 def _finite(module: Any, names: Names) -> list[Layer]:
@@ -423,14 +423,20 @@ def _continuous(
     found: list[Layer] = []
     for layer, kernel, bias in zip(architecture.layers, kernels, biases):
         found.append(Convolution(kernel, bias, layer.stride, layer.padding))  # type: ignore[arg-type]
-        activation = ACTIVATIONS[layer.activation]
-        module = activation.module()
-        found += _elementwise(module, Names({})) if type(module) in RISES else [Plain(activation.function)]
+        found.append(_activation(layer.activation))
         found += [pools[layer.pooling](layer.pool_size)] if layer.pooling in pools else []
     if architecture.readout == "average":
         return [*found, Plain(architecture.readout_features), Dense(readout, None)]
     share = 1 / architecture.readout_positions
     return [*found, Dense(lambda values: share * readout(values).flatten(1), None, flat=True)]
+
+
+def _activation(name: str) -> Plain:
+    """One of ACTIVATIONS."""
+    activation = ACTIVATIONS[name]
+    module = activation.module()
+    rises = RISES.get(type(module))
+    return Plain(activation.function) if rises is None else Plain(module, rises=rises(module))
 
 
 def _pair(size: Any) -> tuple[int, int]:

@@ -62,10 +62,11 @@ def test_chains_of_random_layers_do_what_functional_call_does(seed, dtype):
 
 
 @pytest.mark.parametrize("dtype", RELATIVE)
-@pytest.mark.parametrize("batch_norm", [True, False])
-def test_networks_of_the_library_go_in_chains(batch_norm, dtype):
+@pytest.mark.parametrize(("batch_norm", "activation"), [(True, "relu"), (False, "gelu")])
+def test_networks_of_the_library_go_in_chains(batch_norm, activation, dtype):
     images, labels = data(20, (1, 8, 8), 3, dtype)
-    network = residual((1, 8, 8), 4, width=3, batch_norm=batch_norm, generator=seeded(1), dtype=dtype)
+    kind = {"batch_norm": batch_norm, "activation": activation}
+    network = residual((1, 8, 8), 4, width=3, **kind, generator=seeded(1), dtype=dtype)
     network.train()(images)  # running statistics that are not the default
     compare(network, images, labels)
     compare(vgg(11, (1, 8, 8), 4, width=2, dropout=0.5, generator=seeded(2), dtype=dtype), images, labels)

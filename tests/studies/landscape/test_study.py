@@ -248,7 +248,8 @@ def test_marks_of_a_plane_are_rows_of_plain_values():
     plane = Plane({}, {}, {}, marks={"network": (0.0, 0.5)}, warnings=("x",))
 
     class Found:
-        figures, error, status, evaluations, range = ("train loss",), 0.1, "met", 9.0, (1.0, 2.0)
+        figures, error, status, evaluations = ("train loss",), 0.1, "met", 9.0
+        least, largest = 1.0, 2.0
         checks = (torch.tensor([[0.0, 1.0]]), torch.tensor([1.0]), torch.tensor([1.5]))
         errors = {"train loss": 0.1}  # noqa: RUF012
         axis = staticmethod(lambda n: torch.linspace(-1, 1, n))
