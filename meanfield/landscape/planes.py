@@ -10,8 +10,8 @@ from torch import Tensor
 
 from meanfield.landscape.caution import cautions
 from meanfield.landscape.directions import Plane, Point, difference, gaussian, generator_of, inner
-from meanfield.landscape.subject import Network, Parameters, Subject
 from meanfield.signatures import Seed, checked
+from meanfield.subject import Network, Parameters, Subject
 from meanfield.validation import Misuse, instance
 
 Checkpoint = Network | Mapping[str, Tensor]

@@ -1,4 +1,4 @@
-"""A network as a function of its parameters: what a landscape moves, and never the caller's own."""
+"""A network as a function of its parameters: what landscapes and transfers move, and never the caller's own."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Subject:
         else:
             raise WrongType(argument, type(network).__name__, "a torch.nn.Module or a ParticleNetwork")
         if not self.parameters:
-            raise Misuse(argument, type(network).__name__, "has no parameters, and so no landscape")
+            raise Misuse(argument, type(network).__name__, "has no parameters, so that nothing can move")
 
     def __call__(self, parameters: Mapping[str, Tensor], inputs: Tensor) -> Tensor:
         """The outputs (N, ...) on inputs (N, ...) at other parameters; differentiable in them.
