@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -15,6 +15,7 @@ from meanfield.validation import Misuse, WrongType
 
 Parameters = dict[str, Tensor]
 Network = nn.Module | ParticleNetwork
+N = TypeVar("N", bound=Network)
 
 
 class Subject:
@@ -67,6 +68,14 @@ class Subject:
             if here != there:
                 raise Misuse(argument, name, f"is {there} there and {here} in the first network: give networks alike")
         return {name: other.parameters[name] for name in self.parameters}
+
+
+def freed_like(network: N, like: Network) -> N:
+    """The network itself, its parameters needing gradients where those of another of its kind do."""
+    if isinstance(network, nn.Module) and isinstance(like, nn.Module):
+        for mine, other in zip(network.parameters(), like.parameters()):
+            mine.requires_grad_(other.requires_grad)
+    return network
 
 
 def _tensors(network: ParticleNetwork) -> Parameters:

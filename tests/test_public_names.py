@@ -13,17 +13,19 @@ import pytest
 PACKAGES = {
     "meanfield": (
         "Architecture Conv ConvexProgram ParticleNetwork Penalty Problem ProgramPoint Solution certificates data "
-        "finite grafting landscape limits load_network measures save_network solve solvers starts studies"
+        "finite grafting landscape limits load_network measures save_network solve solvers starts studies transfer"
     ),
     "meanfield.certificates": (
         "Certificate Multipliers UnseenFeatures certify dual_value search_features stationary_multipliers"
     ),
     "meanfield.finite": (
-        "AUTHORS_DROPOUT FiniteCNN Fitted L12_STRENGTHS L2_STRENGTHS Recipe Score Training evaluate fit kernel l12 "
-        "log_spaced_times regulariser residual sample sequential train vgg"
+        "AUTHORS_DROPOUT FiniteCNN Fitted L12_STRENGTHS L2_STRENGTHS Recipe Replayed Score Step Training evaluate fed_back "
+        "feedback_aligned fit kernel l12 "
+        "log_spaced_times regulariser replay residual sample sequential train vgg"
     ),
     "meanfield.landscape": "Plane balanced line plane principal triangle",
     "meanfield.grafting": "Graft Grafted Junction METHODS graft layer_errors",
+    "meanfield.transfer": "Displacement Moments Norm StartLaw moments predict",
     "meanfield.solvers": "alternating arrangements flow reference splitting",
 }
 MODULES = {
@@ -48,7 +50,7 @@ MODULES = {
     ),
 }
 SUBMODULES = {
-    "meanfield": "certificates data finite grafting landscape limits measures solvers starts studies",
+    "meanfield": "certificates data finite grafting landscape limits measures solvers starts studies transfer",
     "meanfield.finite": "kernel",
     "meanfield.solvers": PACKAGES["meanfield.solvers"],
 }

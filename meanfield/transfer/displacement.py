@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -11,11 +11,9 @@ from torch import Tensor, nn
 from meanfield.finite.statistics import normalised, recompute
 from meanfield.network import MASS_TOLERANCE, ParticleNetwork
 from meanfield.signatures import checked
-from meanfield.subject import Network, Parameters, Subject
+from meanfield.subject import N, Network, Parameters, Subject, freed_like
 from meanfield.transfer.chain import layers, require_chain
 from meanfield.validation import Misuse
-
-N = TypeVar("N", bound=Network)
 
 
 class Norm(NamedTuple):
@@ -55,7 +53,7 @@ class Displacement:
 
     @checked
     def applied(self, start: N, alpha: float = 1.0, images: Tensor | None = None) -> N:
-        """start + alpha Delta: a copy of the network `start` in evaluation mode.
+        """start + alpha Delta: a copy of the network `start` in evaluation mode, to be trained on where `start` is.
 
         images: (N, ...), needed where there is batch norm: its running statistics are those of one pass of all of them
             through the new network.
@@ -67,7 +65,7 @@ class Displacement:
             if images is None:
                 raise Misuse("images", images, f"must be given: the running statistics of {norms[0]} are theirs")
             recompute(moved, images)
-        return moved
+        return freed_like(moved, start)
 
     @checked
     def shuffled(self, generator: torch.Generator, consistent: bool = True) -> Displacement:

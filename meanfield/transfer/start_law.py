@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TypeVar
 
 import torch
 from torch import nn
@@ -15,11 +14,9 @@ from meanfield.finite.network import he_deviations
 from meanfield.network import ParticleNetwork
 from meanfield.signatures import Nonnegative, Positive, checked
 from meanfield.starts import normal
-from meanfield.subject import Network, Parameters, Subject
+from meanfield.subject import N, Network, Parameters, Subject, freed_like
 from meanfield.transfer.chain import layers
 from meanfield.validation import Misuse
-
-N = TypeVar("N", bound=Network)
 
 
 @dataclass(frozen=True)
@@ -93,7 +90,7 @@ class StartLaw:
             name: deviation * normal(subject.parameters[name].shape, generator, subject.parameters[name])
             for name, deviation in self.known_to(subject).items()
         }
-        return subject.at({**subject.parameters, **drawn})
+        return freed_like(subject.at({**subject.parameters, **drawn}), network)
 
     def known_to(self, subject: Subject) -> dict[str, float]:
         """The deviations, of the parameters of that network and no others; Misuse otherwise."""
