@@ -60,9 +60,9 @@ class Subject:
         moved.load_state_dict(dict(parameters), strict=False)
         return moved
 
-    def sibling(self, network: Network, argument: str) -> Parameters:
+    def sibling(self, network: Network | Subject, argument: str) -> Parameters:
         """The parameters of another network of the same kind, names, shapes, dtype and device; Misuse otherwise."""
-        other = Subject(network, argument)
+        other = network if isinstance(network, Subject) else Subject(network, argument)
         for name in {**self.parameters, **other.parameters}:
             here, there = (_described(each.parameters.get(name)) for each in (self, other))
             if here != there:

@@ -19,8 +19,8 @@ PACKAGES = {
         "Certificate Multipliers UnseenFeatures certify dual_value search_features stationary_multipliers"
     ),
     "meanfield.finite": (
-        "AUTHORS_DROPOUT FiniteCNN Fitted L12_STRENGTHS L2_STRENGTHS Recipe Replayed Score Step Training evaluate fed_back "
-        "feedback_aligned fit kernel l12 "
+        "AUTHORS_DROPOUT FiniteCNN Fitted L12_STRENGTHS L2_STRENGTHS Recipe Replayed Score Step Training evaluate "
+        "fed_back feedback_aligned fit kernel l12 "
         "log_spaced_times regulariser replay residual sample sequential train vgg"
     ),
     "meanfield.landscape": "Plane balanced line plane principal triangle",

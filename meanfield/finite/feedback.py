@@ -23,11 +23,11 @@ class _Feedback(nn.Module):
     feedback: Tensor
     weight: Tensor
 
-    def forward(self, signal: Tensor) -> Tensor:
-        own = super().forward(signal.detach())
-        if not (torch.is_grad_enabled() and signal.requires_grad):
+    def forward(self, input: Tensor) -> Tensor:
+        own = super().forward(input.detach())
+        if not (torch.is_grad_enabled() and input.requires_grad):
             return own
-        back = self._linear(signal)
+        back = self._linear(input)
         return own + (back - back.detach())  # adds zeros, and the gradient of the feedback
 
     def _linear(self, signal: Tensor) -> Tensor:
@@ -75,7 +75,9 @@ def fed_back(network: nn.Module, feedback: Mapping[str, Tensor]) -> nn.Module:
 
 def _weights(network: nn.Module) -> list[tuple[str, nn.Parameter]]:
     """Of the layers through which errors pass, by name; Misuse without any."""
-    found = [(name, module.get_parameter("weight")) for name, module in network.named_modules() if type(module) in KINDS]
+    found = [
+        (name, module.get_parameter("weight")) for name, module in network.named_modules() if type(module) in KINDS
+    ]
     if not found:
         remedy = "has no nn.Linear or nn.Conv2d whose errors could be sent elsewhere; finite.sequential makes them"
         raise Misuse("network", type(network).__name__, remedy)

@@ -330,9 +330,7 @@ def _pass(run: _Run, follow: Callable[[Step], None] | None) -> dict[str, float]:
     return {"loss": float(loss) / count, "accuracy": int(hits) / count}
 
 
-def _step(
-    run: _Run, indices: Tensor, rate: float, follow: Callable[[Step], None] | None
-) -> tuple[Tensor, Tensor]:
+def _step(run: _Run, indices: Tensor, rate: float, follow: Callable[[Step], None] | None) -> tuple[Tensor, Tensor]:
     """One step of SGD; summed loss and number of hits of the batch, from before it."""
     recipe, images, labels = run.recipe, run.inputs[indices], run.labels[indices]
     images = augmented(images, run.generator) if recipe.augment else images

@@ -119,7 +119,7 @@ class _Closed(_Follower):
     def move(self, step: Step) -> None:
         for name, weight in self.sources().items():
             self.fed.get_submodule(name).get_buffer("feedback").copy_(weight)
-        mine = dict(self.network.named_parameters())
+        mine: dict[str, Tensor] = dict(self.network.named_parameters())
         for name, gradient in self.gradients(lambda images: functional_call(self.fed, mine, (images,)), step).items():
             self.free[name].grad = gradient
         self.optimiser.param_groups[0]["lr"] = step.rate

@@ -23,7 +23,7 @@ def recompute(network: nn.Module, images: Tensor) -> None:
     try:
         for norm in norms.values():
             norm.reset_running_stats()  # pyright: ignore[reportCallIssue]
-            norm.momentum = None  # the mean over passes: of one pass its own
+            norm.momentum = None  # pyright: ignore[reportArgumentType]  # the mean over passes: of one pass its own
             norm.train()
         if norms:
             network(images)

@@ -48,7 +48,7 @@ class Displacement:
     def between(cls, start: Network, end: Network) -> Displacement:
         """end - start, of two networks alike: modules of the same parameters, or ParticleNetworks of equal masses."""
         subject = _subject(start, "start")
-        ends = subject.sibling(_subject(end, "end").network, "end")
+        ends = subject.sibling(_subject(end, "end"), "end")
         return cls(subject, {name: ends[name] - tensor for name, tensor in subject.parameters.items()})
 
     @checked
@@ -59,9 +59,10 @@ class Displacement:
             through the new network.
         """
         subject = _subject(start, "start")
-        theirs = self.subject.sibling(subject.network, "start")
-        moved = subject.at({name: tensor + alpha * self.delta[name] for name, tensor in theirs.items()})
-        if isinstance(moved, nn.Module) and (norms := normalised(moved)):
+        theirs = self.subject.sibling(subject, "start")
+        moved: N = subject.at({name: tensor + alpha * self.delta[name] for name, tensor in theirs.items()})
+        norms = normalised(moved) if isinstance(moved, nn.Module) else []
+        if isinstance(moved, nn.Module) and norms:
             if images is None:
                 raise Misuse("images", images, f"must be given: the running statistics of {norms[0]} are theirs")
             recompute(moved, images)

@@ -10,12 +10,12 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
 ORDERS = 6  # of the expansion of a covariance; ReLU with rho = 1 leaves out less than 1% of the variance
-NODES = 48  # of Gauss-Hermite quadrature
+NODES = 97  # of the trapezoidal rule over REACH deviations on either side
+REACH = 8.5
 FARTHEST = 12.0  # standard deviations, beyond which a normal density counts as zero
 
 Function = Callable[[Tensor], Tensor]
@@ -45,7 +45,7 @@ class Field:
 
 
 def activated(field: Field, function: Function, *, relu: bool = False) -> Field:
-    """h of every entry: mean and variance exact (ReLU: closed form, others: quadrature), covariances expanded.
+    """h of every entry: mean and variance exact (ReLU: closed form, others: by quadrature), covariances expanded.
 
     Cov(h(X), h(Y)) = sum_{k >= 1} a_k(X) a_k(Y) rho^k / k!,  a_k = E[h(X) He_k((X - E X) / sd X)]   (Mehler)
 
@@ -80,16 +80,21 @@ def _of_relu(mean: Tensor, deviation: Tensor) -> tuple[list[Tensor], Tensor]:
 
 
 def _by_quadrature(function: Function) -> Callable[[Tensor, Tensor], tuple[list[Tensor], Tensor]]:
-    nodes, weights = np.polynomial.hermite_e.hermegauss(NODES)
+    """By the trapezoidal rule, whose error is exp(-2 pi d / step) where h(E X + sd X z) has its first pole at distance
+    d from the real line (Trefethen & Weideman 2014): for tanh 1e-8 at sd X = 3, where 48 nodes of Gauss-Hermite leave
+    1e-5.
+    """
+    nodes = torch.linspace(-REACH, REACH, NODES, dtype=torch.float64)
+    weights = (-nodes.square() / 2).exp()
 
     def moments(mean: Tensor, deviation: Tensor) -> tuple[list[Tensor], Tensor]:
         coefficients = [torch.zeros_like(mean) for _ in range(ORDERS + 1)]
         square = torch.zeros_like(mean)
-        for node, weight in zip(nodes, weights / weights.sum()):
-            value = function(mean + deviation * node) * weight
+        for node, weight in zip(nodes, (weights / weights.sum()).tolist()):
+            value = function(mean + deviation * float(node)) * weight
             square += value.square() / weight
-            for coefficient, hermite in zip(coefficients, _hermite(torch.tensor(node, dtype=torch.float64))):
-                coefficient += value * hermite.to(mean)
+            for coefficient, hermite in zip(coefficients, _hermite(node)):
+                coefficient += value * float(hermite)
         return coefficients, square
 
     return moments
@@ -116,7 +121,7 @@ def maximum(field: Field, windows: Tensor) -> Field:
     while len(slots) > 1:
         if len(slots) % 2:  # the last one meets itself, which leaves it as it is
             order = torch.arange(len(slots) * windows.shape[0]).reshape(len(slots), -1)
-            mean, covariance = _taken(mean, covariance, torch.cat([order, order[-1:]]))
+            mean, covariance = _taken(mean, covariance, torch.cat([order[0::2], order[1::2], order[-1:]]))
             slots = torch.cat([slots, slots[-1:]])
         mean, covariance = _winners(mean, covariance)
         slots = slots[: len(slots) // 2]

@@ -7,8 +7,8 @@ its variance the start's deviation times the norm of the features.  Carried on a
     the limit of many channels of an independent start;
   - all covariances of the units of a fully connected layer.
 
-A mean is exact for one layer below the last one, whatever the width; its distance from the mean over starts vanishes
-with the width for more.  docs/theory.md, section 12.
+With one layer below the last one, and no maxima, the mean is that over starts exactly, whatever the width; with more
+its distance from it vanishes with the width.  docs/theory.md, section 12.
 """
 
 from __future__ import annotations
@@ -189,9 +189,7 @@ def _connected(
     return Field(mean, covariance), (1, 1, module.out_features)
 
 
-def _convolved(
-    module: nn.Conv2d, deviations: tuple[float, float], field: Field, shape: Shape
-) -> tuple[Field, Shape]:
+def _convolved(module: nn.Conv2d, deviations: tuple[float, float], field: Field, shape: Shape) -> tuple[Field, Shape]:
     """The start's part is the same for every channel; the displacement carries the covariances of its sources."""
     count, weight = len(field.mean), module.weight.double()
     geometry = {"stride": module.stride, "padding": module.padding, "dilation": module.dilation}
@@ -201,7 +199,7 @@ def _convolved(
     covariance = noise[:, None]
     if field.covariance is not None:
         covariance = covariance + _sandwiched(field.covariance.expand(count, shape[0], -1, -1), weight, shape, geometry)
-    return Field(mean.flatten(2), covariance), (len(weight), *mean.shape[2:])
+    return Field(mean.flatten(2), covariance), (len(weight), mean.shape[2], mean.shape[3])
 
 
 def _sandwiched(covariance: Tensor, weight: Tensor, shape: Shape, geometry: dict[str, Any]) -> Tensor:
@@ -256,7 +254,8 @@ def _bytes_each(steps: list[_Step], shape: Shape) -> int:
             crossed = shape[0] * after[0] * places * prod(after[1:]) if random else 0
             largest, shape, random = max(largest, crossed, after[0] * prod(after[1:]) ** 2), tuple(after), True
         elif isinstance(module, nn.Linear):
-            largest, shape = max(largest, module.out_features**2, module.out_features * prod(shape)), (1, 1, module.out_features)
+            units, shape = module.out_features, (1, 1, module.out_features)
+            largest = max(largest, units**2, units * module.in_features)
         elif isinstance(module, (*POOLS, nn.MaxPool2d)):
             shape = tuple(module(torch.zeros(1, *shape)).shape[1:])
     return 6 * 8 * largest
