@@ -181,5 +181,5 @@ def test_what_has_no_prediction_is_refused_by_name(network, said):
 
 def test_a_law_of_other_parameters_is_refused():
     displacement, law = moved(mlp(8))
-    with pytest.raises(Misuse, match="start_law='1.bias'"):
+    with pytest.raises(Misuse, match=r"start_law='1\.bias'"):
         predict(displacement, StartLaw({name: 1.0 for name in law.deviations if name != "1.bias"}), IMAGES)
