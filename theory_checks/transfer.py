@@ -19,7 +19,7 @@ from theory_checks.statistics import largest
 WIDTHS = {1: (16, 64, 256), 2: (16, 48, 144)}
 RATES = {"mean_field": 2.0, "standard": 0.1}  # of SGD: features move in the first, hardly in the second
 STEPS = 60
-RUNS = {"mean_field": (6, 32), "standard": (2, 12)}  # trained networks of every width at quick and full effort
+RUNS = {"mean_field": (8, 32), "standard": (3, 12)}  # trained networks of every width at quick and full effort
 DRAWS = {"fresh start": 16, "shuffled": 16, "layers shuffled apart": 4, "own start": 1}  # on every trained network
 Errors = dict[str, list[list[float]]]  # arm -> width by width the mean squared errors, one per trained network
 

@@ -171,7 +171,7 @@ class TestStartLaws:
         assert torch.equal(drawn[1].weight, network[1].weight)
         assert not drawn[0].bias.any()
         expected = 0.5 / 45**0.5
-        assert abs(float(drawn[6].weight.square().mean().sqrt()) - expected) < 5 * expected / (2 * 135) ** 0.5
+        assert abs(float(drawn[6].weight.detach().square().mean().sqrt()) - expected) < 5 * expected / (2 * 135) ** 0.5
         assert all(each.requires_grad for each in drawn.parameters())
 
     def test_a_start_of_the_other_kind_is_refused(self):
