@@ -6,7 +6,19 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from meanfield import certificates, data, finite, grafting, landscape, limits, measures, solvers, starts, studies
+    from meanfield import (
+        certificates,
+        data,
+        finite,
+        grafting,
+        landscape,
+        limits,
+        measures,
+        solvers,
+        starts,
+        studies,
+        transfer,
+    )
     from meanfield.architecture import Architecture, Conv
     from meanfield.convex.program import ConvexProgram
     from meanfield.convex.repopulation import ProgramPoint
@@ -41,6 +53,7 @@ __all__ = [
     "solvers",
     "starts",
     "studies",
+    "transfer",
 ]
 
 # Names are imported when they are first asked for (PEP 562): torch takes a second, and `meanfield --help` needs none

@@ -19,6 +19,8 @@ CLAIMS = (
     "stationary_points.growth",
     "stationary_points.one_layer",
     "stationary_points.width",
+    "transfer",
+    "transfer.dependence_gap",
     "weak_duality",
     "weak_duality.all_measures",
     "weak_duality.section5",

@@ -18,10 +18,10 @@ from meanfield.certificates import search
 from meanfield.convex.program import ConvexProgram
 from meanfield.finite import kernel
 from meanfield.grafting import graft
-from meanfield.landscape.subject import Subject
 from meanfield.solvers import alternating, arrangements, flow, reference, splitting, velocities
 from meanfield.solvers.acceleration import Anderson
 from meanfield.studies import convexity
+from meanfield.subject import Subject
 
 WIDTHS = (4, 3, 2)
 

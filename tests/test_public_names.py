@@ -13,20 +13,22 @@ import pytest
 PACKAGES = {
     "meanfield": (
         "Architecture Conv ConvexProgram ParticleNetwork Penalty Problem ProgramPoint Solution certificates data "
-        "finite grafting landscape limits load_network measures save_network solve solvers starts studies"
+        "finite grafting landscape limits load_network measures save_network solve solvers starts studies transfer"
     ),
     "meanfield.certificates": (
         "Certificate Multipliers UnseenFeatures certify dual_value search_features stationary_multipliers"
     ),
     "meanfield.finite": (
-        "AUTHORS_DROPOUT FiniteCNN Fitted L12_STRENGTHS L2_STRENGTHS Recipe Score Training cnn evaluate fit kernel l12 "
-        "log_spaced_times mlp regulariser residual sample sequential train vgg"
+        "AUTHORS_DROPOUT FiniteCNN Fitted L12_STRENGTHS L2_STRENGTHS Recipe Replayed Score Step Training cnn evaluate "
+        "fed_back feedback_aligned fit kernel l12 log_spaced_times mlp regulariser replay residual sample sequential "
+        "train vgg"
     ),
     "meanfield.landscape": (
         "Joined Plane Sharpness Surface Trajectory balanced eigenplane join line plane principal sharpness surface "
         "trajectory triangle"
     ),
     "meanfield.grafting": "Graft Grafted Junction METHODS graft layer_errors",
+    "meanfield.transfer": "Displacement Moments Norm StartLaw moments predict",
     "meanfield.solvers": "alternating arrangements flow reference splitting",
 }
 MODULES = {
@@ -52,7 +54,7 @@ MODULES = {
     ),
 }
 SUBMODULES = {
-    "meanfield": "certificates data finite grafting landscape limits measures solvers starts studies",
+    "meanfield": "certificates data finite grafting landscape limits measures solvers starts studies transfer",
     "meanfield.finite": "kernel",
     "meanfield.solvers": PACKAGES["meanfield.solvers"],
 }

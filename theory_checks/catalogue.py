@@ -25,6 +25,7 @@ FAMILIES = (
     "one_layer_relation",
     "hybrids",
     "sampling",
+    "transfer",
     "sphere",
     "grafts",
 )

@@ -10,8 +10,8 @@ from torch import Tensor
 
 import meanfield as mf
 from meanfield import landscape
-from meanfield.landscape.subject import Subject
 from meanfield.network import along_axis
+from meanfield.subject import Subject
 from theory_checks.claim import Axes, Claim, Evidence, Setting, ranked
 from theory_checks.instances import random_network, random_problem
 from theory_checks.statistics import largest, share_text

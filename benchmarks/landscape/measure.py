@@ -28,7 +28,7 @@ from meanfield.finite import Recipe, fit, vgg
 from meanfield.landscape import plane, surface
 from meanfield.landscape.evaluation import Evaluation
 from meanfield.landscape.objective import Objective
-from meanfield.landscape.subject import Subject
+from meanfield.subject import Subject
 
 PEER = "loss_landscapes"
 TARGETS = {"early pooling": 0.35, "late pooling": 0.35, "VGG-11": 0.25}  # of the peer's time, at most

@@ -1,8 +1,10 @@
 from meanfield.finite import kernel
-from meanfield.finite.fitting import Fitted, Score, evaluate, fit
+from meanfield.finite.feedback import fed_back, feedback_aligned
+from meanfield.finite.fitting import Fitted, Score, Step, evaluate, fit
 from meanfield.finite.network import FiniteCNN, sample, sequential
 from meanfield.finite.plain import cnn, mlp
 from meanfield.finite.recipes import AUTHORS_DROPOUT, L2_STRENGTHS, L12_STRENGTHS, Recipe, l12, regulariser
+from meanfield.finite.replay import Replayed, replay
 from meanfield.finite.training import Training, log_spaced_times, train
 from meanfield.finite.vgg import residual, vgg
 
@@ -13,16 +15,21 @@ __all__ = [
     "FiniteCNN",
     "Fitted",
     "Recipe",
+    "Replayed",
     "Score",
+    "Step",
     "Training",
     "cnn",
     "evaluate",
+    "fed_back",
+    "feedback_aligned",
     "fit",
     "kernel",
     "l12",
     "log_spaced_times",
     "mlp",
     "regulariser",
+    "replay",
     "residual",
     "sample",
     "sequential",

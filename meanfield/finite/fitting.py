@@ -38,6 +38,17 @@ class Score(NamedTuple):
     loss: float
 
 
+class Step(NamedTuple):
+    """What one step of SGD was taken on: images and labels as they went in, its learning rate, and the network after
+    it, in training mode.
+    """
+
+    images: Tensor
+    labels: Tensor
+    rate: float
+    network: nn.Module
+
+
 @dataclass(frozen=True, eq=False)
 class Fitted:
     """A trained classifier.
@@ -78,6 +89,7 @@ def fit(
     checkpoints: Sequence[int] = (),
     state: str | Path | None = None,
     callback: Callable[[dict[str, Any]], None] | None = None,
+    follow: Callable[[Step], None] | None = None,
 ) -> Fitted:
     """Train a copy of a classifier on images (N, ...) and labels (N,), integers from 0; its output is (N, classes).
 
@@ -89,6 +101,7 @@ def fit(
         without a pause (seconds excepted).  It is removed when the run ends by itself, and refused (ValueError) where
         it is damaged or of other arguments or data.
     callback: called with every record of the history, after the state is written.
+    follow: called after every step; it must leave the network as it is.
 
     Divergence (a loss, parameter or buffer that is not finite) and an interrupt from the keyboard end the run with a
     status.
@@ -104,7 +117,7 @@ def fit(
     run = _Run(network, inputs, labels, recipe, validation.integer(seed, "seed", minimum=0), kept)
     file = None if state is None else StateFile(state, run.settings)
     run.restore(None if file is None else file.load())
-    return run.result(ended(file, lambda: _train(run, file, callback)))
+    return run.result(ended(file, lambda: _train(run, file, callback, follow)))
 
 
 @torch.no_grad()
@@ -192,8 +205,7 @@ class _Run:
         free = [parameter for parameter in self.network.parameters() if parameter.requires_grad]
         if not free:
             raise ValueError("network has no parameter that needs a gradient, so there is nothing to train")
-        momentum = recipe.momentum
-        self.optimiser = torch.optim.SGD(free, lr=recipe.learning_rate, momentum=momentum, nesterov=momentum > 0)
+        self.optimiser = optimiser_of(free, recipe)
         self.generator = torch.Generator().manual_seed(seed)
         self.history: list[dict[str, Any]] = []
         self.checkpoints: dict[int, dict[str, Tensor]] = {}
@@ -275,14 +287,24 @@ class _Run:
         self.began -= state["seconds"]
 
 
+def optimiser_of(parameters: Sequence[Tensor], recipe: Recipe) -> torch.optim.SGD:
+    momentum = recipe.momentum
+    return torch.optim.SGD(parameters, lr=recipe.learning_rate, momentum=momentum, nesterov=momentum > 0)
+
+
 def _clones(network: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.detach().clone() for name, tensor in network.state_dict().items()}
 
 
-def _train(run: _Run, file: StateFile | None, callback: Callable[[dict[str, Any]], None] | None) -> str:
+def _train(
+    run: _Run,
+    file: StateFile | None,
+    callback: Callable[[dict[str, Any]], None] | None,
+    follow: Callable[[Step], None] | None,
+) -> str:
     """All epochs that are left; returns the status."""
     while run.epochs < run.recipe.epochs:
-        figures = _pass(run)
+        figures = _pass(run, follow)
         # looked at once an epoch: a look at every step would wait for the device
         if not math.isfinite(figures["loss"]) or not _all_finite(run.network):
             return "diverged"
@@ -294,7 +316,7 @@ def _train(run: _Run, file: StateFile | None, callback: Callable[[dict[str, Any]
     return "completed"
 
 
-def _pass(run: _Run) -> dict[str, float]:
+def _pass(run: _Run, follow: Callable[[Step], None] | None) -> dict[str, float]:
     """One epoch of steps; mean loss and accuracy over its images."""
     run.network.train()
     count, size = len(run.inputs), run.recipe.batch_size
@@ -305,21 +327,24 @@ def _pass(run: _Run) -> dict[str, float]:
         for index, indices in enumerate(batches):
             limits.look()
             rate = run.recipe.rate_at(run.epochs * len(batches) + index, len(batches))
-            found = _step(run, indices.to(run.inputs.device), rate)
+            found = _step(run, indices.to(run.inputs.device), rate, follow)
             loss, hits = loss + found[0], hits + found[1]
     return {"loss": float(loss) / count, "accuracy": int(hits) / count}
 
 
-def _step(run: _Run, indices: Tensor, rate: float) -> tuple[Tensor, Tensor]:
+def _step(run: _Run, indices: Tensor, rate: float, follow: Callable[[Step], None] | None) -> tuple[Tensor, Tensor]:
     """One step of SGD; summed loss and number of hits of the batch, from before it."""
     recipe, images, labels = run.recipe, run.inputs[indices], run.labels[indices]
-    output = run.network(augmented(images, run.generator) if recipe.augment else images)
+    images = augmented(images, run.generator) if recipe.augment else images
+    output = run.network(images)
     loss = LOSSES[recipe.loss](output, labels)
     objective = loss + recipe.strength * regulariser(run.network, recipe.penalty) if recipe.strength else loss
     run.optimiser.param_groups[0]["lr"] = rate
     run.optimiser.zero_grad(set_to_none=True)
     objective.backward()
     run.optimiser.step()
+    if follow is not None:
+        follow(Step(images, labels, rate, run.network))
     return loss.detach().double() * len(labels), (output.detach().argmax(1) == labels).sum()
 
 

@@ -82,18 +82,9 @@ class FiniteCNN(nn.Module):
     def _he(
         cls, architecture: Architecture, widths: Sequence[int], like: Tensor, generator: torch.Generator, scaling: str
     ) -> FiniteCNN:
-        """He et al. 2015, eq. (10): s(m) w has the variance gain / fan-in."""
-        kernels = []
-        for layer, shape in zip(architecture.layers, architecture.kernel_shapes(widths)):
-            variance = ACTIVATIONS[layer.activation].gain / (shape[1] * layer.offsets)
-            deviation = math.sqrt(variance) / SCALINGS[scaling](shape[1])
-            kernels.append(normal(shape, generator, like) * deviation)
-        readout = normal(architecture.readout_shape(widths[-1]), generator, like)
-        flattened = architecture.readout_positions if architecture.readout == "flatten" else 1
-        readout = readout * math.sqrt(flattened / widths[-1]) / SCALINGS[scaling](widths[-1])
-        if scaling == "mup":
-            # variance 1/m_L^2: Yang & Hu 2021, maximal update parameterisation
-            readout = readout / math.sqrt(widths[-1])
+        shapes, deviations = architecture.kernel_shapes(widths), he_deviations(architecture, widths, scaling)
+        kernels = [normal(shape, generator, like) * each for shape, each in zip(shapes, deviations)]
+        readout = normal(architecture.readout_shape(widths[-1]), generator, like) * deviations[-1]
         biases = [like.new_zeros(m) if layer.bias else None for layer, m in zip(architecture.layers, widths)]
         return cls(architecture, kernels, readout, biases, scaling)
 
@@ -152,6 +143,21 @@ class FiniteCNN(nn.Module):
 
     def extra_repr(self) -> str:
         return f"widths={self.widths}, scaling={self.scaling!r}"
+
+
+def he_deviations(architecture: Architecture, widths: Sequence[int], scaling: str) -> list[float]:
+    """Standard deviations of the entries of kernels 1..L and of the readout at the He start of a scaling.
+
+    He et al. 2015, eq. (10): s(m) w has the variance gain / fan-in.
+    """
+    deviations = []
+    for layer, shape in zip(architecture.layers, architecture.kernel_shapes(widths)):
+        variance = ACTIVATIONS[layer.activation].gain / (shape[1] * layer.offsets)
+        deviations.append(math.sqrt(variance) / SCALINGS[scaling](shape[1]))
+    flattened = architecture.readout_positions if architecture.readout == "flatten" else 1
+    readout = math.sqrt(flattened / widths[-1]) / SCALINGS[scaling](widths[-1])
+    # variance 1/m_L^2: Yang & Hu 2021, maximal update parameterisation
+    return [*deviations, readout / math.sqrt(widths[-1]) if scaling == "mup" else readout]
 
 
 @checked

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from meanfield.architecture import ACTIVATIONS
 from meanfield.landscape.caution import is_homogeneous, is_plain
-from meanfield.landscape.subject import Network, Subject
 from meanfield.network import ParticleNetwork, along_axis
+from meanfield.subject import Network, Subject
 from meanfield.validation import Misuse
 
 SWEEPS = 10_000

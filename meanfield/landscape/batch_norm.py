@@ -16,7 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from meanfield import limits
 from meanfield.landscape.directions import Point
 from meanfield.landscape.passes import ChainPasses, PlainPasses
-from meanfield.landscape.subject import Parameters, Subject
+from meanfield.subject import Parameters, Subject
 from meanfield.validation import Misuse
 
 WHOLE = 8  # times the bytes of a block: up to that, all images pass through a chain at once

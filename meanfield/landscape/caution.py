@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules import batchnorm, instancenorm, normalization
 
 from meanfield.architecture import ACTIVATIONS, Architecture
-from meanfield.landscape.subject import Network
+from meanfield.subject import Network
 
 NORMS = (batchnorm._NormBase, instancenorm._InstanceNorm, normalization.LayerNorm, normalization.GroupNorm)
 PROBE = (2, 4, 8, 8)

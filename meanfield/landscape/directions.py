@@ -17,10 +17,10 @@ from torch import Tensor, nn
 
 from meanfield.landscape.balance import balanced
 from meanfield.landscape.caution import cautions
-from meanfield.landscape.subject import Network, Parameters, Subject
 from meanfield.network import along_axis
 from meanfield.signatures import Seed, checked
 from meanfield.starts import normal
+from meanfield.subject import Network, Parameters, Subject
 from meanfield.validation import Misuse, choice, one_of
 
 NORMALISATIONS = ("filter", "layer", "element", "none")

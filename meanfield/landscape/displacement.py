@@ -25,8 +25,8 @@ from meanfield.grafting.least_squares import Moments, moments
 from meanfield.landscape.channels import Chain, chain
 from meanfield.landscape.matching import coupled
 from meanfield.landscape.straight import straight
-from meanfield.landscape.subject import Network, require_alike
 from meanfield.network import ParticleNetwork, along_axis
+from meanfield.subject import Network, require_alike
 from meanfield.validation import Misuse
 
 # Measured on two pairs of tanh networks of widths 64/64 on digits, of two classes and of ten, with ridges of 0 and 1e-8

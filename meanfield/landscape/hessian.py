@@ -19,9 +19,9 @@ from torch import Tensor
 
 from meanfield import limits
 from meanfield.landscape.objective import Batch, Objective, mean
-from meanfield.landscape.subject import Parameters
 from meanfield.network import ordinary
 from meanfield.precision import full_float32
+from meanfield.subject import Parameters
 from meanfield.validation import Misuse
 
 KEPT_SHARE = 0.5  # of the memory that may be taken, for graphs that are kept

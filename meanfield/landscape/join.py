@@ -15,12 +15,12 @@ from meanfield.landscape.displacement import RIDGE
 from meanfield.landscape.objective import Batch, Loss, Objective, data_sets, scores
 from meanfield.landscape.paths import WAYS, Path, path
 from meanfield.landscape.straight import norms
-from meanfield.landscape.subject import Network, Subject
 from meanfield.losses import Loss as ConvexLoss
 from meanfield.network import ParticleNetwork
 from meanfield.penalties import Penalty
 from meanfield.problem import FEASIBLE, excess, prices
 from meanfield.signatures import Nonnegative, checked
+from meanfield.subject import Network, Subject
 from meanfield.validation import Misuse, choice, integer, number
 
 CONVEX = (functional.cross_entropy, functional.mse_loss, functional.l1_loss, functional.huber_loss)

@@ -26,8 +26,8 @@ from meanfield.architecture import ACTIVATIONS, Architecture
 from meanfield.finite.network import SCALINGS, FiniteCNN
 from meanfield.finite.vgg import ResidualBlock
 from meanfield.landscape.products import product
-from meanfield.landscape.subject import Subject
 from meanfield.network import ParticleNetwork, along_axis
+from meanfield.subject import Subject
 
 # Positions of a map up to which a convolution may be one matrix product; it is where that has no more multiplications
 # than a convolution with its channels filled up to CHANNELS, sources and targets (oneDNN works on such vectors).

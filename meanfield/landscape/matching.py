@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from meanfield import measures
 from meanfield.grafting.transport import assignment, plan
 from meanfield.landscape.channels import chain, select
-from meanfield.landscape.subject import Network, Subject
 from meanfield.network import ParticleNetwork
+from meanfield.subject import Network, Subject
 from meanfield.validation import Misuse
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from meanfield.landscape.subject import Parameters
 from meanfield.network import ParticleNetwork, along_axis
+from meanfield.subject import Parameters
 from meanfield.validation import Misuse
 
 

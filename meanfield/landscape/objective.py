@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from meanfield.landscape.subject import Subject
+from meanfield.subject import Subject
 from meanfield.validation import Misuse, WrongType
 
 IMAGES = 256  # that pass through a network at a time, where they come in one tensor

@@ -16,7 +16,7 @@ from torch import Tensor
 from meanfield import limits
 from meanfield.landscape.directions import Plane, Point
 from meanfield.landscape.layers import Affine, Chain, Flatten, Layer, MaxPool, Plain, Unknown, Values, recognise
-from meanfield.landscape.subject import Parameters, Subject
+from meanfield.subject import Parameters, Subject
 
 # Of all signals of the images that pass at once.  From 2**25 on torch gives the largest of them back to the system and
 # asks for it anew, three times the time of the pass (measured, CNN of 16 and 32 channels on 8x8 pixels)

@@ -12,8 +12,8 @@ from meanfield.landscape.displacement import Displacement
 from meanfield.landscape.matching import matched
 from meanfield.landscape.mixture import Mixture
 from meanfield.landscape.straight import renormalised, require_line, straight
-from meanfield.landscape.subject import Network
 from meanfield.network import ParticleNetwork
+from meanfield.subject import Network
 from meanfield.validation import Misuse
 
 Path = Callable[[float], Network]

@@ -13,8 +13,8 @@ from meanfield.landscape.curvature import extremes
 from meanfield.landscape.directions import Plane, Point, difference, gaussian, generator_of, inner
 from meanfield.landscape.hessian import Hessian
 from meanfield.landscape.objective import Objective
-from meanfield.landscape.subject import Network, Parameters, Subject
 from meanfield.signatures import Seed, checked
+from meanfield.subject import Network, Parameters, Subject
 from meanfield.validation import Misuse, instance
 
 Checkpoint = Network | Mapping[str, Tensor]

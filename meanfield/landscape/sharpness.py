@@ -15,11 +15,11 @@ from meanfield import rates
 from meanfield.landscape import curvature, directions, hessian, metric
 from meanfield.landscape.caution import cautions
 from meanfield.landscape.objective import Loss, Objective
-from meanfield.landscape.subject import Network, Parameters, Subject
 from meanfield.network import ParticleNetwork
 from meanfield.rates import Interval
 from meanfield.signatures import Count, Positive, Seed, checked
 from meanfield.starts import normal
+from meanfield.subject import Network, Parameters, Subject
 from meanfield.validation import Misuse, at_least, choice, one_of
 
 METRICS = ("weights", "flow")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm  # pyright: ignore[reportPrivateUsage]
 
-from meanfield.landscape.subject import require_alike
+from meanfield.subject import require_alike
 from meanfield.validation import Misuse
 
 

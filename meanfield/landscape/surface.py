@@ -19,11 +19,11 @@ from meanfield.landscape.evaluation import BATCH_NORMS, Evaluation
 from meanfield.landscape.kept import Keeper, Kept
 from meanfield.landscape.nested import Checks, Nested
 from meanfield.landscape.objective import Loss, Objective, data_sets
-from meanfield.landscape.subject import Network, Subject
 from meanfield.penalties import Penalty
 from meanfield.signatures import Positive, Seed, checked
 from meanfield.storage.states import DIGITS, StateFile
 from meanfield.storage.tensors import digest
+from meanfield.subject import Network, Subject
 from meanfield.validation import Misuse
 
 DEGREES = (8, 8)  # of the first polynomial

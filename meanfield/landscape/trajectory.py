@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from meanfield.landscape.directions import Plane, difference, inner
 from meanfield.landscape.objective import Objective, data_sets, scores
 from meanfield.landscape.planes import parameters_of, principal
-from meanfield.landscape.subject import Network, Parameters, Subject
 from meanfield.rates import LEVEL, Interval
 from meanfield.signatures import Count, Seed, checked
+from meanfield.subject import Network, Parameters, Subject
 
 DENSE = 200  # steps up to which all eigenvalues are found and not two of them
 

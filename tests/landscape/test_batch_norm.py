@@ -12,7 +12,7 @@ from meanfield.landscape.batch_norm import Statistics
 from meanfield.landscape.evaluation import Evaluation
 from meanfield.landscape.objective import Objective
 from meanfield.landscape.passes import passes
-from meanfield.landscape.subject import Subject
+from meanfield.subject import Subject
 from meanfield.validation import Misuse
 
 POINTS = torch.tensor([[0.0, 0.0], [0.4, -0.7], [4.0, 3.0]], dtype=torch.float64)

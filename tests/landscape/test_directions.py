@@ -12,7 +12,7 @@ from torch_networks import chain
 from meanfield import Architecture, Conv, finite, landscape, measures
 from meanfield.landscape.balance import balanced
 from meanfield.landscape.directions import Plane, gaussian, inner
-from meanfield.landscape.subject import Subject
+from meanfield.subject import Subject
 from meanfield.validation import Misuse
 
 IMAGES = torch.randn(30, 2, 6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(7))

@@ -14,7 +14,7 @@ from meanfield.finite.vgg import residual, vgg
 from meanfield.landscape import plane
 from meanfield.landscape.evaluation import Evaluation
 from meanfield.landscape.objective import Objective
-from meanfield.landscape.subject import Subject
+from meanfield.subject import Subject
 from meanfield.validation import Misuse
 
 POINTS = torch.tensor([[0.0, 0.0], [0.3, -0.4], [0.3, 0.7], [-0.9, 0.1]], dtype=torch.float64)

@@ -7,7 +7,7 @@ from torch_networks import filled
 from meanfield import Architecture, Conv, limits
 from meanfield.landscape import hessian
 from meanfield.landscape.objective import Objective
-from meanfield.landscape.subject import Subject
+from meanfield.subject import Subject
 from meanfield.validation import Misuse
 
 IMAGES, LABELS = normal((20, 1, 6, 6), 3), torch.arange(20) % 3

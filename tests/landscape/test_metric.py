@@ -8,7 +8,7 @@ from torch.nn import functional
 from meanfield import Architecture, Conv, measures
 from meanfield.landscape import hessian, metric
 from meanfield.landscape.objective import Objective
-from meanfield.landscape.subject import Subject
+from meanfield.subject import Subject
 from meanfield.validation import Misuse
 
 IMAGES, LABELS = normal((7, 1, 4, 4), 3), torch.arange(7) % 3

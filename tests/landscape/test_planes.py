@@ -8,7 +8,7 @@ from torch_networks import chain
 from meanfield import landscape
 from meanfield.landscape.directions import Plane, difference, inner
 from meanfield.landscape.objective import Objective
-from meanfield.landscape.subject import Subject
+from meanfield.subject import Subject
 from meanfield.validation import Misuse
 
 

@@ -5,7 +5,7 @@ from torch import nn
 
 from meanfield import Architecture, Conv, landscape
 from meanfield.landscape.objective import Objective
-from meanfield.landscape.subject import Subject
+from meanfield.subject import Subject
 from meanfield.validation import Misuse
 
 

@@ -16,7 +16,7 @@ from meanfield import landscape, limits
 from meanfield.landscape import kept as keeping
 from meanfield.landscape import subsample
 from meanfield.landscape.objective import Objective
-from meanfield.landscape.subject import Subject
+from meanfield.subject import Subject
 from meanfield.validation import Misuse
 
 

@@ -8,8 +8,8 @@ from torch_networks import chain, filled
 import meanfield as mf
 from meanfield import landscape
 from meanfield.landscape.directions import Plane
-from meanfield.landscape.subject import Subject
 from meanfield.landscape.trajectory import walks
+from meanfield.subject import Subject
 from meanfield.validation import Misuse
 
 IMAGES, LABELS = normal((30, 2, 6, 6), 5), torch.arange(30) % 3

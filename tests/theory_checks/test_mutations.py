@@ -29,6 +29,7 @@ from meanfield.network import ParticleNetwork
 from meanfield.penalties import Penalty
 from meanfield.problem import Problem
 from meanfield.solvers import arrangements, splitting, velocities
+from meanfield.transfer import prediction
 from theory_checks.catalogue import FAMILIES, claim
 from theory_checks.claim import Setting
 
@@ -55,6 +56,7 @@ KEPT = {
     "linear": finite_network._linear,
     "softmax_conjugate": losses.SoftmaxLoss.conjugate,
     "logistic_conjugate": losses.LogisticLoss.conjugate,
+    "constant": prediction.constant,
 }
 
 
@@ -447,6 +449,11 @@ def filters_of_the_readout_left_as_drawn(patch):
 
 
 # bug -> (claim, instances: None for all that the claim has at quick effort)
+def start_that_smooths_nothing(patch):
+    """The prediction of the displacement alone."""
+    patch.setattr(prediction, "constant", lambda subject, law: KEPT["constant"](subject, law.scaled(0)))
+
+
 BUGS = {
     perspective_doubled: ("change_of_variables", 3),
     perspective_of_the_wrong_degree: ("joint_convexity.segments", 3),
@@ -493,6 +500,7 @@ BUGS = {
     tangent_kernel_without_the_positions: ("sampling.tangent_kernel", 2),
     ridge_not_times_the_samples: ("grafts", 4),
     filters_of_the_readout_left_as_drawn: ("filter_normalisation", 3),
+    start_that_smooths_nothing: ("transfer", None),
     restoration_without_the_layer_step: ("zero_gap.restoration", 3),
     restoration_that_stays_outside_the_bounds: ("zero_gap.restoration", 6),
 }

@@ -24,12 +24,12 @@ from meanfield.landscape import curvature
 from meanfield.landscape.directions import Plane, generator_of
 from meanfield.landscape.hessian import Hessian, named
 from meanfield.landscape.objective import Loss, Objective
-from meanfield.landscape.subject import Parameters, Subject
 from meanfield.penalties import Penalty
 from meanfield.rates import Interval
 from meanfield.storage import files
 from meanfield.storage.tensors import TENSORS
 from meanfield.studies.landscape.equal_loss import at_loss
+from meanfield.subject import Parameters, Subject
 from meanfield.validation import Misuse
 
 PLANES = {"random": 1, "eigen": 1, "line": 2, "triangle": 3, "pca": 3}  # -> networks that it needs at least

@@ -1,9 +1,9 @@
-"""A network as a function of its parameters: what a landscape moves, and never the caller's own."""
+"""A network as a function of its parameters: what landscapes and transfers move, and never the caller's own."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -15,6 +15,7 @@ from meanfield.validation import Misuse, WrongType
 
 Parameters = dict[str, Tensor]
 Network = nn.Module | ParticleNetwork
+N = TypeVar("N", bound=Network)
 
 
 class Subject:
@@ -38,7 +39,7 @@ class Subject:
         else:
             raise WrongType(argument, type(network).__name__, "a torch.nn.Module or a ParticleNetwork")
         if not self.parameters:
-            raise Misuse(argument, type(network).__name__, "has no parameters, and so no landscape")
+            raise Misuse(argument, type(network).__name__, "has no parameters, so that nothing can move")
 
     def __call__(self, parameters: Mapping[str, Tensor], inputs: Tensor) -> Tensor:
         """The outputs (N, ...) on inputs (N, ...) at other parameters; differentiable in them.
@@ -62,9 +63,9 @@ class Subject:
         moved.load_state_dict(dict(parameters), strict=False)
         return moved
 
-    def sibling(self, network: Network, argument: str) -> Parameters:
+    def sibling(self, network: Network | Subject, argument: str) -> Parameters:
         """The parameters of another network of the same kind, names, shapes, dtype and device; Misuse otherwise."""
-        other = Subject(network, argument)
+        other = network if isinstance(network, Subject) else Subject(network, argument)
         for name in {**self.parameters, **other.parameters}:
             here, there = (_described(each.parameters.get(name)) for each in (self, other))
             if here != there:
@@ -99,6 +100,14 @@ def require_alike(first: nn.Module, second: nn.Module, argument: str) -> None:
 def _printed(module: nn.Module) -> str:
     """Of a module with others in it the class alone: these come under names of their own."""
     return type(module).__name__ if next(module.children(), None) is not None else repr(module)
+
+
+def freed_like(network: N, like: Network) -> N:
+    """The network itself, its parameters needing gradients where those of another of its kind do."""
+    if isinstance(network, nn.Module) and isinstance(like, nn.Module):
+        for mine, other in zip(network.parameters(), like.parameters()):
+            mine.requires_grad_(other.requires_grad)
+    return network
 
 
 def _tensors(network: ParticleNetwork) -> Parameters:
