@@ -21,12 +21,12 @@ from meanfield import validation
 from meanfield.grafting import cut, steady
 from meanfield.grafting.connection import Connection, is_linear, own, widened
 from meanfield.grafting.least_squares import error, moments
+from meanfield.grafting.transport import plan
 from meanfield.validation import Misuse
 
 METHODS = ("least_squares", "transport", "match", "adam")
 IMAGES = 256  # that pass through the networks at a time, where inputs are a tensor
 ADAM_STEPS, ADAM_BATCH, ADAM_RATE = 4692, 64, 1e-3  # the authors' procedure
-SIMPLEX_PIVOTS = 10**8  # no limit in practice
 
 Inputs = Tensor | Iterable[Any]
 
@@ -224,7 +224,7 @@ class Junction:
         elif method == "adam":
             connection = self._adam(validation.integer(steps, "steps"), validation.integer(seed, "seed", minimum=0))
         else:
-            connection = self._pulled(self._assignment() if method == "match" else self._plan())
+            connection = self._pulled(self._plan(method))
         layer = connection.layer
         network = Grafted(self.below, connection, self.above)
         missed = error(self.moments, connection.weights, layer.bias)
@@ -258,32 +258,15 @@ class Junction:
         below, sizes = self._unfitted.features, self.products.diagonal()
         return (sizes[:below, None] + sizes[below:] - 2 * self.products[:below, below:]).clamp_min(0)
 
-    def _assignment(self) -> Tensor:
-        """The permutation of least cost, as a plan of uniform masses."""
-        from scipy.optimize import linear_sum_assignment
-
+    def _plan(self, method: str) -> Tensor:
+        """Of least cost between uniform masses; for equal widths a permutation."""
         costs = self.costs
-        if costs.shape[0] != costs.shape[1]:
+        if method == "match" and costs.shape[0] != costs.shape[1]:
             raise ValueError(
                 f"method='match' needs equal widths; {costs.shape[0]} features below and {costs.shape[1]} above: use "
                 "'transport'"
             )
-        rows, columns = linear_sum_assignment(costs.cpu().numpy())
-        plan = torch.zeros_like(costs)
-        plan[torch.as_tensor(rows), torch.as_tensor(columns)] = 1 / len(costs)
-        return plan
-
-    def _plan(self) -> Tensor:
-        """An optimal transport plan between uniform masses; for equal widths a vertex, so a permutation."""
-        costs = self.costs
-        if costs.shape[0] == costs.shape[1]:
-            return self._assignment()
-        import ot  # takes seconds to import
-
-        below, above = ([1 / count] * count for count in costs.shape)
-        scaled = (costs / costs.max().clamp_min(torch.finfo(costs.dtype).tiny)).cpu().numpy()
-        plan: Any = ot.emd(below, above, scaled, numItermax=SIMPLEX_PIVOTS)
-        return torch.as_tensor(plan).to(costs)
+        return plan(costs)
 
     def _adam(self, steps: int, seed: int) -> Connection:
         if self.inputs is None:
