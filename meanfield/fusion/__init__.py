@@ -3,6 +3,7 @@
 from meanfield.fusion.channels import Channels
 from meanfield.fusion.fuse import METHODS, fuse
 from meanfield.fusion.matching import matched
+from meanfield.fusion.reduction import reduce
 from meanfield.fusion.union import Ensemble
 
-__all__ = ["METHODS", "Channels", "Ensemble", "fuse", "matched"]
+__all__ = ["METHODS", "Channels", "Ensemble", "fuse", "matched", "reduce"]
