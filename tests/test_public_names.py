@@ -13,7 +13,7 @@ import pytest
 PACKAGES = {
     "meanfield": (
         "Architecture Conv ConvexProgram ParticleNetwork Penalty Problem ProgramPoint Solution certificates data "
-        "finite grafting landscape limits load_network measures save_network solve solvers starts studies"
+        "finite fusion grafting landscape limits load_network measures save_network solve solvers starts studies"
     ),
     "meanfield.certificates": (
         "Certificate Multipliers UnseenFeatures certify dual_value search_features stationary_multipliers"
@@ -22,6 +22,7 @@ PACKAGES = {
         "AUTHORS_DROPOUT FiniteCNN Fitted L12_STRENGTHS L2_STRENGTHS Recipe Score Training evaluate fit kernel l12 "
         "log_spaced_times regulariser residual sample sequential train vgg"
     ),
+    "meanfield.fusion": "Channels Ensemble METHODS fuse matched reduce",
     "meanfield.landscape": "Plane balanced line plane principal triangle",
     "meanfield.grafting": "Graft Grafted Junction METHODS graft layer_errors",
     "meanfield.solvers": "alternating arrangements flow reference splitting",
@@ -48,7 +49,7 @@ MODULES = {
     ),
 }
 SUBMODULES = {
-    "meanfield": "certificates data finite grafting landscape limits measures solvers starts studies",
+    "meanfield": "certificates data finite fusion grafting landscape limits measures solvers starts studies",
     "meanfield.finite": "kernel",
     "meanfield.solvers": PACKAGES["meanfield.solvers"],
 }

@@ -281,7 +281,9 @@ def replaced(network: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
             module._parameters[own] = nn.Parameter(tensor, requires_grad=old is None or old.requires_grad)
         if own == "weight" and tensor.ndim > 1:
             targets, sources = tensor.shape[:2]
-            counts = ("out_channels", "in_channels") if isinstance(module, nn.Conv2d) else ("out_features", "in_features")
+            counts = (
+                ("out_channels", "in_channels") if isinstance(module, nn.Conv2d) else ("out_features", "in_features")
+            )
             for count, value in zip(counts, (targets, sources)):
                 setattr(module, count, value)
         elif own == "running_mean":

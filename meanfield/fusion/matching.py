@@ -11,9 +11,8 @@ from typing import Annotated
 import torch
 from torch import Tensor, nn
 
-from meanfield.fusion.channels import Channels, Network, by_channel, chosen, copied, moved
-from meanfield.fusion.signals import by_channel as by_channel_of_signal
-from meanfield.fusion.signals import checked_images, signals
+from meanfield.fusion.channels import Channels, Network, chosen, copied, moved
+from meanfield.fusion.signals import by_channel, checked_images, signals
 from meanfield.grafting.transport import assignment, plan
 from meanfield.precision import full_float32
 from meanfield.signatures import checked
@@ -88,7 +87,9 @@ def by_weights(first: nn.Module, second: nn.Module, channels: Channels) -> Order
         for space in channels.hidden:
             agreement = _agreement(pairs, orders, space, channels.widths[space])
             order = assignment(-agreement)
-            before, after = (float(agreement.gather(1, each[:, None].to(order)).sum()) for each in (orders[space], order))
+            before, after = (
+                float(agreement.gather(1, each[:, None].to(order)).sum()) for each in (orders[space], order)
+            )
             if after - before > least:
                 orders[space], gain = order, gain + after - before
         if gain == 0:
@@ -158,7 +159,7 @@ def _compared(first, channels: Channels, second, other: Channels, images: Tensor
             if layer.source not in channels.hidden:
                 continue
             both = [
-                by_channel_of_signal(heard[each.name].entering, each_channels.widths[each.source])
+                by_channel(heard[each.name].entering, each_channels.widths[each.source])
                 for heard, each, each_channels in ((here, layer, channels), (there, partner, other))
             ]
             clouds = torch.cat(both)

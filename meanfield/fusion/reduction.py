@@ -114,9 +114,7 @@ class _Reduction:
 
     def __init__(self, whole: nn.Module, channels: Channels, images: Tensor) -> None:
         self.whole, self.network, self.channels, self.images = whole, whole, channels, images
-        self.kept = {
-            space: torch.arange(width, device=images.device) for space, width in enumerate(channels.widths)
-        }
+        self.kept = {space: torch.arange(width, device=images.device) for space, width in enumerate(channels.widths)}
 
     @property
     def is_whole(self) -> bool:

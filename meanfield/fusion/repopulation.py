@@ -18,6 +18,9 @@ ITERATIONS = 2000
 def masses(network: ParticleNetwork, images: Tensor, penalty: Penalty | None) -> tuple[Tensor, ...]:
     """The masses (M_l,) of the network's frozen features where the convex program has its minimum, the network's own
     outputs on the images its targets (squared loss): repopulation (Fang et al. 2019, section 4) without labels.
+
+    Mass is a price as well as a weight: with penalties on sources or inputs a feature that does nothing may hold some,
+    so that others have less.
     """
     with torch.enable_grad():  # which the caller's no_grad would keep from the solver
         problem = Problem(network.architecture, images, network(images).detach(), "squared", penalty)

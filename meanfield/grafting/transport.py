@@ -23,7 +23,9 @@ def plan(costs: Tensor, rows: Tensor | None = None, columns: Tensor | None = Non
     A vertex of the polytope, with at most C + C' - 1 entries that are not zero; between as many equal masses a
     permutation.
     """
-    below, above = (_uniform(costs, size) if m is None else m.to(costs) for m, size in zip((rows, columns), costs.shape))
+    below, above = (
+        _uniform(costs, size) if m is None else m.to(costs) for m, size in zip((rows, columns), costs.shape)
+    )
     if costs.shape[0] == costs.shape[1] and is_uniform(below) and is_uniform(above):
         found = torch.zeros_like(costs)
         return found.scatter(1, assignment(costs)[:, None], 1 / len(costs))
@@ -31,8 +33,8 @@ def plan(costs: Tensor, rows: Tensor | None = None, columns: Tensor | None = Non
 
     scaled = (costs / costs.max().clamp_min(torch.finfo(costs.dtype).tiny)).cpu().numpy()
     # both sums are one up to rounding, of which float32 masses have more than the solver takes
-    masses = [(each.double() / each.double().sum()).cpu().numpy() for each in (below, above)]
-    found_: Any = ot.emd(*masses, scaled, numItermax=SIMPLEX_PIVOTS)
+    first, second = ((each.double() / each.double().sum()).cpu().numpy() for each in (below, above))
+    found_: Any = ot.emd(first, second, scaled, numItermax=SIMPLEX_PIVOTS)
     return torch.as_tensor(found_).to(costs)
 
 
