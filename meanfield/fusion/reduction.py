@@ -23,6 +23,7 @@ from meanfield.signatures import Seed, checked
 from meanfield.validation import Misuse, choice
 
 CHOICES = ("elimination", "masses", "random")
+NEGLIGIBLE = 1e-6  # of the largest scale of a batch norm
 
 
 @checked
@@ -182,7 +183,9 @@ class _Reduction:
         return layer.norm is not None or self._module(layer).bias is not None
 
     def _scale(self, layer: Layer) -> Tensor:
-        """(K,), what counts as one unit of error: behind batch norm a standard deviation times the scale."""
+        """(K,), what batch norm makes of a unit of the layer's output: errors are counted behind it.  Where that is
+        nothing, what is next to nothing, so that weights can be counted back.
+        """
         kept = self.kept[layer.target]
         if layer.norm is None:
             return torch.ones(len(kept), dtype=torch.float64, device=self.images.device)
@@ -190,7 +193,8 @@ class _Reduction:
         scale = (norm.running_var.double() + norm.eps).rsqrt()
         if norm.weight is not None:
             scale = scale * norm.weight.abs()
-        return torch.where(scale > 0, scale, 1.0)[kept]
+        scale = scale[kept]
+        return scale.clamp_min(NEGLIGIBLE * scale.max()) if bool((scale > 0).any()) else torch.ones_like(scale)
 
     def _write(self, layer: Layer, moments: Products, reader: Reader, left: Tensor) -> None:
         """Take the solution into the layer; left: which of the channels that the moments saw it is of."""
