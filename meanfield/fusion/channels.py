@@ -323,8 +323,3 @@ def _combined(tensor: Tensor, axis: int, matrix: Tensor) -> Tensor:
 def chosen(indices: Tensor, width: int) -> Tensor:
     """The rows (new, old) for `moved` that take some of `width` channels, in this order."""
     return torch.eye(width, dtype=torch.float64, device=indices.device)[indices]
-
-
-def by_channel(weight: Tensor, sources: int) -> Tensor:
-    """(targets, sources, entries) of a layer's weight: offsets of a kernel, or positions behind flattened maps."""
-    return weight.reshape(len(weight), sources, -1)

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from meanfield.fusion.channels import INPUTS, Channels, by_channel, replaced
+from meanfield.fusion.channels import INPUTS, Channels, replaced
 from meanfield.validation import Misuse
 
 
@@ -59,7 +59,7 @@ def union(networks: Sequence[nn.Module], descriptions: Sequence[Channels]) -> nn
 
 def _block_diagonal(weights: Sequence[Tensor], sources: Sequence[int]) -> Tensor:
     """Weights (targets, sources, ...) of every network in a block of its own, zeros between."""
-    parts = [by_channel(weight, count) for weight, count in zip(weights, sources)]
+    parts = [weight.reshape(len(weight), count, -1) for weight, count in zip(weights, sources)]
     blocks = [torch.block_diag(*(part[..., entry] for part in parts)) for entry in range(parts[0].shape[2])]
     found = torch.stack(blocks, 2)
     shape = weights[0].shape[2:]  # of a kernel; positions of flattened maps belong to the sources

@@ -61,10 +61,11 @@ def test_every_refitted_layer_is_at_its_least_squares(make):
 
     Only the first space loses channels, so that what is wanted of the layers that write others is known.
     """
-    union = fuse(make(3, 0), make(4, 1), IMAGES)
-    found, channels = reduce(union, (4, *Channels.of(union).hidden_widths[1:]), IMAGES), Channels.of(union)
+    images = normal((150, 1, 8, 8), 8)  # more than any layer has unknowns
+    union = fuse(make(3, 0), make(4, 1), images)
+    found, channels = reduce(union, (4, *Channels.of(union).hidden_widths[1:]), images), Channels.of(union)
     fitted = [each for each in channels.layers if each.source in channels.hidden and each.target != 1]
-    (now,), (wanted,) = (signals(network, [each.name for each in fitted], IMAGES) for network in (found, union))
+    (now,), (wanted,) = (signals(network, [each.name for each in fitted], images) for network in (found, union))
     assert len(fitted) > 2
     for layer in fitted:
         module, read = found.get_submodule(layer.name), now[layer.name].entering
