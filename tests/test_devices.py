@@ -5,6 +5,7 @@ device, and the inner loops wait for no number, or for one a step.
 import math
 from contextlib import contextmanager
 
+import fusion_networks
 import pytest
 import torch
 from pretend_device import PretendDevice
@@ -12,7 +13,7 @@ from strategies import bounded, normal, random_inputs, random_network, random_ta
 from torch_networks import IMAGES, plain, residual
 
 import meanfield as mf
-from meanfield import certificates, finite, grafting, landscape, measures, penalties
+from meanfield import certificates, finite, fusion, grafting, landscape, measures, penalties
 from meanfield.bench import distances
 from meanfield.certificates import search
 from meanfield.convex.program import ConvexProgram
@@ -249,6 +250,17 @@ def test_grafting(pretend, method):
     lower, upper, images = on_device(plain(6, 0), plain(6, 1), IMAGES[:40])
     found = graft(lower, upper, "3", images, method=method, steps=3)
     assert is_there(*found.network.parameters(), found.network(images))
+
+
+def test_fusion(pretend):
+    a, b = (fusion_networks.normed_blocks(2, seed).to("cuda") for seed in (0, 1))
+    images = normal((8, 1, 8, 8), 0).cuda()
+    for method in fusion.METHODS:
+        assert is_there(*fusion.fuse(a, b, images, method).state_dict().values())
+    assert is_there(*fusion.fuse(a, b, images, "weights", repair=True).state_dict().values())
+    union = fusion.fuse(a, b, images)
+    for by in ("elimination", "random"):
+        assert is_there(fusion.reduce(union, a, images, by)(images))
 
 
 def test_grafting_of_residual_networks(pretend):

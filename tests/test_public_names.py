@@ -13,7 +13,8 @@ import pytest
 PACKAGES = {
     "meanfield": (
         "Architecture Conv ConvexProgram ParticleNetwork Penalty Problem ProgramPoint Solution certificates data "
-        "finite grafting landscape limits load_network measures save_network solve solvers starts studies transfer"
+        "finite fusion grafting landscape limits load_network measures save_network solve solvers starts studies "
+        "transfer"
     ),
     "meanfield.certificates": (
         "Certificate Multipliers UnseenFeatures certify dual_value search_features stationary_multipliers"
@@ -27,6 +28,7 @@ PACKAGES = {
         "Joined Plane Sharpness Surface Trajectory balanced eigenplane join line plane principal sharpness surface "
         "trajectory triangle"
     ),
+    "meanfield.fusion": "Channels Ensemble METHODS fuse matched reduce",
     "meanfield.grafting": "Graft Grafted Junction METHODS graft layer_errors",
     "meanfield.transfer": "Displacement Moments Norm StartLaw moments predict",
     "meanfield.solvers": "alternating arrangements flow reference splitting",
@@ -54,7 +56,7 @@ MODULES = {
     ),
 }
 SUBMODULES = {
-    "meanfield": "certificates data finite grafting landscape limits measures solvers starts studies transfer",
+    "meanfield": "certificates data finite fusion grafting landscape limits measures solvers starts studies transfer",
     "meanfield.finite": "kernel",
     "meanfield.solvers": PACKAGES["meanfield.solvers"],
 }

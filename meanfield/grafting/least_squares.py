@@ -31,6 +31,14 @@ class Fit(NamedTuple):
     rank: int
 
 
+class Sums(NamedTuple):
+    """Inner products: A A' (d, d) of the design and A B' (d, K) with the targets; means (d,) and (K,) of both."""
+
+    design: Tensor
+    mixed: Tensor
+    means: tuple[Tensor, Tensor]
+
+
 class Moments(Protocol):
     unknowns: int
     samples: int
@@ -182,16 +190,20 @@ class Products:
         map_ = torch.cat([first, weights, -torch.eye(weights.shape[1]).to(weights)])
         return max(float((map_ * (sums @ map_)).sum()), 0.0)
 
-    def solve(self, ridge: float, precision: float, *, offset: bool) -> Fit:
-        inner, sums = self.unknowns, self._sums[1 : 1 + self.unknowns, 1:]
-        cutoff = precision**2 * float(sums[:, :inner].diagonal().sum())
+    def sums(self, *, offset: bool) -> Sums:
+        """In float64; of the samples less their means if offset."""
+        inner, found = self.unknowns, self._sums[1 : 1 + self.unknowns, 1:]
         if offset:
-            sums = sums - torch.outer(self._upper[0, 1 : 1 + inner], self._upper[0, 1:]) / self.samples
-        weights, rank = _by_squares(
-            sums[:, :inner] + ridge * self.samples * torch.eye(inner).to(sums), sums[:, inner:], cutoff
-        )
+            found = found - torch.outer(self._upper[0, 1 : 1 + inner], self._upper[0, 1:]) / self.samples
         means = self._upper[0, 1:] / self.samples
-        return Fit(weights, means[inner:] - means[:inner] @ weights if offset else None, rank)
+        return Sums(found[:, :inner], found[:, inner:], (means[:inner], means[inner:]))
+
+    def solve(self, ridge: float, precision: float, *, offset: bool) -> Fit:
+        cutoff = precision**2 * float(self._sums.diagonal()[1 : 1 + self.unknowns].sum())
+        design, mixed, means = self.sums(offset=offset)
+        shrunk = design + ridge * self.samples * torch.eye(self.unknowns).to(design)
+        weights, rank = _by_squares(shrunk, mixed, cutoff)
+        return Fit(weights, means[1] - means[0] @ weights if offset else None, rank)
 
 
 def _by_values(matrix: Tensor, targets: Tensor, cutoff: float) -> tuple[Tensor, int]:
