@@ -6,7 +6,19 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from meanfield import certificates, data, finite, grafting, landscape, limits, measures, solvers, starts, studies
+    from meanfield import (
+        certificates,
+        data,
+        finite,
+        forgetting,
+        grafting,
+        landscape,
+        limits,
+        measures,
+        solvers,
+        starts,
+        studies,
+    )
     from meanfield.architecture import Architecture, Conv
     from meanfield.convex.program import ConvexProgram
     from meanfield.convex.repopulation import ProgramPoint
@@ -31,6 +43,7 @@ __all__ = [
     "certificates",
     "data",
     "finite",
+    "forgetting",
     "grafting",
     "landscape",
     "limits",

@@ -13,7 +13,7 @@ import pytest
 PACKAGES = {
     "meanfield": (
         "Architecture Conv ConvexProgram ParticleNetwork Penalty Problem ProgramPoint Solution certificates data "
-        "finite grafting landscape limits load_network measures save_network solve solvers starts studies"
+        "finite forgetting grafting landscape limits load_network measures save_network solve solvers starts studies"
     ),
     "meanfield.certificates": (
         "Certificate Multipliers UnseenFeatures certify dual_value search_features stationary_multipliers"
@@ -21,6 +21,10 @@ PACKAGES = {
     "meanfield.finite": (
         "AUTHORS_DROPOUT FiniteCNN Fitted L12_STRENGTHS L2_STRENGTHS Recipe Score Training cnn evaluate fit kernel l12 "
         "log_spaced_times mlp regulariser residual sample sequential train vgg"
+    ),
+    "meanfield.forgetting": (
+        "Anchor Choice Distillation EWC FineTuning FrozenTrunk Joint L2SP Learnt LwF Replay Scores Task choose divided "
+        "fisher held_apart learn narrowed score widened"
     ),
     "meanfield.landscape": "Plane balanced line plane principal triangle",
     "meanfield.grafting": "Graft Grafted Junction METHODS graft layer_errors",
@@ -48,7 +52,7 @@ MODULES = {
     ),
 }
 SUBMODULES = {
-    "meanfield": "certificates data finite grafting landscape limits measures solvers starts studies",
+    "meanfield": "certificates data finite forgetting grafting landscape limits measures solvers starts studies",
     "meanfield.finite": "kernel",
     "meanfield.solvers": PACKAGES["meanfield.solvers"],
 }

@@ -1,7 +1,7 @@
 """Tasks in sequence: what of the older ones is forgotten, and what holds it."""
 
 from meanfield.forgetting.choice import Choice, choose
-from meanfield.forgetting.fisher import fisher
+from meanfield.forgetting.information import fisher
 from meanfield.forgetting.methods import EWC, L2SP, FineTuning, FrozenTrunk, Joint, LwF, Replay
 from meanfield.forgetting.penalties import Anchor, Distillation
 from meanfield.forgetting.readout import narrowed, widened

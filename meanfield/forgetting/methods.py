@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from meanfield.finite.terms import Term
-from meanfield.forgetting.fisher import fisher
+from meanfield.forgetting.information import fisher
 from meanfield.forgetting.penalties import Anchor, Distillation
 from meanfield.forgetting.readout import readout_of
 from meanfield.forgetting.tasks import Task, memory, united
@@ -172,7 +172,7 @@ class FrozenTrunk:
 
 @dataclass(frozen=True)
 class Joint:
-    """All images of the tasks so far and of the new one, from the start anew: nothing is forgotten since all is kept."""
+    """All images of the tasks so far and of the new one, from the start anew: all is kept, so that nothing is lost."""
 
     name = "joint training"
 

@@ -26,8 +26,8 @@ Callback = Callable[[dict[str, Any]], None]
 
 @dataclass(frozen=True, eq=False)
 class Learnt:
-    """networks: after every task that was learnt to its end, in eval mode; `scores.Scores.of` judges them.  status: that
-    of the last training, see `finite.Fitted`; "completed" where all tasks were learnt.
+    """networks: after every task that was learnt to its end, in eval mode; `scores.Scores.of` judges them.
+    status: that of the last training, see `finite.Fitted`; "completed" where all tasks were learnt.
     """
 
     networks: tuple[nn.Module, ...] = field(repr=False)

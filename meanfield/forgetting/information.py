@@ -55,7 +55,9 @@ def fisher(
             for name, each in vmap(information)(some).items():
                 total[name] += each.sum(0)
     if not any(bool(each.any()) for each in total.values()):
-        raise Misuse("network", type(network).__name__, "has no Fisher information: its outputs are certain to rounding")
+        raise Misuse(
+            "network", type(network).__name__, "has no Fisher information: its outputs are certain to rounding"
+        )
     return {name: each / len(images) for name, each in total.items()}
 
 
