@@ -120,38 +120,44 @@ class Killed(Exception):
 
 
 class TestLearning:
-    def run(self, path=None, at=None, error=Killed, **changed):
+    def run(self, path=None, at=None, error=Killed, seen=None, **changed):
         def stop(record):
-            if (record["task"], record["epoch"]) == at:
+            place = (record["task"], record["epoch"])
+            if seen is not None:
+                seen.append(place)
+            if place == at:
                 raise error
 
         network = residual((1, 4, 4), 5, width=2, generator=seeded())
         settings = {"method": EWC(2.0), "recipe": RECIPE, "seed": 4, **changed}
         return learn(network, tasks(((0, 1), (2, 3), (4,)), torch.float32), state=path, callback=stop, **settings)
 
-    @pytest.mark.parametrize("at", [(0, 2), (1, 3), (2, 1)])
-    def test_a_killed_run_goes_on_to_the_same_bits(self, tmp_path, at):
-        path = tmp_path / "run.safetensors"
+    @pytest.mark.parametrize(
+        ("at", "first"),
+        [
+            pytest.param((0, 2), (0, 3), marks=pytest.mark.slow),
+            pytest.param((1, 1), (1, 2), marks=pytest.mark.slow),
+            # a last epoch is not written by itself: it is repeated from the one before, or its task is done
+            ((1, 3), (1, 3)),
+            pytest.param((2, 2), (2, 3), marks=pytest.mark.slow),
+        ],
+    )
+    def test_a_killed_run_goes_on_where_it_was_to_the_same_bits(self, tmp_path, at, first):
+        path, places = tmp_path / "run.safetensors", []
         with pytest.raises(Killed):
             self.run(path, at)
-        seen, whole = self.run(path), self.run()
-        assert (seen.status, len(seen.networks)) == ("completed", 3)
-        assert all(same_bits(*pair) for pair in zip(seen.networks, whole.networks))
+        found, whole = self.run(path, seen=places), self.run()
+        assert places[0] == first
+        assert (found.status, len(found.networks)) == ("completed", 3)
+        assert all(same_bits(*pair) for pair in zip(found.networks, whole.networks))
         assert not list(tmp_path.iterdir())
-
-    def test_what_is_done_is_not_done_again(self, tmp_path):
-        with pytest.raises(Killed):
-            self.run(tmp_path / "run.safetensors", (1, 2))
-        with pytest.raises(Killed):  # the first record is that of the epoch after
-            self.run(tmp_path / "run.safetensors", (1, 3))
-        assert self.run(tmp_path / "run.safetensors").status == "completed"
 
     def test_an_interrupt_keeps_the_tasks_that_were_learnt(self, tmp_path):
         path = tmp_path / "run.safetensors"
         found = self.run(path, (1, 2), KeyboardInterrupt)
         assert (found.status, len(found.networks)) == ("interrupted", 1)
         assert found.message.startswith("1 of 3 tasks: 2 of 3 epochs")
-        assert same_bits(self.run(path).network, self.run().network)
+        assert path.exists()
 
     @pytest.mark.parametrize(
         ("changed", "name"),
