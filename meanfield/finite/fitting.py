@@ -28,6 +28,7 @@ CROP_DIVISOR = 8  # a crop moves by up to side // 8 pixels: the usual 4 at 32x32
 STATUS_TEXTS = {
     "completed": "all epochs were taken",
     "interrupted": "stopped by the user; the network of the last whole epoch is kept",
+    "max_seconds": "stopped at the time limit; the network of the last whole epoch is kept",
     "diverged": "the next epoch left the finite numbers, its network is dropped; lower learning_rate or strength, or "
     "raise warm_up",
 }

@@ -11,7 +11,7 @@ from strategies import normal, seeded
 from torch import nn
 from torch.nn import functional
 
-from meanfield import data
+from meanfield import data, limits
 from meanfield.finite import (
     Recipe,
     evaluate,
@@ -385,6 +385,12 @@ class TestCheckpointsAndResuming:
         assert torch.equal(torch.get_rng_state(), before)
         assert (result.status, result.epochs) == ("interrupted", 1)
         assert torch.equal(result.network[1].weight, fit(linear(), inputs, labels, recipe(epochs=1)).network[1].weight)
+
+    def test_a_time_limit_keeps_the_last_whole_epoch_and_the_file(self, tmp_path):
+        with limits.within(0):
+            result = self.run(tmp_path / "run.safetensors")
+        assert (result.status, result.epochs) == ("max_seconds", 0)
+        assert result.message.startswith("0 of 5 epochs: stopped at the time limit")
 
     def test_divergence_has_a_status_and_keeps_the_last_whole_epoch(self, tmp_path):
         inputs, labels = task()

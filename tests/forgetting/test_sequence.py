@@ -8,6 +8,7 @@ import torch
 from strategies import normal, seeded
 from torch import nn
 
+from meanfield import limits
 from meanfield.finite import Recipe, cnn, fit, residual
 from meanfield.forgetting import (
     EWC,
@@ -158,6 +159,11 @@ class TestLearning:
         assert (found.status, len(found.networks)) == ("interrupted", 1)
         assert found.message.startswith("1 of 3 tasks: 2 of 3 epochs")
         assert path.exists()
+
+    def test_a_time_limit_ends_it_with_a_status(self):
+        with limits.within(0):
+            found = self.run()
+        assert (found.status, found.networks) == ("max_seconds", ())
 
     @pytest.mark.parametrize(
         ("changed", "name"),
