@@ -13,8 +13,8 @@ import pytest
 PACKAGES = {
     "meanfield": (
         "Architecture Conv ConvexProgram ParticleNetwork Penalty Problem ProgramPoint Solution certificates data "
-        "finite fusion grafting landscape limits load_network measures save_network solve solvers starts studies "
-        "transfer"
+        "finite forgetting fusion grafting landscape limits load_network measures save_network solve solvers starts "
+        "studies transfer"
     ),
     "meanfield.certificates": (
         "Certificate Multipliers UnseenFeatures certify dual_value search_features stationary_multipliers"
@@ -29,6 +29,10 @@ PACKAGES = {
         "trajectory triangle"
     ),
     "meanfield.fusion": "Channels Ensemble METHODS fuse matched reduce",
+    "meanfield.forgetting": (
+        "Anchor Choice Distillation EWC FineTuning FrozenTrunk Joint L2SP Learnt LwF Replay Scores Task choose divided "
+        "fisher held_apart learn narrowed score widened"
+    ),
     "meanfield.grafting": "Graft Grafted Junction METHODS graft layer_errors",
     "meanfield.transfer": "Displacement Moments Norm StartLaw moments predict",
     "meanfield.solvers": "alternating arrangements flow reference splitting",
@@ -56,7 +60,9 @@ MODULES = {
     ),
 }
 SUBMODULES = {
-    "meanfield": "certificates data finite fusion grafting landscape limits measures solvers starts studies transfer",
+    "meanfield": (
+        "certificates data finite forgetting fusion grafting landscape limits measures solvers starts studies transfer"
+    ),
     "meanfield.finite": "kernel",
     "meanfield.solvers": PACKAGES["meanfield.solvers"],
 }

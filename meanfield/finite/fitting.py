@@ -17,7 +17,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from meanfield import limits, validation
+from meanfield.finite.heads import Heads
 from meanfield.finite.recipes import LOSSES, Recipe, increasing_epochs, regulariser
+from meanfield.finite.terms import Batch, Term
 from meanfield.storage.states import StateFile, ended
 from meanfield.storage.tensors import digest
 from meanfield.validation import Misuse
@@ -26,6 +28,7 @@ CROP_DIVISOR = 8  # a crop moves by up to side // 8 pixels: the usual 4 at 32x32
 STATUS_TEXTS = {
     "completed": "all epochs were taken",
     "interrupted": "stopped by the user; the network of the last whole epoch is kept",
+    "max_seconds": "stopped at the time limit; the network of the last whole epoch is kept",
     "diverged": "the next epoch left the finite numbers, its network is dropped; lower learning_rate or strength, or "
     "raise warm_up",
 }
@@ -86,6 +89,9 @@ def fit(
     recipe: Recipe,
     seed: int = 0,
     *,
+    heads: Sequence[Sequence[int]] | None = None,
+    terms: Sequence[Term] = (),
+    trained: Sequence[str] | None = None,
     checkpoints: Sequence[int] = (),
     state: str | Path | None = None,
     callback: Callable[[dict[str, Any]], None] | None = None,
@@ -95,6 +101,11 @@ def fit(
 
     The copy takes dtype and device of the inputs; parameters that need no gradient stay as they are.  Batches, dropout
     and augmentation depend on `seed` alone, and the global random numbers are left as they were.
+    heads: disjoint groups of outputs, by default one of all: loss and accuracy of an image are those of the outputs in
+        the group of its class, and the others get no gradient from it.
+    terms: added to the mean loss of every step, see `terms.Term`; the records of the history are without them.
+    trained: names of the modules that are trained, by default all.  The rest stays as it is, parameters, statistics of
+        batch norm and all, and works as in eval mode.
     checkpoints: increasing epochs after which the state is kept, 0 for the start.
     state: file (.safetensors) to which the whole state of the run is written after every epoch.  A call with the same
         arguments continues from it and ends, on the same machine and as many threads, with the same bits as a run
@@ -114,28 +125,37 @@ def fit(
     kept = increasing_epochs(checkpoints, "checkpoints", 0)
     if kept and kept[-1] > recipe.epochs:
         raise Misuse("checkpoints", kept, f"go beyond the {recipe.epochs} epochs of the recipe")
-    run = _Run(network, inputs, labels, recipe, validation.integer(seed, "seed", minimum=0), kept)
+    how = _How(
+        recipe, validation.integer(seed, "seed", minimum=0), heads, tuple(terms), _names(network, trained), kept, follow
+    )
+    run = _Run(network, inputs, labels, how)
     file = None if state is None else StateFile(state, run.settings)
     run.restore(None if file is None else file.load())
-    return run.result(ended(file, lambda: _train(run, file, callback, follow)))
+    return run.result(ended(file, lambda: _train(run, file, callback)))
 
 
 @torch.no_grad()
 def evaluate(
-    network: nn.Module, inputs: Tensor, labels: Tensor, batch_size: int = 500, loss: str = "cross_entropy"
+    network: nn.Module,
+    inputs: Tensor,
+    labels: Tensor,
+    batch_size: int = 500,
+    loss: str = "cross_entropy",
+    heads: Sequence[Sequence[int]] | None = None,
 ) -> Score:
-    """Accuracy and mean loss (a name of `recipes.LOSSES`) in eval mode on images (N, ...) and labels (N,); the
-    network's modes are put back.
+    """Accuracy and mean loss (a name of `recipes.LOSSES`) in eval mode on images (N, ...) and labels (N,), within
+    heads as in `fit`; the network's modes are put back.
     """
     size = validation.integer(batch_size, "batch_size")
     _check_data(network, inputs, labels)
     _check_kind(network, inputs)
-    measured, total, hits = LOSSES[validation.one_of(loss, "loss", LOSSES)], 0.0, 0
+    validation.one_of(loss, "loss", LOSSES)
+    decided, total, hits = _heads(network, inputs, labels, heads), 0.0, 0
     with _evaluating(network):
         for images, classes in zip(inputs.split(size), labels.split(size)):
             output = network(images)
-            total += float(measured(output, classes, reduction="sum"))
-            hits += int((output.argmax(1) == classes).sum())
+            total += float(decided.loss(loss, output, classes, "sum"))
+            hits += int(decided.hits(output, classes))
     return Score(hits / len(inputs), total / len(inputs))
 
 
@@ -177,7 +197,7 @@ def _check_kind(network: nn.Module, inputs: Tensor) -> None:
         )
 
 
-def _check_classes(network: nn.Module, inputs: Tensor, labels: Tensor) -> None:
+def _heads(network: nn.Module, inputs: Tensor, labels: Tensor, groups: Sequence[Sequence[int]] | None) -> Heads:
     """Compare the labels with the output for one image: on a GPU a label out of bounds would end the process."""
     with torch.no_grad(), _evaluating(network):
         shape = tuple(network(inputs[:1]).shape)
@@ -189,6 +209,31 @@ def _check_classes(network: nn.Module, inputs: Tensor, labels: Tensor) -> None:
             f"labels reach from {low} to {high}; the network has {shape[1]} outputs, so they must lie in "
             f"0..{shape[1] - 1}"
         )
+    heads = Heads(groups, shape[1], inputs.device)
+    heads.check(labels)
+    return heads
+
+
+def _names(network: nn.Module, trained: Sequence[str] | None) -> tuple[str, ...]:
+    """Of the modules that are trained; "" is the whole network."""
+    if trained is None:
+        return ("",)
+    modules = dict(network.named_modules())
+    if isinstance(trained, str) or not all(name in modules for name in trained):
+        raise Misuse("trained", trained, f"must be a sequence of names of modules: {', '.join(filter(None, modules))}")
+    return tuple(trained)
+
+
+class _How(NamedTuple):
+    """The arguments of `fit` but for network and data."""
+
+    recipe: Recipe
+    seed: int
+    heads: Sequence[Sequence[int]] | None
+    terms: tuple[Term, ...]
+    trained: tuple[str, ...]
+    checkpoints: tuple[int, ...]
+    follow: Callable[[Step], None] | None
 
 
 class _Run:
@@ -196,32 +241,43 @@ class _Run:
     and the checkpoints.
     """
 
-    def __init__(
-        self, network: nn.Module, inputs: Tensor, labels: Tensor, recipe: Recipe, seed: int, epochs: tuple[int, ...]
-    ) -> None:
+    def __init__(self, network: nn.Module, inputs: Tensor, labels: Tensor, how: _How) -> None:
         self.network = copy.deepcopy(network).to(inputs)
-        _check_classes(self.network, inputs, labels)
-        self.inputs, self.labels, self.recipe, self.wanted = inputs, labels, recipe, epochs
-        free = [parameter for parameter in self.network.parameters() if parameter.requires_grad]
-        if not free:
+        self.heads = _heads(self.network, inputs, labels, how.heads)
+        self.inputs, self.labels, self.how, self.recipe = inputs, labels, how, how.recipe
+        self.trained = [self.network.get_submodule(name) for name in how.trained]
+        free = {parameter: None for module in self.trained for parameter in module.parameters()}
+        self.free = [parameter for parameter in free if parameter.requires_grad]  # each once, in order
+        if not self.free:
             raise ValueError("network has no parameter that needs a gradient, so there is nothing to train")
-        self.optimiser = optimiser_of(free, recipe)
-        self.generator = torch.Generator().manual_seed(seed)
+        still = {each: None for each in self.network.parameters() if each.requires_grad and each not in free}
+        self.still = [each.requires_grad_(False) for each in still]  # until the end
+        self.optimiser = optimiser_of(self.free, self.recipe)
+        self.generator = torch.Generator().manual_seed(how.seed)
         self.history: list[dict[str, Any]] = []
         self.checkpoints: dict[int, dict[str, Tensor]] = {}
         self.began = time.perf_counter()
         self.last = _clones(self.network)
-        self.settings = self._described(seed)
+        self.settings = self._described()
         self._keep()
 
-    def _described(self, seed: int) -> dict[str, Any]:
+    def _described(self) -> dict[str, Any]:
         """Everything that decides the run."""
-        frozen = [name for name, parameter in self.network.named_parameters() if not parameter.requires_grad]
+        free = set(self.free)
+        frozen = [name for name, parameter in self.network.named_parameters() if parameter not in free]
         # the start does not show a dropout or a stride
         layers = hashlib.sha256(repr(self.network).encode()).hexdigest()
         named = {"network": layers, "start": digest(self.last.values()), "frozen": frozen}
         data = {"data": digest((self.inputs, self.labels)), "device": self.inputs.device.type}
-        return {**named, **data, **asdict(self.recipe), "seed": seed, "checkpoints": self.wanted}
+        added = {"heads": self.heads.groups, "terms": [dict(term.settings) for term in self.how.terms]}
+        ends = {"trained": self.how.trained, "seed": self.how.seed, "checkpoints": self.how.checkpoints}
+        return {**named, **data, **asdict(self.recipe), **added, **ends}
+
+    def train(self) -> None:
+        """Training mode of what is trained, eval mode of the rest."""
+        self.network.eval()
+        for module in self.trained:
+            module.train()
 
     @property
     def epochs(self) -> int:
@@ -248,7 +304,7 @@ class _Run:
         return self.history[-1]
 
     def _keep(self) -> None:
-        if self.epochs in self.wanted:
+        if self.epochs in self.how.checkpoints:
             # of its own: a safetensors file refuses shared memory
             self.checkpoints[self.epochs] = _clones(self.network)
 
@@ -256,6 +312,8 @@ class _Run:
         """The last whole epoch, which an interrupt or a divergence may have left behind."""
         self.network.load_state_dict(self.last)
         self.network.zero_grad(set_to_none=True)
+        for parameter in self.still:
+            parameter.requires_grad_()
         message = f"{self.epochs} of {self.recipe.epochs} epochs: {STATUS_TEXTS[status]}"
         return Fitted(self.network.eval(), self.history, self.epochs, self.seconds, status, message, self.checkpoints)
 
@@ -296,15 +354,10 @@ def _clones(network: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.detach().clone() for name, tensor in network.state_dict().items()}
 
 
-def _train(
-    run: _Run,
-    file: StateFile | None,
-    callback: Callable[[dict[str, Any]], None] | None,
-    follow: Callable[[Step], None] | None,
-) -> str:
+def _train(run: _Run, file: StateFile | None, callback: Callable[[dict[str, Any]], None] | None) -> str:
     """All epochs that are left; returns the status."""
     while run.epochs < run.recipe.epochs:
-        figures = _pass(run, follow)
+        figures = _pass(run)
         # looked at once an epoch: a look at every step would wait for the device
         if not math.isfinite(figures["loss"]) or not _all_finite(run.network):
             return "diverged"
@@ -316,9 +369,9 @@ def _train(
     return "completed"
 
 
-def _pass(run: _Run, follow: Callable[[Step], None] | None) -> dict[str, float]:
+def _pass(run: _Run) -> dict[str, float]:
     """One epoch of steps; mean loss and accuracy over its images."""
-    run.network.train()
+    run.train()
     count, size = len(run.inputs), run.recipe.batch_size
     order = torch.randperm(count, generator=run.generator)
     batches = order.split(size)
@@ -327,25 +380,27 @@ def _pass(run: _Run, follow: Callable[[Step], None] | None) -> dict[str, float]:
         for index, indices in enumerate(batches):
             limits.look()
             rate = run.recipe.rate_at(run.epochs * len(batches) + index, len(batches))
-            found = _step(run, indices.to(run.inputs.device), rate, follow)
+            found = _step(run, indices.to(run.inputs.device), rate)
             loss, hits = loss + found[0], hits + found[1]
     return {"loss": float(loss) / count, "accuracy": int(hits) / count}
 
 
-def _step(run: _Run, indices: Tensor, rate: float, follow: Callable[[Step], None] | None) -> tuple[Tensor, Tensor]:
+def _step(run: _Run, indices: Tensor, rate: float) -> tuple[Tensor, Tensor]:
     """One step of SGD; summed loss and number of hits of the batch, from before it."""
     recipe, images, labels = run.recipe, run.inputs[indices], run.labels[indices]
     images = augmented(images, run.generator) if recipe.augment else images
     output = run.network(images)
-    loss = LOSSES[recipe.loss](output, labels)
+    loss = run.heads.loss(recipe.loss, output, labels)
     objective = loss + recipe.strength * regulariser(run.network, recipe.penalty) if recipe.strength else loss
+    for term in run.how.terms:
+        objective = objective + term(run.network, Batch(images, labels, output))
     run.optimiser.param_groups[0]["lr"] = rate
     run.optimiser.zero_grad(set_to_none=True)
     objective.backward()
     run.optimiser.step()
-    if follow is not None:
-        follow(Step(images, labels, rate, run.network))
-    return loss.detach().double() * len(labels), (output.detach().argmax(1) == labels).sum()
+    if run.how.follow is not None:
+        run.how.follow(Step(images, labels, rate, run.network))
+    return loss.detach().double() * len(labels), run.heads.hits(output.detach(), labels)
 
 
 @contextlib.contextmanager

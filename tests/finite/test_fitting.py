@@ -3,6 +3,7 @@
 import copy
 import itertools
 import math
+from typing import ClassVar
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from strategies import normal, seeded
 from torch import nn
 from torch.nn import functional
 
-from meanfield import data
+from meanfield import data, limits
 from meanfield.finite import (
     Recipe,
     evaluate,
@@ -20,6 +21,7 @@ from meanfield.finite import (
     residual,
     vgg,
 )
+from meanfield.validation import Misuse
 
 
 def small(dropout=0.0, dtype=torch.float32, seed=0):
@@ -183,6 +185,84 @@ class TestSteps:
         assert evaluate(result.network, *test).accuracy > 0.93
 
 
+class Pull:
+    """A term with the gradient 3 in every entry of the last weight."""
+
+    settings: ClassVar = {"kind": "pull"}
+
+    def __init__(self):
+        self.seen = []
+
+    def __call__(self, network, batch):
+        self.seen.append([len(each) for each in batch])
+        torch.testing.assert_close(network(batch.images), batch.outputs)
+        return 3 * network[1].weight.sum()
+
+
+class TestHeadsTermsAndParts:
+    GROUPS = ((2, 0), (1,))
+
+    @pytest.mark.parametrize("loss", ["cross_entropy", "squared"])
+    def test_a_loss_within_heads_is_that_of_their_own_columns(self, loss):
+        """One whole-batch step, of an image of class 0 or 2 among these, of class 1 with nothing beside it."""
+        (inputs, labels), network = task(dtype=torch.float64), linear()
+        found = recipe(epochs=1, batch_size=100, loss=loss, momentum=0.0, warm_up=0)
+        result = fit(network, inputs, labels, found, heads=self.GROUPS)
+        weight, x = network[1].weight.detach(), inputs.flatten(1)
+        output, gradient = x @ weight.T + network[1].bias.detach(), torch.zeros(22, 3, dtype=torch.float64)
+        pair = labels != 1
+        shares = output[:, [0, 2]].softmax(1) if loss == "cross_entropy" else output[:, [0, 2]]
+        targets = functional.one_hot(labels, 3).double()
+        gradient[:, [0, 2]] = (shares - targets[:, [0, 2]]) * pair[:, None]
+        if loss == "squared":
+            gradient[:, 1] = (output[:, 1] - 1) * ~pair
+        torch.testing.assert_close(result.network[1].weight.detach(), weight - 0.02 * gradient.T @ x / 22)
+        hits = output[:, [0, 2]].argmax(1) == labels // 2
+        expected = float((hits & pair).sum() + (~pair).sum()) / 22
+        assert (
+            result.history[0]["accuracy"] == evaluate(network, inputs, labels, heads=self.GROUPS).accuracy == expected
+        )
+        assert expected > evaluate(network, inputs, labels).accuracy
+
+    def test_terms_are_added_to_every_step_and_see_its_batch(self):
+        (inputs, labels), network, pull = task(dtype=torch.float64), linear(), Pull()
+        plain, pulled = (
+            fit(network, inputs, labels, recipe(epochs=1, batch_size=22, momentum=0.0, warm_up=0), terms=terms)
+            for terms in ((), (pull,))
+        )
+        torch.testing.assert_close(pulled.network[1].weight, plain.network[1].weight - 0.02 * 3)
+        assert pulled.history[0]["loss"] == plain.history[0]["loss"]
+        assert pull.seen == [[22, 22, 22]]
+
+    def test_what_is_not_trained_stays_with_its_statistics(self):
+        inputs, labels = task(dtype=torch.float64)
+        network = residual((1, 4, 4), 3, width=2, generator=seeded(), dtype=torch.float64)
+        network.conv1.weight.requires_grad_(False)
+        result = fit(network, inputs, labels, recipe(epochs=1), trained=("stage3", "linear1"))
+        before, after = network.state_dict(), result.network.state_dict()
+        moved = {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])}
+        assert moved == {"stage3", "linear1"}
+        assert not torch.equal(before["stage3.0.norm1.running_mean"], after["stage3.0.norm1.running_mean"])
+        same = zip(network.parameters(), result.network.parameters())
+        assert all(one.requires_grad == other.requires_grad for one, other in same)
+        assert not any(module.training for module in result.network.modules())
+
+    @pytest.mark.parametrize(
+        ("changed", "message"),
+        [
+            ({"heads": ((0, 1), (1, 2))}, "no class twice"),
+            ({"heads": ((0, 1),)}, "must hold every class among the labels; 2 is in none of them"),
+            ({"heads": ((0, 1), (2, 3))}, r"must name outputs of the network, which are 0\.\.2"),
+            ({"heads": (0, 1)}, "heads=0 must be a group of classes"),
+            ({"trained": "linear1"}, "trained='linear1' must be a sequence of names of modules: conv1, "),
+            ({"trained": ("fc",)}, r"trained=\('fc',\) must be a sequence of names of modules"),
+        ],
+    )
+    def test_misuse(self, changed, message):
+        with pytest.raises(Misuse, match=message):
+            fit(small(), *task(), recipe(), **changed)
+
+
 class TestAugmentation:
     def test_every_image_is_a_shifted_and_perhaps_mirrored_copy(self):
         """Rows and columns are read off one image of distinct entries; all places and both orientations occur equally
@@ -239,7 +319,9 @@ class TestCheckpointsAndResuming:
             settings.pop("seed", 5),
             settings.pop("checkpoints", (0, 2, 4)),
         )
-        return fit(start, inputs, labels, recipe(**settings), seed, checkpoints=kept, state=path, callback=stop)
+        added = {name: settings.pop(name) for name in ("heads", "terms", "trained") if name in settings}
+        kept = {"checkpoints": kept, **added}
+        return fit(start, inputs, labels, recipe(**settings), seed, state=path, callback=stop, **kept)
 
     @pytest.mark.parametrize("settings", SETTINGS)
     @pytest.mark.parametrize("at", [1, 3])
@@ -304,6 +386,12 @@ class TestCheckpointsAndResuming:
         assert (result.status, result.epochs) == ("interrupted", 1)
         assert torch.equal(result.network[1].weight, fit(linear(), inputs, labels, recipe(epochs=1)).network[1].weight)
 
+    def test_a_time_limit_keeps_the_last_whole_epoch_and_the_file(self, tmp_path):
+        with limits.within(0):
+            result = self.run(tmp_path / "run.safetensors")
+        assert (result.status, result.epochs) == ("max_seconds", 0)
+        assert result.message.startswith("0 of 5 epochs: stopped at the time limit")
+
     def test_divergence_has_a_status_and_keeps_the_last_whole_epoch(self, tmp_path):
         inputs, labels = task()
         result = fit(
@@ -330,6 +418,9 @@ class TestCheckpointsAndResuming:
             ({"checkpoints": (0, 2)}, "checkpoints"),
             ({"start": small(dropout=0.4, seed=1)}, "start"),
             ({"start": small(dropout=0.3)}, "network"),
+            ({"heads": ((0, 1), (2,))}, "heads"),
+            ({"terms": (Pull(),)}, "terms"),
+            ({"trained": ("linear1",)}, "frozen"),
         ],
     )
     def test_the_file_of_another_run_is_refused_and_kept(self, tmp_path, changed, name):
