@@ -5,12 +5,11 @@ device, and the inner loops wait for no number, or for one a step.
 import math
 from contextlib import contextmanager
 
-import fusion_networks
 import pytest
 import torch
 from pretend_device import PretendDevice
 from strategies import bounded, normal, random_inputs, random_network, random_targets, seeded
-from torch_networks import IMAGES, plain, residual
+from torch_networks import IMAGES, normed_blocks, plain, residual
 
 import meanfield as mf
 from meanfield import certificates, finite, fusion, grafting, landscape, measures, penalties
@@ -253,7 +252,7 @@ def test_grafting(pretend, method):
 
 
 def test_fusion(pretend):
-    a, b = (fusion_networks.normed_blocks(2, seed).to("cuda") for seed in (0, 1))
+    a, b = (normed_blocks(2, seed).to("cuda") for seed in (0, 1))
     images = normal((8, 1, 8, 8), 0).cuda()
     for method in fusion.METHODS:
         assert is_there(*fusion.fuse(a, b, images, method).state_dict().values())

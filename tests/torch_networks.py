@@ -1,4 +1,4 @@
-"""Networks of torch modules as users write them, for grafting."""
+"""Networks of torch modules: as users write them, and of every kind that fusion describes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,11 @@ from strategies import normal, seeded
 from torch import Tensor, nn
 from torch.nn import functional
 
+from meanfield import finite
+from meanfield.fusion.channels import Channels, chosen, moved
+
 IMAGES = normal((150, 2, 12, 12), 0)
+SMALL = normal((40, 1, 8, 8), 0)  # for the networks of KINDS
 
 
 def filled(network: nn.Module, seed: int, dtype: torch.dtype = torch.float64) -> nn.Module:
@@ -87,3 +91,50 @@ def chain(seed: int = 0, activation: type[nn.Module] = nn.ReLU) -> nn.Module:
     """Two convolutions and two linear layers with biases, (N, 2, 6, 6) -> (N, 3)."""
     layers = [nn.Conv2d(2, 5, 3), activation(), nn.MaxPool2d(2), nn.Conv2d(5, 4, 2), activation(), nn.Flatten()]
     return filled(nn.Sequential(*layers, nn.Linear(4, 6), activation(), nn.Linear(6, 3)), seed)
+
+
+def drawn(network: nn.Module, seed: int) -> nn.Module:
+    """Every tensor drawn anew, running statistics included; float64, in evaluation mode, without gradients."""
+    network, generator = network.double(), seeded(seed)
+    with torch.no_grad():
+        for name, tensor in network.state_dict().items():
+            if tensor.is_floating_point():
+                scale = tensor[0].numel() ** -0.5 if tensor.ndim > 1 else 0.3
+                tensor.copy_(scale * torch.randn(tensor.shape, generator=generator, dtype=torch.float64))
+                if name.endswith("running_var"):
+                    tensor.abs_().add_(0.5)
+    return network.eval().requires_grad_(False)
+
+
+def normed(width: int, seed: int) -> nn.Module:
+    """Batch norm of maps and of vectors, an activation in place, two pools, several positions behind the maps."""
+    layers = [nn.Conv2d(1, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU(inplace=True), nn.MaxPool2d(2)]
+    layers += [nn.Conv2d(width, 2 * width, 3, bias=False), nn.Tanh(), nn.Dropout(0.5), nn.Flatten()]
+    layers += [nn.Linear(8 * width, 5), nn.BatchNorm1d(5, affine=False), nn.Tanh(), nn.Linear(5, 3)]
+    return drawn(nn.Sequential(*layers), seed)
+
+
+def deep(width: int, seed: int) -> nn.Module:
+    return drawn(finite.vgg(8, (1, 8, 8), 3, width=width, generator=seeded()), seed)
+
+
+def blocks(width: int, seed: int) -> nn.Module:
+    return drawn(finite.residual((1, 8, 8), 3, width=width, blocks=(2, 1), batch_norm=False, generator=seeded()), seed)
+
+
+def normed_blocks(width: int, seed: int) -> nn.Module:
+    return drawn(finite.residual((1, 8, 8), 3, width=width, blocks=(2, 1), batch_norm=True, generator=seeded()), seed)
+
+
+KINDS = {"plain": normed, "vgg": deep, "residual": blocks, "residual with batch norm": normed_blocks}
+
+
+def shuffled(network: nn.Module, seed: int) -> nn.Module:
+    """The same function, all hidden channels in another order."""
+    channels, generator = Channels.of(network), seeded(seed)
+    orders = {space: torch.randperm(channels.widths[space], generator=generator) for space in channels.hidden}
+    return moved(network, channels, {space: chosen(order, len(order)) for space, order in orders.items()})
+
+
+def tensors(network: nn.Module) -> list[torch.Tensor]:
+    return list(network.state_dict().values())

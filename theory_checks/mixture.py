@@ -15,8 +15,7 @@ from torch import Tensor, nn
 import meanfield as mf
 from meanfield import measures
 from meanfield.finite import residual, vgg
-from meanfield.landscape.matching import matched
-from meanfield.landscape.mixture import Mixture
+from meanfield.fusion import Ensemble, matched
 from theory_checks.claim import Axes, Claim, Evidence, Series, Setting, ranked
 from theory_checks.instances import LOSSES, Variety, digits_problem, random_network, random_start
 from theory_checks.lines import Join, rises
@@ -74,7 +73,7 @@ def _rises(setting: Setting, pairs: list[Pair], join: Join, name: str) -> Eviden
 
 
 def _matched(problem: mf.Problem, first: mf.ParticleNetwork, second: mf.ParticleNetwork) -> Any:
-    return matched(first, second, [problem.inputs])
+    return matched(first, second, problem.inputs, "transport")
 
 
 def _mixture(setting: Setting) -> Evidence:
@@ -137,7 +136,9 @@ def _module(kind: str, problem: mf.Problem, generator: torch.Generator) -> nn.Mo
 
 
 def _side_by_side(first: Any, second: Any, t: float) -> Any:
-    return Mixture(first, second, t) if isinstance(first, nn.Module) else measures.mixture(first, second, t)
+    if isinstance(first, nn.Module):
+        return Ensemble([first, second], (1 - t, t))
+    return measures.mixture(first, second, t)
 
 
 @torch.no_grad()

@@ -5,14 +5,17 @@ REPAIR: Jordan, Sedghi, Saukh, Entezari & Neyshabur 2023.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from meanfield.finite.statistics import buffers, recompute, taking
 from meanfield.fusion.channels import Channels, replaced
-from meanfield.fusion.signals import by_channel, listening
+from meanfield.fusion.signals import IMAGES, by_channel, listening
+from meanfield.network import along_axis
 
 
 class Spread(NamedTuple):
@@ -60,40 +63,42 @@ def _spread(signal: Tensor, width: int) -> Spread:
 
 
 def _settle(network: nn.Module, channels: Channels, wanted: dict[str, Spread], images: Tensor) -> None:
-    """Set statistics layer by layer, in one pass of all images: every layer sees what the settled ones below it make.
-
-    The statistics of a batch norm are then exactly those of the images, however they would be cut into batches.
+    """Set statistics layer by layer: every layer sees what the settled ones below it make of all images, which go
+    through at once where anything is repaired.
     """
+    if not wanted:
+        recompute(network, images.split(IMAGES))
+        return
+    own = dict(network.named_buffers())
+    found = {name: own[name] for norm in channels.norms for name in buffers(norm)}
+    with taking(network, list(channels.norms), found), _repairing(network, wanted):
+        network(images)
 
-    def take(norm: Any, args: tuple[Tensor, ...]) -> None:
-        mean, deviation = _spread(args[0], len(norm.running_mean))
-        norm.running_mean.copy_(mean)
-        norm.running_var.copy_(deviation.square())
 
-    def repair(layer: Any, _: Any, output: Tensor, name: str) -> Tensor:
-        mean, deviation = _spread(output, len(layer.weight))
-        factor = torch.where(deviation > 0, wanted[name].deviation / torch.where(deviation > 0, deviation, 1.0), 1.0)
-        shift = wanted[name].mean - factor * mean
-        along = (-1, *[1] * (layer.weight.ndim - 1))
-        layer.weight.copy_(layer.weight * factor.reshape(along))
-        old = torch.zeros_like(factor) if layer.bias is None else layer.bias * factor
-        if layer.bias is None:
-            layer.bias = nn.Parameter((old + shift).to(layer.weight), requires_grad=layer.weight.requires_grad)
-        else:
-            layer.bias.copy_(old + shift)
-        shape = (1, *along[: output.ndim - 1])
-        return (output * factor.reshape(shape) + shift.reshape(shape)).to(output)
+@contextmanager
+def _repairing(network: nn.Module, wanted: dict[str, Spread]) -> Iterator[None]:
+    """Within it, a pass gives the outputs of these layers the means and deviations that are wanted."""
 
-    handles = [network.get_submodule(name).register_forward_pre_hook(take) for name in channels.norms]
-    for name in wanted:
+    def hook(name: str) -> Any:
+        return lambda layer, _, output: _repaired(layer, output, wanted[name])
 
-        def one(layer: Any, args: Any, output: Tensor, name: str = name) -> Tensor:
-            return repair(layer, args, output, name)
-
-        handles.append(network.get_submodule(name).register_forward_hook(one))
+    handles = [network.get_submodule(name).register_forward_hook(hook(name)) for name in wanted]
     try:
-        if handles:
-            network(images)
+        yield
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _repaired(layer: Any, output: Tensor, wanted: Spread) -> Tensor:
+    """What the layer puts out with its weights and bias changed, as they are from here on."""
+    mean, deviation = _spread(output, len(layer.weight))
+    factor = torch.where(deviation > 0, wanted.deviation / torch.where(deviation > 0, deviation, 1.0), 1.0)
+    shift = wanted.mean - factor * mean
+    layer.weight.copy_(along_axis(factor, layer.weight, 0) * layer.weight)
+    bias = shift if layer.bias is None else layer.bias * factor + shift
+    if layer.bias is None:
+        layer.bias = nn.Parameter(bias.to(layer.weight), requires_grad=layer.weight.requires_grad)
+    else:
+        layer.bias.copy_(bias)
+    return (output * along_axis(factor, output, 1) + along_axis(shift, output, 1)).to(output)

@@ -20,9 +20,9 @@ from meanfield.finite.network import FiniteCNN, sequential
 from meanfield.finite.vgg import ResidualBlock
 from meanfield.network import ParticleNetwork
 from meanfield.precision import full_float32
+from meanfield.storage.tensors import digest
+from meanfield.subject import Network
 from meanfield.validation import Misuse, WrongType
-
-Network = nn.Module | ParticleNetwork
 
 INPUTS = 0  # the space of the images' own channels
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
@@ -48,7 +48,8 @@ class Layer(NamedTuple):
 
 
 class Axis(NamedTuple):
-    """An axis of a tensor along which the channels of a space stand, each at one place or at as many in a row.
+    """An axis of a tensor along which the channels of a space stand, each at one place or at as many in a row; a slope
+    that a PReLU has for all of them has no axis.
 
     read: the tensor is what a layer multiplies these channels with, and does not belong to them.
     """
@@ -65,6 +66,8 @@ class Channels:
     widths: channels of every space, that of the images first, that of the outputs last, in the order of their first
         layers.
     layers: in the order in which they are called.  norms: batch norm -> the space whose channels it scales.
+    slopes: PReLU -> the space on whose channels it acts, and whether it has a slope for each.
+    order: every module of a network without blocks, in the order in which they are called.
     form: everything but the widths, as text: networks of one form differ in their widths at most.
     linear_end: whether nothing behind the last layer is nonlinear, so that a mean of last layers is a mean of outputs.
     """
@@ -72,6 +75,8 @@ class Channels:
     widths: tuple[int, ...]
     layers: tuple[Layer, ...]
     norms: Mapping[str, int]
+    slopes: Mapping[str, tuple[int, bool]]
+    order: tuple[str, ...]
     form: tuple[str, ...]
     linear_end: bool
 
@@ -80,11 +85,13 @@ class Channels:
         """Misuse, by the name of the module, where what a network does with its channels is not known.
 
         network: an nn.Sequential, also of others, of Conv2d (without groups), Linear, batch norm, activations that act
-        on every entry by itself, pools, Flatten, Dropout and the blocks of `finite.vgg.residual`.
+        on every entry by itself, pools, Flatten, Dropout and the blocks of `finite.vgg.residual`; in front of the first
+        layer and behind the last one any modules.
         """
         walk = _Walk(network, argument)
+        lists = (tuple(each) for each in (walk.order, walk.form))
         return cls(
-            tuple(walk.widths), tuple(walk.layers), dict(walk.norms), tuple(walk.form), linear_end=not walk.nonlinear
+            *(tuple(walk.widths), tuple(walk.layers), walk.norms, walk.slopes), *lists, linear_end=not walk.nonlinear
         )
 
     @property
@@ -118,6 +125,8 @@ class Channels:
         for norm, space in self.norms.items():
             for tensor in NORM_TENSORS:
                 yield f"{norm}.{tensor}", (Axis(0, space, False),)
+        for slope, (space, each) in self.slopes.items():
+            yield f"{slope}.weight", (Axis(0, space, False),) if each else ()
 
     def require_alike(self, other: Channels, argument: str) -> None:
         """Misuse unless `other`, of the argument of that name, has this form, these inputs and these outputs."""
@@ -139,7 +148,10 @@ class _Walk:
         self.widths = [0]  # that of the images is the first layer's to say
         self.layers: list[Layer] = []
         self.norms: dict[str, int] = {}
+        self.slopes: dict[str, tuple[int, bool]] = {}
+        self.order: list[str] = []
         self.form: list[str] = []
+        self.unknown: Misuse | None = None  # where it is in front of another layer
         self.nonlinear = False
         self.seen: set[int] = set()
         self.flat: bool | None = None
@@ -160,21 +172,27 @@ class _Walk:
         """The space behind a module in front of which there is `space`."""
         if module._forward_hooks or module._forward_pre_hooks:
             raise self.refusal(name, module, "has hooks, and may do more than its kind does; remove them")
-        if type(module) is nn.Sequential:
+        if isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward:
             for child, inner in module._modules.items():  # a module that stands twice included
                 assert inner is not None
                 space = self.through(inner, f"{name}.{child}" if name else child, space)
             return space
         if type(module) is ResidualBlock:
             return self.block(module, name, space)
+        self.order.append(name)
         if isinstance(module, (nn.Conv2d, nn.Linear)):
             return self.layer(module, name, space)
         if isinstance(module, NORMS):
             return self.norm(module, name, space)
-        self.each(module, name)
+        if isinstance(module, nn.PReLU):
+            self.slope(module, name, space)
+        else:
+            self.each(module, name)
         return space
 
     def layer(self, module: nn.Conv2d | nn.Linear, name: str, source: int, target: int | None = None) -> int:
+        if self.unknown is not None:
+            raise self.unknown
         is_conv = type(module) is nn.Conv2d
         if not is_conv and type(module) is not nn.Linear:
             raise self.refusal(name, module, "is a kind of its own; give plain Conv2d and Linear layers")
@@ -211,12 +229,26 @@ class _Walk:
         self.form.append(f"{type(module).__name__} eps={module.eps} affine={module.affine}")
         return space
 
+    def slope(self, module: nn.PReLU, name: str, space: int) -> None:
+        if space == INPUTS:
+            raise self.refusal(name, module, "acts on the images themselves; do that before the network")
+        self._require_unseen(module, name)
+        single = module.num_parameters == 1 and self.widths[space] > 1
+        self.slopes[name] = (space, not single)
+        self.form.append(f"PReLU of {'one slope' if single else 'a slope for each channel'}")
+        self.latest, self.nonlinear = None, True
+
     def each(self, module: nn.Module, name: str) -> None:
-        """What acts on every channel by itself."""
+        """What acts on every channel by itself; anything else can only be in front of all layers or behind them."""
         known = {*POOLS, *NOTHING, *POINTWISE, nn.Flatten, *(type(each.module()) for each in ACTIVATIONS.values())}
         plain = type(module) in known and not any(True for _ in module.parameters())
         if not plain or (isinstance(module, nn.Flatten) and (module.start_dim, module.end_dim) != (1, -1)):
-            raise self.refusal(name, module, "is not known to act on every channel by itself")
+            if self.layers:
+                self.unknown = self.refusal(name, module, "is not known to act on every channel by itself")
+            held = module.state_dict()
+            self.form.append(f"{module!r}" + (f" of tensors {digest(held.values())[:8]}" if held else ""))
+            self.latest, self.nonlinear = None, True
+            return
         if isinstance(module, NOTHING):
             return
         self.form.append(repr(module).replace(", inplace=True", "").replace("inplace=True", ""))
@@ -288,6 +320,8 @@ def replaced(network: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
                 setattr(module, count, value)
         elif own == "running_mean":
             module.num_features = len(tensor)  # type: ignore[assignment]
+        elif isinstance(module, nn.PReLU):
+            module.num_parameters = len(tensor)
     return found
 
 

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from meanfield.fusion.averaging import average
-from meanfield.fusion.channels import Channels, Network, copied
+from meanfield.fusion.channels import Channels, copied
 from meanfield.fusion.matching import MATCHINGS, aligned
 from meanfield.fusion.signals import checked_images
 from meanfield.fusion.union import Ensemble, union
 from meanfield.precision import full_float32
 from meanfield.signatures import checked
+from meanfield.subject import Network
 from meanfield.validation import Misuse, choice, instance
 
 METHODS = ("average", *MATCHINGS, "ensemble", "union")

@@ -11,11 +11,14 @@ from typing import Annotated
 import torch
 from torch import Tensor, nn
 
-from meanfield.fusion.channels import Channels, Network, chosen, copied, moved
+from meanfield import measures
+from meanfield.fusion.channels import Channels, chosen, copied, moved
 from meanfield.fusion.signals import by_channel, checked_images, signals
 from meanfield.grafting.transport import assignment, plan
+from meanfield.network import ParticleNetwork
 from meanfield.precision import full_float32
 from meanfield.signatures import checked
+from meanfield.subject import Network
 from meanfield.validation import Misuse, choice
 
 MATCHINGS = ("weights", "activations", "transport")
@@ -31,8 +34,10 @@ Orders = dict[int, Tensor]
 @full_float32()
 def matched(
     a: Network, b: Network, images: Tensor, method: Annotated[str, choice(MATCHINGS)] = "activations"
-) -> nn.Module:
+) -> Network:
     """Network b with its channels in the order of a's, in evaluation mode; at equal widths the same function as b.
+
+    Then a ParticleNetwork comes back as one, its particles with their masses in another order; otherwise a module.
 
     images: (N, ...), without labels.
     method: "weights", the permutations that bring b's weights closest to a's, found by exact assignments space by space
@@ -47,7 +52,10 @@ def matched(
     first, second = copied(a, "a"), copied(b, "b")
     channels, other = Channels.of(first, "a"), Channels.of(second, "b")
     channels.require_alike(other, "b")
-    return aligned(first, channels, second, other, checked_images(images, first), method, "b")
+    images = checked_images(images, first)
+    if isinstance(b, ParticleNetwork) and channels.widths == other.widths:
+        return measures.permute(b.detach(), list(orders(first, channels, second, other, images, method).values()))
+    return aligned(first, channels, second, other, images, method, "b")
 
 
 def aligned(
@@ -60,19 +68,29 @@ def aligned(
     argument: str,
 ) -> nn.Module:
     """The second network in the channels of the first; see `matched`."""
-    if method == "transport":
+    if method == "transport" and channels.widths != other.widths:
         plans = {space: plan(costs) for space, costs in distances(first, channels, second, other, images).items()}
         written = {space: len(each) * each for space, each in plans.items()}
         return moved(second, other, written, {space: each.shape[1] * each for space, each in plans.items()})
     if channels.widths != other.widths:
         remedy = f"are its widths, not {channels.hidden_widths}: choose 'transport', 'union' or 'ensemble'"
         raise Misuse(argument, other.hidden_widths, remedy)
-    orders = (
-        by_weights(first, second, channels)
-        if method == "weights"
-        else {space: assignment(-each) for space, each in correlations(first, channels, second, other, images).items()}
-    )
-    return moved(second, other, {space: chosen(order, len(order)) for space, order in orders.items()})
+    found = orders(first, channels, second, other, images, method)
+    return moved(second, other, {space: chosen(order, len(order)) for space, order in found.items()})
+
+
+def orders(
+    first: nn.Module, channels: Channels, second: nn.Module, other: Channels, images: Tensor, method: str
+) -> Orders:
+    """Space -> (width,), for every channel of the first network that of the second, in the order of the spaces; of
+    equal widths, between which an optimal plan is a permutation.
+    """
+    if method == "weights":
+        return by_weights(first, second, channels)
+    measure = distances if method == "transport" else correlations
+    sign = 1 if method == "transport" else -1
+    found = measure(first, channels, second, other, images)
+    return {space: assignment(sign * found[space]) for space in channels.hidden}
 
 
 def by_weights(first: nn.Module, second: nn.Module, channels: Channels) -> Orders:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from meanfield import limits, validation
 from meanfield.finite.network import FiniteCNN
-from meanfield.fusion.channels import Channels, Layer, Network, chosen, copied, moved
+from meanfield.fusion.channels import Channels, Layer, chosen, copied, moved
 from meanfield.fusion.elimination import Reader, eliminate, keep
 from meanfield.fusion.repopulation import masses
 from meanfield.fusion.signals import Signal, checked_images, signals
@@ -20,6 +20,7 @@ from meanfield.network import ParticleNetwork
 from meanfield.penalties import Penalty
 from meanfield.precision import full_float32
 from meanfield.signatures import Seed, checked
+from meanfield.subject import Network
 from meanfield.validation import Misuse, choice
 
 CHOICES = ("elimination", "masses", "random")

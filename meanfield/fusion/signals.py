@@ -37,6 +37,9 @@ def listening(network: nn.Module, names: Iterable[str]) -> Iterator[dict[str, Si
     for name in set(names):
 
         def note(module: nn.Module, args: tuple[Any, ...], output: Tensor, name: str = name) -> None:
+            if isinstance(module, nn.Linear) and args[0].ndim != 2:
+                remedy = f"is the shape in which they come to the Linear {name}; it must be vectors (N, D)"
+                raise Misuse("images", tuple(args[0].shape), remedy)
             heard[name] = Signal(args[0], output.clone())  # which an activation in place would change
 
         handles.append(network.get_submodule(name).register_forward_hook(note))

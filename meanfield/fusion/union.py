@@ -16,15 +16,23 @@ from meanfield.validation import Misuse
 
 
 class Ensemble(nn.Module):
-    """The mean of the members' outputs (N, K)."""
+    """The sum of the members' outputs (N, ...), weighted by `shares`, whose sum is one; by default their mean.
 
-    def __init__(self, members: Sequence[nn.Module]) -> None:
+    It is what the union computes in which the last layers are weighted so (docs/theory.md, section 6).
+    """
+
+    def __init__(self, members: Sequence[nn.Module], shares: Sequence[float] | None = None) -> None:
         super().__init__()
         self.members = nn.ModuleList(members)
+        self.shares = tuple(shares or [1 / len(members)] * len(members))
         self.eval()
 
     def forward(self, inputs: Tensor) -> Tensor:
-        return torch.stack([member(inputs) for member in self.members]).mean(0)
+        outputs = [share * member(inputs.clone()) for share, member in zip(self.shares, self.members)]  # some in place
+        return torch.stack(outputs).sum(0)
+
+    def extra_repr(self) -> str:
+        return f"shares={self.shares}"
 
 
 def union(networks: Sequence[nn.Module], descriptions: Sequence[Channels]) -> nn.Module:
@@ -42,6 +50,10 @@ def union(networks: Sequence[nn.Module], descriptions: Sequence[Channels]) -> nn
         if name not in states[0]:
             continue
         tensors = [state[own[index]] for state, own in zip(states, names)]
+        if not axes:  # one slope for all channels, and another one in each network
+            space, _ = first.slopes[name.rpartition(".")[0]]
+            found[name] = torch.cat([tensor.expand(each.widths[space]) for tensor, each in zip(tensors, descriptions)])
+            continue
         # outputs are a mean: what writes them counts for its share, in a bias and in a weight
         share = 1 / len(tensors) if axes[0].space == first.output else 1.0
         tensors = [share * tensor for tensor in tensors]

@@ -19,14 +19,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from meanfield.finite.network import from_sequential, sequential
+from meanfield.finite.network import from_sequential
+from meanfield.fusion.channels import Channels, copied
 from meanfield.grafting.connection import Connection
 from meanfield.grafting.least_squares import Moments, moments
-from meanfield.landscape.channels import Chain, chain
-from meanfield.landscape.matching import coupled
+from meanfield.landscape.coupling import coupled
 from meanfield.landscape.straight import straight
 from meanfield.network import ParticleNetwork, along_axis
-from meanfield.subject import Network, require_alike
+from meanfield.subject import Network
 from meanfield.validation import Misuse
 
 # Measured on two pairs of tanh networks of widths 64/64 on digits, of two classes and of ten, with ridges of 0 and 1e-8
@@ -46,13 +46,14 @@ class Displacement:
     """
 
     def __init__(self, a: Network, b: Network, images: Sequence[Tensor], ridge: float = RIDGE) -> None:
-        ends = coupled(a, b, images)
+        for network, argument in ((a, "a"), (b, "b")):
+            _require_chain(Channels.of(copied(network, argument), argument), network, argument)
+        ends = coupled(a, b, torch.cat(list(images)))
         self.images, self.ridge, self.masses = images, ridge, ends.masses
         self.first, self.second = ends.first, ends.second
-        self._chains = _sequential(ends.first), _sequential(ends.second)
-        self._links = chain(self._chains[0], "a")
-        require_alike(*self._chains, "b")
-        _require_fitted(self._chains[0], self._links)
+        self._chains = copied(ends.first, "a"), copied(ends.second, "b")
+        self._channels = Channels.of(self._chains[0], "a")
+        _require_fitted(self._chains[0], self._channels)
 
     @torch.no_grad()
     def __call__(self, t: float) -> Network:
@@ -60,19 +61,15 @@ class Displacement:
             return self.first if t == 0 else self.second
         joined = straight(*self._chains, t)
         signals = [(batch.clone(), batch.clone(), batch.clone()) for batch in self.images]  # some work in place
-        signals = self._run(signals, joined, self._links.before)
-        for index, stage in enumerate(self._links.stages):
-            if index:
-                self._fit(joined, stage.layer, self.masses[index - 1], signals, t)
-            if index + 1 < len(self._links.stages):
-                signals = self._run(signals, joined, (stage.layer, *stage.after))
-        return from_sequential(joined, self.first) if isinstance(self.first, ParticleNetwork) else joined
-
-    def _run(self, signals: Signals, joined: nn.Module, names: Sequence[str]) -> Signals:
-        for name in names:
+        masses = dict(zip((layer.name for layer in self._channels.layers[1:]), self.masses))
+        for name in self._channels.order:
+            if name in masses:
+                self._fit(joined, name, masses[name], signals, t)
+            if name == self._channels.layers[-1].name:
+                break
             here, first, second = (network.get_submodule(name) for network in (joined, *self._chains))
             signals = [(here(x), first(y), second(z)) for x, y, z in signals]
-        return signals
+        return from_sequential(joined, self.first) if isinstance(self.first, ParticleNetwork) else joined
 
     def _fit(self, joined: nn.Module, name: str, masses: Tensor, signals: Signals, t: float) -> None:
         """Move the kernels of a layer off the line, to where the pre-activations are closer to the wanted ones."""
@@ -106,14 +103,16 @@ def _add(found: Moments, connection: Connection, signal: Tensor, roots: Tensor, 
     return size
 
 
-def _sequential(network: Network) -> nn.Module:
-    return sequential(network) if isinstance(network, ParticleNetwork) else network
+def _require_chain(channels: Channels, network: Network, argument: str) -> None:
+    if not channels.is_chain:
+        raise Misuse(argument, type(network).__name__, "has residual blocks; displacement goes along a chain of layers")
 
 
-def _require_fitted(network: nn.Module, links: Chain) -> None:
+def _require_fitted(network: nn.Module, channels: Channels) -> None:
     """Misuse where anything but the layers holds tensors."""
-    for name in (*links.before, *(name for stage in links.stages for name in stage.after)):
+    layers = {layer.name for layer in channels.layers}
+    for name in channels.order:
         module = network.get_submodule(name)
-        if module.state_dict():
+        if name not in layers and module.state_dict():
             remedy = "fold it into the layer in front of it (torch.nn.utils.fusion.fuse_conv_bn_eval), or join weights"
             raise Misuse("a", name, f"is a {type(module).__name__}, whose tensors no least squares gives; {remedy}")

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from meanfield.finite.statistics import norms
 from meanfield.landscape.displacement import RIDGE
 from meanfield.landscape.objective import Batch, Loss, Objective, data_sets, scores
 from meanfield.landscape.paths import WAYS, Path, path
-from meanfield.landscape.straight import norms
 from meanfield.losses import Loss as ConvexLoss
 from meanfield.network import ParticleNetwork
 from meanfield.penalties import Penalty
@@ -95,15 +95,16 @@ def join(
         `landscape.displacement`.  Widths may differ.
         "mixture": both networks side by side.  Its output is the straight line of outputs: a loss that is convex in
         these has no barrier, nor has J (docs/theory.md, section 6).  It has the parameters of both.
-        Weights and mixture join all modules that are alike, and any with outputs of one shape; matched and displacement
-        take chains (`landscape.channels`), displacement without batch norm.
+        Weights and mixture join all modules that are alike, and any with outputs of one shape.  Matched takes those
+        whose channels `fusion.Channels` describes, with batch norm and the blocks of `finite.residual`; displacement
+        of these the chains without batch norm.  Both take a FiniteCNN as `finite.sequential` has it.
     penalty: of ParticleNetworks; then also J (+inf where a bound is broken) and its terms.
     held_out: (images, targets) or an iterable of batches: a second data set, which no path sees.
     times: how many, evenly spaced with both ends, or the times themselves; ends are added where they are missing.
     ridge: of displacement: what keeps fitted kernels near the line of the matched ones.
 
     Batch norm: running statistics belong to neither network in between.  Along a line of parameters those of all images
-    are taken at every time, at the ends too (one pass with all of them); a mixture keeps each network's own.
+    are taken at every time, at the ends too (`finite.statistics`); a mixture keeps each network's own.
     """
     first, second = Subject(a, "a").network, Subject(b, "b").network
     _require_one_kind(first, second, penalty)
@@ -134,7 +135,7 @@ def _warnings(network: Network, how: str, loss: Loss | None) -> tuple[str, ...]:
     if how == "mixture" and not _is_convex(loss):
         found.append("the loss is the caller's: a mixture has no barrier if it is convex in the outputs, not otherwise")
     if how in ("weights", "matched") and isinstance(network, nn.Module) and norms(network):
-        names = ", ".join(name for name, _ in norms(network))
+        names = ", ".join(norms(network))
         found.append(
             f"batch norm: {names}.  Running statistics are those of the images at every time, ends included, where "
             "they replace the networks' own"

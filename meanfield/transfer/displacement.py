@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from meanfield.finite.statistics import normalised, recompute
+from meanfield.finite.statistics import norms, recompute
 from meanfield.network import MASS_TOLERANCE, ParticleNetwork
 from meanfield.signatures import checked
 from meanfield.subject import N, Network, Parameters, Subject, freed_like
@@ -55,17 +55,17 @@ class Displacement:
     def applied(self, start: N, alpha: float = 1.0, images: Tensor | None = None) -> N:
         """start + alpha Delta: a copy of the network `start` in evaluation mode, to be trained on where `start` is.
 
-        images: (N, ...), needed where there is batch norm: its running statistics are those of one pass of all of them
-            through the new network.
+        images: (N, ...), needed where there is batch norm: its running statistics are those of all of them in the new
+            network (`finite.statistics`).
         """
         subject = _subject(start, "start")
         theirs = self.subject.sibling(subject, "start")
         moved: N = subject.at({name: tensor + alpha * self.delta[name] for name, tensor in theirs.items()})
-        norms = normalised(moved) if isinstance(moved, nn.Module) else []
-        if isinstance(moved, nn.Module) and norms:
+        normed = list(norms(moved)) if isinstance(moved, nn.Module) else []
+        if isinstance(moved, nn.Module) and normed:
             if images is None:
-                raise Misuse("images", images, f"must be given: the running statistics of {norms[0]} are theirs")
-            recompute(moved, images)
+                raise Misuse("images", images, f"must be given: the running statistics of {normed[0]} are theirs")
+            recompute(moved, [images], "start")
         return freed_like(moved, start)
 
     @checked

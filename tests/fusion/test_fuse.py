@@ -5,9 +5,9 @@ import random
 
 import pytest
 import torch
-from fusion_networks import IMAGES, KINDS, blocks, drawn, normed_blocks, plain, shuffled, tensors
 from strategies import normal, random_network
 from torch import nn
+from torch_networks import KINDS, SMALL, blocks, drawn, normed, normed_blocks, shuffled, tensors
 
 import meanfield as mf
 from meanfield.fusion import METHODS, fuse
@@ -21,7 +21,7 @@ kinds = pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
 def test_a_union_is_the_ensemble_of_networks_of_any_widths(kind, dtype, tolerance):
     networks = [KINDS[kind](width, seed).to(dtype) for seed, width in enumerate((4, 4, 6))]
-    images = IMAGES.to(dtype)
+    images = SMALL.to(dtype)
     found = fuse(*networks[:2], images, "union", others=networks[2:])
     mean = sum(network(images) for network in networks) / 3
     assert float((found(images) - mean).abs().max()) < tolerance
@@ -33,7 +33,7 @@ def test_a_union_of_particles_is_their_mixture():
     architecture = mf.Architecture((1, 8, 8), (mf.Conv(3, bias=True), mf.Conv(2, activation="tanh")), "flatten", 3)
     a, b = random_network(architecture, (3, 4), 0), random_network(architecture, (5, 2), 1)
     mixed = mf.measures.mixture(a, b, 0.5)
-    torch.testing.assert_close(fuse(a, b, IMAGES, "union")(IMAGES), mixed(IMAGES), rtol=0, atol=1e-12)
+    torch.testing.assert_close(fuse(a, b, SMALL, "union")(SMALL), mixed(SMALL), rtol=0, atol=1e-12)
 
 
 def test_a_network_of_one_layer_and_one_that_ends_in_its_maps_have_unions():
@@ -45,14 +45,14 @@ def test_a_network_of_one_layer_and_one_that_ends_in_its_maps_have_unions():
     ]
     for make in ends:
         a, b = make(0), make(1)
-        torch.testing.assert_close(fuse(a, b, IMAGES)(IMAGES), (a(IMAGES) + b(IMAGES)) / 2, rtol=0, atol=1e-13)
+        torch.testing.assert_close(fuse(a, b, SMALL)(SMALL), (a(SMALL) + b(SMALL)) / 2, rtol=0, atol=1e-13)
 
 
 def test_a_nonlinear_end_has_an_ensemble_and_no_union():
     a, b = (drawn(nn.Sequential(nn.Flatten(), nn.Linear(64, 3), nn.Tanh()), seed) for seed in (0, 1))
     with pytest.raises(Misuse, match="nonlinear"):
-        fuse(a, b, IMAGES, "union")
-    torch.testing.assert_close(fuse(a, b, IMAGES, "ensemble")(IMAGES), (a(IMAGES) + b(IMAGES)) / 2)
+        fuse(a, b, SMALL, "union")
+    torch.testing.assert_close(fuse(a, b, SMALL, "ensemble")(SMALL), (a(SMALL) + b(SMALL)) / 2)
 
 
 @pytest.mark.parametrize("method", ["weights", "activations", "transport"])
@@ -60,15 +60,15 @@ def test_a_network_fused_with_itself_in_another_order_is_itself(method):
     """Smooth activations: channels that are constant have no order of their own."""
     network = drawn(nn.Sequential(nn.Conv2d(1, 5, 3), nn.Tanh(), nn.Flatten(), nn.Linear(180, 3)), 0)
     other = shuffled(network, 1)
-    torch.testing.assert_close(fuse(network, other, IMAGES, method)(IMAGES), network(IMAGES), rtol=0, atol=1e-12)
-    assert float((fuse(network, other, IMAGES, "average")(IMAGES) - network(IMAGES)).abs().max()) > 1e-2
+    torch.testing.assert_close(fuse(network, other, SMALL, method)(SMALL), network(SMALL), rtol=0, atol=1e-12)
+    assert float((fuse(network, other, SMALL, "average")(SMALL) - network(SMALL)).abs().max()) > 1e-2
 
 
 def test_batch_norm_of_an_average_has_the_statistics_of_the_images():
     a, b = normed_blocks(4, 0), normed_blocks(4, 1)
-    found = fuse(a, b, IMAGES, "average")
+    found = fuse(a, b, SMALL, "average")
     norms = {"conv1": "norm1", "stage1.0.conv2": "stage1.0.norm2", "stage2.0.shortcut.0": "stage2.0.shortcut.1"}
-    (heard,) = signals(found, norms, IMAGES)
+    (heard,) = signals(found, norms, SMALL)
     for layer, norm in norms.items():
         variance, mean = torch.var_mean(
             by_channel(heard[layer].leaving, len(a.get_submodule(norm).weight)), 1, correction=0
@@ -76,16 +76,16 @@ def test_batch_norm_of_an_average_has_the_statistics_of_the_images():
         torch.testing.assert_close(found.get_submodule(norm).running_mean, mean, rtol=1e-10, atol=1e-12)
         torch.testing.assert_close(found.get_submodule(norm).running_var, variance, rtol=1e-10, atol=1e-12)
     assert torch.equal(found.norm1.weight, (a.norm1.weight + b.norm1.weight) / 2)  # pyright: ignore
-    union = fuse(a, b, IMAGES, "union")
+    union = fuse(a, b, SMALL, "union")
     assert torch.equal(union.norm1.running_var, torch.cat([a.norm1.running_var, b.norm1.running_var]))  # pyright: ignore
 
 
-@pytest.mark.parametrize("make", [plain, blocks])
+@pytest.mark.parametrize("make", [normed, blocks])
 def test_a_repaired_average_has_the_mean_statistics_of_its_parents(make):
     a, b = make(4, 0), make(4, 1)
-    names = ["4"] if make is plain else ["conv1", "stage1.1.conv2", "stage2.0.shortcut"]
-    found, worse = (fuse(a, b, IMAGES, "average", repair=repair) for repair in (True, False))
-    heard = [next(signals(each, names, IMAGES)) for each in (a, b, found, worse)]
+    names = ["4"] if make is normed else ["conv1", "stage1.1.conv2", "stage2.0.shortcut"]
+    found, worse = (fuse(a, b, SMALL, "average", repair=repair) for repair in (True, False))
+    heard = [next(signals(each, names, SMALL)) for each in (a, b, found, worse)]
     for name in names:
         spreads = [
             torch.std_mean(by_channel(each[name].leaving, each[name].leaving.shape[1]), 1, correction=0)
@@ -98,11 +98,11 @@ def test_a_repaired_average_has_the_mean_statistics_of_its_parents(make):
 
 
 def test_transport_takes_unequal_widths_and_three_networks():
-    for make in (plain, blocks, normed_blocks):
+    for make in (normed, blocks, normed_blocks):
         a, b, c = make(4, 0), make(6, 1), make(3, 2)
-        found = fuse(a, b, IMAGES, "transport", others=[c], repair=True)
+        found = fuse(a, b, SMALL, "transport", others=[c], repair=True)
         assert [each.shape for each in tensors(a)[:2]] == [each.shape for each in tensors(found)[:2]]
-        assert bool(found(IMAGES).isfinite().all())
+        assert bool(found(SMALL).isfinite().all())
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -111,7 +111,7 @@ def test_what_is_the_callers_stays(method):
     a.conv1.weight.requires_grad_(False)  # pyright: ignore
     before = [copy.deepcopy(each.state_dict()) for each in (a, b)]
     numbers = torch.get_rng_state(), random.getstate()
-    found = fuse(a, b, IMAGES, method)
+    found = fuse(a, b, SMALL, method)
     assert torch.equal(numbers[0], torch.get_rng_state())
     assert random.getstate() == numbers[1]
     for network, state in zip((a, b), before):
@@ -122,19 +122,19 @@ def test_what_is_the_callers_stays(method):
     assert not next(found.parameters()).requires_grad
     assert list(found.parameters())[1].requires_grad
     with torch.inference_mode():
-        inside = fuse(a, b, IMAGES, method)
-    inside(IMAGES).sum().backward()
+        inside = fuse(a, b, SMALL, method)
+    inside(SMALL).sum().backward()
 
 
 def test_misuse_names_its_argument():
-    a, b = plain(4, 0), plain(6, 1)
+    a, b = normed(4, 0), normed(6, 1)
     calls = {
-        "method": lambda: fuse(a, a, IMAGES, "weight"),
-        "b": lambda: fuse(a, b, IMAGES, "weights"),
-        "others[0]": lambda: fuse(a, a, IMAGES, "average", others=[b]),
-        "repair": lambda: fuse(a, a, IMAGES, "union", repair=True),
-        "images": lambda: fuse(a, a, IMAGES.float()),
-        "others": lambda: fuse(a, a, IMAGES, others=3),  # pyright: ignore
+        "method": lambda: fuse(a, a, SMALL, "weight"),
+        "b": lambda: fuse(a, b, SMALL, "weights"),
+        "others[0]": lambda: fuse(a, a, SMALL, "average", others=[b]),
+        "repair": lambda: fuse(a, a, SMALL, "union", repair=True),
+        "images": lambda: fuse(a, a, SMALL.float()),
+        "others": lambda: fuse(a, a, SMALL, others=3),  # pyright: ignore
     }
     for argument, call in calls.items():
         with pytest.raises(Misuse) as caught:
@@ -142,8 +142,8 @@ def test_misuse_names_its_argument():
         assert caught.value.argument == argument
         assert "\n" not in str(caught.value)
     with pytest.raises(Misuse, match=r"b='torch\.float32"):
-        fuse(a, plain(4, 1).float(), IMAGES)
+        fuse(a, normed(4, 1).float(), SMALL)
     with pytest.raises(ValueError, match=r"images\[1, 0, 2, 3\] is nan"):
-        fuse(a, a, IMAGES.index_put([torch.tensor(each) for each in (1, 0, 2, 3)], torch.tensor(torch.nan).double()))
+        fuse(a, a, SMALL.index_put([torch.tensor(each) for each in (1, 0, 2, 3)], torch.tensor(torch.nan).double()))
     with pytest.raises(Misuse, match="images"):
         fuse(a, a, normal((0, 1, 8, 8), 0))

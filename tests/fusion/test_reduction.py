@@ -4,11 +4,11 @@ import copy
 
 import pytest
 import torch
-from fusion_networks import IMAGES, KINDS, blocks, drawn, normed_blocks, plain, tensors
 from sklearn.datasets import load_digits
 from strategies import normal, random_network
 from torch import Tensor, nn
 from torch.nn.functional import unfold
+from torch_networks import KINDS, SMALL, blocks, drawn, normed, normed_blocks, tensors
 
 import meanfield as mf
 from meanfield.finite import FiniteCNN, Recipe, fit, vgg
@@ -43,19 +43,19 @@ def test_a_network_beside_itself_reduces_to_itself(kind):
 @kinds
 def test_of_all_channels_nothing_changes(kind):
     network = KINDS[kind](4, 0)
-    found = reduce(network, Channels.of(network).hidden_widths, IMAGES)
-    assert torch.equal(found(IMAGES), network(IMAGES))
+    found = reduce(network, Channels.of(network).hidden_widths, SMALL)
+    assert torch.equal(found(SMALL), network(SMALL))
 
 
 @pytest.mark.slow
 def test_channels_chosen_are_better_than_any():
     for make in KINDS.values():
-        union = fuse(make(4, 0), make(4, 1), IMAGES)
-        chosen = missed(reduce(union, make(4, 0), IMAGES), union, IMAGES)
-        assert chosen < missed(reduce(union, make(4, 0), IMAGES, "random"), union, IMAGES) / 2
+        union = fuse(make(4, 0), make(4, 1), SMALL)
+        chosen = missed(reduce(union, make(4, 0), SMALL), union, SMALL)
+        assert chosen < missed(reduce(union, make(4, 0), SMALL, "random"), union, SMALL) / 2
 
 
-@pytest.mark.parametrize("make", [plain, normed_blocks, blocks])
+@pytest.mark.parametrize("make", [normed, normed_blocks, blocks])
 def test_every_refitted_layer_is_at_its_least_squares(make):
     """What a layer misses of the whole network is orthogonal to all that it reads, up to the ridge of 1e-8.
 
@@ -88,37 +88,37 @@ def test_errors_are_counted_behind_batch_norm():
     network = drawn(nn.Sequential(*layers, nn.Linear(128, 3)), 0)
     network[2].weight.copy_(torch.tensor([[100.0, 0.0], [0.0, 0.1]])[..., None, None])  # pyright: ignore
     network[3].weight.copy_(torch.tensor([0.0, 1.0]))  # pyright: ignore
-    found = reduce(network, (1, 2), IMAGES)
+    found = reduce(network, (1, 2), SMALL)
     assert torch.equal(found[0].weight, network[0].weight[1:])  # pyright: ignore
-    assert missed(found, network, IMAGES) < 1e-12
+    assert missed(found, network, SMALL) < 1e-12
 
 
 def test_a_shift_of_batch_norm_stands_for_a_bias():
     """conv2 of a block has no bias; what it misses behind its batch norm has no mean."""
-    union = fuse(normed_blocks(3, 0), normed_blocks(3, 1), IMAGES)
+    union = fuse(normed_blocks(3, 0), normed_blocks(3, 1), SMALL)
     widths = list(Channels.of(union).hidden_widths)
     widths[-2] = 3  # between the convolutions of the last block, so that the channels behind it stay
-    found, name = reduce(union, widths, IMAGES), "stage2.0.norm2"
-    (now,), (wanted,) = (signals(each, [name], IMAGES) for each in (found, union))
+    found, name = reduce(union, widths, SMALL), "stage2.0.norm2"
+    (now,), (wanted,) = (signals(each, [name], SMALL) for each in (found, union))
     error = now[name].leaving - wanted[name].leaving
     assert float(error.mean((0, 2, 3)).abs().max()) < 1e-10
     assert float(error.abs().max()) > 1e-2
 
 
 def test_three_parents_of_unequal_widths_become_one_of_the_widths_of_one():
-    for make in (plain, normed_blocks):
+    for make in (normed, normed_blocks):
         parents = [make(width, seed) for seed, width in enumerate((4, 5, 3))]
-        union = fuse(*parents[:2], IMAGES, "union", others=parents[2:])
-        found = reduce(union, parents[1], IMAGES)
+        union = fuse(*parents[:2], SMALL, "union", others=parents[2:])
+        found = reduce(union, parents[1], SMALL)
         assert [each.shape for each in tensors(found)] == [each.shape for each in tensors(parents[1])]
-        assert 0 < missed(found, union, IMAGES) < 1
+        assert 0 < missed(found, union, SMALL) < 1
 
 
 def test_what_is_the_callers_stays():
     network = normed_blocks(4, 0).train()
     before, numbers = copy.deepcopy(network.state_dict()), torch.get_rng_state()
     for by in ("elimination", "random"):
-        found = reduce(network, (2, 3, 2, 5, 6), IMAGES, by)
+        found = reduce(network, (2, 3, 2, 5, 6), SMALL, by)
         assert not found.training
     assert network.training
     assert torch.equal(numbers, torch.get_rng_state())
@@ -127,15 +127,15 @@ def test_what_is_the_callers_stays():
 
 
 def test_misuse_names_its_argument():
-    network, particles = plain(4, 0), random_network(mf.Architecture((1, 8, 8), (mf.Conv(3),)), (4,), 0)
+    network, particles = normed(4, 0), random_network(mf.Architecture((1, 8, 8), (mf.Conv(3),)), (4,), 0)
     calls = {
-        "widths": [lambda: reduce(network, (4, 8), IMAGES), lambda: reduce(network, (4, 9, 5), IMAGES)],
-        "by": [lambda: reduce(network, network, IMAGES, "weights"), lambda: reduce(network, network, IMAGES, "masses")],
-        "penalty": [lambda: reduce(particles, (2,), IMAGES, penalty=mf.Penalty())],
-        "images": [lambda: reduce(network, network, IMAGES.float())],
+        "widths": [lambda: reduce(network, (4, 8), SMALL), lambda: reduce(network, (4, 9, 5), SMALL)],
+        "by": [lambda: reduce(network, network, SMALL, "weights"), lambda: reduce(network, network, SMALL, "masses")],
+        "penalty": [lambda: reduce(particles, (2,), SMALL, penalty=mf.Penalty())],
+        "images": [lambda: reduce(network, network, SMALL.float())],
     }
-    calls["widths"] += [lambda: reduce(network, 3, IMAGES), lambda: reduce(network, blocks(4, 0), IMAGES)]
-    calls["widths"] += [lambda: reduce(network, (4, 0, 5), IMAGES), lambda: reduce(network, plain(5, 0), IMAGES)]
+    calls["widths"] += [lambda: reduce(network, 3, SMALL), lambda: reduce(network, blocks(4, 0), SMALL)]
+    calls["widths"] += [lambda: reduce(network, (4, 0, 5), SMALL), lambda: reduce(network, normed(5, 0), SMALL)]
     for argument, each in calls.items():
         for call in each:
             with pytest.raises(Misuse) as caught:
@@ -154,10 +154,10 @@ def test_the_program_spreads_mass_as_readouts_need_it():
     network = mf.ParticleNetwork(layer, network.masses, [3 * network.kernels[0]], readout)
     sizes = (network.masses[0] * network.readout).norm(dim=0)
     penalty = mf.Penalty(source=0.0, readout=1e-6, input=0.0)
-    (found,) = masses(network, IMAGES, penalty)
+    (found,) = masses(network, SMALL, penalty)
     torch.testing.assert_close(found, sizes / sizes.sum(), rtol=0, atol=0.02)
-    reduced = reduce(network, (3,), IMAGES, "masses", penalty=penalty)
-    assert missed(reduced, network, IMAGES) < 1e-12  # pyright: ignore
+    reduced = reduce(network, (3,), SMALL, "masses", penalty=penalty)
+    assert missed(reduced, network, SMALL) < 1e-12  # pyright: ignore
 
 
 DIGITS = load_digits()

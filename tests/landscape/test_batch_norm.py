@@ -96,5 +96,5 @@ def test_a_batch_norm_that_is_called_twice_is_refused():
     norm = nn.BatchNorm2d(1)
     network = nn.Sequential(nn.Conv2d(1, 1, 3, padding=1), norm, nn.Conv2d(1, 1, 3, padding=1), norm, nn.Flatten())
     images, where, subject = torch.randn(5, 1, 4, 4), plane(network, seed=1), Subject(network)
-    with torch.no_grad(), pytest.raises(Misuse, match=r"batch_norm='recomputed'.*'1' is called 2 times"):
+    with torch.no_grad(), pytest.raises(Misuse, match=r"batch_norm='recomputed'.*'1' is called more often"):
         Statistics(passes(subject, where, images)[0], [images])

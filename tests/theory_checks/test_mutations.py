@@ -22,9 +22,9 @@ from meanfield.convex import repopulation
 from meanfield.convex.program import ConvexProgram
 from meanfield.finite import kernel
 from meanfield.finite import network as finite_network
+from meanfield.fusion import Ensemble
 from meanfield.grafting import least_squares
 from meanfield.landscape import directions
-from meanfield.landscape.mixture import Mixture
 from meanfield.network import ParticleNetwork
 from meanfield.penalties import Penalty
 from meanfield.problem import Problem
@@ -154,12 +154,12 @@ def mixture_without_its_share(patch):
 
 
 def modules_mixed_the_wrong_way_round(patch):
-    kept = Mixture.forward
-    patch.setattr(Mixture, "forward", lambda self, inputs: kept(_turned(self), inputs))
+    kept = Ensemble.forward
+    patch.setattr(Ensemble, "forward", lambda self, inputs: kept(_turned(self), inputs))
 
 
-def _turned(mixture):
-    return Mixture(mixture.second, mixture.first, mixture.t)
+def _turned(ensemble):
+    return Ensemble(ensemble.members, ensemble.shares[::-1])
 
 
 def split_without_sharing(patch):

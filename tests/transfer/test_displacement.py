@@ -71,7 +71,7 @@ def test_running_statistics_are_those_of_the_images_and_nobodys_sum():
     moved = displacement.applied(module(2), images=IMAGES)
     entering = moved[0](IMAGES)
     torch.testing.assert_close(moved[1].running_mean, entering.mean((0, 2, 3)))
-    torch.testing.assert_close(moved[1].running_var, entering.var((0, 2, 3)))  # divided by their number less one
+    torch.testing.assert_close(moved[1].running_var, entering.var((0, 2, 3), correction=0))
     assert moved[1].momentum == start[1].momentum
     with pytest.raises(Misuse, match="images=None must be given: the running statistics of 1"):
         displacement.applied(module(2))
