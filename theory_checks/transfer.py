@@ -108,7 +108,7 @@ CLAIMS = (
         name="transfer",
         statement="On a fresh start, and on its own start dealt anew among the particles, a displacement converges to "
         "the function predicted without a start: E|F_m - F|^2 falls like 1/m (mean-field scaling).",
-        source="docs/theory.md, section 13",
+        source="docs/theory.md, section 14",
         statistic="largest distance of a log-log slope in m from the middle of [-1.15, -0.8], one and two layers",
         threshold=REACH,
         derivation="1/m, with 0.15 to 0.2 for the error of a slope over a factor of 9 to 16 in the width",
@@ -125,7 +125,7 @@ CLAIMS = (
         name="transfer.dependence_gap",
         statement="On its own start it does not: the trained network stays away from the function predicted for an "
         "independent start of the same law, at every width (mean-field scaling).",
-        source="docs/theory.md, section 13",
+        source="docs/theory.md, section 14",
         statistic="least log-log slope of |F_m - F predicted|^2 in m, one and two layers",
         threshold=GAP,
         derivation="a distance between two limits has the slope 0 in the end, an independent start -1",

@@ -1,7 +1,7 @@
 """Moments of functions of Gaussian vectors: activations, and the maxima of pooling windows.
 
 A `Field` holds, for every image, C independent Gaussian vectors of P entries each.  Derivations: docs/theory.md,
-section 13.
+section 14.
 """
 
 from __future__ import annotations

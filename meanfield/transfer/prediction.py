@@ -8,7 +8,7 @@ its variance the start's deviation times the norm of the features.  Carried on a
   - all covariances of the units of a fully connected layer.
 
 With one layer below the last one, and no maxima, the mean is that over starts exactly, whatever the width; with more
-its distance from it vanishes with the width.  docs/theory.md, section 13.
+its distance from it vanishes with the width.  docs/theory.md, section 14.
 """
 
 from __future__ import annotations
