@@ -6,12 +6,12 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, jacrev, vmap
+from torch.func import jacrev, vmap
 
 from meanfield import validation
 from meanfield.finite.recipes import LOSSES
-from meanfield.grafting.graft import frozen
 from meanfield.signatures import checked
+from meanfield.subject import Subject
 from meanfield.validation import Misuse
 
 ENTRIES = 2**24  # of Jacobians that are held at a time
@@ -34,14 +34,13 @@ def fisher(
     network so certain that its probabilities round to 0 and 1 would be held by nothing.
     """
     validation.one_of(loss, "loss", LOSSES)
-    copied = frozen(network, "network")
-    free = {name for name, parameter in network.named_parameters() if parameter.requires_grad}
-    parameters = {name: tensor for name, tensor in copied.named_parameters() if name in free}
-    rest = {**dict(copied.named_buffers()), **{n: t for n, t in copied.named_parameters() if n not in free}}
+    subject = Subject(network)
+    free = [name for name, parameter in network.named_parameters() if parameter.requires_grad]
+    parameters = {name: subject.parameters[name] for name in free}
     chosen = slice(None) if classes is None else list(classes)
 
     def outputs(moved: dict[str, Tensor], image: Tensor) -> tuple[Tensor, Tensor]:
-        found = functional_call(copied, {**rest, **moved}, (image[None],))[0, chosen]
+        found = subject({**subject.parameters, **moved}, image[None])[0, chosen]
         return found, found
 
     def information(image: Tensor) -> dict[str, Tensor]:
@@ -49,7 +48,9 @@ def fisher(
         return {name: _expected(each, found.softmax(0), loss) for name, each in jacobian.items()}
 
     with torch.no_grad():
-        count = len(copied(images[:1])[0, chosen]) * sum(tensor.numel() for tensor in parameters.values())
+        count = len(subject(subject.parameters, images[:1])[0, chosen]) * sum(
+            tensor.numel() for tensor in parameters.values()
+        )
         total = {name: torch.zeros_like(tensor) for name, tensor in parameters.items()}
         for some in images.split(max(1, ENTRIES // count)):
             for name, each in vmap(information)(some).items():
