@@ -45,6 +45,12 @@ def test_the_grafting_example_runs_as_written(tmp_path):
     assert run(blocks("python")[2], tmp_path).startswith("relative error 0.")
 
 
+def test_the_landscape_example_runs_as_written(tmp_path):
+    printed = run(blocks("python")[3], tmp_path)
+    assert "Surface(met" in printed
+    assert "torch.Size([201, 201])" in printed
+
+
 @pytest.mark.parametrize("example", blocks("python", EXTENDING + RANKS))
 def test_a_recipe_runs_as_written(example, tmp_path):
     assert run(example, tmp_path)
@@ -74,7 +80,15 @@ def test_files_named_in_the_text_exist():
 
 
 @pytest.mark.parametrize(
-    "page", ["README.md", "docs/what_this_proves.md", "docs/finite_networks.md", "docs/extending.md", "docs/ranks.md"]
+    "page",
+    [
+        "README.md",
+        "docs/what_this_proves.md",
+        "docs/finite_networks.md",
+        "docs/extending.md",
+        "docs/ranks.md",
+        "docs/studies/landscapes.md",
+    ],
 )
 def test_links_lead_somewhere(page):
     path = ROOT / page

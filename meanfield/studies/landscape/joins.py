@@ -24,7 +24,7 @@ def joins(cell: Cell, store: str) -> list[Row]:
     """
     task = Task.from_dict(cell["task"])
     problem, held_out = task.problem(), task.images().rest
-    first, second = (_trained(problem, cell["width"], seed, cell["steps"]) for seed in cell["seeds"])
+    first, second = (trained(problem, cell["width"], seed, cell["steps"]) for seed in cell["seeds"])
     others = None if held_out is None else _prepared(task.problem(held_out))
     rows = []
     for how in WAYS:
@@ -45,7 +45,8 @@ def joins(cell: Cell, store: str) -> list[Row]:
     return rows
 
 
-def _trained(problem: mf.Problem, width: int, seed: int, steps: int) -> mf.ParticleNetwork:
+def trained(problem: mf.Problem, width: int, seed: int, steps: int) -> mf.ParticleNetwork:
+    """By the flow with fixed masses, every layer of the same width."""
     depth = len(problem.architecture.layers)
     start = starts.draw(problem, (width,) * depth, torch.Generator().manual_seed(seed))
     return mf.solvers.flow.solve(problem, start, steps=steps, masses=False, seed=seed).network

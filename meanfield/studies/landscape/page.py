@@ -15,7 +15,7 @@ from meanfield.pages.interactive import Relief
 from meanfield.pages.words import capital, count, listed, two
 from meanfield.rates import Interval
 from meanfield.studies.landscape.measure import SHARPNESS
-from meanfield.studies.landscape.pictures import LOSS, NAMES, WAYS, note
+from meanfield.studies.landscape.pictures import CURVATURES, LOSS, METRICS, NAMES, WAYS, note
 from meanfield.studies.landscape.summary import compared, extent, says
 
 LIMITS = Section(
@@ -323,6 +323,33 @@ def joins(found: Found, tables: Tables) -> Section:
     if fitted:
         items.append(f"Slopes of the logarithms with 95% bootstrap intervals: {'; '.join(fitted)}.")
     return Section("Two networks, joined in four ways", [*items, Details("All figures", Table(head, table))])
+
+
+def metric(found: Found, tables: Tables) -> Section:
+    """Figures of networks of growing width in either metric."""
+    rows = found["metric"]
+    widths = sorted({row["width"] for row in tables["metric"] if row["width"] is not None})
+    text = (
+        "Networks of equal masses, drawn from one trained particle network. In the metric of the flow, which weights "
+        "what a particle does by its mass, the largest eigenvalue and the Gauss-Newton trace have limits in the width, "
+        "and the rest of the trace grows with it, since every particle adds its own curvature. In the weights "
+        "themselves eigenvalues vanish like 1/m: they compare no two widths."
+    )
+    head = ["metric", "figure", *(f"width {width}" for width in widths), "network drawn from", "slope"]
+    table = [
+        [
+            METRICS[row["metric"]],
+            CURVATURES[row["figure"]],
+            *(two(row["means"][str(width)]) for width in widths),
+            "" if row["source"] is None else two(row["source"]),
+            row["slope"] or "",
+        ]
+        for row in rows
+    ]
+    items: list[Any] = [text]
+    if len(widths) > 1:
+        items.append(Figure("metric", "Absolute values over the width, a point per draw.", wide=True))
+    return Section("Which curvature has a limit", [*items, Details("Means over draws", Table(head, table))])
 
 
 def trajectory(found: Found, tables: Tables) -> Section:

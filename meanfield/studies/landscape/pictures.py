@@ -31,6 +31,12 @@ WAYS = {
     "displacement": "displacement of features",
     "mixture": "mixture of measures",
 }
+METRICS = {"flow": "in the metric of the flow", "weights": "in the weights"}
+CURVATURES = {
+    "top": "largest eigenvalue",
+    "gauss_newton": "trace, Gauss-Newton part",
+    "rest": "trace, the rest of it",
+}
 LOSS = "train loss"
 NONE = 1e-12  # a barrier below it is none
 
@@ -140,6 +146,21 @@ def barriers(tables: Tables) -> Any:
             if min(row["barrier"] for row in same) > NONE
         ]
     return plotting.rates(panels, "largest rise above the chord")
+
+
+def metric(tables: Tables) -> Any:
+    """Curvatures of sampled networks over the width; None for one width alone."""
+    rows = [row for row in tables["metric"] if row["width"] is not None]
+    if len({row["width"] for row in rows}) < 2:
+        return None
+    panels = {
+        METRICS[name]: [
+            Curve(text, {m: [abs(row[figure]) for row in at] for (m,), at in groups(each, "width").items()}, "mean")
+            for figure, text in CURVATURES.items()
+        ]
+        for (name,), each in groups(rows, "metric").items()
+    }
+    return plotting.rates(panels, "curvature of the training loss")
 
 
 def trajectory(tables: Tables) -> Any:

@@ -20,6 +20,7 @@ from meanfield.validation import positive
 
 LADDER = "relu"  # the arm without a penalty, the lowest rung of either ladder of strengths
 LEAST_CHECKPOINTS = 3  # of a path in a plane
+DRAWS = 6  # of sampled networks, at every width
 ROOM = 1.2  # a path of checkpoints reaches to 1 in its plane
 
 
@@ -73,6 +74,8 @@ class Sizes:
     pairs: int
     flow_steps: int
     flow_images: int
+    source: int
+    sampled: tuple[int, ...]
     tolerance: float = 1e-3
     target: Mapping[str, float] = field(default_factory=lambda: {"cross_entropy": 0.15, "squared": 0.1})
 
@@ -106,6 +109,8 @@ SIZES = {
         pairs=1,
         flow_steps=40,
         flow_images=16,
+        source=24,
+        sampled=(8, 16),
         target={"cross_entropy": 0.5, "squared": 0.2},
     ),
     "default": Sizes(
@@ -123,6 +128,8 @@ SIZES = {
         pairs=3,
         flow_steps=150,
         flow_images=64,
+        source=200,
+        sampled=(32, 64, 128),
     ),
     "full": Sizes(
         epochs=60,
@@ -139,6 +146,8 @@ SIZES = {
         pairs=5,
         flow_steps=600,
         flow_images=100,
+        source=400,
+        sampled=(16, 32, 64, 128, 256),
         tolerance=1e-4,
     ),
 }
@@ -237,13 +246,24 @@ def slices(subject: Subject, sizes: Sizes, seed: int) -> list[Cell]:
 
 
 def joins(subject: Subject, sizes: Sizes, seed: int) -> list[Cell]:
-    """Of particle networks on two classes of the images, averaged over 2x2 windows."""
-    task = {"data": subject.base.data, "classes": (3, 5), "samples": sizes.flow_images, "pool": 2, "depth": 2}
-    settings = {"task": task, "steps": sizes.flow_steps, "times": 11}
+    settings = {"task": _task(subject, sizes), "steps": sizes.flow_steps, "times": 11}
     return [
         {**settings, "width": width, "seeds": [2 * (seed + pair), 2 * (seed + pair) + 1], "names": {"pair": pair}}
         for width, pair in product(sizes.widths, range(sizes.pairs))
     ]
+
+
+def metric(subject: Subject, sizes: Sizes, seed: int) -> list[Cell]:
+    """Samples of one network, which is wider than they are."""
+    task = {**_task(subject, sizes), "dtype": "float32"}
+    settings = {"task": task, "steps": 2 * sizes.flow_steps, "source": sizes.source, "seed": seed}
+    settings |= {"draws": DRAWS, "products": 8, "tolerance": 1e-2}  # far less than draws differ by
+    return [{**settings, "width": width} for width in sizes.sampled]
+
+
+def _task(subject: Subject, sizes: Sizes) -> dict[str, Any]:
+    """Of particle networks: two classes of the images, averaged over 2x2 windows."""
+    return {"data": subject.base.data, "classes": (3, 5), "samples": sizes.flow_images, "pool": 2, "depth": 2}
 
 
 def trajectory(subject: Subject, sizes: Sizes, seed: int) -> list[Cell]:

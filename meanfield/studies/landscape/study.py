@@ -11,6 +11,7 @@ from meanfield.bench.study import Part, Study
 from meanfield.bench.sweep import Measure
 from meanfield.studies.landscape import archives, given, measure, page, pictures, plan, summary
 from meanfield.studies.landscape.joins import joins
+from meanfield.studies.landscape.metric import metric
 from meanfield.studies.landscape.toy import toy
 
 NAME = "landscape"
@@ -85,6 +86,13 @@ STUDY = Study(
             },
             {"joins": pictures.joins, "barriers": pictures.barriers},
             [page.joins],
+        ),
+        "metric": Part(
+            plan.metric,
+            metric,
+            {"metric": lambda tables: summary.in_metrics(tables["metric"])},
+            {"metric": pictures.metric},
+            [page.metric],
         ),
         "trajectory": Part(
             plan.trajectory,

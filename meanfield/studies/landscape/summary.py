@@ -12,6 +12,7 @@ from meanfield.bench.sweep import Row, Rows, Tables, groups, select
 from meanfield.rates import Interval, Slope, mean, rank_correlation, slope
 from meanfield.studies.landscape.measure import SHARPNESS
 
+CURVATURES = ("top", "gauss_newton", "rest")  # of the part `metric`
 COMPARED = "cross_entropy"  # networks of another training loss are not on the same scale
 
 
@@ -170,6 +171,21 @@ def slopes(rows: Rows) -> list[Row]:
         if len(by_width) > 1 and positive:
             fitted: Slope = slope(list(by_width), list(by_width.values()))
             found.append({"figure": figure, "how": how, "slope": fitted})
+    return found
+
+
+def in_metrics(rows: Rows) -> list[Row]:
+    """Per metric and figure: means over draws by width, the slope of the logarithm, and that of the network drawn from
+    (in the metric of the flow).
+    """
+    own, found = next(row for row in rows if row["width"] is None), []
+    drawn = [row for row in rows if row["width"] is not None]
+    for ((name,), each), figure in product(groups(drawn, "metric").items(), CURVATURES):
+        by_width = {width: [abs(row[figure]) for row in same] for (width,), same in groups(each, "width").items()}
+        values = {f"{width}": fmean(same) for width, same in by_width.items()}
+        fitted = slope(list(by_width), list(by_width.values())) if len(by_width) > 1 else None
+        limit = own[figure] if name == own["metric"] else None
+        found.append({"metric": name, "figure": figure, "means": values, "slope": fitted, "source": limit})
     return found
 
 

@@ -100,6 +100,17 @@ def joins():
     ]
 
 
+def metric():
+    """Eigenvalues that stay in the metric of the flow and fall like 1/m in the weights."""
+    drawn = [
+        {"width": width, "draw": draw, "metric": name, "top": top, "gauss_newton": 1.5 * top, "rest": -rest}
+        for width in (8, 16)
+        for draw in range(2)
+        for name, top, rest in (("flow", 3.0, 0.5 * width), ("weights", 3.0 / width, 0.5))
+    ]
+    return [*drawn, {**drawn[0], "width": None, "draw": None, "top": 3.1}]
+
+
 def trajectory():
     shared = {**named("relu", 0), "explained": 0.98, "null": 0.85, "null_low": 0.8, "null_high": 0.9}
     losses = [(2.0, 1.0), (0.5, 0.5), (0.1, 0.1)]
@@ -125,6 +136,7 @@ TABLES = {
     "toy": toy(),
     "slices": slices(),
     "joins": joins(),
+    "metric": metric(),
     "trajectory": trajectory(),
 }
 
@@ -140,7 +152,7 @@ def written(**tables):
 @pytest.mark.slow
 def test_every_part_has_its_pictures_its_section_and_its_files():
     files = STUDY.files(TABLES, MADE)
-    drawn = {"surfaces", "sharpness", "matched", "toy", "slices", "joins", "barriers", "trajectory"}
+    drawn = {"surfaces", "sharpness", "matched", "toy", "slices", "joins", "barriers", "metric", "trajectory"}
     tables = {f"{part}.csv" for part in TABLES}
     others = {"landscape.html", "summary.json", "surfaces.npz", "surfaces.json", "surfaces.nc"}
     assert set(files) == {*(f"{name}.png" for name in drawn), *tables, *others} == set(STUDY.names())
@@ -154,6 +166,7 @@ def test_every_part_has_its_pictures_its_section_and_its_files():
         "What a filter is",
         "What a random slice hides",
         "Two networks, joined in four ways",
+        "Which curvature has a limit",
         "The path on a plane",
         "The networks",
         "What this does not say",
@@ -262,6 +275,15 @@ def test_barriers_have_slopes_where_they_are_above_zero():
         if (row["figure"], row["how"], row["width"]) == ("train J", "mixture", 8)
     ]
     assert mixture["barrier"].value == 0
+
+
+def test_slopes_of_curvatures_are_those_of_the_samples():
+    found = {(row["metric"], row["figure"]): row for row in summary.in_metrics(TABLES["metric"])}
+    assert found["flow", "top"]["means"] == {"8": 3.0, "16": 3.0}
+    slopes = {key: row["slope"].value for key, row in found.items()}
+    wanted = {("flow", "top"): 0, ("flow", "rest"): 1, ("weights", "top"): -1, ("weights", "rest"): 0}
+    assert {key: slopes[key] for key in wanted} == pytest.approx(wanted, abs=1e-12)
+    assert (found["flow", "top"]["source"], found["weights", "top"]["source"]) == (3.1, None)
 
 
 def test_a_path_says_where_the_plane_shows_another_loss():

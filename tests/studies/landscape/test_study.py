@@ -40,6 +40,8 @@ SMALL = Sizes(
     pairs=1,
     flow_steps=5,
     flow_images=8,
+    source=6,
+    sampled=(3, 4),
     target={"cross_entropy": 2.0, "squared": 0.4},
 )
 
