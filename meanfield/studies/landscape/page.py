@@ -283,12 +283,15 @@ def _toy_text(rows: Rows) -> str:
 def slices(found: Found, tables: Tables) -> Section:
     known = found["slices"]
     random, trace = known["random"], known["trace_over_size"]
+    kinked = "upward. That curvature is of the smooth piece at hand and is not seen at this distance."
+    seen = "downward." if known["smallest_seen"] < 0 else kinked
     text = (
         f"Along {known['directions']} random directions of length one the curvature is {random} in the mean, and trace "
         f"/ D is {trace}: one figure, since the mean of d^T H d over such directions is trace / D, with D = "
         f"{known['parameters']:,}. The largest curvature is {known['top']}, {two(known['top'].value / trace.value)} "
-        f"times as much, and the smallest {known['smallest']}. A random slice hides both: the direction in which the "
-        "loss rises steeply, and the ones in which it bends down."
+        f"times as much, and the smallest {known['smallest']}. A random slice hides both. Along the eigenvector of the "
+        f"smallest, from {known['step']:.2g} on one side of the network to as much on the other, the loss bends by "
+        f"{two(known['smallest_seen'])}: {seen}"
     )
     caption = (
         "The loss along random directions and along the two eigenvectors, at equal distances; right, its rise without "

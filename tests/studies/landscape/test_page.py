@@ -263,6 +263,16 @@ def test_curvatures_are_against_the_trace_over_d():
     assert "40 times as much, and the smallest -0.5 (-0.6 to -0.4)" in written()
 
 
+def test_that_the_loss_bends_down_is_said_only_where_the_slice_does():
+    assert "the loss bends by -0.50: downward" in written()
+    kinked = [
+        row | ({"values": [1 + abs(t) for t in AXIS]} if row["kind"] == "smallest eigenvalue" else {})
+        for row in TABLES["slices"]
+    ]
+    (text, _) = page.slices({"slices": summary.curvatures(kinked)}, {}).items
+    assert "upward. That curvature is of the smooth piece at hand" in text
+
+
 def test_barriers_have_slopes_where_they_are_above_zero():
     found = {(row["figure"], row["how"]): row["slope"].value for row in summary.slopes(TABLES["joins"])}
     assert set(found) == {
