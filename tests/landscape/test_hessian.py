@@ -143,7 +143,8 @@ def test_a_gradient_that_is_not_finite_is_refused():
 def test_attention_can_be_differentiated_twice():
     """Torch's fused kernels of it cannot."""
     network = filled(nn.TransformerEncoderLayer(4, 2, 4, dropout=0.0, batch_first=True), 0)
-    objective = Objective(Subject(network), normal((5, 3, 4), 1), torch.zeros(5), loss=lambda out, _: out.square().mean())
+    images, targets = normal((5, 3, 4), 1), torch.zeros(5)
+    objective = Objective(Subject(network), images, targets, loss=lambda outputs, _: outputs.square().mean())
     operator = hessian.Hessian(objective, objective.subject.parameters)
     vector, step = normal((operator.size,), 2), 1e-5
     slopes = [
