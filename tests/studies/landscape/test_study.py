@@ -249,7 +249,10 @@ class TestNetworkOfAFile:
         path, drawn = network
         other = random_network(drawn.architecture, (4, 2), 1)
         other_path = mf.save_network(other, tmp_path / "other.safetensors")
-        for second, message in ((path, "span no plane for --plane=line"), (other_path, "several widths, (3, 2) and (4,")):
+        for second, message in (
+            (path, "span no plane for --plane=line"),
+            (other_path, "several widths, (3, 2) and (4,"),
+        ):
             given = Given((str(path), str(second)), View(plane="line"))
             with pytest.raises(Misuse, match=re.escape(message)) as error:
                 given.check()
