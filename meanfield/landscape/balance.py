@@ -118,8 +118,8 @@ def _passed(module: Any, signal: Tensor, name: str) -> Tensor:
     try:
         once, found = (module(each.clone()) for each in (signal, _times(signal, factors)))
         alone = torch.allclose(found, _times(once, factors), rtol=1e-9, atol=0)
-    except Exception:  # whatever is raised by what takes other signals: it is not known
-        alone = False
+    except Exception as error:  # whatever is raised by what takes other signals: it is not known
+        raise _refusal(f"{name} ({type(module).__name__})") from error
     if not (is_plain(module) and alone):
         raise _refusal(f"{name} ({type(module).__name__})")
     return once
