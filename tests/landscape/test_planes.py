@@ -106,7 +106,7 @@ def test_checkpoints_are_refused_by_name():
 def test_what_has_no_place_in_a_plane_is_named():
     networks = [chain(seed) for seed in range(3)]
     with torch.no_grad():
-        networks[1][3].weight[0] = torch.nan  # pyright: ignore[reportIndexIssue, reportCallIssue, reportArgumentType]
+        networks[1].get_parameter("3.weight")[0] = torch.nan
     with pytest.raises(Misuse, match=r"second='3.weight' has entries that are infinite or nan"):
         landscape.line(networks[0], networks[1])
     with pytest.raises(Misuse, match=r"second='3.weight' has entries"):
