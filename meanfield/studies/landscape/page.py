@@ -64,15 +64,10 @@ def claim(found: Found) -> str:
 
 def surfaces(found: Found, tables: Tables) -> Section:
     rows = found["surfaces"]
-    met = [row for row in rows if row["status"] in ("met", "exact")]
     reach = extent([row["axis"][-1] for row in tables["surfaces"]])
     text = (
         f"{capital(count(len(rows), 'surface'))} from -{reach} to {reach} along both directions of a plane of kind "
-        f"{rows[0]['plane']}. A surface is a polynomial through exact values at Chebyshev points; its largest error is "
-        "estimated from further exact values, at points where a polynomial of this degree errs most. "
-        f"{capital(count(len(met), 'surface'))} of {len(rows)} {'keeps' if len(met) == 1 else 'keep'} the tolerance by "
-        f"this estimate, with {extent([row['evaluations'] for row in rows])} evaluations; a grid of 51x51 has 2,601 "
-        "points."
+        f"{rows[0]['plane']}. {_made(rows, len(tables['surfaces'][0]['axis']))}"
     )
     head = ["network", "least", "largest", "estimated error", "share of the range", "evaluations", "checks", "status"]
     table = [
@@ -97,6 +92,20 @@ def surfaces(found: Found, tables: Tables) -> Section:
     return Section(
         "Surfaces",
         [text, turned, Table(head, table), *_warnings(tables["surfaces"])],
+    )
+
+
+def _made(rows: Rows, grid: int) -> str:
+    """How the values of surfaces, all of one kind, were found."""
+    if all(row["status"] == "exact" for row in rows):
+        return f"Every value is evaluated, at the {grid * grid:,} points of a grid of {grid}x{grid}."
+    met = [row for row in rows if row["status"] == "met"]
+    return (
+        "A surface is a polynomial through exact values at Chebyshev points; its largest error is estimated from "
+        "further exact values, at points where a polynomial of this degree errs most. "
+        f"{capital(count(len(met), 'surface'))} of {len(rows)} {'keeps' if len(met) == 1 else 'keep'} the tolerance by "
+        f"this estimate, with {extent([row['evaluations'] for row in rows])} evaluations; the grid of {grid}x{grid} "
+        f"has {grid * grid:,} points."
     )
 
 
