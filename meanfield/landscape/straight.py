@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -36,19 +37,28 @@ def straight(first: nn.Module, second: nn.Module, t: float) -> nn.Module:
 
 @torch.no_grad()
 def renormalised(network: nn.Module, images: Sequence[Tensor]) -> nn.Module:
-    """The network itself, the running statistics of its batch norms now those of all images, in one pass."""
+    """The network itself, the running statistics of its batch norms now those of all images, in one pass: means and
+    variances (divided by the number, as `batch_norm.Statistics` has them) of what enters each with those before it.
+    """
     found = [norm for _, norm in norms(network)]
-    kept = [norm.momentum for norm in found]
-    for norm in found:
-        norm.reset_running_stats()
-        norm.momentum = None  # the mean over passes: of one pass its own
-        norm.train()
-    if found:
-        network(torch.cat(list(images)))
-    for norm, momentum in zip(found, kept):
-        norm.momentum = momentum
-        norm.eval()
+    handles = [norm.register_forward_pre_hook(_settle) for norm in found]
+    try:
+        if found:
+            network(torch.cat(list(images)))
+    finally:
+        for handle in handles:
+            handle.remove()
     return network
+
+
+def _settle(norm: nn.Module, arguments: tuple[Any, ...]) -> None:
+    """Take the statistics of what is about to enter a batch norm in evaluation mode."""
+    (signal,) = arguments
+    assert isinstance(norm, _BatchNorm)
+    variance, mean = torch.var_mean(signal, [axis for axis in range(signal.ndim) if axis != 1], correction=0)
+    for kept, new in ((norm.running_mean, mean), (norm.running_var, variance)):
+        assert kept is not None
+        kept.copy_(new)
 
 
 def norms(network: nn.Module) -> list[tuple[str, _BatchNorm]]:
