@@ -67,7 +67,7 @@ class Subject:
         """The parameters of another network of the same kind, names, shapes, dtype and device; Misuse otherwise."""
         other = network if isinstance(network, Subject) else Subject(network, argument)
         for name in {**self.parameters, **other.parameters}:
-            here, there = (_described(each.parameters.get(name)) for each in (self, other))
+            here, there = (described(each.parameters.get(name)) for each in (self, other))
             if here != there:
                 raise Misuse(argument, name, f"is {there} there and {here} in the first network: give networks alike")
         return {name: other.parameters[name] for name in self.parameters}
@@ -121,5 +121,5 @@ def _masses(network: ParticleNetwork) -> Parameters:
     return {f"masses.{layer}": masses for layer, masses in enumerate(network.masses)}
 
 
-def _described(tensor: Tensor | None) -> str:
+def described(tensor: Tensor | None) -> str:
     return "missing" if tensor is None else f"{tensor.dtype} of shape {tuple(tensor.shape)} on {tensor.device}"

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from meanfield.architecture import ACTIVATIONS
-from meanfield.landscape.caution import is_homogeneous, is_plain
+from meanfield.landscape.caution import is_plain
 from meanfield.network import ParticleNetwork, along_axis
 from meanfield.subject import Network, Subject
 from meanfield.validation import Misuse
 
 SWEEPS = 10_000
 BALANCED = 1e-13  # in the logarithm of a factor
+CHANNELS = 4  # of a signal that is tried
 
 N = TypeVar("N", bound=Network)
 
@@ -86,20 +87,52 @@ def _chain(subject: Subject) -> list[tuple[str, str | None]]:
                 raise _refusal(f"layers.{index} ({layer.activation})")
         biases = [None if bias is None else f"biases.{index}" for index, bias in enumerate(network.biases)]
         return [*((f"kernels.{index}", bias) for index, bias in enumerate(biases)), ("readout", None)]
-    if not isinstance(network, nn.Sequential):
+    if not isinstance(network, nn.Sequential) or type(network).forward is not nn.Sequential.forward:
         raise Misuse("network", type(network).__name__, "cannot be balanced: give an nn.Sequential or particles")
-    found = []
-    for name, module in network.named_children():
-        ungrouped = isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and module.groups == 1)
-        if ungrouped:
+    found, signal = [], _probe(4)
+    for name, module in network._modules.items():  # also one that stands there twice, such as an activation
+        if isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and module.groups == 1):
+            axes = 2 if isinstance(module, nn.Linear) else 4
+            if found and signal.ndim != axes:
+                raise _refusal(f"{name} ({type(module).__name__})")
             found.append((f"{name}.weight", None if module.bias is None else f"{name}.bias"))
-        elif not (is_plain(module) and is_homogeneous(module)):
-            raise _refusal(f"{name} ({type(module).__name__})")
+            signal = _probe(axes)
+        else:
+            signal = _passed(module, signal, name)
     if len({weight for weight, _ in found} & subject.parameters.keys()) < len(found) or not found:
         raise Misuse("network", type(network).__name__, "cannot be balanced: its layers share weights, or have none")
     return found
 
 
+def _probe(axes: int) -> Tensor:
+    """A signal of CHANNELS channels: a vector of them, or maps that pooling leaves something of."""
+    shape = (2, CHANNELS, 32, 32)[:axes]
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+
+def _passed(module: Any, signal: Tensor, name: str) -> Tensor:
+    """What a module makes of a signal; Misuse unless it makes c times that of a signal whose channels are multiplied by
+    c > 0, each by another.
+    """
+    factors = torch.arange(1.0, CHANNELS + 1, dtype=signal.dtype)
+    try:
+        once, found = (module(each.clone()) for each in (signal, _times(signal, factors)))
+        alone = torch.allclose(found, _times(once, factors), rtol=1e-9, atol=0)
+    except Exception as error:  # whatever is raised by what takes other signals: it is not known
+        raise _refusal(f"{name} ({type(module).__name__})") from error
+    if not (is_plain(module) and alone):
+        raise _refusal(f"{name} ({type(module).__name__})")
+    return once
+
+
+def _times(signal: Tensor, factors: Tensor) -> Tensor:
+    """A signal (N, D, ...) with each of its channels, D / CHANNELS entries one after the other, times a factor."""
+    channels = signal.unflatten(1, (CHANNELS, -1))
+    return (channels * along_axis(factors, channels, 1)).flatten(1, 2)
+
+
 def _refusal(place: str) -> Misuse:
-    remedy = "cannot be balanced: it is not positively homogeneous, or no layer of a chain; use balance=False"
+    remedy = (
+        "cannot be balanced: not positively homogeneous, channel by channel, or no layer of a chain; use balance=False"
+    )
     return Misuse("network", place, remedy)

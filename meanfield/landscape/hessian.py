@@ -16,6 +16,7 @@ from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from meanfield import limits
 from meanfield.landscape.objective import Batch, Objective, mean
@@ -222,8 +223,10 @@ def _pulled(
 
 @contextmanager
 def _differentiable() -> Iterator[None]:
-    """What is computed inside can be differentiated, whatever the caller switched off, and is not rounded to TF32."""
-    with torch.inference_mode(False), torch.enable_grad(), full_float32():
+    """What is computed inside can be differentiated twice, whatever the caller switched off (of attention torch has
+    fused kernels that cannot), and is not rounded to TF32.
+    """
+    with torch.inference_mode(False), torch.enable_grad(), full_float32(), sdpa_kernel(SDPBackend.MATH):
         yield
 
 

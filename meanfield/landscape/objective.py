@@ -30,18 +30,20 @@ class Score(NamedTuple):
 def cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
     """-log softmax of outputs (N, K) at classes (N,), image by image (N,)."""
     if outputs.ndim != 2:
-        return functional.cross_entropy(outputs, targets, reduction="none")
+        return functional.cross_entropy(outputs, targets.long(), reduction="none")
     # over the few classes of an image after another it takes five times as long
-    return functional.nll_loss(torch.log_softmax(outputs.T.contiguous(), 0).T, targets, reduction="none")
+    return functional.nll_loss(torch.log_softmax(outputs.T.contiguous(), 0).T, targets.long(), reduction="none")
 
 
 class Objective:
     """A network, images with targets, and a loss.
 
     images, targets: tensors of N rows each; or images is an iterable of batches (inputs, targets), such as a
-        DataLoader, read once and kept, and targets is None.
+        DataLoader, read once and kept, and targets is None.  What a loader draws is put back.
     loss: a function of outputs and targets of a batch that gives one value per image, (N,), or their mean, (); a mean
         over batches of unequal size is weighted by their sizes.  Default: the cross-entropy.
+
+    Misuse where a pass gives no tensor or draws random numbers, and where the loss is a sum: tried on two images.
     """
 
     def __init__(self, subject: Subject, images: Any, targets: Any = None, loss: Loss | None = None) -> None:
@@ -53,6 +55,7 @@ class Objective:
         if loss is None:
             _require_classes(self.batches)
         self.count = sum(len(inputs) for inputs, _ in self.batches)
+        self._try(*(part[:2] for part in self.batches[0]))
 
     def __call__(self, parameters: Mapping[str, Tensor]) -> Tensor:
         """The mean loss over all images, 0-dimensional, differentiable in the parameters."""
@@ -62,6 +65,22 @@ class Objective:
         """What a batch adds to the mean loss over all images."""
         inputs, targets = batch
         return mean(self.loss_of, self.subject(parameters, inputs), targets) * (len(inputs) / self.count)
+
+    @torch.no_grad()
+    def _try(self, inputs: Tensor, targets: Tensor) -> None:
+        network, device = self.subject.network, inputs.device
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            before = _generators(device)
+            outputs = self.subject(self.subject.parameters, inputs)
+            if not all(map(torch.equal, before, _generators(device))):
+                remedy = "draws random numbers in evaluation mode, and has no loss that depends on its parameters alone"
+                raise Misuse("network", type(network).__name__, remedy)
+            if not isinstance(outputs, Tensor):
+                raise Misuse("network", type(outputs).__name__, "came back: it must give one tensor, a row per image")
+            once = said(self.loss_of, outputs, targets)
+            twice = said(self.loss_of, torch.cat([outputs, outputs]), torch.cat([targets, targets]))
+        if once.ndim == 0 and bool(once.isfinite() & (once != 0) & torch.isclose(twice, 2 * once, rtol=1e-3, atol=0)):
+            raise Misuse("loss", "a sum", "came back: give one value per image, or their mean")
 
     @torch.no_grad()
     def score(self, parameters: Mapping[str, Tensor]) -> Score:
@@ -132,7 +151,8 @@ def batches(images: Any, targets: Any = None) -> list[Batch]:
             raise Misuse("targets", came, f"must be a tensor of {len(images)} rows, one for every image")
         found = list(zip(images.split(IMAGES), targets.split(IMAGES)))
     elif isinstance(images, Iterable) and targets is None:
-        found = [_pair(batch) for batch in images]
+        with torch.random.fork_rng([]):  # a DataLoader draws a seed for its workers, also where it shuffles nothing
+            found = [_pair(batch) for batch in images]
     else:
         kinds = "a tensor, with targets, or an iterable of batches (inputs, targets), without"
         raise WrongType("images", type(images).__name__, kinds)
@@ -149,6 +169,11 @@ def _pair(batch: Any) -> Batch:
     if len(inputs) != len(targets):
         raise Misuse("images", (len(inputs), len(targets)), "are the numbers of inputs and targets of one batch")
     return inputs, targets
+
+
+def _generators(device: torch.device) -> list[Tensor]:
+    """The states of the global random numbers that a pass on a device may draw from."""
+    return [torch.get_rng_state()] + ([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])
 
 
 def _require_classes(found: list[Batch]) -> None:

@@ -28,7 +28,8 @@ def line(first: Network, second: Network, seed: Seed = 0) -> Plane:
     The origin lies midway; the first direction leads from one to the other, which stand at (-1/2, 0) and (1/2, 0).
     """
     subject = Subject(first, "first")
-    side = difference(subject.sibling(second, "second"), subject.parameters)
+    end = _finite(subject.sibling(second, "second"), "second")
+    side = difference(end, _finite(subject.parameters, "first"))
     if not float(inner(side, side)) > 0:
         raise Misuse("second", "the same parameters", "must differ from the first network's")
     middle = {name: start + side[name] / 2 for name, start in subject.parameters.items()}
@@ -45,6 +46,7 @@ def triangle(first: Network, second: Network, third: Network) -> Plane:
     """
     subject = Subject(first, "first")
     corners = [subject.parameters, subject.sibling(second, "second"), subject.sibling(third, "third")]
+    corners = [_finite(*each) for each in zip(corners, ("first", "second", "third"))]
     side, other = (difference(corner, corners[0]) for corner in corners[1:])
     length, across = inner(side, side), inner(other, side)
     height = _scaled_sum(other, side, -float(across / length.clamp_min(torch.finfo(torch.float64).tiny)))
@@ -92,6 +94,8 @@ def eigenplane(
     objective = Objective(Subject(network), images, targets, loss)
     subject = objective.subject
     hessian = Hessian(objective, subject.parameters)
+    if hessian.size < 2:
+        raise Misuse("network", type(network).__name__, "has one parameter, and so no plane")
     found = extremes(hessian, generator_of(seed), largest=2, smallest=0)
     first, second = (hessian.named(pair.vector) for pair in found.largest)
     values = " and ".join(f"{pair.value.value:.3g}" for pair in found.largest)
@@ -111,7 +115,16 @@ def parameters_of(checkpoints: Sequence[Any], network: Network | None = None) ->
     if network is None and any(isinstance(each, Mapping) for each in entries):
         raise Misuse("checkpoints", "state dicts", "do not say which network they are of; give network=")
     subject = Subject(entries[-1] if network is None else network, "checkpoints" if network is None else "network")
-    return subject, [_parameters(subject, each, f"checkpoints[{index}]") for index, each in enumerate(entries)]
+    names = [f"checkpoints[{index}]" for index in range(len(entries))]
+    return subject, [_finite(_parameters(subject, each, name), name) for each, name in zip(entries, names)]
+
+
+def _finite(parameters: Parameters, argument: str) -> Parameters:
+    """The same; Misuse where they are of a training that ran away."""
+    for name, tensor in parameters.items():
+        if not bool(tensor.isfinite().all()):
+            raise Misuse(argument, name, "has entries that are infinite or nan, and so no place in a plane")
+    return parameters
 
 
 def _parameters(subject: Subject, checkpoint: Any, argument: str) -> Parameters:

@@ -23,7 +23,7 @@ from meanfield.penalties import Penalty
 from meanfield.signatures import Positive, Seed, checked
 from meanfield.storage.states import DIGITS, StateFile
 from meanfield.storage.tensors import digest
-from meanfield.subject import Network, Subject
+from meanfield.subject import Network, Subject, described
 from meanfield.validation import Misuse
 
 DEGREES = (8, 8)  # of the first polynomial
@@ -258,7 +258,7 @@ def surface(
     batch_norm: "kept", or "recomputed" from `images` at every point.
     subsample: how many images stand for all at most nodes (`subsample`), drawn by `seed`; True for a number that suits,
         False for none, None for either as it pays.
-    max_evaluations: no polynomial is begun that would need more.
+    max_evaluations: no polynomial but the first, which takes 107, is begun that would need more.
     seed: of the checks.
     state: file (.safetensors) that keeps the evaluated values, about once a second.  The same call goes on from it
         after a kill and ends with the same bits, on the same machine and as many threads; it stays where the surface
@@ -295,10 +295,9 @@ def surface(
 
 def _check_plane(plane: Plane, subject: Subject) -> None:
     for name in {**subject.parameters, **plane.origin}:
-        here, there = (each.get(name) for each in (subject.parameters, plane.origin))
-        if here is None or there is None or here.shape != there.shape:
-            shapes = ["missing" if each is None else tuple(each.shape) for each in (there, here)]
-            raise Misuse("plane", name, f"is {shapes[0]} there and {shapes[1]} in the network: give a plane of its own")
+        here, there = (described(each.get(name)) for each in (subject.parameters, plane.origin))
+        if here != there:
+            raise Misuse("plane", name, f"is {there} there and {here} in the network: give a plane of its own")
 
 
 def _settings(

@@ -4,10 +4,10 @@ import math
 
 import pytest
 import torch
-from strategies import random_network
+from strategies import normal, random_network
 from torch import nn
 from torch.nn import functional
-from torch_networks import chain
+from torch_networks import chain, filled
 
 from meanfield import Architecture, Conv, finite, landscape, measures
 from meanfield.landscape.balance import balanced
@@ -193,6 +193,41 @@ def test_particles_are_balanced_with_their_masses():
     again = balanced(measures.with_tensors(found, [2 * t if i == 2 else t for i, t in enumerate(found.tensors())]))
     incoming, outgoing = again.kernels[1].square().sum((1, 2, 3)), again.readout.square().sum(0)
     torch.testing.assert_close(incoming, outgoing, rtol=1e-10, atol=0)
+
+
+class Flipped(nn.Module):
+    """Homogeneous, and no channel by itself."""
+
+    def forward(self, signal):
+        return signal.flip(1)
+
+
+class Sized(nn.Module):
+    """Not homogeneous, and of images of one size alone."""
+
+    def forward(self, signal):
+        return signal * torch.sigmoid(signal.view(-1, 5, 5, 5))
+
+
+@pytest.mark.parametrize(
+    "above",
+    [
+        (nn.ReLU(), Flipped(), nn.Flatten(), nn.Linear(125, 3)),
+        (Sized(), nn.Flatten(), nn.Linear(125, 3)),
+        (nn.Flatten(2), nn.Linear(25, 3)),
+    ],
+)
+def test_what_mixes_channels_or_is_not_known_cannot_be_balanced(above):
+    """Each of these used to come back as another function."""
+    with pytest.raises(Misuse, match="cannot be balanced"):
+        balanced(nn.Sequential(nn.Conv2d(1, 5, 2), *above))
+
+
+def test_an_activation_of_the_callers_and_one_that_stands_twice_are_balanced():
+    absolute = type("Absolute", (nn.Module,), {"forward": lambda self, signal: signal.abs()})()
+    layers = nn.Conv2d(1, 4, 3), absolute, nn.MaxPool2d(2), nn.Conv2d(4, 4, 1), absolute, nn.Flatten(), nn.Linear(16, 3)
+    network, images = filled(nn.Sequential(*layers), 3), normal((5, 1, 6, 6), 4)
+    torch.testing.assert_close(balanced(network)(images), network(images), rtol=1e-10, atol=1e-12)
 
 
 def test_what_cannot_be_balanced_is_named():

@@ -138,3 +138,17 @@ def test_a_gradient_that_is_not_finite_is_refused():
     objective = Objective(Subject(module()), BATCHES, loss=lambda outputs, targets: (outputs - outputs).sqrt().mean())
     with pytest.raises(Misuse, match="gradient must be finite"):
         hessian.require_smooth(objective, objective.subject.parameters)
+
+
+def test_attention_can_be_differentiated_twice():
+    """Torch's fused kernels of it cannot."""
+    network = filled(nn.TransformerEncoderLayer(4, 2, 4, dropout=0.0, batch_first=True), 0)
+    images, targets = normal((5, 3, 4), 1), torch.zeros(5)
+    objective = Objective(Subject(network), images, targets, loss=lambda outputs, _: outputs.square().mean())
+    operator = hessian.Hessian(objective, objective.subject.parameters)
+    vector, step = normal((operator.size,), 2), 1e-5
+    slopes = [
+        hessian.flat(hessian.slope(objective, hessian.named(at, objective.subject.parameters))[1].values())
+        for at in (hessian.flat(objective.subject.parameters.values()) + sign * step * vector for sign in (1, -1))
+    ]
+    torch.testing.assert_close(operator(vector), (slopes[0] - slopes[1]) / (2 * step), rtol=1e-6, atol=1e-7)

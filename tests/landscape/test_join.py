@@ -269,3 +269,15 @@ def test_networks_and_random_numbers_stay_as_they_were(how):
         assert network.training
         assert all(parameter.requires_grad for parameter in network.parameters())
         assert all(torch.equal(tensor, kept[name]) for name, tensor in network.state_dict().items())
+
+
+def test_batch_norm_along_a_line_is_that_of_a_surface_with_its_statistics_recomputed():
+    """One image as well, which leaves a linear layer's norm no variance; torch's running ones divide by one less."""
+    layers = (nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.ReLU(), nn.Flatten(), nn.Linear(12, 4), nn.BatchNorm1d(4))
+    a, b = (filled(nn.Sequential(*copy.deepcopy(layers)), seed) for seed in (0, 1))
+    images, targets = normal((5, 1, 4, 4), 3), torch.tensor([0, 1, 2, 3, 0])
+    for count in (5, 1):
+        data = images[:count], targets[:count]
+        joined = landscape.join(a, b, *data, times=3).figures["train loss"]
+        surface = landscape.surface(a, landscape.line(a, b), *data, None, batch_norm="recomputed", extent=0.5)
+        torch.testing.assert_close(joined, surface.at([[t, 0.0] for t in (-0.5, 0.0, 0.5)]), rtol=1e-12, atol=0)

@@ -103,6 +103,22 @@ def test_checkpoints_are_refused_by_name():
     assert landscape.principal(states, chain()).kind == "pca"
 
 
+def test_what_has_no_place_in_a_plane_is_named():
+    networks = [chain(seed) for seed in range(3)]
+    with torch.no_grad():
+        networks[1].get_parameter("3.weight")[0] = torch.nan
+    with pytest.raises(Misuse, match=r"second='3.weight' has entries that are infinite or nan"):
+        landscape.line(networks[0], networks[1])
+    with pytest.raises(Misuse, match=r"second='3.weight' has entries"):
+        landscape.triangle(*networks)
+    for used in (landscape.principal, landscape.trajectory):
+        with pytest.raises(Misuse, match=r"checkpoints\[1\]='3.weight' has entries"):
+            used(networks)
+    row = torch.ones(4, 1)
+    with pytest.raises(Misuse, match="network='Linear' has one parameter"):
+        landscape.eigenplane(nn.Linear(1, 1, bias=False), row, row, loss=nn.functional.mse_loss)
+
+
 def test_the_plane_of_eigenvectors_bends_by_the_two_largest_eigenvalues():
     network = nn.Sequential(nn.Flatten(), nn.Linear(4, 3)).double()
     images = torch.randn(40, 1, 2, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))

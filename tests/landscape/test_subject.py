@@ -2,9 +2,10 @@ import pytest
 import torch
 from strategies import random_network
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from meanfield import Architecture, Conv, landscape
-from meanfield.landscape.objective import Objective
+from meanfield.landscape.objective import Objective, batches
 from meanfield.subject import Subject
 from meanfield.validation import Misuse
 
@@ -75,3 +76,41 @@ def test_a_module_called_twice_and_a_tied_weight_move_and_the_copy_stays_whole()
             parameter *= 1.1
     assert torch.equal(found, network(IMAGES))
     assert torch.equal(found, subject.at(moved)(IMAGES))
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_a_loader_takes_no_random_number_of_the_callers(shuffle):
+    loader = DataLoader(TensorDataset(IMAGES, LABELS), batch_size=7, shuffle=shuffle)
+    before = torch.get_rng_state()
+    assert sum(len(inputs) for inputs, _ in batches(loader)) == 20
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+class Functional(nn.Module):
+    """A linear layer and what is made of its outputs."""
+
+    def __init__(self, after):
+        super().__init__()
+        self.linear, self.after = nn.Linear(36, 4).double(), after
+
+    def forward(self, inputs):
+        return self.after(self.linear(inputs.flatten(1)))
+
+
+def test_a_network_that_draws_or_gives_no_tensor_is_refused_and_nothing_is_drawn():
+    random, several = Functional(nn.functional.dropout), Functional(lambda outputs: (outputs, outputs))
+    before = torch.get_rng_state()
+    with pytest.raises(Misuse, match="network='Functional' draws random numbers in evaluation mode"):
+        Objective(Subject(random), IMAGES, LABELS)
+    with pytest.raises(Misuse, match="network='tuple' came back: it must give one tensor"):
+        Objective(Subject(several), IMAGES, LABELS)
+    landscape.plane(random)  # whose warnings call the functions of the pass
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_summed_loss_is_refused_and_labels_are_integers_of_any_size():
+    subject = Subject(small(0))
+    with pytest.raises(Misuse, match="loss='a sum' came back"):
+        Objective(subject, IMAGES, LABELS, lambda *pair: nn.functional.cross_entropy(*pair, reduction="sum"))
+    wide, narrow = Objective(subject, IMAGES, LABELS), Objective(subject, IMAGES, LABELS.to(torch.int32))
+    assert narrow.score(subject.parameters) == wide.score(subject.parameters)

@@ -313,6 +313,8 @@ def test_misuse_is_named():
     plane = landscape.plane(network)
     with pytest.raises(Misuse, match=r"plane='0.weight' is missing there"):
         landscape.surface(nn.Sequential(nn.Linear(2, 2)), plane, IMAGES, LABELS)
+    with pytest.raises(Misuse, match=r"plane='1.weight' is torch.float32 .* there and torch.float64"):
+        landscape.surface(copy.deepcopy(network).double(), landscape.plane(network), IMAGES.double(), LABELS)
     with pytest.raises(Misuse, match=r"tolerance=0 must be greater"):
         landscape.surface(network, plane, IMAGES, LABELS, 0)
     with pytest.raises(Misuse, match="held_out='train'"):

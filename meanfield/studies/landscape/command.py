@@ -92,7 +92,7 @@ class Options(StudyOptions):
     plane: Annotated[
         str,
         option(
-            "random directions; eigen: of the Hessian's largest and smallest eigenvalue; line or triangle: through two "
+            "random directions; eigen: of the two largest eigenvalues of the Hessian; line or triangle: through two "
             "or three networks; pca: of the checkpoints of a training.",
             WORK,
         ),

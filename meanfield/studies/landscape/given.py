@@ -87,13 +87,20 @@ class Given:
         kind, count = self.view.plane, len(self.paths)
         if count < PLANES[kind] or (kind != "pca" and count > PLANES[kind]):
             least = "at least " if kind == "pca" else ""
-            raise Misuse("network", self.paths, f"are {count} networks; --plane={kind} takes {least}{PLANES[kind]}")
-        self.problem(self.images)
-        kinds = {(each.architecture, each.widths, each.dtype) for each in self.networks}
-        if len(kinds) > 1:
-            raise Misuse(
-                "network", self.paths, "are networks of several architectures, widths or dtypes: give networks alike"
-            )
+            came = "is 1 network" if count == 1 else f"are {count} networks"
+            raise Misuse("network", self.paths, f"{came}; --plane={kind} takes {least}{PLANES[kind]}")
+        problem = self.problem(self.images)
+        for name in ("architecture", "widths", "dtype"):
+            found = dict.fromkeys(str(getattr(each, name)) for each in self.networks)
+            if len(found) > 1:
+                shown = "" if name == "architecture" else f", {' and '.join(found)}"
+                raise Misuse("network", self.paths, f"are networks of several {name}{shown}: give networks alike")
+        if kind in ("line", "triangle", "pca"):
+            try:
+                planes(self.networks, self.view.cell(0), problem.inputs, problem.targets, problem.loss.value)
+            except Misuse:
+                remedy = f"span no plane for --plane={kind}: give networks that differ, and three not along one line"
+                raise Misuse("network", self.paths, remedy) from None
 
 
 def cells(given: Given, sizes: Any, seed: int) -> list[Cell]:

@@ -64,15 +64,10 @@ def claim(found: Found) -> str:
 
 def surfaces(found: Found, tables: Tables) -> Section:
     rows = found["surfaces"]
-    met = [row for row in rows if row["status"] in ("met", "exact")]
     reach = extent([row["axis"][-1] for row in tables["surfaces"]])
     text = (
         f"{capital(count(len(rows), 'surface'))} from -{reach} to {reach} along both directions of a plane of kind "
-        f"{rows[0]['plane']}. A surface is a polynomial through exact values at Chebyshev points; its largest error is "
-        "estimated from further exact values, at points where a polynomial of this degree errs most. "
-        f"{capital(count(len(met), 'surface'))} of {len(rows)} {'keeps' if len(met) == 1 else 'keep'} the tolerance by "
-        f"this estimate, with {extent([row['evaluations'] for row in rows])} evaluations; a grid of 51x51 has 2,601 "
-        "points."
+        f"{rows[0]['plane']}. {_made(rows, len(tables['surfaces'][0]['axis']))}"
     )
     head = ["network", "least", "largest", "estimated error", "share of the range", "evaluations", "checks", "status"]
     table = [
@@ -97,6 +92,20 @@ def surfaces(found: Found, tables: Tables) -> Section:
     return Section(
         "Surfaces",
         [text, turned, Table(head, table), *_warnings(tables["surfaces"])],
+    )
+
+
+def _made(rows: Rows, grid: int) -> str:
+    """How the values of surfaces, all of one kind, were found."""
+    if all(row["status"] == "exact" for row in rows):
+        return f"Every value is evaluated, at the {grid * grid:,} points of a grid of {grid}x{grid}."
+    met = [row for row in rows if row["status"] == "met"]
+    return (
+        "A surface is a polynomial through exact values at Chebyshev points; its largest error is estimated from "
+        "further exact values, at points where a polynomial of this degree errs most. "
+        f"{capital(count(len(met), 'surface'))} of {len(rows)} {'keeps' if len(met) == 1 else 'keep'} the tolerance by "
+        f"this estimate, with {extent([row['evaluations'] for row in rows])} evaluations; the grid of {grid}x{grid} "
+        f"has {grid * grid:,} points."
     )
 
 
@@ -283,12 +292,15 @@ def _toy_text(rows: Rows) -> str:
 def slices(found: Found, tables: Tables) -> Section:
     known = found["slices"]
     random, trace = known["random"], known["trace_over_size"]
+    kinked = "upward. That curvature is of the smooth piece at hand and is not seen at this distance."
+    seen = "downward." if known["smallest_seen"] < 0 else kinked
     text = (
         f"Along {known['directions']} random directions of length one the curvature is {random} in the mean, and trace "
         f"/ D is {trace}: one figure, since the mean of d^T H d over such directions is trace / D, with D = "
         f"{known['parameters']:,}. The largest curvature is {known['top']}, {two(known['top'].value / trace.value)} "
-        f"times as much, and the smallest {known['smallest']}. A random slice hides both: the direction in which the "
-        "loss rises steeply, and the ones in which it bends down."
+        f"times as much, and the smallest {known['smallest']}. A random slice hides both. Along the eigenvector of the "
+        f"smallest, from {known['step']:.2g} on one side of the network to as much on the other, the loss bends by "
+        f"{two(known['smallest_seen'])}: {seen}"
     )
     caption = (
         "The loss along random directions and along the two eigenvectors, at equal distances; right, its rise without "

@@ -132,6 +132,7 @@ def writings(rows: Rows) -> list[Row]:
 def curvatures(rows: Rows) -> dict[str, Any]:
     """Along random directions, against the trace over D and the ends of the spectrum."""
     random, first = select(rows, kind="random"), rows[0]
+    (last,) = select(rows, kind="smallest eigenvalue")
     size = first["parameters"]
     trace = Interval(*(first[name] / size for name in ("trace", "trace_low", "trace_high")))
     return {
@@ -142,7 +143,15 @@ def curvatures(rows: Rows) -> dict[str, Any]:
         "trace_over_size": trace,
         "top": Interval(*(first[name] for name in ("top", "top_low", "top_high"))),
         "smallest": Interval(*(first[name] for name in ("smallest", "smallest_low", "smallest_high"))),
+        "smallest_seen": _bend(last["axis"], last["values"]),
+        "step": last["axis"][len(last["axis"]) // 2 + 1],
     }
+
+
+def _bend(axis: Sequence[float], values: Sequence[float]) -> float:
+    """The second difference quotient in the middle of a slice: what is seen of its curvature at that distance."""
+    middle = len(axis) // 2
+    return (values[middle - 1] - 2 * values[middle] + values[middle + 1]) / (axis[middle + 1] - axis[middle]) ** 2
 
 
 def barriers(rows: Rows) -> list[Row]:

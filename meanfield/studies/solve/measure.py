@@ -6,7 +6,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import product
 from typing import Any
 
@@ -249,11 +249,12 @@ def _sampled(run: Run) -> dict[int, list[float]]:
     """J of DRAWS networks at every width, of fewer where the time is up."""
     network, depth = run.solution.network, run.problem.architecture.depth
     found: dict[int, list[float]] = {}
-    for m, i in product(SAMPLED_WIDTHS, range(DRAWS)):
-        if limits.passed():
-            break
-        draw = finite.sample(network, [m] * depth, torch.Generator().manual_seed(run.seed + 1000 * m + i))
-        found.setdefault(m, []).append(float(run.problem.terms(draw.particles()).total()))
+    with suppress(limits.TimeUp):
+        for m, i in product(SAMPLED_WIDTHS, range(DRAWS)):
+            limits.look()
+            draw = finite.sample(network, [m] * depth, torch.Generator().manual_seed(run.seed + 1000 * m + i))
+            value = float(run.problem.terms(draw.particles()).total())
+            found.setdefault(m, []).append(value)
     return found
 
 

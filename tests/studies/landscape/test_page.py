@@ -263,6 +263,23 @@ def test_curvatures_are_against_the_trace_over_d():
     assert "40 times as much, and the smallest -0.5 (-0.6 to -0.4)" in written()
 
 
+def test_a_surface_says_how_it_was_found_and_the_grid_that_it_has():
+    assert "the grid of 3x3 has 9 points" in written()
+    rows = [surface("relu", status="exact", error=0.0, evaluations=9.0)]
+    text = page.surfaces({"surfaces": summary.surfaces(rows)}, {"surfaces": rows}).items[0]
+    assert text.endswith("Every value is evaluated, at the 9 points of a grid of 3x3.")
+
+
+def test_that_the_loss_bends_down_is_said_only_where_the_slice_does():
+    assert "the loss bends by -0.50: downward" in written()
+    kinked = [
+        row | ({"values": [1 + abs(t) for t in AXIS]} if row["kind"] == "smallest eigenvalue" else {})
+        for row in TABLES["slices"]
+    ]
+    (text, _) = page.slices({"slices": summary.curvatures(kinked)}, {}).items
+    assert "upward. That curvature is of the smooth piece at hand" in text
+
+
 def test_barriers_have_slopes_where_they_are_above_zero():
     found = {(row["figure"], row["how"]): row["slope"].value for row in summary.slopes(TABLES["joins"])}
     assert set(found) == {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -229,7 +230,7 @@ class TestNetworkOfAFile:
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [
-            (["--plane", "line"], "are 1 networks; --plane=line takes 2"),
+            (["--plane", "line"], "is 1 network; --plane=line takes 2"),
             (["--plane", "pca"], "--plane=pca takes at least 3"),
             (["--pool", "1"], "takes images (1, 4, 4), and --data='digits' has (1, 8, 8)"),
             (["--classes", "1,2,3"], "has 1 outputs, and 3 classes"),
@@ -243,6 +244,19 @@ class TestNetworkOfAFile:
         assert result.exit_code == 2
         assert result.stderr.count("\n") == 1
         assert message in result.stderr
+
+    def test_networks_that_span_no_plane_or_are_not_alike_are_named_as_the_option(self, network, tmp_path):
+        path, drawn = network
+        other = random_network(drawn.architecture, (4, 2), 1)
+        other_path = mf.save_network(other, tmp_path / "other.safetensors")
+        for second, message in (
+            (path, "span no plane for --plane=line"),
+            (other_path, "several widths, (3, 2) and (4,"),
+        ):
+            given = Given((str(path), str(second)), View(plane="line"))
+            with pytest.raises(Misuse, match=re.escape(message)) as error:
+                given.check()
+            assert error.value.argument == "network"
 
 
 def test_marks_of_a_plane_are_rows_of_plain_values():

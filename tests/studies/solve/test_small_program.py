@@ -89,6 +89,19 @@ def test_a_small_program_without_time_is_a_sentence(solved, monkeypatch):
     assert set(pictures.pictures(found)) == {*pictures.ANSWER, *pictures.PARTICLES}
 
 
+def test_networks_that_there_was_time_for_are_reported(solved, monkeypatch):
+    """Time that passed between two blocks of images of a network used to end the whole report."""
+    monkeypatch.setattr(limits, "BLOCK_BYTES", 1)
+    moments = iter([*[0.0] * 3, *[2.0] * 100])  # the limit is set, the first network is begun, its first block is done
+
+    class Stepping(limits.Clock):
+        def now(self):
+            return next(moments)
+
+    with limits.timed(Stepping()), limits.within(1.0):
+        assert measure._sampled(solved) == {}
+
+
 def test_accuracy_and_confusion_are_those_of_the_network_whatever_the_block(solved, monkeypatch):
     whole = measure.predictions(solved)
     monkeypatch.setattr(limits, "BLOCK_BYTES", 1)
