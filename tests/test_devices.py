@@ -9,7 +9,7 @@ import pytest
 import torch
 from pretend_device import PretendDevice
 from strategies import bounded, normal, random_inputs, random_network, random_targets, seeded
-from torch_networks import IMAGES, normed_blocks, plain, residual
+from torch_networks import IMAGES, deep, normed_blocks, plain, residual
 
 import meanfield as mf
 from meanfield import certificates, finite, fusion, grafting, landscape, measures, penalties
@@ -249,6 +249,15 @@ def test_grafting(pretend, method):
     lower, upper, images = on_device(plain(6, 0), plain(6, 1), IMAGES[:40])
     found = graft(lower, upper, "3", images, method=method, steps=3)
     assert is_there(*found.network.parameters(), found.network(images))
+
+
+def test_joins(pretend):
+    images, labels = normal((8, 1, 8, 8), 0).cuda(), torch.arange(8).cuda() % 3
+    for make, ways in ((normed_blocks, ("weights", "matched")), (deep, ("displacement", "mixture"))):
+        a, b = (make(2, seed).to("cuda") for seed in (0, 1))
+        for how in ways:
+            joined = landscape.join(a, b, images, labels, how, times=3)
+            assert is_there(*joined.at(0.5).state_dict().values())
 
 
 def test_fusion(pretend):
