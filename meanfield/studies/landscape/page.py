@@ -414,10 +414,8 @@ def train(found: Found, tables: Tables) -> Section:
 def claim_of_one(found: Found) -> str:
     (row,) = found["surfaces"]
     ends = f"{row['least']:.4g} and {row['largest']:.4g}"
-    return (
-        f"{row['arm']}: a training loss between {ends} on a plane of kind {row['plane']}, with an estimated error of "
-        f"{row['error']:.2g} ({row['status']})."
-    )
+    known = "exact" if row["status"] == "exact" else f"with an estimated error of {row['error']:.2g} ({row['status']})"
+    return f"{row['arm']}: a training loss between {ends} on a plane of kind {row['plane']}, {known}."
 
 
 def figures(found: Found, tables: Tables) -> Section:

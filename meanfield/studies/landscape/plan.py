@@ -283,10 +283,11 @@ def _sharpness(subject: Subject, sizes: Sizes, seed: int) -> list[Cell]:
         "steps": sizes.steps,
         "tolerance": sizes.tolerance,
     }
+    every = [arm for number in range(sizes.seeds) for arm in arms(subject, sizes, seed + number)]
+    # directions of its own for every network: shared ones would move all of them alike, which no interval sees
     return [
-        _cell([(arm.classifier, arm.epoch)], arm.names, **settings)
-        for number in range(sizes.seeds)
-        for arm in arms(subject, sizes, seed + number)
+        _cell([(arm.classifier, arm.epoch)], arm.names, **settings, seed=seed + place)
+        for place, arm in enumerate(every)
     ]
 
 

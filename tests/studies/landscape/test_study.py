@@ -274,3 +274,13 @@ def test_marks_of_a_plane_are_rows_of_plain_values():
     row = measure.drawn(Found, plane, 3)
     assert json.loads(json.dumps(row)) == row
     assert row["check_points"] == [[0.0, 1.0, 1.5]]
+
+
+def test_every_network_has_directions_of_its_own():
+    """Shared ones moved all networks alike, which no interval saw."""
+    for part in ("sharpness", "matched"):
+        chosen = cells(part, Subject(TINY.base), replace(SMALL, l2=(0.01, 0.02)))
+        assert len({each["seed"] for each in chosen}) == len(chosen) > 2
+    ends, same = (cells(part) for part in ("sharpness", "matched"))
+    seeds = {str(each["names"]): each["seed"] for each in ends}
+    assert all(seeds[str(each["names"])] == each["seed"] for each in same)  # at both times the same
