@@ -156,8 +156,8 @@ def drawn(found: Any, plane: Plane, grid: int) -> Row:
 def sharpness(cell: Cell, store: str) -> list[Row]:
     """Every measure of `SHARPNESS` with its interval, and losses.
 
-    cell: count (of training images, the first so many), products, steps, tolerance, seed, and at equal training loss
-    target.  One that never has that loss gives a row that says so.
+    cell: count (of training images, the first so many), products, rises (directions), steps, tolerance, seed, and at
+    equal training loss target.  One that never has that loss gives a row that says so.
     """
     classifier = Classifier.from_dict(cell["networks"][0])
     if "target" in cell:
@@ -176,6 +176,7 @@ def sharpness(cell: Cell, store: str) -> list[Row]:
         loss=loss_of(classifier),
         seed=cell["seed"],
         products=cell["products"],
+        directions=cell["rises"],
         steps=cell["steps"],
         tolerance=cell["tolerance"],
     )

@@ -56,7 +56,8 @@ class Sizes:
     arms: names in `ARMS`, beside the ladders of strengths l2 and l12.  seeds: of every arm.
     evaluations: of a surface, at most.
     target: training loss, by the name of the loss, at which networks are compared.
-    images, products, steps, tolerance: of `landscape.sharpness`, on the first so many training images.
+    images, products, rises, steps, tolerance: of `landscape.sharpness`, on the first so many training images.  With 20
+        directions to its mean the rank correlation of the rise with held-out loss moves by 0.06 from draw to draw.
     directions: random slices.  widths, pairs, flow_steps, flow_images: of particle networks that are joined.
     """
 
@@ -68,6 +69,7 @@ class Sizes:
     evaluations: int
     images: int
     products: int
+    rises: int
     steps: int
     directions: int
     widths: tuple[int, ...]
@@ -103,6 +105,7 @@ SIZES = {
         evaluations=110,
         images=96,
         products=9,
+        rises=4,
         steps=15,
         directions=4,
         widths=(8, 16),
@@ -122,6 +125,7 @@ SIZES = {
         evaluations=330,
         images=360,
         products=30,
+        rises=100,
         steps=60,
         directions=20,
         widths=(16, 32, 64),
@@ -140,6 +144,7 @@ SIZES = {
         evaluations=1200,
         images=1437,
         products=30,
+        rises=100,
         steps=100,
         directions=50,
         widths=(16, 32, 64, 128, 256),
@@ -280,6 +285,7 @@ def _sharpness(subject: Subject, sizes: Sizes, seed: int) -> list[Cell]:
     settings = {
         "count": min(sizes.images, subject.base.samples),
         "products": sizes.products,
+        "rises": sizes.rises,
         "steps": sizes.steps,
         "tolerance": sizes.tolerance,
     }

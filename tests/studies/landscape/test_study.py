@@ -35,6 +35,7 @@ SMALL = Sizes(
     evaluations=110,
     images=40,
     products=9,
+    rises=3,
     steps=8,
     directions=2,
     widths=(3, 4),
