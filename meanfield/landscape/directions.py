@@ -169,3 +169,8 @@ def inner(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> Tensor:
 def difference(end: Mapping[str, Tensor], start: Mapping[str, Tensor]) -> Parameters:
     """end - start."""
     return {name: end[name] - tensor for name, tensor in start.items()}
+
+
+def moved(start: Mapping[str, Tensor], direction: Mapping[str, Tensor], step: float) -> Parameters:
+    """start + step direction."""
+    return {name: tensor + step * direction[name] for name, tensor in start.items()}

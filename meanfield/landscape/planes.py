@@ -10,7 +10,7 @@ from torch import Tensor
 
 from meanfield.landscape.caution import cautions
 from meanfield.landscape.curvature import extremes
-from meanfield.landscape.directions import Plane, Point, difference, gaussian, generator_of, inner
+from meanfield.landscape.directions import Plane, Point, difference, gaussian, generator_of, inner, moved
 from meanfield.landscape.hessian import Hessian
 from meanfield.landscape.objective import Objective
 from meanfield.signatures import Seed, checked
@@ -32,7 +32,7 @@ def line(first: Network, second: Network, seed: Seed = 0) -> Plane:
     side = difference(end, _finite(subject.parameters, "first"))
     if not float(inner(side, side)) > 0:
         raise Misuse("second", "the same parameters", "must differ from the first network's")
-    middle = {name: start + side[name] / 2 for name, start in subject.parameters.items()}
+    middle = moved(subject.parameters, side, 0.5)
     halfway = Subject(subject.at(middle))
     across = gaussian(halfway, generator_of(seed))
     marks = {"first": (-0.5, 0.0), "second": (0.5, 0.0)}
@@ -49,7 +49,7 @@ def triangle(first: Network, second: Network, third: Network) -> Plane:
     corners = [_finite(*each) for each in zip(corners, ("first", "second", "third"))]
     side, other = (difference(corner, corners[0]) for corner in corners[1:])
     length, across = inner(side, side), inner(other, side)
-    height = _scaled_sum(other, side, -float(across / length.clamp_min(torch.finfo(torch.float64).tiny)))
+    height = moved(other, side, -float(across / length.clamp_min(torch.finfo(torch.float64).tiny)))
     rise = inner(height, height)
     if not float(rise) > COLLINEAR**2 * float(inner(other, other)):
         raise Misuse("third", "a network on the line of the others", "must lie off it, so that three span a plane")
@@ -154,10 +154,6 @@ def _combined(directions: Sequence[Parameters], factors: Tensor) -> Parameters:
     return {
         name: torch.tensordot(factors.to(rows.double()), rows.double(), 1).to(rows) for name, rows in stacked.items()
     }
-
-
-def _scaled_sum(first: Parameters, second: Parameters, factor: float) -> Parameters:
-    return {name: tensor + factor * second[name] for name, tensor in first.items()}
 
 
 def _marked(plane: Plane, places: Mapping[str, Parameters]) -> Plane:

@@ -186,8 +186,7 @@ class _Here:
         generator, found = self.generator, []
         for _ in range(count):
             direction = directions.gaussian(self.objective.subject, generator, "filter")
-            moved = {name: tensor + epsilon * direction[name] for name, tensor in self.parameters.items()}
-            found.append(self._rise(moved))
+            found.append(self._rise(directions.moved(self.parameters, direction, epsilon)))
         values = torch.stack(found).tolist()
         return rates.mean(values), _at_least(max(values))
 

@@ -339,11 +339,7 @@ def bands(
         _name(axes.set_xticks, places, most=40)
         if title in log:
             _plain_logarithms(axes.yaxis)
-    handles = {text: line for axes in grid for line, text in zip(*axes.get_legend_handles_labels())}
-    figure.legend(
-        list(handles.values()), list(handles), loc="outside lower center", ncols=4, fontsize=SMALL, frameon=False
-    )
-    return figure
+    return _legend_below(figure, grid, 4, frameon=False)
 
 
 def _looks(labels: Iterable[str]) -> dict[str, tuple[str, str, str]]:
@@ -495,11 +491,7 @@ def contours(panels: Mapping[str, Contour], x: str, y: str, label: str, *, colum
         axes.set_ylabel(y, fontsize=SMALL)
         axes.set_aspect("equal")
         axes.tick_params(labelsize=SMALL - 2)
-    handles = {text: line for axes in grid for line, text in zip(*axes.get_legend_handles_labels())}
-    figure.legend(
-        list(handles.values()), list(handles), loc="outside lower center", ncols=4, fontsize=SMALL, facecolor="#bbbbbb"
-    )
-    return figure
+    return _legend_below(figure, grid, 4, facecolor="#bbbbbb")
 
 
 def _near(contour: Contour, shown: Any, place: tuple[float, float]) -> bool:
@@ -547,11 +539,7 @@ def lines(
             axes.set_yscale("log")
             _plain_logarithms(axes.yaxis)
         axes.set_title(plain(title), fontsize=FONT)
-    handles = {text: line for axes in grid for line, text in zip(*axes.get_legend_handles_labels())}
-    figure.legend(
-        list(handles.values()), list(handles), loc="outside lower center", ncols=4, fontsize=SMALL, frameon=False
-    )
-    return figure
+    return _legend_below(figure, grid, 4, frameon=False)
 
 
 def scatter(
@@ -578,11 +566,7 @@ def scatter(
             axes.set_xscale("log")
             _plain_logarithms(axes.xaxis)
         axes.set_title(plain(title), fontsize=FONT)
-    handles = {text: line for axes in grid for line, text in zip(*axes.get_legend_handles_labels())}
-    figure.legend(
-        list(handles.values()), list(handles), loc="outside lower center", ncols=5, fontsize=SMALL, frameon=False
-    )
-    return figure
+    return _legend_below(figure, grid, 5, frameon=False)
 
 
 def distributions(panels: Mapping[str, Mapping[str, Sequence[Sequence[float]]]], levels: Sequence[float]) -> Figure:
@@ -617,6 +601,14 @@ def _panels(count: int, width: float, columns: int = 3, height: float = 4.4) -> 
     for unused in grid[count:]:
         unused.set_axis_off()
     return figure, grid[:count]
+
+
+def _legend_below(figure: Figure, grid: Sequence[Axes], columns: int, **frame: Any) -> Figure:
+    """One legend under all panels, every label once."""
+    handles = {text: line for axes in grid for line, text in zip(*axes.get_legend_handles_labels())}
+    place = {"loc": "outside lower center", "ncols": columns, "fontsize": SMALL}
+    figure.legend(list(handles.values()), list(handles), **place, **frame)
+    return figure
 
 
 def _dress(axes: Axes, x: str, y: str) -> None:

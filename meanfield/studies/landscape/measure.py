@@ -21,7 +21,7 @@ from meanfield.bench.classifiers import Classifier
 from meanfield.bench.sweep import Cell, Row
 from meanfield.finite import evaluate, recipes
 from meanfield.landscape import curvature
-from meanfield.landscape.directions import Plane, generator_of
+from meanfield.landscape.directions import Plane, generator_of, moved
 from meanfield.landscape.hessian import Hessian, named
 from meanfield.landscape.objective import Loss, Objective
 from meanfield.penalties import Penalty
@@ -29,7 +29,7 @@ from meanfield.rates import Interval
 from meanfield.storage import files
 from meanfield.storage.tensors import TENSORS
 from meanfield.studies.landscape.equal_loss import at_loss
-from meanfield.subject import Parameters, Subject
+from meanfield.subject import Subject
 from meanfield.validation import Misuse
 
 PLANES = {"random": 1, "eigen": 1, "line": 2, "triangle": 3, "pca": 3}  # -> networks that it needs at least
@@ -202,7 +202,7 @@ def slices(cell: Cell, store: str) -> list[Row]:
     lines += [("largest eigenvalue", extremes.largest[0].vector), ("smallest eigenvalue", extremes.smallest[0].vector)]
     for kind, vector in lines:
         direction = named(vector.to(hessian.like), origin)
-        values = [float(objective(_moved(origin, direction, t))) for t in axis.tolist()]
+        values = [float(objective(moved(origin, direction, t))) for t in axis.tolist()]
         bend = float(vector.double() @ hessian(vector.to(hessian.like)).double())
         rows.append({**cell["names"], "kind": kind, "curvature": bend, "axis": axis.tolist(), "values": values})
     ends = {"top": extremes.largest[0].value, "smallest": extremes.smallest[0].value, "trace": trace}
@@ -263,7 +263,3 @@ def _ends(figures: dict[str, Interval]) -> Row:
 def _unit(generator: torch.Generator, size: int) -> Tensor:
     vector = torch.randn(size, generator=generator, dtype=torch.float64)
     return vector / vector.norm()
-
-
-def _moved(origin: Parameters, direction: Parameters, t: float) -> Parameters:
-    return {name: tensor + t * direction[name] for name, tensor in origin.items()}
