@@ -23,10 +23,15 @@ from meanfield.bench.options import OBJECTIVE, Data, Device, Dtype, Pool, Settin
 from meanfield.finite import AUTHORS_DROPOUT, Fitted, Recipe, cnn, fit, mlp, residual, vgg
 from meanfield.finite.recipes import LOSSES, PENALTIES, increasing_epochs
 from meanfield.storage import files, tensors
-from meanfield.validation import Misuse, nonnegative
+from meanfield.validation import Misuse, nonnegative, positive
 
 VGGS = ("vgg8", "vgg11", "vgg13", "vgg16")
-NETWORKS = ("mlp", "cnn", *VGGS, "residual", "residual_bn")
+RESIDUALS: dict[str, dict[str, Any]] = {
+    "residual": {"batch_norm": False},
+    "residual_bn": {"batch_norm": True},
+    "resnet18": {"batch_norm": True, "blocks": (2, 2, 2, 2)},  # of width 64
+}
+NETWORKS = ("mlp", "cnn", *VGGS, *RESIDUALS)
 PRESETS = ("default", "authors")
 MILESTONES = (2 / 3, 13 / 15)  # of the default recipe, as shares of its epochs
 LABELS = ("true", "permuted")
@@ -45,7 +50,8 @@ class Classifier(Settings):
         which they are drawn, None for the first ones in file order (CIFAR's own division into training and test
         images).
     network, width: "mlp" (two hidden layers of `width` units), "cnn", "vgg11" and so on, "residual" or, with batch
-        norm, "residual_bn", see `finite`.  activation: of all layers.  penalty, strength, loss: as in Recipe.
+        norm, "residual_bn" and the deeper "resnet18", see `finite`.  activation: of all layers.  scale: factor of the
+        weights of the start.  penalty, strength, loss: as in Recipe.
     labels: "true", or "permuted" among the training images (the permutation drawn from the seed).
     seed: of the start, the batches and the permutation.
     preset: "default" (Recipe's defaults, milestones at 2/3 and 13/15 of the epochs) or "authors" (Recipe.authors for
@@ -60,6 +66,7 @@ class Classifier(Settings):
     network: Annotated[str, choice(NETWORKS)] = "vgg11"
     width: Annotated[int, at_least(1)] = 8
     activation: Annotated[str, choice(ACTIVATIONS)] = "relu"
+    scale: Annotated[float, positive] = 1.0
     loss: Annotated[str, choice(LOSSES)] = "cross_entropy"
     penalty: WeightPenalty = "l12"
     strength: Annotated[float, nonnegative] = 1.0
@@ -99,6 +106,15 @@ class Classifier(Settings):
 
     def start(self) -> nn.Module:
         """The network before training."""
+        network = self._drawn()
+        with torch.no_grad():
+            for tensor in network.parameters():
+                if tensor.ndim > 1 and self.scale != 1:
+                    tensor *= self.scale
+        return network
+
+    def _drawn(self) -> nn.Module:
+        """As `finite` starts it."""
         images, generator = self.images(), torch.Generator().manual_seed(self.seed)
         place = (tuple(images.inputs.shape[1:]), images.classes)
         common: dict[str, Any] = {
@@ -110,8 +126,8 @@ class Classifier(Settings):
             return mlp(*place, hidden=(self.width, self.width), **common)
         if self.network == "cnn":
             return cnn(*place, width=self.width, **common)
-        if self.network in ("residual", "residual_bn"):
-            return residual(*place, width=self.width, batch_norm=self.network == "residual_bn", **common)
+        if self.network in RESIDUALS:
+            return residual(*place, width=self.width, **RESIDUALS[self.network], **common)
         plain = self.preset == "authors"
         return vgg(
             int(self.network.removeprefix("vgg")),

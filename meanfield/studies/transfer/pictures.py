@@ -1,0 +1,3 @@
+"""The pictures of the transfer study."""
+
+from __future__ import annotations

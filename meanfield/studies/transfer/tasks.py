@@ -1,0 +1,3 @@
+"""Tasks in sequence."""
+
+METHODS: tuple[str, ...] = ()
