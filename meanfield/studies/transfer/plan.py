@@ -1,7 +1,7 @@
 """The cells of the transfer study, part by part: plan(subject, sizes, seed).
 
-`subject` says which images and which networks; a size says how many seeds, epochs, scales and widths.  `train` makes the
-cells of the networks that all the others need.
+`subject` says which images and which networks; a size says how many seeds, epochs, scales and widths.  `train` makes
+the cells of the networks that all the others need.
 """
 
 from __future__ import annotations
