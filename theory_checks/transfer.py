@@ -2,86 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 
 import numpy as np
-import torch
-from torch import Tensor
 
-import meanfield as mf
-from meanfield import finite
 from meanfield.rates import Slope, slope
-from meanfield.transfer import Displacement, StartLaw, predict
+from meanfield.studies.transfer import widths
 from theory_checks.claim import Axes, Claim, Evidence, Series, Setting
 from theory_checks.statistics import largest
 
 WIDTHS = {1: (16, 64, 256), 2: (16, 48, 144)}
-RATES = {"mean_field": 2.0, "standard": 0.1}  # of SGD: features move in the first, hardly in the second
-STEPS = 60
 RUNS = {"mean_field": (8, 32), "standard": (3, 12)}  # trained networks of every width at quick and full effort
-DRAWS = {"fresh start": 16, "shuffled": 16, "layers shuffled apart": 4, "own start": 1}  # on every trained network
 Errors = dict[str, list[list[float]]]  # arm -> width by width the mean squared errors, one per trained network
-
-Arm = Callable[[Displacement, StartLaw, finite.FiniteCNN, torch.Generator], finite.FiniteCNN]
-ARMS: dict[str, Arm] = {
-    "fresh start": lambda moved, law, start, generator: moved.applied(law.draw(start, generator)),
-    "shuffled": lambda moved, law, start, generator: moved.shuffled(generator).applied(start),
-    "layers shuffled apart": lambda moved, law, start, generator: moved.shuffled(generator, False).applied(start),
-    "own start": lambda moved, law, start, generator: moved.applied(start),
-}
 
 
 @lru_cache(maxsize=8)
 def _errors(setting: Setting, depth: int, scaling: str) -> Errors:
     """E|F_arm - F_predicted|^2 over images and draws."""
-    problem = _problem(setting, depth)
-    found: Errors = {arm: [] for arm in ARMS}
+    problem = widths.problem(depth).to(device=setting.device)
+    found: Errors = {arm: [] for arm in widths.ARMS}
     for width in WIDTHS[depth]:
-        rows = [_of_one(setting, problem, scaling, width, run) for run in range(setting.instances(*RUNS[scaling]))]
-        for arm in ARMS:
+        generators = [setting.generator(16, depth, width, run) for run in range(setting.instances(*RUNS[scaling]))]
+        rows = [widths.distances(problem, scaling, width, generator) for generator in generators]
+        for arm in widths.ARMS:
             found[arm].append([row[arm] for row in rows])
     return found
 
 
-def _problem(setting: Setting, depth: int) -> mf.Problem:
-    digits = mf.data.load("digits", classes=(3, 5), samples=8, pool=2)
-    architecture = mf.Architecture(digits.input_shape, (mf.Conv(2, activation="tanh"),) * depth, "average", 1)
-    penalty = mf.Penalty(source=1e-4, readout=1e-4, input=1e-4)
-    problem = mf.Problem(architecture, digits.inputs, digits.targets("squared"), "squared", penalty)
-    return problem.to(device=setting.device)
-
-
-def _of_one(setting: Setting, problem: mf.Problem, scaling: str, width: int, run: int) -> dict[str, float]:
-    depth = problem.architecture.depth
-    generator, widths = setting.generator(16, depth, width, run), (width,) * depth
-    like = finite.FiniteCNN.random(problem.architecture, widths, problem.inputs, generator, scaling=scaling)
-    law = StartLaw.mean_field(like) if scaling == "mean_field" else StartLaw.he(like)
-    start = law.draw(like, generator)
-    settings = {"optimiser": "sgd", "schedule": "constant", "learning_rate": RATES[scaling], "steps": STEPS}
-    trained = finite.train(problem, widths, scaling=scaling, start=start, record_every=STEPS, **settings)
-    moved = Displacement.between(start, trained.network)
-    goal = predict(moved, law, problem.inputs)
-
-    def error(arm: str) -> float:
-        networks = (ARMS[arm](moved, law, start, generator) for _ in range(DRAWS[arm]))
-        return float(torch.stack([_squared(network(problem.inputs), goal) for network in networks]).mean())
-
-    return {arm: error(arm) for arm in ARMS}
-
-
-def _squared(outputs: Tensor, goal: Tensor) -> Tensor:
-    return (outputs.detach() - goal).square().mean()
-
-
 def _slopes(setting: Setting, arms: Sequence[str], scaling: str) -> tuple[list[Slope], tuple[Series, ...], str]:
     slopes, series, texts = [], [], []
-    for depth, widths in WIDTHS.items():
+    for depth, every in WIDTHS.items():
         for arm in arms:
             errors = _errors(setting, depth, scaling)[arm]
-            slopes.append(slope(list(widths), errors, setting.derived_seed(161, depth)))
+            slopes.append(slope(list(every), errors, setting.derived_seed(161, depth)))
             means = [float(np.mean(each)) for each in errors]
-            series.append(Series(f"{arm}, L = {depth}", [float(m) for m in widths], means))
+            series.append(Series(f"{arm}, L = {depth}", [float(m) for m in every], means))
             texts.append(f"{arm}, L = {depth}: {slopes[-1]}")
     return slopes, tuple(series), "slopes of " + "; ".join(texts)
 

@@ -51,7 +51,7 @@ class Classifier(Settings):
         images).
     network, width: "mlp" (two hidden layers of `width` units), "cnn", "vgg11" and so on, "residual" or, with batch
         norm, "residual_bn" and the deeper "resnet18", see `finite`.  activation: of all layers.  scale: factor of the
-        weights of the start.  penalty, strength, loss: as in Recipe.
+        weights of the start.  penalty, strength, loss: as in Recipe.  learning_rate: None is the preset's.
     labels: "true", or "permuted" among the training images (the permutation drawn from the seed).
     seed: of the start, the batches and the permutation.
     preset: "default" (Recipe's defaults, milestones at 2/3 and 13/15 of the epochs) or "authors" (Recipe.authors for
@@ -70,6 +70,7 @@ class Classifier(Settings):
     loss: Annotated[str, choice(LOSSES)] = "cross_entropy"
     penalty: WeightPenalty = "l12"
     strength: Annotated[float, nonnegative] = 1.0
+    learning_rate: Annotated[float | None, positive] = None
     labels: Annotated[str, choice(LABELS)] = "true"
     seed: Annotated[int, at_least(0)] = 0
     epochs: Annotated[int, at_least(1)] = 30
@@ -86,12 +87,13 @@ class Classifier(Settings):
 
     @property
     def recipe(self) -> Recipe:
+        changes: dict[str, Any] = {"epochs": self.epochs, "loss": self.loss}
+        if self.learning_rate is not None:
+            changes["learning_rate"] = self.learning_rate
         if self.preset == "authors":
-            return replace(Recipe.authors(self.penalty, self.strength), epochs=self.epochs, loss=self.loss)
+            return replace(Recipe.authors(self.penalty, self.strength), **changes)
         milestones = tuple(round(share * self.epochs) for share in MILESTONES) if self.epochs >= 5 else ()
-        return Recipe(
-            epochs=self.epochs, milestones=milestones, penalty=self.penalty, strength=self.strength, loss=self.loss
-        )
+        return Recipe(milestones=milestones, penalty=self.penalty, strength=self.strength, **changes)
 
     def images(self) -> Images:
         return _images(self.data, self.pool, self.samples, self.split, self.dtype, self.device, data.stamp(self.data))

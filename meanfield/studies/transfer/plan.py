@@ -16,6 +16,7 @@ from meanfield.bench.sweep import Cell
 from meanfield.studies.transfer.tasks import METHODS
 
 WIDTHS = {"mlp": 64, "cnn": 16, "residual": 8, "residual_bn": 8, "resnet18": 64}  # others: 8
+RATE = 0.05  # of "regimes": small starts leave their plateau within the shorter training
 PREDICTED = ("mlp", "cnn")  # chains, for which `transfer.predict` is
 GROUPS = {"two tasks": ((0, 1, 2, 3, 4), (5, 6, 7, 8, 9)), "five tasks": ((0, 1), (2, 3), (4, 5), (6, 7), (8, 9))}
 
@@ -112,8 +113,8 @@ SIZES = {
         scales=(0.3, 0.6, 1.0),
         lengths=(10, 60),
         factors=(1.0, 3.0, 10.0),
-        trainings=1,
-        starts=10,
+        trainings=3,
+        starts=20,
         sampled={1: (16, 64, 256), 2: (16, 48, 144)},
         runs=8,
         steps=("mlp", "cnn"),
@@ -199,7 +200,7 @@ def regimes(subject: Subject, sizes: Sizes, seed: int) -> list[Cell]:
     for base in subject.named(tuple(sizes.regimes)):
         widths = sizes.regimes.get(base.network, (base.width,)) if subject.width is None else (subject.width,)
         for width, scale, epochs, number in product(widths, sizes.scales, sizes.lengths, range(sizes.trainings)):
-            trained = ended(base.variant(width=width, scale=scale, seed=seed + number), epochs)
+            trained = ended(base.variant(width=width, scale=scale, learning_rate=RATE, seed=seed + number), epochs)
             names = {"network": base.network, "width": width, "scale": scale, "epochs": epochs, "seed": trained.seed}
             cells.append(_cell([trained], names, alphas=list(sizes.factors), draws=sizes.starts))
     return cells
