@@ -549,9 +549,10 @@ def scatter(
     *,
     log: Collection[str] = (),
     columns: int = 3,
+    diagonal: bool = False,
 ) -> Figure:
     """Points (x, y), a panel per title and a look per label, one legend under all.  x: title -> name of its axis; log:
-    titles of panels with a logarithmic x.
+    titles of panels with a logarithmic x; diagonal: y = x, where an account x of y is right.
     """
     figure, grid = _panels(len(panels), 5.0, columns)
     colors = (BLUE, RED, GREEN, ORANGE, PURPLE, GREY)
@@ -561,6 +562,8 @@ def scatter(
             place = labels.index(label)
             style = {"color": colors[place % 6], "marker": "os^Dv*PX<>"[place // 6 + place % 6]}
             axes.scatter(*zip(*points), s=34, alpha=0.8, linewidths=0, label=plain(label), **style)
+        if diagonal:
+            axes.axline((0, 0), slope=1, color=GREY, ls=":", lw=1.5)
         _dress(axes, x[title], y if index % columns == 0 else "")
         if title in log:
             axes.set_xscale("log")

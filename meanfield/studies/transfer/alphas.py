@@ -25,8 +25,8 @@ def alphas(cell: Cell, store: str) -> list[Row]:
     division, memorised = divided(mine.classifier), divided(permuted.classifier).training
     draws = [Draw.of(mine, number, other, permuted) for number in range(cell["draws"])]
     rows = []
-    for (arm, make), alpha in product(ARMS.items(), cell["alphas"]):
-        made = [make(mine, draw, alpha) for draw in (draws[:1] if arm in FIXED else draws)]
+    for arm, alpha in product(ARMS, cell["alphas"]):
+        made = [ARMS[arm](mine, draw, alpha) for draw in (draws[:1] if arm in FIXED else draws)]
         networks = [mine.at(parameters) for parameters in made if parameters is not None]
         row = {**cell["names"], "arm": arm, "alpha": alpha}
         if networks:

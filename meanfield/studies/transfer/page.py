@@ -1,3 +1,279 @@
 """The sections of the transfer study's page: sentences that carry their figures, pictures, small tables."""
 
 from __future__ import annotations
+
+from typing import Any
+
+from meanfield.bench.study import Found
+from meanfield.bench.sweep import Row, Rows, Tables, groups, select
+from meanfield.pages.html import Details, Figure, Section, Table
+from meanfield.pages.words import capital, count, listed, scientific, two
+from meanfield.studies.transfer.arms import ARMS
+from meanfield.studies.transfer.pictures import FIGURES, SCALINGS
+from meanfield.studies.transfer.plan import PREDICTED
+from meanfield.studies.transfer.summary import FIGURES as JUDGED
+from meanfield.studies.transfer.summary import NEAR, at, points
+
+ACCOUNTS = {
+    "I": "that the start does not matter",
+    "R": "that the sum is the trained network with noise",
+    "P": "that the sum is the displacement's network with an independent start",
+}
+
+LIMITS = Section(
+    "What this does not say",
+    [
+        "Digits of 8x8 pixels are easy, and the networks small. Where a figure depends on the size of the start, on "
+        "the epochs or on the width, it is shown over them; for other data and recipes it has to be measured anew.",
+        "The prediction is exact over starts for one hidden layer; beyond it rests on many channels, and maxima of "
+        "pooling windows are approximated. It is made for chains of layers: batch norm divides every channel by a "
+        "deviation of its own, which does not concentrate as the width grows, and is refused.",
+        "That the union of networks has the outputs of their ensemble is an identity, and no merit of the networks. "
+        "What its reduction loses was measured on the images that it was reduced on and on held-out ones of the same "
+        "kind.",
+    ],
+)
+
+
+def claim(found: Found) -> str:
+    sentences = [_prediction_text(found["regimes"])] if "regimes" in found else []
+    return " ".join(filter(None, sentences)) or "What of a training survives another start, a fusion, and another task."
+
+
+def _prediction_text(rows: Rows) -> str:
+    said = []
+    for network in PREDICTED:
+        predicted, literal = (at(rows, network=network, gap=gap) for gap in ("P", "R"))
+        if predicted and literal:
+            said.append(
+                f"{points(predicted['mean'])} points for {network} over {count(predicted['cells'], 'cell')}, where the "
+                f"trained network with noise is off by {points(literal['mean'])}"
+            )
+    if not said:
+        return ""
+    return (
+        f"A prediction that draws no start is off by {'; '.join(said)} (means of absolute differences, 95% intervals)."
+    )
+
+
+def train(found: Found, tables: Tables) -> Section:
+    rows = tables["train"]
+    text = (
+        f"{capital(count(len(rows), 'network'))}, by kind: their accuracies at the end of training, in per cent, "
+        "means. Permuted labels are trained until they fit; the first column is on the labels that were trained on."
+    )
+    head = ["network", "labels", "width", "scale of the start", "epochs", "networks", "trained on", "held out"]
+    table = [
+        [*kind, len(each), *(_mean(each, name) for name in ("train_accuracy", "held_out_accuracy"))]
+        for kind, each in groups(rows, "network", "labels", "width", "scale", "epochs").items()
+    ]
+    return Section("Networks", [Details(text, Table(head, table))])
+
+
+def _mean(rows: Rows, name: str) -> str:
+    return f"{100 * sum(row[name] for row in rows) / len(rows):.1f}"
+
+
+def alphas(found: Found, tables: Tables) -> Section:
+    rows = found["alphas"]
+    trainings = max(row["trainings"] for row in rows)
+    text = (
+        "What a training moved, Delta, times alpha, on another start of the same law. Own start: theta_0 + alpha "
+        "Delta; fresh: theta_0' + alpha Delta, which at alpha = 0 is the start alone; zero: alpha Delta; trained, "
+        "scaled: alpha theta_T; literal noise: alpha theta_T with noise of the norm of theta_0' - alpha theta_0, "
+        f"tensor by tensor. Means over {count(trainings, 'training')} with 95% intervals."
+    )
+    controls = (
+        "Controls: Delta dealt anew among the particles of its own start, with neighbouring layers in step or not; "
+        "that of a training on permuted labels, on a fresh start; noise of the start's norm in place of a fresh start; "
+        "noise of Delta's norm in place of Delta."
+    )
+    sums = "The original start added back to a fresh one, and two trained networks added: theta_A + alpha theta_B."
+    items: list[Any] = [text, _at_one(rows)]
+    items += [Figure("alphas_arms_held_out_accuracy", "Accuracy on held-out images over alpha.", wide=True), controls]
+    items += [Figure("alphas_controls_held_out_accuracy", "The same, of the controls.", wide=True), sums]
+    items += [Figure("alphas_sums_held_out_accuracy", "The same, of sums of networks.", wide=True)]
+    for figure, name in FIGURES.items():
+        if figure != "held_out_accuracy":
+            items += [
+                Figure(f"alphas_{arms}_{figure}", f"{capital(name)}.", wide=True) for arms in ("arms", "controls")
+            ]
+    return Section("Other starts", [*items, Details("All figures", _all(rows))])
+
+
+def _at_one(rows: Rows) -> Table:
+    """Accuracies at alpha = 1 and at the largest one, per network and arm."""
+    last = max(row["alpha"] for row in rows)
+    networks = list(groups(rows, "network"))
+    head = ["accuracy, held out, %", *(f"{name}, alpha = {alpha:g}" for (name,) in networks for alpha in (1, last))]
+    table = []
+    for arm in (*ARMS, "predicted"):
+        entries = [at(rows, network=name, arm=arm, alpha=alpha) for (name,) in networks for alpha in (1.0, last)]
+        if any(entries):
+            table.append([arm, *(None if row is None else points(row["held_out_accuracy"]) for row in entries)])
+    return Table(head, table)
+
+
+def _all(rows: Rows) -> Table:
+    head = ["network", "arm", "alpha", *(FIGURES[name] for name in JUDGED), "on the labels it memorised"]
+    table = [
+        [row["network"], row["arm"], row["alpha"], *(row.get(name) for name in (*JUDGED, "memorised_accuracy"))]
+        for row in rows
+    ]
+    return Table(head, table)
+
+
+def chosen(found: Found, tables: Tables) -> Section:
+    text = (
+        "The factor that is best on the validation images, training by training, and the accuracy on held-out images "
+        "there, in per cent."
+    )
+    head = ["network", "arm", "alpha chosen", "accuracy, held out", "at alpha = 1"]
+    table = [
+        [
+            row["network"],
+            row["arm"],
+            ", ".join(f"{alpha:g}" for alpha in row["alphas"]),
+            points(row["accuracy"]),
+            None if row["at_one"] is None else points(row["at_one"]),
+        ]
+        for row in found["chosen"]
+    ]
+    return Section("The best factor", [text, Table(head, table)])
+
+
+def regimes(found: Found, tables: Tables) -> Section:
+    rows = found["regimes"]
+    text = (
+        "Three gaps, each zero by one account: I = own start - fresh start, by the account that the start does not "
+        "matter; R = fresh start - literal noise, that the sum is the trained network with noise; P = fresh start - "
+        "predicted, that it is the displacement's network with an independent start of which only the law is known. A "
+        f"cell is one training and one alpha, its interval over {_draws(tables)} fresh starts, each paired with noise "
+        "of its norm."
+    )
+    near = f"within {100 * NEAR:g} points"
+    head = [
+        "network",
+        "gap",
+        "cells",
+        "mean absolute gap, points",
+        "largest",
+        f"cells {near}",
+        "cells whose interval holds zero",
+        "all cells near below |theta_0| / |alpha Delta| =",
+    ]
+    table = [
+        [
+            row["network"],
+            row["gap"],
+            row["cells"],
+            points(row["mean"]),
+            f"{100 * row['largest']:.1f}",
+            row["near"],
+            row["zero_inside"],
+            None if row["near_below_ratio"] is None else two(row["near_below_ratio"]),
+        ]
+        for row in rows
+    ]
+    caption = "The three gaps of every cell over the size of the start against that of the displacement."
+    items: list[Any] = [text, _verdict(rows), Figure("gaps", caption, wide=True)]
+    if select(rows, gap="P"):
+        caption = "What each account says of a fresh start, against what fresh starts do; a point per cell."
+        items.append(Figure("predicted", caption, wide=True))
+    return Section("Who is right where", [*items, Table(head, table), Details("All cells", _cells(tables["regimes"]))])
+
+
+def _draws(tables: Tables) -> int:
+    return max(row["draws"] for row in tables["regimes"])
+
+
+def _verdict(rows: Rows) -> str:
+    """One sentence per network."""
+    sentences = []
+    for (network,), each in groups(rows, "network").items():
+        parts = []
+        for row in each:
+            ratio = row["near_below_ratio"]
+            where = (
+                "" if ratio is None else f", all of those with |theta_0| / |alpha Delta| below {two(ratio)} among them"
+            )
+            if not row["near"]:
+                where = ""
+            parts.append(f"{ACCOUNTS[row['gap']]} in {row['near']} of {row['cells']} cells{where}")
+        sentences.append(f"{capital(network)}: to within {100 * NEAR:g} points it is right {listed(parts)}.")
+    return " ".join(sentences)
+
+
+def _cells(rows: Rows) -> Table:
+    head = [
+        "network",
+        "width",
+        "scale",
+        "epochs",
+        "seed",
+        "alpha",
+        "|theta_0| / |Delta|",
+        "own",
+        "fresh",
+        "literal",
+        "predicted",
+        "I",
+        "R",
+        "P",
+    ]
+    return Table(head, [[*_cell(row)] for row in rows])
+
+
+def _cell(row: Row) -> list[Any]:
+    kept = [row[name] for name in ("network", "width", "scale", "epochs", "seed", "alpha")]
+    accuracies = [
+        f"{100 * row[name]:.1f}" if name in row else None for name in ("own", "fresh", "literal", "predicted")
+    ]
+    gaps = [
+        f"{100 * row[gap]:.1f} ({100 * row[gap + '_low']:.1f} to {100 * row[gap + '_high']:.1f})"
+        if gap in row
+        else None
+        for gap in ACCOUNTS
+    ]
+    return [*kept, two(row["ratio"]), *accuracies, *gaps]
+
+
+def widths(found: Found, tables: Tables) -> Section:
+    rows = found["widths"]
+    text = (
+        "Particle networks of one and two layers of tanh, trained in two scalings, and the squared distance of each "
+        "arm from the function predicted without a start. In the mean-field scaling a fresh start and Delta dealt anew "
+        "come to it like 1/m; the own start does not, for displacement and start depend on each other; nor does "
+        "anything in the standard scaling, where the start's own output does not vanish."
+    )
+    head = ["scaling", "layers", "arm", "slope over the width", "relative to the prediction at the largest width"]
+    table = [[SCALINGS[row["scaling"]], row["depth"], row["arm"], str(row["slope"]), row["relative"]] for row in rows]
+    items: list[Any] = [text, Table(head, table)]
+    if len({row["width"] for row in tables["widths"]}) > 1:
+        items.insert(1, Figure("widths", "Squared distance from the prediction, a point per training.", wide=True))
+    return Section("The limit of width", items)
+
+
+def steps(found: Found, tables: Tables) -> Section:
+    rows = found["steps"]
+    apart = max((row["apart"] for row in rows if row["apart"] is not None), default=0.0)
+    text = (
+        "Another start follows a training step by step. Open loop: it is given every step as it was, and ends at its "
+        f"start + Delta, here to {scientific(apart)} of the largest parameter. Closed loop: steps come from its own "
+        "errors, sent backward through the weights of the training that it follows. Random feedback: through fixed "
+        "random weights. Agreement is the share of entries that a step moves as the network's own gradient would; one "
+        "half is chance."
+    )
+    head = ["network", "rule", "trainings", "accuracy, training images, %", "held out, %", "agreement"]
+    table = [
+        [
+            row["network"],
+            row["rule"],
+            row["trainings"],
+            points(row["train_accuracy"]),
+            points(row["held_out_accuracy"]),
+            row["agreement"],
+        ]
+        for row in rows
+    ]
+    return Section("Step by step", [text, Table(head, table)])

@@ -1,3 +1,104 @@
 """The pictures of the transfer study."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from meanfield.bench.sweep import Rows, Tables, groups, select
+from meanfield.pages import plotting
+from meanfield.pages.plotting import Band, Curve
+from meanfield.studies.transfer import summary
+from meanfield.studies.transfer.widths import ARMS as PARTICLE_ARMS
+
+ARMS = {
+    "arms": ("own start", "fresh start", "zero start", "trained, scaled", "literal noise", "predicted"),
+    "controls": (
+        "fresh start",
+        "shuffled",
+        "layers shuffled apart",
+        "permuted labels",
+        "noise as start",
+        "noise as displacement",
+    ),
+    "sums": ("own start", "fresh start", "start added back", "two trained"),
+}
+FIGURES = {
+    "held_out_accuracy": "accuracy, held out",
+    "held_out_loss": "loss, held out",
+    "train_accuracy": "accuracy, training images",
+    "train_loss": "training loss",
+}
+GAPS = {
+    "I": "I: own start - fresh start",
+    "R": "R: fresh start - literal noise",
+    "P": "P: fresh start - predicted",
+}
+SCALINGS = {"mean_field": "mean-field scaling", "standard": "standard scaling"}
+
+
+def alphas(tables: Tables, arms: str, figure: str) -> Any:
+    """A figure over alpha, a panel per network."""
+    found = [row for row in summary.alphas(tables["alphas"]) if figure in row]
+    panels = {
+        network: [_band(select(each, arm=arm), arm, figure) for arm in ARMS[arms] if select(each, arm=arm)]
+        for (network,), each in groups(found, "network").items()
+    }
+    log = list(panels) if figure.endswith("loss") else []
+    return plotting.bands(panels, "alpha", FIGURES[figure], log=log)
+
+
+def _band(rows: Rows, arm: str, figure: str) -> Band:
+    values = [row[figure] for row in rows]
+    places = [f"{row['alpha']:g}" for row in rows]
+    return Band(arm, places, *([getattr(each, end) for each in values] for end in ("value", "low", "high")))
+
+
+def gaps(tables: Tables) -> Any:
+    """I, R and P over |theta_0| / |Delta|, a point per cell."""
+    panels, rows = {}, tables["regimes"]
+    for gap, title in GAPS.items():
+        there = [row for row in rows if gap in row]
+        if there:
+            panels[title] = {
+                f"{network}, alpha = {alpha:g}": [(row["ratio"], 100 * row[gap]) for row in each]
+                for (network, alpha), each in groups(there, "network", "alpha").items()
+            }
+    ratio = "|theta_0| / |Delta|"
+    return plotting.scatter(panels, dict.fromkeys(panels, ratio), "points of accuracy", log=list(panels))
+
+
+def predicted(tables: Tables) -> Any:
+    """What is said of a fresh start against what it does, a point per cell: predicted, literal noise, own start."""
+    rows = [row for row in tables["regimes"] if "predicted" in row]
+    if not rows:
+        return None
+    kinds = {"predicted": "predicted, no start drawn", "literal": "literal noise", "own": "own start"}
+    panels = {
+        title: {
+            network: [(100 * row[name], 100 * row["fresh"]) for row in each]
+            for (network,), each in groups(rows, "network").items()
+        }
+        for name, title in kinds.items()
+    }
+    axis = dict.fromkeys(panels, "accuracy by this account, %")
+    return plotting.scatter(panels, axis, "accuracy on fresh starts, %", diagonal=True)
+
+
+def widths(tables: Tables) -> Any:
+    """Squared distance from the prediction over the width; None for one width alone."""
+    rows = tables["widths"]
+    if len({row["width"] for row in rows}) < 2:
+        return None
+    panels = {
+        f"{SCALINGS[scaling]}, L = {depth}": [_curve(select(each, arm=arm), arm) for arm in PARTICLE_ARMS]
+        for (scaling, depth), each in groups(rows, "scaling", "depth").items()
+    }
+    return plotting.rates(panels, "squared distance from the prediction", guide=-1)
+
+
+def _curve(rows: Rows, arm: str) -> Curve:
+    samples: dict[int, Sequence[float]] = {
+        width: [row["error"] for row in each] for (width,), each in groups(rows, "width").items()
+    }
+    return Curve(arm, samples, "mean")

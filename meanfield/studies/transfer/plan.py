@@ -14,9 +14,11 @@ from typing import Any
 from meanfield.bench.classifiers import Classifier
 from meanfield.bench.sweep import Cell
 from meanfield.studies.transfer.tasks import METHODS
+from meanfield.validation import Misuse
 
 WIDTHS = {"mlp": 64, "cnn": 16, "residual": 8, "residual_bn": 8, "resnet18": 64}  # others: 8
 RATE = 0.05  # of "regimes": small starts leave their plateau within the shorter training
+PERMUTED_RATES = {"mlp": 0.05, "cnn": 0.05}  # at which permuted labels are fitted; of deeper networks the preset's
 PREDICTED = ("mlp", "cnn")  # chains, for which `transfer.predict` is
 GROUPS = {"two tasks": ((0, 1, 2, 3, 4), (5, 6, 7, 8, 9)), "five tasks": ((0, 1), (2, 3), (4, 5), (6, 7), (8, 9))}
 
@@ -106,8 +108,8 @@ SIZES = {
         epochs=30,
         permuted_epochs=150,
         networks=("mlp", "cnn", "vgg11", "residual", "residual_bn"),
-        seeds=3,
-        draws=2,
+        seeds=5,
+        draws=4,
         alphas=(0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 5.0, 10.0),
         regimes={"mlp": (16, 64, 128), "cnn": (16,)},
         scales=(0.3, 0.6, 1.0),
@@ -171,6 +173,14 @@ SIZES = {
 }
 
 
+def check(subject: Subject, plan: Mapping[str, Sequence[Cell]]) -> None:
+    """Refuse images that leave too few to choose by and to be judged on."""
+    left = len(subject.base.images().held_out)
+    if left < 2:
+        remedy = f"leaves {left} of {subject.base.samples + left} images: at least one to choose by, and one held out"
+        raise Misuse("samples", subject.base.samples, remedy)
+
+
 def train(cells: Sequence[Cell]) -> list[Cell]:
     """The networks that the cells need, each once, in the order of first need."""
     return list({str(each): each for cell in cells for each in cell.get("networks", ())}.values())
@@ -187,7 +197,8 @@ def alphas(subject: Subject, sizes: Sizes, seed: int) -> list[Cell]:
     for base, number in product(subject.named(sizes.networks), range(sizes.seeds)):
         mine = ended(base.variant(seed=2 * (seed + number)), sizes.epochs)
         other = mine.variant(seed=mine.seed + 1)
-        permuted = ended(mine.variant(labels="permuted"), sizes.permuted_epochs)
+        rate = PERMUTED_RATES.get(base.network)
+        permuted = ended(mine.variant(labels="permuted", learning_rate=rate), sizes.permuted_epochs)
         names = {"network": base.network, "seed": mine.seed}
         settings = {"alphas": list(sizes.alphas), "draws": sizes.draws}
         cells.append(_cell([mine, other, permuted], names, **settings))

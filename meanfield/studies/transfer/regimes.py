@@ -28,10 +28,8 @@ def regimes(cell: Cell, store: str) -> list[Row]:
     cell: networks (one training), alphas, draws.  ratio: |theta_0| / |Delta|.
     """
     trained = Trained.of(Classifier.from_dict(cell["networks"][0]), store)
-    return [
-        {**cell["names"], "alpha": alpha, "ratio": trained.ratio, **_gaps(trained, alpha, cell["draws"])}
-        for alpha in cell["alphas"]
-    ]
+    named = {**cell["names"], "draws": cell["draws"], "ratio": trained.ratio}
+    return [{**named, "alpha": alpha, **_gaps(trained, alpha, cell["draws"])} for alpha in cell["alphas"]]
 
 
 def _gaps(trained: Trained, alpha: float, draws: int) -> Row:
