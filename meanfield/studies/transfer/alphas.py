@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import product
 from statistics import fmean
 
 from meanfield import transfer
@@ -25,11 +24,13 @@ def alphas(cell: Cell, store: str) -> list[Row]:
     division, memorised = divided(mine.classifier), divided(permuted.classifier).training
     draws = [Draw.of(mine, number, other, permuted) for number in range(cell["draws"])]
     rows = []
-    for arm, alpha in product(ARMS, cell["alphas"]):
-        made = [ARMS[arm](mine, draw, alpha) for draw in (draws[:1] if arm in FIXED else draws)]
-        networks = [mine.at(parameters) for parameters in made if parameters is not None]
-        row = {**cell["names"], "arm": arm, "alpha": alpha}
-        if networks:
+    for arm, make in ARMS.items():
+        for alpha in cell["alphas"]:
+            made = [make(mine, draw, alpha) for draw in (draws[:1] if arm in FIXED else draws)]
+            networks = [mine.at(parameters) for parameters in made if parameters is not None]
+            if not networks:
+                continue
+            row = {**cell["names"], "arm": arm, "alpha": alpha}
             row |= _means([scores(network, division) for network in networks])
             if arm == "permuted labels":
                 row["memorised_accuracy"] = fmean(evaluate(network, *memorised).accuracy for network in networks)

@@ -35,8 +35,8 @@ def chosen(rows: Rows) -> list[Row]:
         best = [max(same, key=lambda row: row["validation_accuracy"]) for same in groups(each, "seed").values()]
         ones = select(each, alpha=1.0)
         row: Row = {"network": network, "arm": arm, "alphas": [row["alpha"] for row in best]}
-        row["accuracy"] = mean([row["held_out_accuracy"] for row in best])
-        row["at_one"] = mean([row["held_out_accuracy"] for row in ones]) if ones else None
+        row["accuracy"] = share([row["held_out_accuracy"] for row in best])
+        row["at_one"] = share([row["held_out_accuracy"] for row in ones]) if ones else None
         found.append(row)
     return found
 
@@ -88,11 +88,21 @@ def steps(rows: Rows) -> list[Row]:
     found = []
     for (network, rule), each in groups(rows, "network", "rule").items():
         row: Row = {"network": network, "rule": rule, "trainings": len(each)}
-        row |= {name: mean([one[name] for one in each]) for name in ("train_accuracy", "held_out_accuracy")}
+        row |= {name: share([one[name] for one in each]) for name in ("train_accuracy", "held_out_accuracy")}
         row["agreement"] = mean([one["agreement"] for one in each]) if "agreement" in each[0] else None
         row["apart"] = max(one["apart"] for one in each) if "apart" in each[0] else None
         found.append(row)
     return found
+
+
+def share(values: Sequence[float]) -> Interval:
+    """Mean of shares with Student's interval, as far as it lies in [0, 1]."""
+    found = mean(values)
+    return Interval(found.value, max(found.low, 0.0), min(found.high, 1.0)) if found.bounded else found
+
+
+def _mean(values: Sequence[float], name: str) -> Interval:
+    return share(values) if name.endswith("accuracy") else mean(values)
 
 
 def points(interval: Interval) -> str:
