@@ -85,6 +85,11 @@ COMMANDS = {
             "landscape",
         ),
         Command(
+            "transfer",
+            ("-m", "meanfield.cli", "transfer", "--size=quick", "--part=alphas", "--network=cnn", "--jobs=2"),
+            "transfer",
+        ),
+        Command(
             "theory_checks",
             ("-m", "theory_checks", "--only=change_of_variables", "--only=invariances", "--seeds=3", "--jobs=2"),
             "theory_checks",

@@ -30,6 +30,7 @@ COMMANDS = [
     (cli.main, "widths", "meanfield.studies.widths"),
     (cli.main, "graft", "meanfield.studies.grafting"),
     (cli.main, "landscape", "meanfield.studies.landscape"),
+    (cli.main, "transfer", "meanfield.studies.transfer"),
     *((benchmarks.main, name, f"benchmarks.{name}") for name in BENCHMARKS),
 ]
 
@@ -120,7 +121,7 @@ def test_what_is_missing_is_not_said_to_be_all(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "words", list(itertools.product(["solve", "widths", "graft", "landscape"], ["--nosuch", "--sampels=3"]))
+    "words", list(itertools.product(["solve", "widths", "graft", "landscape", "transfer"], ["--nosuch", "--sampels=3"]))
 )
 def test_an_unknown_option_is_refused_by_name(words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -68,6 +68,7 @@ COMMANDS = [
     ("widths", cli.main, ["--size=quick", "--part=kernel", "--jobs=1"], "widths.html"),
     ("graft", cli.main, ["--size=quick", "--part=across", "--jobs=1"], "graft.html"),
     ("landscape", cli.main, ["--size=quick", "--part=trajectory", "--jobs=1"], "landscape.html"),
+    ("transfer", cli.main, ["--size=quick", "--part=widths", "--jobs=1"], "transfer.html"),
     ("theory_checks", checks, ["--only=change_of_variables", "--jobs=1"], "index.html"),
     ("flow", benchmarks, [], "flow.json"),
 ]
@@ -208,7 +209,7 @@ def test_no_command_costs_an_import_before_it_is_asked_for():
     code = "import sys; from meanfield import cli; cli.main(['--help']); sys.exit('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert all(name in done.stdout for name in ("solve", "widths", "graft", "landscape"))
+    assert all(name in done.stdout for name in ("solve", "widths", "graft", "landscape", "transfer"))
 
 
 def test_the_package_is_the_command():
@@ -277,13 +278,13 @@ def zoo(tmp_path):
     return tmp_path / "zoo"
 
 
-@pytest.mark.parametrize("command", ["solve", "widths", "graft", "landscape"])
+@pytest.mark.parametrize("command", ["solve", "widths", "graft", "landscape", "transfer"])
 @pytest.mark.parametrize("place", [".", "runs/digits"])
 def test_a_result_is_not_written_among_the_images(command, place, zoo, monkeypatch):
     """The folder of the result was made first and read as a class without images."""
     monkeypatch.chdir(zoo)
     before = sorted(zoo.rglob("*"))
-    classes = () if command in ("graft", "landscape") else ("--classes", "all")
+    classes = () if command in ("graft", "landscape", "transfer") else ("--classes", "all")
     ended = run(command, "--data", ".", *classes, "--out", place)
     assert ended.exit_code == 2
     assert ended.stderr == f"error: --out={place!r} lies in the directory of images --data='.'; give one outside it\n"
