@@ -15,9 +15,9 @@ from meanfield.studies.transfer.summary import FIGURES as JUDGED
 from meanfield.studies.transfer.summary import NEAR, at, points
 
 ACCOUNTS = {
-    "I": "that the start does not matter",
-    "R": "that the sum is the trained network with noise",
-    "P": "that the sum is the displacement's network with an independent start",
+    "I": "the start does not matter",
+    "R": "the sum is the trained network with noise",
+    "P": "it is what is predicted without a start",
 }
 
 LIMITS = Section(
@@ -188,20 +188,17 @@ def _draws(tables: Tables) -> int:
 
 
 def _verdict(rows: Rows) -> str:
-    """One sentence per network."""
+    """Who is right where: a sentence per network."""
     sentences = []
     for (network,), each in groups(rows, "network").items():
-        parts = []
-        for row in each:
-            ratio = row["near_below_ratio"]
-            where = (
-                "" if ratio is None else f", all of those with |theta_0| / |alpha Delta| below {two(ratio)} among them"
-            )
-            if not row["near"]:
-                where = ""
-            parts.append(f"{ACCOUNTS[row['gap']]} in {row['near']} of {row['cells']} cells{where}")
-        sentences.append(f"{capital(network)}: to within {100 * NEAR:g} points it is right {listed(parts)}.")
+        parts = [f"{ACCOUNTS[row['gap']]} in {row['near']} of {row['cells']} cells{_where(row)}" for row in each]
+        sentences.append(f"To within {100 * NEAR:g} points, of {network}, {listed(parts)}.")
     return " ".join(sentences)
+
+
+def _where(row: Row) -> str:
+    ratio = row["near_below_ratio"]
+    return f" (all where |theta_0| / |alpha Delta| is below {two(ratio)})" if ratio is not None and row["near"] else ""
 
 
 def _cells(rows: Rows) -> Table:
