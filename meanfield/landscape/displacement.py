@@ -36,7 +36,7 @@ RIDGE = 1e-3
 Signals = list[tuple[Tensor, Tensor, Tensor]]  # batch by batch, of the joined, the first and the second network
 
 
-class Displacement:
+class DisplacementPath:
     """The path between two networks as a function of t in [0, 1]; widths may differ.
 
     images: batches of inputs, on which features are compared and kernels fitted.  The signals of all of them at one

@@ -14,7 +14,7 @@ from meanfield.finite.statistics import recompute
 from meanfield.fusion import Channels, Ensemble, matched
 from meanfield.fusion.channels import copied
 from meanfield.grafting.graft import frozen
-from meanfield.landscape.displacement import Displacement
+from meanfield.landscape.displacement import DisplacementPath
 from meanfield.landscape.straight import require_line, straight
 from meanfield.network import ParticleNetwork
 from meanfield.subject import Network
@@ -29,7 +29,7 @@ def path(first: Network, second: Network, how: str, images: Sequence[Tensor], ri
     if how == "mixture":
         return _mixture(first, second)
     if how == "displacement":
-        return Displacement(first, second, images, ridge)
+        return DisplacementPath(first, second, images, ridge)
     return _line(*(_matched(first, second, torch.cat(list(images))) if how == "matched" else (first, second)), images)
 
 

@@ -10,7 +10,7 @@ import meanfield as mf
 from meanfield import landscape, measures
 from meanfield.finite import residual
 from meanfield.finite.statistics import recompute
-from meanfield.landscape.displacement import Displacement
+from meanfield.landscape.displacement import DisplacementPath
 from meanfield.landscape.join import Joined
 from meanfield.landscape.paths import WAYS
 from meanfield.landscape.straight import straight
@@ -71,7 +71,7 @@ def test_a_path_leads_from_the_one_to_the_other(kind, how):
 def test_fitted_kernels_come_to_the_ends_continuously(kind):
     """At the ends there is nothing to fit; near them little."""
     for ridge in (0.0, 1e-3):
-        path = Displacement(*PAIRS[kind], [IMAGES], ridge)
+        path = DisplacementPath(*PAIRS[kind], [IMAGES], ridge)
         for t, end in zip((1e-7, 1 - 1e-7), PAIRS[kind]):
             torch.testing.assert_close(outputs(path(t)), outputs(end), rtol=1e-5, atol=1e-5)
 
@@ -124,7 +124,7 @@ def test_the_displacement_of_one_particle_is_known():
     """f_t = z_t x, wanted (1 - t) w_A z_A x + t w_B z_B x: the quotient less the line of kernels, over 1 + ridge."""
     (z, w, u), (y, v, r), ridge, t = (1.0, 2.0, -1.0), (3.0, 0.5, 2.0), 0.25, 0.3
     inputs = normal((7, 1, 1, 1), 0)
-    found = Displacement(single(z, w, u), single(y, v, r), [inputs[:4], inputs[4:]], ridge)(t)
+    found = DisplacementPath(single(z, w, u), single(y, v, r), [inputs[:4], inputs[4:]], ridge)(t)
     line = [(1 - t) * a + t * b for a, b in zip((z, w, u), (y, v, r))]
     second = line[1] + (((1 - t) * w * z + t * v * y) / line[0] - line[1]) / (1 + ridge)
     wanted = ((1 - t) * u * w * z + t * r * v * y) / (second * line[0])
@@ -135,12 +135,12 @@ def test_the_displacement_of_one_particle_is_known():
 
 def test_a_large_ridge_leaves_the_kernels_of_the_matched_line_and_none_the_wanted_preactivations():
     a, b = PAIRS["chain"]
-    path = Displacement(a, b, [IMAGES], 1e12)
+    path = DisplacementPath(a, b, [IMAGES], 1e12)
     for parameter, wanted in zip(path(0.3).parameters(), straight(a, path.second, 0.3).parameters()):
         if parameter.ndim > 1:  # biases are free
             torch.testing.assert_close(parameter, wanted, rtol=1e-8, atol=1e-8)
     few = IMAGES[:3]  # twelve positions for twenty unknowns and a bias
-    path = Displacement(a, b, [few], 0.0)
+    path = DisplacementPath(a, b, [few], 0.0)
     found = outputs(path(0.3)[:4], few)
     torch.testing.assert_close(found, 0.7 * outputs(a[:4], few) + 0.3 * outputs(path.second[:4], few))
 
@@ -148,7 +148,7 @@ def test_a_large_ridge_leaves_the_kernels_of_the_matched_line_and_none_the_wante
 def test_particles_split_into_clones_move_as_the_whole():
     a, b = particles(0), particles(1, (3, 6))
     clones = measures.split(a, 0, 2, torch.tensor([0.25, 0.75], dtype=torch.float64))
-    whole, parts = (Displacement(each, b, [IMAGES], 1e-2)(0.4) for each in (a, clones))
+    whole, parts = (DisplacementPath(each, b, [IMAGES], 1e-2)(0.4) for each in (a, clones))
     assert parts.widths[0] > whole.widths[0]
     torch.testing.assert_close(outputs(parts), outputs(whole), rtol=1e-9, atol=1e-10)
 
