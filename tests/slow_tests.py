@@ -61,4 +61,5 @@ SLOW = {
     "test_readme.py::test_the_example_runs_as_written",
     "test_readme.py::test_the_grafting_example_runs_as_written",
     "test_readme.py::test_the_landscape_example_runs_as_written",
+    "test_readme.py::test_the_transfer_example_runs_as_written",
 }

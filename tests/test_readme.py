@@ -51,6 +51,10 @@ def test_the_landscape_example_runs_as_written(tmp_path):
     assert "torch.Size([201, 201])" in printed
 
 
+def test_the_transfer_example_runs_as_written(tmp_path):
+    assert "Norm(start=" in run(blocks("python")[4], tmp_path)
+
+
 @pytest.mark.parametrize("example", blocks("python", EXTENDING + RANKS))
 def test_a_recipe_runs_as_written(example, tmp_path):
     assert run(example, tmp_path)
@@ -88,6 +92,7 @@ def test_files_named_in_the_text_exist():
         "docs/extending.md",
         "docs/ranks.md",
         "docs/studies/landscapes.md",
+        "docs/studies/transfer.md",
     ],
 )
 def test_links_lead_somewhere(page):

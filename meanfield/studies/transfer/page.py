@@ -124,22 +124,19 @@ def _all(rows: Rows) -> Table:
 
 
 def chosen(found: Found, tables: Tables) -> Section:
+    rows = found["chosen"]
     text = (
         "The factor that is best on the validation images, training by training, and the accuracy on held-out images "
         "there, in per cent."
     )
-    head = ["network", "arm", "alpha chosen", "accuracy, held out", "at alpha = 1"]
-    table = [
-        [
-            row["network"],
-            row["arm"],
-            ", ".join(f"{alpha:g}" for alpha in row["alphas"]),
-            points(row["accuracy"]),
-            None if row["at_one"] is None else points(row["at_one"]),
-        ]
-        for row in found["chosen"]
-    ]
-    return Section("The best factor", [text, Table(head, table)])
+    networks = [name for (name,) in groups(rows, "network")]
+    table = []
+    for (arm,), each in groups(rows, "arm").items():
+        entries = [at(each, network=name) for name in networks]
+        table.append([arm, *(None if row is None else points(row["accuracy"]) for row in entries)])
+    factors = [[row["network"], row["arm"], ", ".join(f"{alpha:g}" for alpha in row["alphas"])] for row in rows]
+    folded = Details("The factors", Table(["network", "arm", "alpha, training by training"], factors))
+    return Section("The best factor", [text, Table(["accuracy, held out, %", *networks], table), folded])
 
 
 def regimes(found: Found, tables: Tables) -> Section:
@@ -180,7 +177,25 @@ def regimes(found: Found, tables: Tables) -> Section:
     if select(rows, gap="P"):
         caption = "What each account says of a fresh start, against what fresh starts do; a point per cell."
         items.append(Figure("predicted", caption, wide=True))
+    items += _divisors(tables["regimes"])
     return Section("Who is right where", [*items, Table(head, table), Details("All cells", _cells(tables["regimes"]))])
+
+
+def _divisors(rows: Rows) -> list[str]:
+    """Why batch norm has no prediction."""
+    found = groups([row for row in rows if "divisors_most" in row], "width")
+    if not found:
+        return []
+    said = [
+        f"{two(min(row['divisors_least'] for row in each))} to {two(max(row['divisors_most'] for row in each))} of it "
+        f"at width {width}"
+        for (width,), each in found.items()
+    ]
+    return [
+        "Networks with batch norm have no prediction: over channels and starts of a layer the variance that a channel "
+        f"is divided by deviates from its mean by {listed(said)}. A law of the start does not say what that variance "
+        "is, and no width makes it a number."
+    ]
 
 
 def _draws(tables: Tables) -> int:

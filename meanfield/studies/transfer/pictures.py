@@ -94,7 +94,7 @@ def widths(tables: Tables) -> Any:
         f"{SCALINGS[scaling]}, L = {depth}": [_curve(select(each, arm=arm), arm) for arm in PARTICLE_ARMS]
         for (scaling, depth), each in groups(rows, "scaling", "depth").items()
     }
-    return plotting.rates(panels, "squared distance from the prediction", guide=-1)
+    return plotting.rates(panels, "squared distance", guide=-1)
 
 
 def _curve(rows: Rows, arm: str) -> Curve:

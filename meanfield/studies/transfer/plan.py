@@ -108,14 +108,14 @@ SIZES = {
         epochs=30,
         permuted_epochs=150,
         networks=("mlp", "cnn", "vgg11", "residual", "residual_bn"),
-        seeds=5,
-        draws=4,
+        seeds=3,
+        draws=2,
         alphas=(0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 5.0, 10.0),
-        regimes={"mlp": (16, 64, 128), "cnn": (16,)},
+        regimes={"mlp": (16, 64, 128), "cnn": (16,), "residual_bn": (8, 32)},
         scales=(0.3, 0.6, 1.0),
         lengths=(10, 60),
         factors=(1.0, 3.0, 10.0),
-        trainings=3,
+        trainings=2,
         starts=20,
         sampled={1: (16, 64, 256), 2: (16, 48, 144)},
         runs=8,
@@ -133,7 +133,7 @@ SIZES = {
         seeds=5,
         draws=4,
         alphas=(0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 5.0, 7.0, 10.0),
-        regimes={"mlp": (16, 64, 128, 256), "cnn": (8, 16, 32)},
+        regimes={"mlp": (16, 64, 128, 256), "cnn": (8, 16, 32), "residual_bn": (8, 32, 64)},
         scales=(0.1, 0.3, 0.6, 1.0),
         lengths=(10, 60),
         factors=(1.0, 3.0, 10.0),
@@ -206,11 +206,13 @@ def alphas(subject: Subject, sizes: Sizes, seed: int) -> list[Cell]:
 
 
 def regimes(subject: Subject, sizes: Sizes, seed: int) -> list[Cell]:
-    """A cell per training, over start scales, epochs and widths."""
+    """A cell per training, over start scales, epochs and widths; where nothing is predicted, over widths alone."""
     cells = []
     for base in subject.named(tuple(sizes.regimes)):
         widths = sizes.regimes.get(base.network, (base.width,)) if subject.width is None else (subject.width,)
-        for width, scale, epochs, number in product(widths, sizes.scales, sizes.lengths, range(sizes.trainings)):
+        known = base.network in PREDICTED
+        scales, lengths = (sizes.scales, sizes.lengths) if known else ((1.0,), sizes.lengths[-1:])
+        for width, scale, epochs, number in product(widths, scales, lengths, range(sizes.trainings)):
             trained = ended(base.variant(width=width, scale=scale, learning_rate=RATE, seed=seed + number), epochs)
             names = {"network": base.network, "width": width, "scale": scale, "epochs": epochs, "seed": trained.seed}
             cells.append(_cell([trained], names, alphas=list(sizes.factors), draws=sizes.starts))

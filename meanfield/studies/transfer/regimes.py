@@ -9,12 +9,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import nn
 
 from meanfield import transfer
 from meanfield.bench.classifiers import Classifier
 from meanfield.bench.sweep import Cell, Row
 from meanfield.finite import evaluate
+from meanfield.finite.statistics import norms
 from meanfield.rates import Interval, mean
 from meanfield.studies.transfer.arms import Draw, Trained, fresh, literal, own
 from meanfield.studies.transfer.judged import divided
@@ -23,7 +25,7 @@ from meanfield.studies.transfer.plan import PREDICTED
 
 def regimes(cell: Cell, store: str) -> list[Row]:
     """A row per alpha: accuracies on held-out images, and the gaps with intervals over the fresh starts, paired with
-    the noise of their norms.
+    the noise of their norms; of networks with batch norm `_divisors`.
 
     cell: networks (one training), alphas, draws.  ratio: |theta_0| / |Delta|.
     """
@@ -40,15 +42,30 @@ def _gaps(trained: Trained, alpha: float, draws: int) -> Row:
 
     known: dict[str, Any] = {"trained": accuracy(trained.at(trained.after))}
     drawn = [Draw.of(trained, number) for number in range(draws)]
+    on_fresh = [trained.at(fresh(trained, draw, alpha)) for draw in drawn]
     known["own"] = accuracy(trained.at(own(trained, drawn[0], alpha)))
-    on_fresh, noised = ([accuracy(trained.at(arm(trained, draw, alpha))) for draw in drawn] for arm in (fresh, literal))
-    known |= {"fresh": mean(on_fresh), "literal": mean(noised)}
-    known["I"] = mean([known["own"] - each for each in on_fresh])
-    known["R"] = mean([each - other for each, other in zip(on_fresh, noised)])
+    fresh_ones = [accuracy(network) for network in on_fresh]
+    noised = [accuracy(trained.at(literal(trained, draw, alpha))) for draw in drawn]
+    known |= {"fresh": mean(fresh_ones), "literal": mean(noised), **_divisors(on_fresh)}
+    known["I"] = mean([known["own"] - each for each in fresh_ones])
+    known["R"] = mean([each - other for each, other in zip(fresh_ones, noised)])
     if trained.classifier.network in PREDICTED:
         known["predicted"] = transfer.moments(trained.displacement, trained.law, images, alpha).accuracy(labels)
-        known["P"] = mean([each - known["predicted"] for each in on_fresh])
+        known["P"] = mean([each - known["predicted"] for each in fresh_ones])
     return _flat(known)
+
+
+def _divisors(networks: list[nn.Module]) -> Row:
+    """Of networks with batch norm, the variances by which channels are divided: their deviation over channels and
+    starts relative to their mean, layer by layer, the least and the largest.  Where it does not vanish with the width,
+    no law of the start alone says what a channel is divided by.
+    """
+    found = []
+    for name in norms(networks[0]):
+        buffers = [each.get_submodule(name).get_buffer("running_var") for each in networks]
+        spread, centre = torch.std_mean(torch.cat(buffers).double())
+        found.append(float(spread / centre))
+    return {"divisors_least": min(found), "divisors_most": max(found)} if found else {}
 
 
 def _flat(figures: dict[str, Any]) -> Row:

@@ -1,0 +1,130 @@
+"""The transfer study: its cells, small real runs of the parts on displacements, its command."""
+
+from __future__ import annotations
+
+import pytest
+from command_line import run
+
+from meanfield.bench.classifiers import Classifier
+from meanfield.bench.sweep import select
+from meanfield.finite import evaluate
+from meanfield.studies.transfer import plan, steps, widths
+from meanfield.studies.transfer.alphas import alphas
+from meanfield.studies.transfer.arms import Draw, Trained, fresh
+from meanfield.studies.transfer.judged import divided
+from meanfield.studies.transfer.plan import SIZES, Subject, ended
+from meanfield.studies.transfer.regimes import regimes
+from meanfield.studies.transfer.study import STUDY
+
+BASE = Classifier(network="cnn", penalty="none", strength=0.0, split=0, samples=120, pool=2)
+TINY = ended(BASE.variant(network="mlp", width=6), 2)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_the_plan_trains_what_is_measured_once(size):
+    found = STUDY.plan(Subject(BASE), SIZES[size])
+    trained = [Classifier.from_dict(cell) for cell in found["train"]]
+    assert len(set(trained)) == len(trained)
+    needed = [
+        Classifier.from_dict(each)
+        for part in STUDY.parts
+        for cell in found.get(part, ())
+        for each in cell.get("networks", ())
+    ]
+    assert set(trained) == set(needed)
+    if size != "cifar":
+        assert set(STUDY.parts) < set(found)
+
+
+def test_one_network_and_one_width_are_those_of_every_part():
+    found = STUDY.plan(Subject(BASE, "vgg8", 4), SIZES["default"])
+    cells = [cell for part in ("alphas", "regimes", "fusion") for cell in found.get(part, ())]
+    networks = [each for cell in cells for each in cell["networks"]]
+    assert {each["network"] for each in networks} == {"vgg8"}
+    assert {each["width"] for each in networks} <= {4, 6}  # a third parent is half as wide again
+
+
+def test_images_are_divided_once_for_all():
+    division = divided(TINY)
+    counts = [len(images) for images, _ in division]
+    assert counts[0] == 120
+    assert counts[2] - counts[1] in (0, 1)
+    assert sum(counts) == 1797
+
+
+def test_alpha_one_on_the_own_start_is_the_trained_network(tmp_path):
+    other, permuted = TINY.variant(seed=1), TINY.variant(labels="permuted")
+    cell = {"networks": [each.to_dict() for each in (TINY, other, permuted)], "alphas": [0.0, 1.0], "draws": 2}
+    rows = alphas({**cell, "names": {"network": "mlp", "seed": 0}}, str(tmp_path))
+    network, (images, labels) = TINY.at(2, tmp_path), divided(TINY).held_out
+    for arm in ("own start", "trained, scaled"):
+        (row,) = select(rows, arm=arm, alpha=1.0)
+        score = evaluate(network, images, labels)
+        assert (row["held_out_accuracy"], row["held_out_loss"]) == pytest.approx(score, abs=1e-6)
+    for arm in ("fresh start", "permuted labels", "noise as displacement"):  # without a displacement all are the start
+        (row,), (start,) = (select(rows, arm=each, alpha=0.0) for each in (arm, "fresh start"))
+        assert row["held_out_loss"] == pytest.approx(start["held_out_loss"], rel=1e-6)
+    assert [row["memorised_accuracy"] for row in rows if "memorised_accuracy" in row] != []
+    assert len(select(rows, arm="predicted")) == 2
+
+
+def test_gaps_are_differences_of_the_accuracies_that_stand_beside_them(tmp_path):
+    cell = {"networks": [TINY.to_dict()], "names": {}, "alphas": [1.0], "draws": 4}
+    (row,) = regimes(cell, str(tmp_path))
+    assert row["I"] == pytest.approx(row["own"] - row["fresh"])
+    assert row["R"] == pytest.approx(row["fresh"] - row["literal"])
+    assert row["P"] == pytest.approx(row["fresh"] - row["predicted"])
+    assert row["own"] == row["trained"]
+    assert row["P_high"] - row["P"] == pytest.approx(row["fresh_high"] - row["fresh"])  # the prediction has no spread
+    trained = Trained.of(TINY, str(tmp_path))
+    networks = [trained.at(fresh(trained, Draw.of(trained, number), 1.0)) for number in range(4)]
+    wanted = sum(evaluate(each, *divided(TINY).held_out).accuracy for each in networks) / 4
+    assert row["fresh"] == pytest.approx(wanted)
+    cell["networks"] = [TINY.variant(network="residual_bn", width=2, learning_rate=0.05).to_dict()]
+    (normed,) = regimes(cell, str(tmp_path))
+    assert "P" not in normed
+    assert 0 < normed["divisors_least"] <= normed["divisors_most"]
+
+
+def test_the_open_loop_ends_at_start_plus_displacement():
+    rows = steps.steps({"network": TINY.variant(dtype="float64").to_dict(), "names": {"seed": 0}}, "")
+    assert [row["rule"] for row in rows] == ["the training itself", "open loop", "closed loop", "random feedback"]
+    taken = 2 * 2  # steps: the follower's sums, its differences of weights, and Delta round once each
+    assert rows[1]["apart"] <= 3 * taken * 2**-53
+
+
+def test_distances_are_those_of_the_arms():
+    cell = {"depth": 1, "width": 6, "scaling": "mean_field", "seed": 0, "run": 0}
+    rows, again = widths.widths(cell, ""), widths.widths(cell, "")
+    assert rows == again
+    assert {row["arm"] for row in rows} == set(widths.ARMS)
+    assert len({row["error"] / row["relative"] for row in rows}) <= 2  # one scale, to rounding
+    assert widths.widths({**cell, "run": 1}, "") != rows
+
+
+@pytest.mark.slow
+def test_parts_run_by_command_and_go_on_where_they_were(tmp_path):
+    words = ("transfer", "--size", "quick", "--part", "regimes", "--part", "alphas", "--network", "mlp", "--width", "8")
+    first = run(*words, "--jobs", "1", "--out", tmp_path / "out", "--samples", "200")
+    assert first.exit_code == 0, first.stderr
+    page = (tmp_path / "out" / "transfer.html").read_text()
+    assert "it is what is predicted without a start in" in page
+    table = (tmp_path / "out" / "regimes.csv").read_text()
+    again = run(*words, "--jobs", "1", "--out", tmp_path / "out", "--samples", "200")
+    total = len([line for line in again.stderr.splitlines() if "cells were there already" in line])
+    assert total == 1
+    assert (tmp_path / "out" / "regimes.csv").read_text() == table
+
+
+def test_too_few_images_left_are_one_line(tmp_path):
+    result = run("transfer", "--out", tmp_path / "out", "--quiet", "--samples", "1796")
+    assert result.exit_code == 2
+    remedy = "leaves 1 of 1797 images: at least one to choose by, and one held out"
+    assert result.stderr == f"error: --samples=1796 {remedy}\n"
+    assert not (tmp_path / "out").exists()
+
+
+def test_no_seed_of_a_draw_is_that_of_a_training():
+    trained = [Classifier.from_dict(cell).seed for cell in STUDY.plan(Subject(BASE), SIZES["full"])["train"]]
+    assert max(trained) < 10_000
+    assert plan.PREDICTED == ("mlp", "cnn")
