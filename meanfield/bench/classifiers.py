@@ -4,8 +4,6 @@ store.
 
 from __future__ import annotations
 
-import json
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
@@ -20,9 +18,9 @@ from meanfield import data
 from meanfield.architecture import ACTIVATIONS
 from meanfield.bench import provenance, reading
 from meanfield.bench.options import OBJECTIVE, Data, Device, Dtype, Pool, Settings, at_least, choice, option
+from meanfield.bench.stored import Stored
 from meanfield.finite import AUTHORS_DROPOUT, Fitted, Recipe, cnn, fit, mlp, residual, vgg
 from meanfield.finite.recipes import LOSSES, PENALTIES, increasing_epochs
-from meanfield.storage import files, tensors
 from meanfield.validation import Misuse, nonnegative, positive
 
 VGGS = ("vgg8", "vgg11", "vgg13", "vgg16")
@@ -147,9 +145,11 @@ class Classifier(Settings):
         Files are named by all settings, the images, the whole library and torch's version: a change of any of them
         trains anew.
         """
-        images, path = self.images(), self._path(store)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        found = self._fit(path.with_name(f"{path.stem}.state{tensors.TENSORS}"), images.inputs, self.training_labels())
+        stored, inputs, labels = self._stored(store), self.images().inputs, self.training_labels()
+        options: dict[str, Any] = {"checkpoints": self.checkpoints}
+        found = stored.resumed(
+            lambda state: fit(self.start(), inputs, labels, self.recipe, self.seed, state=state, **options)
+        )
         if found.status == "interrupted":
             raise KeyboardInterrupt
         if found.status != "completed":
@@ -157,20 +157,8 @@ class Classifier(Settings):
                 f"{self.network} does not train at strength={self.strength:g} of penalty={self.penalty!r}: "
                 f"{found.message}"
             )
-        files.write_atomically(path, tensors.pack(_flat(found.checkpoints), KIND, self._named()))
+        stored.write(_flat(found.checkpoints))
         return found
-
-    def _fit(self, state: Path, inputs: Tensor, labels: Tensor) -> Fitted:
-        """Train on from the state; one that is damaged is named in a warning, and the run starts anew."""
-        options: dict[str, Any] = {"checkpoints": self.checkpoints, "state": state}
-        try:
-            return fit(self.start(), inputs, labels, self.recipe, self.seed, **options)
-        except Misuse as error:
-            if error.argument != "state":
-                raise
-            warnings.warn(f"{state} {error.remedy}: the network is trained anew", stacklevel=2)
-            state.unlink()
-            return fit(self.start(), inputs, labels, self.recipe, self.seed, **options)
 
     def at(self, epoch: int, store: str | Path) -> nn.Module:
         """The network at one of its checkpoints, in evaluation mode, from the store or trained now.
@@ -182,7 +170,7 @@ class Classifier(Settings):
             raise Misuse("epoch", epoch, f"is not one of checkpoints={self.checkpoints}")
         network = self.start()
         if epoch:
-            kept = self._stored(store)
+            kept = self._stored(store).read()
             if kept is None:
                 kept = _flat(self.train(store).checkpoints)
             network.load_state_dict(
@@ -190,29 +178,13 @@ class Classifier(Settings):
             )
         return network.to(self.device).eval()
 
-    def _stored(self, store: str | Path) -> dict[str, Tensor] | None:
-        path = self._path(store)
-        try:
-            kept, about = tensors.read(path)
-        except FileNotFoundError:
-            return None
-        except (ValueError, OSError) as error:
-            warnings.warn(f"{error}; the network is trained anew", stacklevel=3)
-            return None
-        if about != {"kind": KIND, **self._named()}:
-            warnings.warn(f"{path} holds another network than its name says; it is trained anew", stacklevel=3)
-            return None
-        return kept
+    def _stored(self, store: str | Path) -> Stored:
+        return Stored(store, KIND, self.decided())
 
-    def _named(self) -> dict[str, Any]:
+    def decided(self) -> dict[str, Any]:
         """Everything that decides the weights, of JSON kinds."""
         named = {**self.to_dict(), "images": self.images().digest}
-        named |= {"library": provenance.library(), "versions": provenance.versions(provenance.NUMERICAL)}
-        return json.loads(json.dumps(named))
-
-    def _path(self, store: str | Path) -> Path:
-        named = json.dumps(self._named(), sort_keys=True)
-        return Path(store) / f"{files.checksum(named)[:24]}{tensors.TENSORS}"
+        return {**named, "library": provenance.library(), "versions": provenance.versions(provenance.NUMERICAL)}
 
 
 @dataclass(frozen=True, eq=False)
