@@ -44,20 +44,29 @@ class Stored:
         return kept
 
     def write(self, kept: Mapping[str, Tensor]) -> None:
+        """And remove what there is of states."""
         files.write_atomically(self.path, tensors.pack(kept, self.kind, self.named))
+        self._forget()
 
     def resumed(self, train: Callable[[Path], T]) -> T:
         """What `train` returns, given the file of its state; where that is damaged, or one that it keeps beside it
         under a longer name, a warning says so, and it begins anew.
         """
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        state = self.path.with_name(f"{self.path.stem}.state{tensors.TENSORS}")
+        state = self.path.with_name(f"{self._state}{tensors.TENSORS}")
         try:
             return train(state)
         except Misuse as error:
             if error.argument != "state":
                 raise
             warnings.warn(f"{state} {error.remedy}: the network is trained anew", stacklevel=3)
-            for each in state.parent.glob(f"{state.stem}*"):
-                each.unlink(missing_ok=True)
+            self._forget()
             return train(state)
+
+    @property
+    def _state(self) -> str:
+        return f"{self.path.stem}.state"
+
+    def _forget(self) -> None:
+        for each in self.path.parent.glob(f"{self._state}.*"):
+            each.unlink(missing_ok=True)

@@ -555,13 +555,10 @@ def scatter(
     titles of panels with a logarithmic x; diagonal: y = x, where an account x of y is right.
     """
     figure, grid = _panels(len(panels), 5.0, columns)
-    colors = (BLUE, RED, GREEN, ORANGE, PURPLE, GREY)
-    labels = list(dict.fromkeys(label for groups in panels.values() for label in groups))
+    styles = _styles(label for groups in panels.values() for label in groups)
     for index, (axes, (title, groups)) in enumerate(zip(grid, panels.items())):
         for label, points in groups.items():
-            place = labels.index(label)
-            style = {"color": colors[place % 6], "marker": "os^Dv*PX<>"[place // 6 + place % 6]}
-            axes.scatter(*zip(*points), s=34, alpha=0.8, linewidths=0, label=plain(label), **style)
+            axes.scatter(*zip(*points), s=34, alpha=0.8, linewidths=0, label=plain(label), **styles[label])
         if diagonal:
             axes.axline((0, 0), slope=1, color=GREY, ls=":", lw=1.5)
         _dress(axes, x[title], y if index % columns == 0 else "")
@@ -570,6 +567,44 @@ def scatter(
             _plain_logarithms(axes.xaxis)
         axes.set_title(plain(title), fontsize=FONT)
     return _legend_below(figure, grid, 5, frameon=False)
+
+
+@dataclass(frozen=True)
+class Track:
+    """A way through a plane; its end is marked."""
+
+    label: str
+    x: Sequence[float]
+    y: Sequence[float]
+
+
+def tracks(panels: Mapping[str, Sequence[Track]], x: str, y: str, limits: Mapping[str, tuple[float, float]]) -> Figure:
+    """Ways through a plane, a panel per title and a look per label, one legend under all.  limits: title -> ends of
+    both axes, of panels that show a part.
+    """
+    figure, grid = _panels(len(panels), 5.4, height=5.0)
+    styles = _styles(track.label for ways in panels.values() for track in ways)
+    dashes = {label: ("-", "--", ":")[place // 6 % 3] for place, label in enumerate(styles)}  # colours come again
+    for index, (axes, (title, ways)) in enumerate(zip(grid, panels.items())):
+        for track in ways:
+            style = styles[track.label]
+            axes.plot(track.x, track.y, color=style["color"], ls=dashes[track.label], lw=1.3, alpha=0.7)
+            axes.scatter(track.x[-1:], track.y[-1:], s=70, zorder=3, linewidths=0, label=plain(track.label), **style)
+        if title in limits:
+            axes.set_xlim(*limits[title])
+            axes.set_ylim(*limits[title])
+        _dress(axes, x, y if index % 3 == 0 else "")
+        axes.set_title(plain(title), fontsize=FONT)
+    return _legend_below(figure, grid, 4, frameon=False)
+
+
+def _styles(labels: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """Colour and marker of every label, as many as there are."""
+    colors = (BLUE, RED, GREEN, ORANGE, PURPLE, GREY)
+    return {
+        label: {"color": colors[place % 6], "marker": "os^Dv*PX<>"[place // 6 + place % 6]}
+        for place, label in enumerate(dict.fromkeys(labels))
+    }
 
 
 def distributions(panels: Mapping[str, Mapping[str, Sequence[Sequence[float]]]], levels: Sequence[float]) -> Figure:

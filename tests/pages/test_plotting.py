@@ -174,3 +174,20 @@ def test_a_scatter_has_every_point_and_one_look_per_label():
     assert np.array_equal(left.collections[1].get_facecolor(), right.collections[0].get_facecolor())
     assert (left.get_xscale(), right.get_xscale()) == ("log", "linear")
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["a", "b"]
+
+
+def test_tracks_mark_their_ends_and_a_panel_may_show_a_part():
+    ways = [plotting.Track(f"way {index}", [0.0, 1.0, 2.0 + index], [3.0, 4.0, 5.0]) for index in range(7)]
+    alone = plotting.Track("a point", [1.0], [2.0])
+    figure = plotting.tracks({"all": [*ways, alone], "part": ways[:1]}, "x", "y", {"part": (1.0, 6.0)})
+    whole, part = figure.axes
+    assert [each.get_offsets().tolist() for each in whole.collections] == [
+        *([[2.0 + index, 5.0]] for index in range(7)),
+        [[1.0, 2.0]],
+    ]
+    assert list(whole.get_lines()[2].get_xdata()) == [0.0, 1.0, 4.0]
+    looks = [(line.get_color(), line.get_linestyle()) for line in whole.get_lines()]
+    assert len(set(looks)) == 8
+    assert (part.get_xlim(), part.get_ylim()) == ((1.0, 6.0), (1.0, 6.0))
+    assert part.get_lines()[0].get_color() == looks[0][0]
+    assert len(figure.legends[0].get_texts()) == 8

@@ -9,16 +9,19 @@ from meanfield.bench.sweep import Row, Rows, Tables, groups, select
 from meanfield.pages.html import Details, Figure, Section, Table
 from meanfield.pages.words import capital, count, listed, scientific, two
 from meanfield.studies.transfer.arms import ARMS
-from meanfield.studies.transfer.pictures import FIGURES, SCALINGS
+from meanfield.studies.transfer.pictures import FIGURES, HEADS, SCALINGS
 from meanfield.studies.transfer.plan import PREDICTED
 from meanfield.studies.transfer.summary import FIGURES as JUDGED
-from meanfield.studies.transfer.summary import NEAR, at, points
+from meanfield.studies.transfer.summary import NEAR, TASK_NAMES, at, points
+from meanfield.studies.transfer.tasks import REDUCED
 
 ACCOUNTS = {
     "I": "the start does not matter",
     "R": "the sum is the trained network with noise",
     "P": "it is what is predicted without a start",
 }
+
+SEPARATED = {True: " (separated)", False: " (not separated)", None: ""}
 
 LIMITS = Section(
     "What this does not say",
@@ -289,3 +292,68 @@ def steps(found: Found, tables: Tables) -> Section:
         for row in rows
     ]
     return Section("Step by step", [text, Table(head, table)])
+
+
+def tasks(found: Found, tables: Tables) -> Section:
+    rows = found["tasks"]
+    text = (
+        "Classes in groups, a task each, learnt one after another, and accuracies on held-out images after all of "
+        "them, in per cent, means over seeds with 95% intervals. Strengths, and alpha of theta_A + alpha Delta_B, are "
+        "chosen seed by seed on images kept from the training, and the method has all images then. Unions and averages "
+        "are of networks that learnt a task alone, each from a start of its own, and have of each the rows of its own "
+        f"classes; {REDUCED}: at the width of one of them, with the images of the newest task alone. With a head per "
+        "task an image is decided among the classes of its task. Forgetting is the mean over all tasks but the last of "
+        "the best accuracy before minus that in the end."
+    )
+    items: list[Any] = [text]
+    if any("accuracy_3" not in row for row in rows):
+        caption = (
+            "Accuracy on either of two tasks, on the straight line from the network after the first one to that after "
+            "both; the mark is the end."
+        )
+        items.append(Figure("tasks", caption, wide=True))
+    for names, each in groups(rows, *TASK_NAMES).items():
+        items += [_rivals_text(names, each, found["rivals"]), _tasks_table(each)]
+    return Section("Tasks in sequence", items)
+
+
+def _rivals_text(names: tuple[Any, ...], rows: Rows, rivals: Rows) -> str:
+    """Whether the reduced union and its rivals separate."""
+    network, division, heads = names
+    said = f"{capital(division)}, {HEADS[heads]} ({network}, {count(rows[0]['seeds'], 'seed')})"
+    own = at(rows, method=REDUCED)
+    pairs = select(rivals, network=network, tasks=division, heads=heads)
+    if own is None or not pairs:
+        return f"{said}."
+    parts = [f"{points(pair['difference'])} to {pair['method']}{SEPARATED[pair['separated']]}" for pair in pairs]
+    return (
+        f"{said}: the {REDUCED}, with images of the newest task alone, has {points(own['accuracy'])}; differences "
+        f"paired by seeds, in points, are {listed(parts)}."
+    )
+
+
+def _tasks_table(rows: Rows) -> Table:
+    by_task = [name for name in rows[0] if name.startswith("accuracy_")]
+    head = [
+        "method",
+        "all tasks",
+        *(f"task {name.removeprefix('accuracy_')}" for name in by_task),
+        "loss",
+        "forgetting, points",
+        "strengths chosen",
+        "at an end of those tried",
+        "diverged",
+    ]
+    table = [
+        [
+            row["method"],
+            *(points(row[name]) for name in ("accuracy", *by_task)),
+            two(row["loss"].value),
+            points(row["forgetting"]),
+            ", ".join(f"{each:g}" for each in row["chosen"]),
+            row["at_an_end"] if row["chosen"] else None,
+            row["diverged"] or None,
+        ]
+        for row in rows
+    ]
+    return Table(head, table)

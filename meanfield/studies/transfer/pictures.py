@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from meanfield.bench.sweep import Rows, Tables, groups, select
 from meanfield.pages import plotting
-from meanfield.pages.plotting import Band, Curve
+from meanfield.pages.plotting import Band, Curve, Track
 from meanfield.studies.transfer import summary
 from meanfield.studies.transfer.widths import ARMS as PARTICLE_ARMS
 
@@ -34,6 +36,8 @@ GAPS = {
     "R": "R: fresh start - literal noise",
     "P": "P: fresh start - predicted",
 }
+HEADS = {"task": "a head per task", "one": "one head for all"}
+CORNER = (90.0, 100.5)  # of both accuracies, %
 SCALINGS = {"mean_field": "mean-field scaling", "standard": "standard scaling"}
 
 
@@ -102,3 +106,30 @@ def _curve(rows: Rows, arm: str) -> Curve:
         width: [row["error"] for row in each] for (width,), each in groups(rows, "width").items()
     }
     return Curve(arm, samples, "mean")
+
+
+def tasks(tables: Tables) -> Any:
+    """Accuracy on the second task over that on the first, on the line from the network after the first one to the last
+    one, means over seeds: the whole plane and, with a head per task, the corner where most ends lie; None without two
+    tasks.
+    """
+    rows = [row for row in tables["tasks"] if "accuracy_2" in row and "accuracy_3" not in row]
+    if not rows:
+        return None
+    panels, near = {}, {}
+    for (network, heads), each in groups(rows, "network", "heads").items():
+        title = f"{network}, {HEADS[heads]}"
+        tracks = [_track(method, same) for (method,), same in groups(each, "method").items()]
+        panels[title] = tracks
+        if heads == "task":
+            near[f"{title}, near 100%"] = CORNER
+            panels[f"{title}, near 100%"] = tracks
+    return plotting.tracks(panels, "accuracy on the first task, %", "accuracy on the second, %", near)
+
+
+def _track(method: str, rows: Rows) -> Track:
+    """Ends at the accuracies after both tasks, which without a line is all there is."""
+    places = [
+        100 * np.array([[*row[f"line_{task}"], row[f"accuracy_{task}"]] for row in rows]).mean(0) for task in (1, 2)
+    ]
+    return Track(method, *(each.tolist() for each in places))

@@ -10,6 +10,7 @@ from meanfield.studies.transfer import judged, page, pictures, plan, summary
 from meanfield.studies.transfer.alphas import alphas
 from meanfield.studies.transfer.regimes import regimes
 from meanfield.studies.transfer.steps import steps
+from meanfield.studies.transfer.tasks import tasks
 from meanfield.studies.transfer.widths import widths
 
 STUDY = Study(
@@ -54,5 +55,15 @@ STUDY = Study(
             [page.widths],
         ),
         "steps": Part(plan.steps, steps, {"steps": lambda tables: summary.steps(tables["steps"])}, {}, [page.steps]),
+        "tasks": Part(
+            plan.tasks,
+            tasks,
+            {
+                "tasks": lambda tables: summary.tasks(tables["tasks"]),
+                "rivals": lambda tables: summary.rivals(tables["tasks"]),
+            },
+            {"tasks": pictures.tasks},
+            [page.tasks],
+        ),
     },
 )

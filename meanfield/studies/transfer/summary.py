@@ -8,9 +8,12 @@ from typing import Any
 
 from meanfield.bench.sweep import Row, Rows, groups, select
 from meanfield.rates import Interval, Slope, mean, slope
+from meanfield.studies.transfer.tasks import REDUCED
 
 NEAR = 0.02  # of accuracy: an account that is off by no more is right
 GAPS = ("I", "R", "P")
+TASK_NAMES = ("network", "tasks", "heads")
+PAIRED = (REDUCED, "EWC", "replay", "joint training")
 FIGURES = ("train_accuracy", "train_loss", "held_out_accuracy", "held_out_loss")
 
 
@@ -93,6 +96,38 @@ def steps(rows: Rows) -> list[Row]:
     return found
 
 
+def tasks(rows: Rows) -> list[Row]:
+    """Per network, division into tasks, kind of heads and method: means over seeds of what is known after all tasks, on
+    held-out images; the strengths chosen, seed by seed, and how many of them are at an end of what was tried.
+    """
+    found = []
+    for names, each in groups(rows, *TASK_NAMES, "method").items():
+        row: Row = {**dict(zip((*TASK_NAMES, "method"), names)), "seeds": len(each)}
+        known = [name for name in each[0] if name.startswith(("accuracy", "loss", "forgetting"))]
+        row |= {name: _mean([one[name] for one in each], name) for name in known}
+        row["chosen"] = [one["chosen"] for one in each if one["chosen"] is not None]
+        row["at_an_end"] = sum(one["chosen"] in (*one["strengths"][:1], *one["strengths"][-1:]) for one in each)
+        found.append({**row, "diverged": len(select(each, status="diverged"))})
+    return found
+
+
+def rivals(rows: Rows) -> list[Row]:
+    """Per network, division into tasks and kind of heads: the accuracy of the union that was reduced with the last
+    task's images alone minus that of another method, paired by seeds; separated: whether the interval leaves out zero,
+    None for one seed.
+    """
+    found = []
+    for names, each in groups(rows, *TASK_NAMES).items():
+        own, *others = ({row["seed"]: row["accuracy"] for row in select(each, method=name)} for name in PAIRED)
+        for rival, theirs in zip(PAIRED[1:], others):
+            if own and own.keys() == theirs.keys():
+                difference = mean([own[seed] - theirs[seed] for seed in own])
+                separated = not difference.low <= 0 <= difference.high if difference.bounded else None
+                pair = {"method": rival, "seeds": len(own), "difference": difference, "separated": separated}
+                found.append({**dict(zip(TASK_NAMES, names)), **pair})
+    return found
+
+
 def share(values: Sequence[float]) -> Interval:
     """Mean of shares with Student's interval, as far as it lies in [0, 1]."""
     found = mean(values)
@@ -100,7 +135,7 @@ def share(values: Sequence[float]) -> Interval:
 
 
 def _mean(values: Sequence[float], name: str) -> Interval:
-    return share(values) if name.endswith("accuracy") else mean(values)
+    return share(values) if "accuracy" in name else mean(values)
 
 
 def points(interval: Interval) -> str:

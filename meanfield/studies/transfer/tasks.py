@@ -1,4 +1,4 @@
-"""Tasks in sequence: what every method keeps of the older ones, at strengths chosen on images kept from the training."""
+"""Tasks in sequence: what every method knows after all of them, at a strength chosen on images kept from training."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from meanfield.forgetting.readout import narrowed, readout_of, widened
 from meanfield.forgetting.tasks import united
 from meanfield.storage.tensors import digest
 from meanfield.studies.transfer.judged import divided
+from meanfield.validation import Misuse
 
 KIND = "meanfield tasks 1"  # of a file of the store
 APART = 10_000  # between seeds of the starts of further tasks: a plan counts its own ones up
@@ -65,12 +66,21 @@ class Course:
         kept = stored.read()
         if kept is None:
             learn = partial(forgetting.learn, start.start(), tasks, method, start.recipe, start.seed, heads=self.heads)
-            kept = _flat(stored.resumed(lambda state: learn(begun=begun, state=state)))
+            kept = _kept(lambda: stored.resumed(lambda state: learn(begun=begun, state=state)))
             stored.write(kept)
         return [*begun, *(_network(start, index, kept) for index in range(len(begun), len(tasks)))]
 
 
-def _flat(found: Learnt) -> dict[str, Tensor]:
+def _kept(learn: Callable[[], Learnt]) -> dict[str, Tensor]:
+    """The networks after the tasks that were learnt to their end; none where EWC, after a strength that was too large
+    blew a network up, finds no information left.
+    """
+    try:
+        found = learn()
+    except Misuse as error:
+        if error.argument != "network":
+            raise
+        return {}
     if found.status == "interrupted":
         raise KeyboardInterrupt
     networks = enumerate(found.networks)
