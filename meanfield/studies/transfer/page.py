@@ -258,8 +258,8 @@ def widths(found: Found, tables: Tables) -> Section:
         "come to it like 1/m; the own start does not, for displacement and start depend on each other; nor does "
         "anything in the standard scaling, where the start's own output does not vanish."
     )
-    head = ["scaling", "layers", "arm", "slope over the width", "relative to the prediction at the largest width"]
-    table = [[SCALINGS[row["scaling"]], row["depth"], row["arm"], str(row["slope"]), row["relative"]] for row in rows]
+    head = ["scaling", "layers", "arm", "slope over the width", "squared distance at the largest width"]
+    table = [[SCALINGS[row["scaling"]], row["depth"], row["arm"], str(row["slope"]), row["error"]] for row in rows]
     items: list[Any] = [text, Table(head, table)]
     if len({row["width"] for row in tables["widths"]}) > 1:
         items.insert(1, Figure("widths", "Squared distance from the prediction, a point per training.", wide=True))

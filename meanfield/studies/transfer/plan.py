@@ -212,7 +212,8 @@ def regimes(subject: Subject, sizes: Sizes, seed: int) -> list[Cell]:
         widths = sizes.regimes.get(base.network, (base.width,)) if subject.width is None else (subject.width,)
         known = base.network in PREDICTED
         scales, lengths = (sizes.scales, sizes.lengths) if known else ((1.0,), sizes.lengths[-1:])
-        for width, scale, epochs, number in product(widths, scales, lengths, range(sizes.trainings)):
+        numbers = range(sizes.trainings if known else 1)
+        for width, scale, epochs, number in product(widths, scales, lengths, numbers):
             trained = ended(base.variant(width=width, scale=scale, learning_rate=RATE, seed=seed + number), epochs)
             names = {"network": base.network, "width": width, "scale": scale, "epochs": epochs, "seed": trained.seed}
             cells.append(_cell([trained], names, alphas=list(sizes.factors), draws=sizes.starts))

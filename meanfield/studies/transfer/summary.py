@@ -70,16 +70,14 @@ def _gap(rows: Rows, gap: str) -> Row:
 
 
 def distances(rows: Rows) -> list[Row]:
-    """Per scaling, depth and arm: slope of the mean squared error over the width, and the relative error at the largest
-    one.
-    """
+    """Per scaling, depth and arm: slope of the mean squared distance over the width, and what it is at the largest."""
     found: list[Row] = []
     for (scaling, depth, arm), each in groups(rows, "scaling", "depth", "arm").items():
         by_width = {width: same for (width,), same in groups(each, "width").items()}
         samples = [[row["error"] for row in same] for same in by_width.values()]
         fitted: Slope | None = slope(list(by_width), samples) if len(by_width) > 1 else None
-        relative = mean([row["relative"] for row in by_width[max(by_width)]], geometric=True)
-        found.append({"scaling": scaling, "depth": depth, "arm": arm, "slope": fitted, "relative": relative})
+        last = mean([row["error"] for row in by_width[max(by_width)]])
+        found.append({"scaling": scaling, "depth": depth, "arm": arm, "slope": fitted, "error": last})
     return found
 
 

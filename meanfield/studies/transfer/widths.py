@@ -12,7 +12,8 @@ from meanfield import finite
 from meanfield.bench.sweep import Cell, Row
 from meanfield.transfer import Displacement, StartLaw, predict
 
-RATES = {"mean_field": 2.0, "standard": 0.1}  # of SGD: features move in the first, hardly in the second
+# of SGD, at a width m: features move in the first scaling and hardly in the second, whose steps must shrink like 1/m
+RATES: dict[str, Callable[[int], float]] = {"mean_field": lambda m: 2.0, "standard": lambda m: 1.6 / m}
 STEPS = 60
 DRAWS = {"fresh start": 16, "shuffled": 16, "layers shuffled apart": 4, "own start": 1}  # on every trained network
 
@@ -26,16 +27,14 @@ ARMS: dict[str, Arm] = {
 
 
 def widths(cell: Cell, store: str) -> list[Row]:
-    """A row per arm: error, the mean squared distance of outputs on the training images; relative, over the mean square
-    of the prediction.
+    """A row per arm: error, the mean squared distance of outputs from the prediction on the training images.
 
-    cell: depth, width, scaling, seed, run.
+    cell: depth, width, scaling, seed, run.  square: the mean square of the prediction.
     """
     salt = 1_000_003 * (cell["seed"] + 1) + 1009 * cell["run"] + cell["width"] * 16 + cell["depth"]
     found = distances(problem(cell["depth"]), cell["scaling"], cell["width"], torch.Generator().manual_seed(salt))
-    square = found.pop("predicted")
-    kept = {name: cell[name] for name in ("depth", "width", "scaling", "run")}
-    return [{**kept, "arm": arm, "error": error, "relative": error / square} for arm, error in found.items()]
+    kept = {name: cell[name] for name in ("depth", "width", "scaling", "run")} | {"square": found.pop("predicted")}
+    return [{**kept, "arm": arm, "error": error} for arm, error in found.items()]
 
 
 def problem(depth: int) -> mf.Problem:
@@ -58,7 +57,7 @@ def distances(
     like = finite.FiniteCNN.random(problem.architecture, every, problem.inputs, generator, scaling=scaling)
     law = StartLaw.mean_field(like) if scaling == "mean_field" else StartLaw.he(like)
     start = law.draw(like, generator)
-    settings = {"optimiser": "sgd", "schedule": "constant", "learning_rate": RATES[scaling], "steps": STEPS}
+    settings = {"optimiser": "sgd", "schedule": "constant", "learning_rate": RATES[scaling](width), "steps": STEPS}
     trained = finite.train(problem, every, scaling=scaling, start=start, record_every=STEPS, **settings)
     moved = Displacement.between(start, trained.network)
     goal = predict(moved, law, problem.inputs)

@@ -93,13 +93,17 @@ def test_the_open_loop_ends_at_start_plus_displacement():
     assert rows[1]["apart"] <= 3 * taken * 2**-53
 
 
-def test_distances_are_those_of_the_arms():
-    cell = {"depth": 1, "width": 6, "scaling": "mean_field", "seed": 0, "run": 0}
-    rows, again = widths.widths(cell, ""), widths.widths(cell, "")
-    assert rows == again
-    assert {row["arm"] for row in rows} == set(widths.ARMS)
-    assert len({row["error"] / row["relative"] for row in rows}) <= 2  # one scale, to rounding
-    assert widths.widths({**cell, "run": 1}, "") != rows
+@pytest.mark.parametrize("scaling", widths.RATES)
+def test_trainings_over_the_width_do_train(scaling, monkeypatch):
+    """A rate that does not fall with the width diverged in the standard scaling, and Delta was that of no training."""
+    heard, train = [], widths.finite.train
+    monkeypatch.setattr(widths.finite, "train", lambda *given, **more: heard.append(train(*given, **more)) or heard[-1])
+    cells = [{"depth": 2, "width": width, "scaling": scaling, "seed": 0, "run": 0} for width in (8, 96)]
+    rows = [widths.widths(cell, "") for cell in cells]
+    assert widths.widths(cells[0], "") == rows[0]
+    assert widths.widths({**cells[0], "run": 1}, "") != rows[0]
+    assert {row["arm"] for row in rows[0]} == set(widths.ARMS)
+    assert all(training.history[-1]["loss"] < training.history[0]["loss"] / 2 for training in heard)
 
 
 @pytest.mark.slow

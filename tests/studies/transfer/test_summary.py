@@ -59,16 +59,22 @@ def test_the_factor_is_chosen_on_validation_images_training_by_training():
     assert (found["at_one"].low, found["at_one"].high) == (0.0, 1.0)  # Student's reach of two values, cut off
 
 
-def test_slopes_and_relative_errors_of_widths():
+def test_slopes_and_distances_of_widths():
     rows = [
-        {"depth": 1, "width": width, "scaling": "standard", "arm": "own start", "run": run, "error": 3 / width**0.5}
-        | {"relative": relative}
+        {
+            "depth": 1,
+            "width": width,
+            "scaling": "standard",
+            "arm": "own start",
+            "run": run,
+            "error": factor / width**0.5,
+        }
         for width in (4, 16)
-        for run, relative in enumerate((0.1, 0.4))
+        for run, factor in enumerate((2, 4))
     ]
     (found,) = summary.distances(rows)
     assert found["slope"].value == pytest.approx(-0.5)
-    assert found["relative"].value == pytest.approx(math.sqrt(0.1 * 0.4))
+    assert found["error"].value == pytest.approx(3 / 4)
 
 
 def test_points():
