@@ -67,7 +67,8 @@ class Channels:
 
     widths: channels of every space, that of the images first, that of the outputs last, in the order of their first
         layers.
-    layers: each behind all whose outputs it reads or is added to.  norms: batch norm -> the space whose channels it scales.
+    layers: each behind all whose outputs it reads or is added to.
+    norms: batch norm -> the space whose channels it scales.
     slopes: PReLU -> the space on whose channels it acts, and whether it has a slope for each.
     order: every module of a network without blocks, in the order in which they are called.
     form: everything but the widths, as text: networks of one form differ in their widths at most.

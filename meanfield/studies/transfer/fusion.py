@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from meanfield.bench.classifiers import Classifier
 from meanfield.bench.sweep import Cell, Row
 from meanfield.fusion import Channels, fuse, matched, reduce
-from meanfield.fusion.matching import MATCHINGS
 from meanfield.studies.transfer.judged import divided, scores
 
 IMAGES = 256  # that pass through a network at a time

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from meanfield.bench.sweep import Rows, Tables, groups, select
+from meanfield.bench.sweep import Row, Rows, Tables, groups, select
 from meanfield.pages import plotting
-from meanfield.pages.plotting import Band, Curve
+from meanfield.pages.plotting import Band, Bar, Curve
+from meanfield.pages.words import two
 from meanfield.studies.transfer import summary
 from meanfield.studies.transfer.widths import ARMS as PARTICLE_ARMS
 
@@ -34,6 +35,13 @@ GAPS = {
     "R": "R: fresh start - literal noise",
     "P": "P: fresh start - predicted",
 }
+AVERAGES = {
+    "average": "average",
+    "weights": "weight matching",
+    "activations": "activation matching",
+    "transport": "transport",
+}
+FROM_TWO = ("ensemble", "reduced union", "random channels")
 SCALINGS = {"mean_field": "mean-field scaling", "standard": "standard scaling"}
 
 
@@ -102,3 +110,45 @@ def _curve(rows: Rows, arm: str) -> Curve:
         width: [row["error"] for row in each] for (width,), each in groups(rows, "width").items()
     }
     return Curve(arm, samples, "mean")
+
+
+def fusion(tables: Tables) -> Any:
+    """Accuracy by way, a panel per network, errors against the ensemble beside it; two parents."""
+    found = [row for row in summary.fusion(tables["fusion"]) if row["parents"] == 2 and row["way"] != "union"]
+    panels = {network: [_bar(row) for row in each] for (network,), each in groups(found, "network").items()}
+    return plotting.bars(panels, "accuracy, held out, %", columns=2)
+
+
+def _bar(row: Row) -> Bar:
+    """Grey parents, averages in one colour and repaired ones in another, what comes of two networks in blue."""
+    look = 5 if row["way"].startswith("parent") else 0 if row["way"] in FROM_TWO else 2 if row["repaired"] else 3
+    accuracy = [100 * getattr(row["accuracy"], end) for end in ("value", "low", "high")]
+    return Bar(way(row), *accuracy, two(row["error"].value) if row["way"] != "ensemble" else "", look)
+
+
+def way(row: Row) -> str:
+    """How a network was made of others, in words."""
+    return AVERAGES.get(row["way"], row["way"]) + (", repaired" if row["repaired"] else "")
+
+
+def reduction(tables: Tables) -> Any:
+    """Error and accuracy of a reduced mixture over the share of one parent's widths, by the way to choose."""
+    found = [row for row in summary.reduction(tables["reduction"]) if row["factor"] != "chosen"]
+    panels = {}
+    for figure, title, unit in (("error", "error against the ensemble", 1), ("accuracy", "accuracy, held out, %", 100)):
+        panels[title] = [_over_shares(each, figure, unit) for each in groups(found, "way", "factor").values()]
+    return plotting.bands(panels, "share of one parent's widths", log=["error against the ensemble"])
+
+
+def _over_shares(rows: Rows, figure: str, unit: float) -> Band:
+    places = [f"{row['share']:g}" for row in rows]
+    ends = ([unit * getattr(row[figure], end) for row in rows] for end in ("value", "low", "high"))
+    return Band(choice(rows[0]), places, *ends)
+
+
+def choice(row: Row) -> str:
+    """By what particles were chosen, in words."""
+    if row["way"] != "masses":
+        return {"elimination": "elimination", "random": "random channels"}[row["way"]]
+    factor = row["factor"]
+    return "masses, penalty chosen" if factor == "chosen" else f"masses, {factor:g} x default penalty"

@@ -4,8 +4,6 @@ gives most mass, or any.
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
-
 import torch
 
 from meanfield import measures
@@ -18,7 +16,8 @@ from meanfield.penalties import Penalty
 from meanfield.studies.transfer.fusion import error, outputs
 from meanfield.studies.transfer.judged import Division, divided, scores
 
-LAYER = Conv(3, padding=1, bias=True, pooling="max")
+DEPTH = 2
+STRENGTHS = ("source", "readout", "input")
 SALT = 7919  # seeds of random channels are not those of a start
 
 
@@ -28,7 +27,8 @@ def reduction(cell: Cell, store: str) -> list[Row]:
 
     cell: network (images, recipe, width and seed of the first parent; the second one's seed is the next), shares,
         factors.
-    Two layers of `width` and twice as many particles with a readout per position are trained in the standard scaling.
+    Networks have DEPTH layers, of `width` and twice as many particles, and a readout per position; they are trained in
+    the standard scaling.
     """
     classifier = Classifier.from_dict(cell["network"])
     division, widths = divided(classifier), (classifier.width, 2 * classifier.width)
@@ -53,7 +53,9 @@ def reduction(cell: Cell, store: str) -> list[Row]:
 def _trained(classifier: Classifier, widths: tuple[int, int], seed: int, division: Division) -> FiniteCNN:
     images, labels = division.training
     shape = tuple(images.shape[1:])
-    architecture = Architecture(shape, (LAYER, LAYER), "flatten", classifier.images().classes)
+    sides = [min(shape[1:]) >> layer for layer in range(DEPTH)]
+    layers = tuple(Conv(3, padding=1, bias=True, pooling="max" if side >= 2 else "none") for side in sides)
+    architecture = Architecture(shape, layers, "flatten", classifier.images().classes)
     start = FiniteCNN.random(architecture, widths, images, torch.Generator().manual_seed(seed), "standard")
     network = fit(start, images, labels, classifier.recipe, seed).network
     assert isinstance(network, FiniteCNN)
@@ -62,8 +64,5 @@ def _trained(classifier: Classifier, widths: tuple[int, int], seed: int, divisio
 
 def _penalty(factor: float) -> Penalty:
     """The default strengths times a factor."""
-    strengths = {name: factor * value for name, value in asdict(Penalty()).items() if name in STRENGTHS}
-    return replace(Penalty(), **strengths)
-
-
-STRENGTHS = ("source", "readout", "input")
+    strengths = {name: factor * getattr(Penalty(), name) for name in STRENGTHS}
+    return Penalty(**strengths)
