@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -68,7 +68,7 @@ def every(parents: Sequence[nn.Module], images: Tensor, seed: int) -> Iterator[M
 def _matched(way: str, parents: Sequence[nn.Module], images: Tensor) -> Iterator[Made]:
     """Plain and repaired averages after one matching."""
     first, *rest = parents
-    moved = [matched(first, each, images, way) for each in rest]
+    moved = [cast(nn.Module, matched(first, each, images, way)) for each in rest]  # modules come back as modules
     alike = all(Channels.of(each).widths == Channels.of(first).widths for each in rest)
     kept = max(_difference(new, old, images) for new, old in zip(moved, rest)) if alike else None
     yield from _averages(way, [first, *moved], images, kept)

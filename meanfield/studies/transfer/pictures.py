@@ -122,13 +122,14 @@ def fusion(tables: Tables) -> Any:
 def _bar(row: Row) -> Bar:
     """Grey parents, averages in one colour and repaired ones in another, what comes of two networks in blue."""
     look = 5 if row["way"].startswith("parent") else 0 if row["way"] in FROM_TWO else 2 if row["repaired"] else 3
-    accuracy = [100 * getattr(row["accuracy"], end) for end in ("value", "low", "high")]
-    return Bar(way(row), *accuracy, two(row["error"].value) if row["way"] != "ensemble" else "", look)
+    value, low, high = (100 * getattr(row["accuracy"], end) for end in ("value", "low", "high"))
+    return Bar(way(row), value, low, high, two(row["error"].value) if row["way"] != "ensemble" else "", look)
 
 
 def way(row: Row) -> str:
     """How a network was made of others, in words."""
-    return AVERAGES.get(row["way"], row["way"]) + (", repaired" if row["repaired"] else "")
+    name: str = row["way"]
+    return AVERAGES.get(name, name) + (", repaired" if row["repaired"] else "")
 
 
 def reduction(tables: Tables) -> Any:

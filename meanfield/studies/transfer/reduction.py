@@ -52,10 +52,10 @@ def reduction(cell: Cell, store: str) -> list[Row]:
 
 def _trained(classifier: Classifier, widths: tuple[int, int], seed: int, division: Division) -> FiniteCNN:
     images, labels = division.training
-    shape = tuple(images.shape[1:])
-    sides = [min(shape[1:]) >> layer for layer in range(DEPTH)]
+    channels, height, width = images.shape[1:]
+    sides = [min(height, width) >> layer for layer in range(DEPTH)]
     layers = tuple(Conv(3, padding=1, bias=True, pooling="max" if side >= 2 else "none") for side in sides)
-    architecture = Architecture(shape, layers, "flatten", classifier.images().classes)
+    architecture = Architecture((channels, height, width), layers, "flatten", classifier.images().classes)
     start = FiniteCNN.random(architecture, widths, images, torch.Generator().manual_seed(seed), "standard")
     network = fit(start, images, labels, classifier.recipe, seed).network
     assert isinstance(network, FiniteCNN)
