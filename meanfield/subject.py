@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from meanfield import validation
 from meanfield.grafting.graft import frozen
 from meanfield.measures import with_tensors
 from meanfield.network import ParticleNetwork
@@ -62,6 +63,16 @@ class Subject:
         moved = frozen(self.network, "network")
         moved.load_state_dict(dict(parameters), strict=False)
         return moved
+
+    def require_takes(self, images: Tensor, argument: str) -> None:
+        """Misuse unless these are at least one image (N, ...) of finite floats, of a shape that the network takes."""
+        if not (images.is_floating_point() and len(images)):
+            raise Misuse(argument, f"{images.dtype} {tuple(images.shape)}", "must be at least one image, of floats")
+        try:
+            self(self.parameters, validation.finite(images, argument)[:1].to(next(iter(self.parameters.values()))))
+        except RuntimeError as error:
+            remedy = f"is a shape that the network does not take: {str(error).splitlines()[0]}"
+            raise Misuse(argument, tuple(images.shape), remedy) from None
 
     def sibling(self, network: Network | Subject, argument: str) -> Parameters:
         """The parameters of another network of the same kind, names, shapes, dtype and device; Misuse otherwise."""

@@ -70,6 +70,15 @@ def test_the_larger_of_two(rho):
     assert float(found.covariance) == pytest.approx(square - mean**2, abs=4e-3)
 
 
+@pytest.mark.parametrize("apart", [-0.8, 0.0, 0.8])
+def test_the_larger_of_two_that_differ_by_a_constant_is_one_of_them(apart):
+    """Their difference has no deviation, and no share of it is a quotient."""
+    mean, covariance = torch.tensor([0.3, 0.3 + apart], dtype=torch.float64), torch.full((1, 1, 2, 2), 0.5).double()
+    found = maximum(Field(mean.reshape(1, 1, 2), covariance), torch.tensor([[0, 1]]))
+    assert float(found.mean) == pytest.approx(0.3 + max(apart, 0.0), abs=1e-12)
+    assert float(found.covariance) == pytest.approx(0.5, abs=1e-12)
+
+
 def test_windows_of_three_against_draws():
     """A winner is taken as Gaussian in the second round: within a few hundredths of its deviation."""
     root = torch.randn(6, 6, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
