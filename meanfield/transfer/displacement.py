@@ -65,8 +65,7 @@ class Displacement:
         if isinstance(moved, nn.Module) and normed:
             if images is None:
                 raise Misuse("images", images, f"must be given: the running statistics of {normed[0]} are theirs")
-            subject.require_takes(images, "images")
-            recompute(moved, [images.to(next(moved.parameters()))], "start")
+            recompute(moved, [subject.taken(images, "images")], "start")
         return freed_like(moved, start)
 
     @checked

@@ -83,7 +83,7 @@ def moments(displacement: Displacement, start_law: StartLaw, images: Tensor, alp
     movement = subject.at({name: alpha * delta for name, delta in displacement.delta.items()})
     spread = subject.at(constant(subject, start_law))
     steps = _steps(chain(movement, "displacement"), chain(spread, "displacement"))
-    subject.require_takes(images, "images")
+    subject.taken(images, "images")
     signal = images.double()
     shape = _shape(signal)
     found = []

@@ -223,6 +223,13 @@ def test_a_frozen_trunk_keeps_statistics_and_with_heads_every_old_answer():
         (lambda: LwF(1.0, temperature=0), "temperature=0 must be greater than 0"),
         (lambda: Replay(0), "images=0 must be an integer of at least 1"),
         (lambda: Anchor({}, {"w": torch.ones(2)}), "precision='w' has shape .* no point"),
+        (lambda: Anchor({}, {}), "precision={} must be of one parameter at least"),
+        (
+            lambda: Anchor({"w": torch.ones(2)}, {"w": torch.ones(2)})(flat(4)),
+            "network='Sequential' has no parameter w",
+        ),
+        (lambda: Distillation(flat(4), ((0, 1),), temperature=0), "temperature=0 must be greater than 0"),
+        (lambda: Distillation(flat(4), ((0, 1), (1, 2))), "heads=.* no class twice"),
         (
             lambda: learn(batch_normed(), images_of_four(), FrozenTrunk("fc"), RECIPE),
             "readout='fc' must name the last linear layer; the network has linear1",

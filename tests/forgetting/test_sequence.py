@@ -107,6 +107,8 @@ class TestReadouts:
         ("call", "message"),
         [
             (lambda: narrowed(start(), "fc", (0,)), "readout='fc' must name the last linear layer"),
+            (lambda: Task(torch.ones(2, 1, 4, 4), torch.ones(2), (1,)), r"labels=torch\.float32 must be torch\.int64"),
+            (lambda: score(start(), tasks()[0]), "tasks must be a Sequence, not Task"),  # pyright: ignore
             (lambda: narrowed(start(), "linear1", (0, 5)), r"must be different outputs among 0\.\.4"),
             (lambda: widened(start(), "linear1", (0, 1), 7), "one class for each of the 5 outputs"),
         ],
