@@ -116,11 +116,15 @@ def test_trainings_over_the_width_do_train(scaling, monkeypatch):
     """A rate that does not fall with the width diverged in the standard scaling, and Delta was that of no training."""
     heard, train = [], widths.finite.train
     monkeypatch.setattr(widths.finite, "train", lambda *given, **more: heard.append(train(*given, **more)) or heard[-1])
+    laws, predict = [], widths.predict
+    monkeypatch.setattr(widths, "predict", lambda moved, law, images: laws.append(law) or predict(moved, law, images))
     cells = [{"depth": 2, "width": width, "scaling": scaling, "seed": 0, "run": 0} for width in (8, 96)]
     rows = [widths.widths(cell, "") for cell in cells]
     assert widths.widths(cells[0], "") == rows[0]
     assert widths.widths({**cells[0], "run": 1}, "") != rows[0]
     assert {row["arm"] for row in rows[0]} == set(widths.ARMS)
+    law_of = transfer.StartLaw.mean_field if scaling == "mean_field" else transfer.StartLaw.he
+    assert laws[0].deviations == law_of(heard[0].network).deviations  # that of the starts that are drawn
     assert all(training.history[-1]["loss"] < training.history[0]["loss"] / 2 for training in heard)
 
 
