@@ -153,6 +153,7 @@ def test_modules_that_work_in_place_change_no_image_and_no_result():
         for repair in {False, method not in ("ensemble", "union")}:
             found = [fuse(make(0, each), make(1, each), images, method, repair=repair) for each in (True, False)]
             assert torch.equal(*(each(SMALL.clone()) for each in found))
+    fuse(make(0, True), make(1, True), images, "ensemble")(images)
     assert torch.equal(images, SMALL)
 
 

@@ -44,6 +44,15 @@ def test_an_activation_of_two_entries(function, relu, tolerance, rho):
             assert float(found.covariance[0, 0, p, q]) == pytest.approx(wanted, abs=tolerance)
 
 
+def test_what_the_expansion_of_relu_leaves_out():
+    """Of two equal entries the covariance is the variance; without its diagonal it is that of the six terms."""
+    mean = torch.linspace(-5, 5, 2001, dtype=torch.float64).reshape(-1, 1, 1).expand(-1, 1, 2)
+    found = activated(Field(mean, torch.ones(2001, 1, 2, 2).double()), torch.relu, relu=True).covariance
+    left = found[:, 0, 0, 0] - found[:, 0, 0, 1]
+    assert float(left.min()) > -1e-12
+    assert float(left.max()) < 0.0031
+
+
 def test_relu_far_from_its_kink_and_without_randomness():
     mean = torch.tensor([[[50.0, -50.0, 0.3]]], dtype=torch.float64)
     random = Field(mean, torch.diag(torch.tensor([1.0, 1.0, 0.0], dtype=torch.float64)).reshape(1, 1, 3, 3))

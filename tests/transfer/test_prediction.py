@@ -119,14 +119,15 @@ def test_deep_networks_are_predicted_to_their_width(name):
     assert float((ratio.mean() - 1).abs()) < 0.1
 
 
+@pytest.mark.parametrize("between", [nn.Identity(), nn.Dropout()])  # of one, channels have covariances of their own
 @pytest.mark.parametrize(("stride", "padding", "dilation"), [(1, 0, 1), (2, 1, 1), (1, (2, 1), 2)])
-def test_a_convolution_of_random_signals_is_its_matrix(stride, padding, dilation):
+def test_a_convolution_of_random_signals_is_its_matrix(stride, padding, dilation, between):
     """Moments behind a second convolution against those of the linear layer that it is, and of its start's kernel,
     tap by tap.
     """
     below = nn.Conv2d(1, 2, 3)
     conv = nn.Conv2d(2, 3, (2, 3), stride=stride, padding=padding, dilation=dilation)
-    network = nn.Sequential(below, nn.Identity(), conv).double()
+    network = nn.Sequential(below, between, conv).double()
     law = StartLaw({"0.weight": 0.5, "0.bias": 0.3, "2.weight": 0.4, "2.bias": 0.2})
     displacement = Displacement.between(law.draw(network, seeded()), network)
     first = moments(Displacement.between(LAW_BELOW.draw(network[:1], seeded()), network[:1]), LAW_BELOW, IMAGES)
