@@ -59,6 +59,8 @@ def reduce(
     """
     whole = copied(network, "network")
     channels, images = Channels.of(whole), checked_images(images, whole)
+    for name, tensor in whole.state_dict().items():
+        validation.finite(tensor, f"network.{name}")
     counts = _counts(widths, channels)
     if by != "masses" and penalty is not None:
         raise Misuse("penalty", penalty, f"is of by='masses'; by={by!r} solves no convex program")

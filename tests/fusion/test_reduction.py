@@ -132,6 +132,24 @@ def test_what_is_the_callers_stays():
     assert not any(module._forward_hooks for module in found.modules())
 
 
+def test_modules_that_work_in_place_change_no_image_and_no_result():
+    def make(in_place):
+        layers = [nn.Hardtanh(-0.5, 0.5, in_place), nn.Flatten(), nn.Linear(64, 6), nn.ReLU(in_place), nn.Linear(6, 3)]
+        return drawn(nn.Sequential(*layers), 0)
+
+    images = SMALL.clone()
+    found = [reduce(make(in_place), (3,), images) for in_place in (True, False)]
+    assert torch.equal(*(each(SMALL.clone()) for each in found))
+    assert torch.equal(images, SMALL)
+
+
+def test_a_network_that_is_not_finite_is_refused():
+    network = drawn(nn.Sequential(nn.Flatten(), nn.Linear(64, 4), nn.Linear(4, 3)), 0)
+    network[1].weight[2, 3] = torch.nan
+    with pytest.raises(ValueError, match=r"network\.1\.weight\[2, 3\] is nan"):
+        reduce(network, (2,), SMALL)
+
+
 def test_misuse_names_its_argument():
     network, particles = normed(4, 0), random_network(mf.Architecture((1, 8, 8), (mf.Conv(3),)), (4,), 0)
     calls = {
