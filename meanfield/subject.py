@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from meanfield import validation
 from meanfield.grafting.graft import frozen
 from meanfield.measures import with_tensors
 from meanfield.network import ParticleNetwork
@@ -62,6 +63,20 @@ class Subject:
         moved = frozen(self.network, "network")
         moved.load_state_dict(dict(parameters), strict=False)
         return moved
+
+    def taken(self, images: Tensor, argument: str) -> Tensor:
+        """Images (N, ...) in the network's dtype and on its device; Misuse unless they are at least one, of finite
+        floats and of a shape that the network takes.
+        """
+        if not (images.is_floating_point() and len(images)):
+            raise Misuse(argument, f"{images.dtype} {tuple(images.shape)}", "must be at least one image, of floats")
+        found = validation.finite(images, argument).to(next(iter(self.parameters.values())))
+        try:
+            self(self.parameters, found[:1])
+        except RuntimeError as error:
+            remedy = f"is a shape that the network does not take: {str(error).splitlines()[0]}"
+            raise Misuse(argument, tuple(images.shape), remedy) from None
+        return found
 
     def sibling(self, network: Network | Subject, argument: str) -> Parameters:
         """The parameters of another network of the same kind, names, shapes, dtype and device; Misuse otherwise."""

@@ -62,8 +62,10 @@ def feedback_aligned(network: nn.Module, generator: torch.Generator) -> nn.Modul
 @checked
 def fed_back(network: nn.Module, feedback: Mapping[str, Tensor]) -> nn.Module:
     """A copy of a network whose errors go backward through given weights: name of the layer -> as its own weight."""
-    found = copy.deepcopy(network)
-    for name, _ in _weights(network):
+    found, known = copy.deepcopy(network), dict(_weights(network))
+    for name in feedback.keys() - known.keys():
+        raise Misuse("feedback", name, f"is no nn.Linear and no nn.Conv2d of the network, which are {', '.join(known)}")
+    for name in known:
         if name not in feedback:
             raise Misuse("feedback", sorted(feedback), f"has no weights for the layer {name}")
         layer = found.get_submodule(name)

@@ -55,9 +55,11 @@ def replay(
         backward through the source's weights of that moment.
     Both networks are copied.  Where they have batch norm, running statistics are the follower's own.
     """
-    if source.state_dict().keys() != other.state_dict().keys():
-        odd = sorted(source.state_dict().keys() ^ other.state_dict().keys())[0]
-        raise Misuse("other", odd, "is a parameter or buffer of one network and not of the other: give the same layers")
+    shapes = [{name: tuple(each.shape) for name, each in network.state_dict().items()} for network in (source, other)]
+    for name in {**shapes[0], **shapes[1]}:
+        here, there = (each.get(name, "missing") for each in shapes)
+        if here != there:
+            raise Misuse("other", name, f"is {there} there and {here} in source: give the same layers")
     follower = (_Open if loop == "open" else _Closed)(source, other, inputs, recipe)
     trained = fit(source, inputs, labels, recipe, seed, follow=follower.step)
     return Replayed(follower.network.eval(), trained, follower.agreement())

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.func import jacrev, vmap
 
 from meanfield import validation
+from meanfield.finite.heads import disjoint
 from meanfield.finite.recipes import LOSSES
 from meanfield.signatures import checked
 from meanfield.subject import Subject
@@ -35,9 +36,15 @@ def fisher(
     """
     validation.one_of(loss, "loss", LOSSES)
     subject = Subject(network)
+    images = subject.taken(images, "images")
     free = [name for name, parameter in network.named_parameters() if parameter.requires_grad]
     parameters = {name: subject.parameters[name] for name in free}
-    chosen = slice(None) if classes is None else list(classes)
+    if not free:
+        raise Misuse("network", type(network).__name__, "has no parameter that needs a gradient")
+    count = subject(subject.parameters, images[:1]).shape[1]
+    chosen = list(range(count)) if classes is None else list(disjoint((classes,), "classes")[0])
+    if max(chosen) >= count:
+        raise Misuse("classes", chosen, f"must be outputs of the network, which are 0..{count - 1}")
 
     def outputs(moved: dict[str, Tensor], image: Tensor) -> tuple[Tensor, Tensor]:
         found = subject({**subject.parameters, **moved}, image[None])[0, chosen]
@@ -48,17 +55,14 @@ def fisher(
         return {name: _expected(each, found.softmax(0), loss) for name, each in jacobian.items()}
 
     with torch.no_grad():
-        count = len(subject(subject.parameters, images[:1])[0, chosen]) * sum(
-            tensor.numel() for tensor in parameters.values()
-        )
+        entries = len(chosen) * sum(tensor.numel() for tensor in parameters.values())
         total = {name: torch.zeros_like(tensor) for name, tensor in parameters.items()}
-        for some in images.split(max(1, ENTRIES // count)):
+        for some in images.split(max(1, ENTRIES // entries)):
             for name, each in vmap(information)(some).items():
                 total[name] += each.sum(0)
     if not any(bool(each.any()) for each in total.values()):
-        raise Misuse(
-            "network", type(network).__name__, "has no Fisher information: its outputs are certain to rounding"
-        )
+        remedy = "has no Fisher information: its outputs are certain, to rounding or as one class competes alone"
+        raise Misuse("network", type(network).__name__, remedy)
     return {name: each / len(images) for name, each in total.items()}
 
 

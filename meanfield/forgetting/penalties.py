@@ -9,8 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from meanfield.finite.heads import disjoint
 from meanfield.finite.terms import Batch
 from meanfield.grafting.graft import frozen
+from meanfield.signatures import Nonnegative, Positive, checked
 from meanfield.storage.tensors import digest
 from meanfield.validation import Misuse
 
@@ -27,6 +29,8 @@ class Anchor:
         for name, tensor in precision.items():
             if name not in point or point[name].shape != tensor.shape:
                 raise Misuse("precision", name, f"has shape {tuple(tensor.shape)} and no point of that shape")
+        if not precision:
+            raise Misuse("precision", precision, "must be of one parameter at least")
         self.point = {name: point[name].detach().clone() for name in precision}
         self.precision = {name: tensor.detach().clone() for name, tensor in precision.items()}
 
@@ -37,6 +41,9 @@ class Anchor:
 
     def __call__(self, network: nn.Module, batch: Batch | None = None) -> Tensor:
         parameters = dict(network.named_parameters())
+        for name in self.precision:
+            if name not in parameters:
+                raise Misuse("network", type(network).__name__, f"has no parameter {name}, which this term holds")
         parts = [
             (precision * (parameters[name] - self.point[name]).square()).sum()
             for name, precision in self.precision.items()
@@ -52,10 +59,15 @@ class Distillation:
     it lacks the factor temperature^2 of Hinton, Vinyals & Dean 2015.  The older network works in eval mode.
     """
 
+    @checked
     def __init__(
-        self, older: nn.Module, heads: Sequence[Sequence[int]], strength: float = 1.0, temperature: float = 2.0
+        self,
+        older: nn.Module,
+        heads: Sequence[Sequence[int]],
+        strength: Nonnegative = 1.0,
+        temperature: Positive = 2.0,
     ) -> None:
-        self.older, self.heads = frozen(older, "older"), [list(head) for head in heads]
+        self.older, self.heads = frozen(older, "older"), [list(head) for head in disjoint(heads, "heads")]
         self.strength, self.temperature = strength, temperature
 
     @property

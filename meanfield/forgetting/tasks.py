@@ -33,6 +33,8 @@ class Task:
         for name in ("images", "labels"):
             validation.instance(getattr(self, name), name, Tensor)
         validation.shaped(self.labels, (len(self.images),), "labels")
+        if self.labels.dtype != torch.int64:
+            raise Misuse("labels", self.labels.dtype, "must be torch.int64, the output of every image's class")
         object.__setattr__(self, "classes", disjoint((self.classes,), "classes")[0])
         strange = sorted(set(self.labels.tolist()) - set(self.classes))
         if strange:
@@ -118,7 +120,7 @@ def heads_of(tasks: Sequence[Task], heads: str) -> tuple[tuple[int, ...], ...] |
 
 def every(tasks: Sequence[Task]) -> tuple[Task, ...]:
     """At least one, and tasks."""
-    found = tuple(validation.instance(task, "tasks", Task) for task in tasks)
+    found = tuple(validation.instance(task, "tasks", Task) for task in validation.instance(tasks, "tasks", Sequence))
     if not found:
         raise Misuse("tasks", found, "must be at least one task")
     return found

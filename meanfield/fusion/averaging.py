@@ -53,7 +53,7 @@ def _wanted(networks: Sequence[nn.Module], channels: Channels, images: Tensor) -
 def _spreads(network: nn.Module, names: list[str], channels: Channels, images: Tensor) -> dict[str, Spread]:
     widths = {layer.name: channels.widths[layer.target] for layer in channels.layers}
     with listening(network, names) as heard:
-        network(images)
+        network(images.clone())
         return {name: _spread(heard[name].leaving, widths[name]) for name in names}
 
 
@@ -72,7 +72,7 @@ def _settle(network: nn.Module, channels: Channels, wanted: dict[str, Spread], i
     own = dict(network.named_buffers())
     found = {name: own[name] for norm in channels.norms for name in buffers(norm)}
     with taking(network, list(channels.norms), found), _repairing(network, wanted):
-        network(images)
+        network(images.clone())
 
 
 @contextmanager

@@ -37,14 +37,16 @@ POINTWISE = (
 
 
 class Layer(NamedTuple):
-    """A Conv2d or Linear, called once a pass: its name, the space it reads, the space it writes or adds to, and the
-    batch norm that takes its output, if there is one.
+    """A Conv2d or Linear, called once a pass: its name, the space it reads, the space it writes or adds to, the batch
+    norm that takes its output, if there is one, and of the last one of a residual block the shortcut to whose output
+    it is then added.
     """
 
     name: str
     source: int
     target: int
     norm: str | None = None
+    beside: str | None = None
 
 
 class Axis(NamedTuple):
@@ -65,7 +67,8 @@ class Channels:
 
     widths: channels of every space, that of the images first, that of the outputs last, in the order of their first
         layers.
-    layers: in the order in which they are called.  norms: batch norm -> the space whose channels it scales.
+    layers: each behind all whose outputs it reads or is added to.
+    norms: batch norm -> the space whose channels it scales.
     slopes: PReLU -> the space on whose channels it acts, and whether it has a slope for each.
     order: every module of a network without blocks, in the order in which they are called.
     form: everything but the widths, as text: networks of one form differ in their widths at most.
@@ -263,22 +266,24 @@ class _Walk:
         self.form.append("block")
         inner = self.through(module.norm1, f"{name}.norm1", self.through(module.conv1, f"{name}.conv1", space))
         self.latest = None
-        if isinstance(module.shortcut, nn.Identity):
-            if space == INPUTS:
-                raise self.refusal(name, module, "adds to the images themselves; put a layer in front of it")
-            target = self.layer(module.conv2, f"{name}.conv2", inner, space)
-            self.through(module.norm2, f"{name}.norm2", target)
-        else:
-            target = self.through(module.conv2, f"{name}.conv2", inner)
-            self.through(module.norm2, f"{name}.norm2", target)
-            alone = isinstance(module.shortcut, nn.Conv2d)
-            first, *rest = [("", module.shortcut)] if alone else list(module.shortcut.named_children())
-            place = f"{name}.shortcut"
-            self.layer(first[1], ".".join(filter(None, (place, first[0]))), space, target)  # type: ignore[arg-type]
-            for child, norm in rest:
-                self.through(norm, f"{place}.{child}", target)
+        target = self.shortcut(module, f"{name}.shortcut", space)
+        self.layer(module.conv2, f"{name}.conv2", inner, target)
+        self.layers[-1] = self.layers[-1]._replace(beside=f"{name}.shortcut")
+        self.through(module.norm2, f"{name}.norm2", target)
         self.latest, self.nonlinear = None, True
         return target
+
+    def shortcut(self, block: ResidualBlock, name: str, space: int) -> int:
+        """The space behind the shortcut of a block, in front of which there is `space`: that one, or another."""
+        if isinstance(block.shortcut, nn.Identity):
+            if space == INPUTS:
+                raise self.refusal(name, block, "adds to the images themselves; put a layer in front of it")
+            return space
+        alone = isinstance(block.shortcut, nn.Conv2d)
+        modules = [("", block.shortcut)] if alone else list(block.shortcut.named_children())
+        for child, module in modules:
+            space = self.through(module, ".".join(filter(None, (name, child))), space)
+        return space
 
     def _written(self, space: int) -> int:
         return sum(layer.target == space for layer in self.layers)

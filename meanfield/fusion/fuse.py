@@ -55,7 +55,8 @@ def fuse(
     if repair and method in ("ensemble", "union"):
         raise Misuse("repair", repair, f"is of averages; method={method!r} keeps every network as it is")
     if method == "ensemble":
-        return Ensemble(networks)
+        _require_one_output(networks, arguments, images)
+        return Ensemble(networks).eval()
     descriptions = [Channels.of(network, argument) for network, argument in zip(networks, arguments)]
     for description, argument in zip(descriptions[1:], arguments[1:]):
         descriptions[0].require_alike(description, argument)
@@ -77,8 +78,15 @@ def _as_it_stands(network: nn.Module, other: Channels, channels: Channels, argum
     return network
 
 
+def _require_one_output(networks: Sequence[nn.Module], arguments: Sequence[str], images: Tensor) -> None:
+    shapes = [tuple(network(images[:1].clone()).shape[1:]) for network in networks]
+    for shape, argument in zip(shapes, arguments):
+        if shape != shapes[0]:
+            raise Misuse(argument, shape, f"is the shape of its outputs, not {shapes[0]}")
+
+
 def _require_one_kind(networks: Sequence[nn.Module], arguments: Sequence[str]) -> None:
-    first = next(networks[0].parameters())
+    first = next(networks[0].parameters(), torch.empty(0))
     for network, argument in zip(networks[1:], arguments[1:]):
         for tensor in network.parameters():
             if (tensor.dtype, tensor.device) != (first.dtype, first.device):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
 import torch
@@ -44,7 +44,8 @@ def reduce(
 
     From the images to the outputs, space by space (a residual stream is one): channels are left out, and the layers
     that read them get the kernels and biases whose pre-activations are, in least squares over images and positions,
-    closest to those of the whole network; what was left out below is made up for in that.
+    closest to those of the whole network; what was left out below is made up for in that, what a shortcut misses by the
+    layer that is added to it.
 
     widths: how many are kept of every space between images and outputs (`Channels.of(network).hidden_widths` is how
         many there are), or a network of the same form that has as many: a parent of a union.
@@ -58,6 +59,8 @@ def reduce(
     """
     whole = copied(network, "network")
     channels, images = Channels.of(whole), checked_images(images, whole)
+    for name, tensor in whole.state_dict().items():
+        validation.finite(tensor, f"network.{name}")
     counts = _counts(widths, channels)
     if by != "masses" and penalty is not None:
         raise Misuse("penalty", penalty, f"is of by='masses'; by={by!r} solves no convex program")
@@ -140,7 +143,7 @@ class _Reduction:
             self._write(layer, found, reader, kept)
 
     def refit(self) -> None:
-        """Every layer that reads hidden channels, in the order of a pass, to what now enters it."""
+        """Every layer that reads hidden channels, to what now enters it."""
         for layer in self.channels.layers:
             if layer.source in self.channels.hidden:
                 (found,) = self._moments([layer])
@@ -154,16 +157,30 @@ class _Reduction:
             Products(connection.weights.shape[0], connection.weights.shape[1], self.images.device)
             for connection in connections
         ]
-        names = [layer.name for layer in layers]
+        names = [name for layer in layers for name in (layer.name, layer.beside) if name is not None]
         for now, wanted in zip(*(signals(each, names, self.images) for each in (self.network, self.whole))):
             limits.look()
             for layer, connection, moments in zip(layers, connections, found):
-                self._add(layer, connection, moments, now[layer.name].entering, wanted[layer.name])
+                goal = self._goal(layer, connection, now, wanted)
+                self._add(connection, moments, now[layer.name].entering, goal)
         return found
 
-    def _add(self, layer: Layer, connection: Connection, moments: Products, entering: Tensor, wanted: Signal) -> None:
-        goal = connection.columns(wanted.leaving)[self.kept[layer.target]].double()
-        goal = goal * self._scale(layer).reshape(-1, *[1] * (goal.ndim - 1))
+    def _goal(
+        self, layer: Layer, connection: Connection, now: Mapping[str, Signal], wanted: Mapping[str, Signal]
+    ) -> Tensor:
+        """What the layer is to put out, (K, N, ...) in units of `_scale`: what it does in the whole network, and what
+        is missing of that to which it is added.
+        """
+        kept = self.kept[layer.target]
+        goal = connection.columns(wanted[layer.name].leaving)[kept].double()
+        shape = (-1, *[1] * (goal.ndim - 1))
+        goal = goal * self._scale(layer).reshape(shape)
+        if layer.beside is None:
+            return goal
+        have, want = (connection.columns(heard[layer.beside].leaving) for heard in (now, wanted))
+        return goal + self._sign(layer).reshape(shape) * (want[kept].double() - have.double())
+
+    def _add(self, connection: Connection, moments: Products, entering: Tensor, goal: Tensor) -> None:
         each = goal[:, :1].numel() // max(len(goal), 1)  # positions of an image
         for part in torch.arange(len(entering)).split(max(1, moments.block // each)):
             rows = slice(int(part[0]), int(part[-1]) + 1)
@@ -196,6 +213,14 @@ class _Reduction:
             scale = scale * norm.weight.abs()
         scale = scale[kept]
         return scale.clamp_min(NEGLIGIBLE * scale.max()) if bool((scale > 0).any()) else torch.ones_like(scale)
+
+    def _sign(self, layer: Layer) -> Tensor:
+        """(K,), that of what batch norm multiplies the layer's output with: 1, -1, or 0 where it gives nothing."""
+        kept = self.kept[layer.target]
+        norm: Any = None if layer.norm is None else self.whole.get_submodule(layer.norm)
+        if norm is None or norm.weight is None:
+            return torch.ones(len(kept), dtype=torch.float64, device=self.images.device)
+        return norm.weight.double().sign()[kept]
 
     def _write(self, layer: Layer, moments: Products, reader: Reader, left: Tensor) -> None:
         """Take the solution into the layer; left: which of the channels that the moments saw it is of."""

@@ -24,7 +24,7 @@ def signals(network: nn.Module, names: Iterable[str], images: Tensor) -> Iterato
     """Block by block of images, the signals of the layers of these names."""
     with listening(network, names) as heard:
         for block in images.split(IMAGES):
-            network(block)
+            network(block.clone())  # some modules work in place
             yield dict(heard)
             heard.clear()
 
@@ -56,12 +56,18 @@ def by_channel(signal: Tensor, width: int) -> Tensor:
 
 
 def checked_images(images: Any, network: nn.Module) -> Tensor:
-    """Images (N, ...), N >= 1, finite, in the network's dtype and on its device; Misuse otherwise."""
+    """Images (N, ...), N >= 1, finite, in the network's dtype and on its device, such as it takes; Misuse otherwise."""
     tensor = instance(images, "images", Tensor)
     if tensor.ndim < 2 or not len(tensor):
         raise Misuse("images", tuple(tensor.shape), "is their shape; give (N, C, H, W) or (N, D), N >= 1")
-    first = next(network.parameters())
+    first = next(network.parameters(), tensor)
     if (tensor.dtype, tensor.device) != (first.dtype, first.device):
         kind = f"{tensor.dtype} on {tensor.device}"
         raise Misuse("images", kind, f"is their kind, that of the network {first.dtype} on {first.device}")
-    return finite(tensor, "images").detach()
+    images = finite(tensor, "images").detach()
+    try:
+        network(images[:1].clone())
+    except RuntimeError as error:
+        remedy = f"is a shape that the network does not take: {str(error).splitlines()[0]}"
+        raise Misuse("images", tuple(images.shape), remedy) from None
+    return images

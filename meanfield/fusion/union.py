@@ -11,21 +11,28 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from meanfield import validation
 from meanfield.fusion.channels import INPUTS, Channels, replaced
 from meanfield.validation import Misuse
 
+ROUNDING = 1e-9  # of a sum of shares
+
 
 class Ensemble(nn.Module):
-    """The sum of the members' outputs (N, ...), weighted by `shares`, whose sum is one; by default their mean.
+    """The sum of the members' outputs (N, ...), weighted by `shares`, one for each, whose sum is one; by default their
+    mean.  The members themselves, in their modes.
 
     It is what the union computes in which the last layers are weighted so (docs/theory.md, section 6).
     """
 
     def __init__(self, members: Sequence[nn.Module], shares: Sequence[float] | None = None) -> None:
         super().__init__()
-        self.members = nn.ModuleList(members)
+        if not len(members):
+            raise Misuse("members", members, "must be at least one network")
+        self.members = nn.ModuleList(validation.instance(each, "members", nn.Module) for each in members)
         self.shares = tuple(shares or [1 / len(members)] * len(members))
-        self.eval()
+        if len(self.shares) != len(members) or abs(sum(self.shares) - 1) > ROUNDING:
+            raise Misuse("shares", self.shares, f"must be {len(members)} numbers whose sum is one")
 
     def forward(self, inputs: Tensor) -> Tensor:
         outputs = [share * member(inputs.clone()) for share, member in zip(self.shares, self.members)]  # some in place

@@ -542,6 +542,37 @@ def lines(
     return _legend_below(figure, grid, 4, frameon=False)
 
 
+@dataclass(frozen=True)
+class Bar:
+    """A value with the ends of its interval, what is written beside it, and the index of its colour."""
+
+    label: str
+    value: float
+    low: float
+    high: float
+    note: str = ""
+    look: int = 0
+
+
+def bars(panels: Mapping[str, Sequence[Bar]], x: str, *, columns: int = 3) -> Figure:
+    """Values from zero on, the first one on top, a panel per title; intervals as far as they are finite."""
+    most = max(map(len, panels.values()), default=1)
+    figure, grid = _panels(len(panels), 6.0, columns, 1.4 + 0.34 * most)
+    colors = (BLUE, RED, GREEN, ORANGE, PURPLE, GREY)
+    for axes, (title, each) in zip(grid, panels.items()):
+        for place, bar in enumerate(each):
+            axes.barh(place, bar.value, color=colors[bar.look % len(colors)], height=0.7)
+            if np.isfinite(bar.low) and np.isfinite(bar.high):
+                axes.plot([bar.low, bar.high], [place, place], color="black", lw=1.5)
+            beside = {"va": "center", "fontsize": SMALL, "transform": axes.get_yaxis_transform()}
+            axes.text(1.02, place, plain(bar.note), **beside)
+        _dress(axes, x, "")
+        axes.set_yticks(range(len(each)), [plain(bar.label) for bar in each], fontsize=SMALL)
+        axes.invert_yaxis()
+        axes.set_title(plain(title), fontsize=FONT)
+    return figure
+
+
 def scatter(
     panels: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]],
     x: Mapping[str, str],

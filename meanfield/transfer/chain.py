@@ -38,14 +38,17 @@ def layers(network: Network) -> list[Layer]:
 
 
 def _of_module(network: nn.Module) -> Iterator[Layer]:
+    known = dict(network.named_parameters())  # a tied tensor is there once, and belongs to the first layer
     for name, module in network.named_modules():
-        owned = {f"{name}.{each}".lstrip("."): tensor for each, tensor in module.named_parameters(recurse=False)}
+        every = ((f"{name}.{each}".lstrip("."), tensor) for each, tensor in module.named_parameters(recurse=False))
+        owned = {each: tensor for each, tensor in every if each in known}
         if owned:
             yield Layer(name, tuple(owned), next((each for each, tensor in owned.items() if tensor.ndim > 1), None))
 
 
 def chain(network: Network, argument: str) -> list[tuple[str, nn.Module]]:
-    """Modules that are called one after the other, by name; Misuse of what is no nn.Sequential of them.
+    """Modules that are called one after the other, by name, one that stands twice included; Misuse of what is no
+    nn.Sequential of them, and of parameters that two places share.
 
     A FiniteCNN or ParticleNetwork as finite.sequential has it.
     """
@@ -53,10 +56,23 @@ def chain(network: Network, argument: str) -> list[tuple[str, nn.Module]]:
         network = finite.sequential(network)
     if type(network) is not nn.Sequential:
         raise Misuse(argument, type(network).__name__, "is no chain of layers: give an nn.Sequential, or particles")
+    found = _flattened(network, "")
+    seen: set[int] = set()
+    for name, module in found:
+        own = {id(tensor) for tensor in module.parameters()}
+        if own & seen:
+            remedy = "shares parameters with another place, so that it is no layer of its own"
+            raise Misuse(argument, f"{name} ({type(module).__name__})", remedy)
+        seen |= own
+    return found
+
+
+def _flattened(network: nn.Sequential, prefix: str) -> list[tuple[str, nn.Module]]:
     found = []
-    for name, module in network.named_children():
-        inner = chain(module, argument) if type(module) is nn.Sequential else [("", module)]
-        found += [(".".join(filter(None, (name, below))), each) for below, each in inner]
+    for name, module in network._modules.items():  # named_children has a module that stands twice once
+        assert module is not None
+        place = f"{prefix}{name}"
+        found += _flattened(module, f"{place}.") if type(module) is nn.Sequential else [(place, module)]
     return found
 
 

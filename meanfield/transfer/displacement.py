@@ -65,7 +65,7 @@ class Displacement:
         if isinstance(moved, nn.Module) and normed:
             if images is None:
                 raise Misuse("images", images, f"must be given: the running statistics of {normed[0]} are theirs")
-            recompute(moved, [images], "start")
+            recompute(moved, [subject.taken(images, "images")], "start")
         return freed_like(moved, start)
 
     @checked
@@ -85,7 +85,7 @@ class Displacement:
         for index, layer in enumerate(known):
             if consistent and order is not None and layer.weight is not None:
                 found[layer.weight] = _by_source(found[layer.weight], order)
-            if not weighted[0] <= index < weighted[-1]:
+            if not (weighted and weighted[0] <= index < weighted[-1]):
                 continue  # inputs and outputs are nobody's particles
             if layer.weight is not None or not consistent:  # consistent, a batch norm has those of the layer below
                 count = len(found[layer.parameters[0]])

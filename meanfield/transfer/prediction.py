@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.quasirandom import SobolEngine
 
-from meanfield import limits
+from meanfield import limits, validation
 from meanfield.architecture import ACTIVATIONS
 from meanfield.signatures import checked
 from meanfield.transfer.chain import chain
@@ -53,6 +53,7 @@ class Moments:
         The logits of a single start differ from their mean by what its readout adds to all images alike; the accuracy
         of the mean logits leaves that out.
         """
+        validation.shaped(labels, (len(self.mean),), "labels")
         values, vectors = torch.linalg.eigh(self.covariance.double())
         root = vectors * values.clamp(min=0).sqrt()[:, None, :]
         uniform = SobolEngine(self.mean.shape[1], scramble=True, seed=0).draw(POINTS, dtype=torch.float64)
@@ -82,6 +83,7 @@ def moments(displacement: Displacement, start_law: StartLaw, images: Tensor, alp
     movement = subject.at({name: alpha * delta for name, delta in displacement.delta.items()})
     spread = subject.at(constant(subject, start_law))
     steps = _steps(chain(movement, "displacement"), chain(spread, "displacement"))
+    subject.taken(images, "images")
     signal = images.double()
     shape = _shape(signal)
     found = []
@@ -142,7 +144,8 @@ def _carrier(name: str, moving: nn.Module, random: nn.Module) -> Callable[[Field
     if isinstance(moving, nn.MaxPool2d) and not moving.ceil_mode and not moving.return_indices and not moving.padding:
         return lambda field, shape: _maximised(moving, field, shape)
     if (kind := _activation(moving)) is not None:
-        return lambda field, shape: (activated(field, moving, relu=kind == "relu"), shape)
+        function = ACTIVATIONS[kind].function  # the module may work in place
+        return lambda field, shape: (activated(field, function, relu=kind == "relu"), shape)
     if isinstance(moving, SILENT):
         return lambda field, shape: (field, shape)
     raise _refusal(name, moving)
@@ -155,7 +158,8 @@ def _refusal(name: str, module: nn.Module) -> Misuse:
 
 def _activation(module: nn.Module) -> str | None:
     """Its name; a module with settings that are not the registered ones is another activation."""
-    return next((name for name, each in ACTIVATIONS.items() if repr(each.module()) == repr(module)), None)
+    said = repr(module).replace("inplace=True", "")
+    return next((name for name, each in ACTIVATIONS.items() if repr(each.module()) == said), None)
 
 
 def _require_increasing(name: str, kind: str) -> None:

@@ -75,6 +75,8 @@ def test_fixed_random_feedback_is_drawn_once_of_the_size_of_the_weights():
         feedback_aligned(nn.Sequential(nn.Flatten()), seeded())
     with pytest.raises(Misuse, match="has no weights for the layer 4"):
         fed_back(network, {"0": network[0].weight})
+    with pytest.raises(Misuse, match=r"feedback='1' is no nn\.Linear and no nn\.Conv2d of the network, which are 0, 4"):
+        fed_back(network, {name: network[int(name)].weight for name in ("0", "4")} | {"1": IMAGES})
 
 
 @pytest.mark.parametrize("loop", ["open", "closed"])
@@ -102,11 +104,19 @@ def test_an_open_loop_ends_at_the_start_plus_the_displacement():
 
 
 @pytest.mark.parametrize(
-    ("loop", "loss"), [("open", "cross_entropy"), ("closed", "cross_entropy"), ("closed", "squared")]
+    ("loop", "settings"),
+    [("open", {}), ("closed", {}), ("closed", {"loss": "squared"}), ("closed", {"penalty": "l2", "strength": 0.1})],
 )
-def test_who_follows_from_the_same_start_is_the_source(loop, loss):
-    """Then the source's weights are the own ones, and every step is one down the own gradient."""
-    found = replay(small(0), small(0), IMAGES, LABELS, recipe(momentum=0.0, loss=loss), seed=3, loop=loop)
+def test_who_follows_from_the_same_start_is_the_source(loop, settings):
+    """Then the source's weights are the own ones, and every step is one down the own gradient.
+
+    Of a pixel that is zero in every image no weight moves, and none agrees or does not.
+    """
+    images = IMAGES * (torch.arange(4) > 0)
+    flat = [nn.Sequential(nn.Flatten(), nn.Linear(16, 3)).double() for _ in range(2)]
+    flat[1].load_state_dict(flat[0].state_dict())
+    assert set(replay(*flat, images, LABELS, recipe(momentum=0.0), loop=loop).agreement.values()) == {1.0}
+    found = replay(small(0), small(0), IMAGES, LABELS, recipe(momentum=0.0, **settings), seed=3, loop=loop)
     for name, tensor in found.source.network.state_dict().items():
         torch.testing.assert_close(found.network.state_dict()[name], tensor, rtol=1e-10, atol=1e-12)
     assert set(found.agreement.values()) == {1.0}
@@ -133,7 +143,9 @@ def test_batch_norm_follows_by_its_own_statistics_and_other_layers_are_refused()
     first, second = (residual((1, 4, 4), 3, width=2, blocks=(1,), generator=seeded(seed)) for seed in (0, 1))
     found = replay(first, second, IMAGES.float(), LABELS, recipe(epochs=1), loop="closed")
     assert not torch.equal(found.network.norm1.running_mean, found.source.network.norm1.running_mean)
-    with pytest.raises(Misuse, match="is a parameter or buffer of one network"):
+    with pytest.raises(Misuse, match=r"other='conv1\.weight' is missing there and \(2, 1, 3, 3\) in source"):
         replay(first, small(0), IMAGES, LABELS, recipe())
+    with pytest.raises(Misuse, match=r"other='0\.weight' is \(2, 1, 3, 3\) there and \(4, 1, 3, 3\) in source"):
+        replay(small(0), nn.Sequential(nn.Conv2d(1, 2, 3)), IMAGES, LABELS, recipe())
     with pytest.raises(Misuse, match="loop='half'"):
         replay(first, second, IMAGES.float(), LABELS, recipe(), loop="half")

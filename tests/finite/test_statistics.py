@@ -36,6 +36,12 @@ def test_evaluation_is_then_training_with_all_images_in_one_batch(network, image
     assert norms(found).keys() == norms(training).keys() != set()
 
 
+def test_images_stay_where_the_first_module_works_in_place():
+    images = normal((12, 3), 0)
+    recompute(nn.Sequential(nn.ReLU(inplace=True), nn.BatchNorm1d(3).double()).eval(), [images])
+    assert torch.equal(images, normal((12, 3), 0))
+
+
 def test_of_no_batch_norm_nothing_is_asked_and_of_one_called_twice_no_statistics():
     recompute(nn.Linear(2, 2), [torch.ones(3, 5)])
     norm = nn.BatchNorm1d(2)

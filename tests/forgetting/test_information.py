@@ -78,5 +78,23 @@ def test_a_network_without_information_is_refused():
     network = linear(5, 3)
     with torch.no_grad():
         network[1].bias.copy_(torch.tensor([1e6, 0.0, 0.0]))
-    with pytest.raises(Misuse, match="has no Fisher information: its outputs are certain to rounding"):
+    with pytest.raises(Misuse, match="has no Fisher information: its outputs are certain, to rounding"):
         fisher(network, normal((7, 1, 1, 5), 9))
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: fisher(linear(5, 3), normal((0, 1, 1, 5), 9)), "images=.* must be at least one image"),
+        (lambda: fisher(linear(5, 3), normal((7, 1, 1, 4), 9)), r"images=\(7, 1, 1, 4\) is a shape"),
+        (lambda: fisher(linear(5, 3), normal((7, 1, 1, 5), 9), [1, 3]), r"classes=\[1, 3\] .* which are 0\.\.2"),
+        (lambda: fisher(linear(5, 3), normal((7, 1, 1, 5), 9), [-1]), "classes=-1 must be an integer of at least 0"),
+        (lambda: fisher(linear(5, 3), normal((7, 1, 1, 5), 9), []), "classes=.* must be a group of classes"),
+        (lambda: fisher(linear(5, 3), normal((7, 1, 1, 5), 9), [1]), "or as one class competes alone"),
+        (lambda: fisher(linear(5, 3).requires_grad_(False), normal((7, 1, 1, 5), 9)), "no parameter that needs a grad"),
+    ],
+)
+def test_misuse(call, message):
+    with pytest.raises(Misuse, match=message) as caught:
+        call()
+    assert "\n" not in str(caught.value)

@@ -133,6 +133,31 @@ def test_l2_sp_is_a_ridge_towards_the_old_point_and_towards_zero_in_the_new_rows
     torch.testing.assert_close(weight(found.network), expected, rtol=1e-9, atol=1e-9)
 
 
+def test_l2_sp_pulls_rows_of_the_new_classes_to_zero_and_leaves_those_of_later_tasks():
+    """From rows that are not zero, as where every task trains its own head."""
+    a, b = two_tasks()
+    network = flat(5)
+    network[1].weight.data = normal((5, 4), 21)
+    (term,) = L2SP(0.3, "1", 0.7).stage(Past(network, (network,), (a,), "task", "squared", 0), b).terms
+    moved = flat(5)
+    moved[1].weight.data = normal((5, 4), 22)
+    term(moved).backward()
+    now, old = weight(moved), weight(network)
+    expected = torch.cat([0.3 * (now - old)[:2], 0.7 * now[2:4], torch.zeros(1, 4)])
+    torch.testing.assert_close(moved[1].weight.grad, expected, rtol=1e-12, atol=0)
+
+
+def test_an_anchor_keeps_its_point_and_says_which_it_is():
+    point, precision = {"1.weight": normal((4, 4), 3)}, {"1.weight": torch.ones(4, 4).double()}
+    term = Anchor(point, precision)
+    before = float(term(flat(4)).detach())
+    assert Anchor({"1.weight": 2 * point["1.weight"]}, precision).settings != term.settings
+    assert Anchor(point, {"1.weight": 2 * precision["1.weight"]}).settings != term.settings
+    point["1.weight"] += 1
+    precision["1.weight"] += 1
+    assert float(term(flat(4)).detach()) == before
+
+
 def test_lwf_pulls_the_outputs_of_every_old_head_to_their_old_shares():
     """d/dz of the cross-entropy of softmax(z / T) to q is (softmax(z / T) - q) / T, image by image."""
     older, network, images = flat(5), flat(5), normal((6, 1, 1, 4), 2)
@@ -152,8 +177,11 @@ def test_lwf_holds_a_head_per_task_or_one_of_all_old_classes():
     a, b = two_tasks()
     last = Task(normal((2, 1, 1, 4), 8), torch.tensor([4, 5]), (4, 5))
     for heads, expected in (("task", [[0, 1], [2, 3]]), ("one", [[0, 1, 2, 3]])):
-        (term,) = LwF(1.0).stage(Past(flat(6), (flat(6), flat(6)), (a, b), heads, "cross_entropy", 0), last).terms
+        latest = flat(6)
+        latest[1].weight.data += 1
+        (term,) = LwF(1.0).stage(Past(flat(6), (flat(6), latest), (a, b), heads, "cross_entropy", 0), last).terms
         assert term.heads == expected
+        assert torch.equal(weight(term.older), weight(latest))
 
 
 def test_replay_of_everything_is_joint_training_from_the_old_network():
@@ -195,6 +223,13 @@ def test_a_frozen_trunk_keeps_statistics_and_with_heads_every_old_answer():
         (lambda: LwF(1.0, temperature=0), "temperature=0 must be greater than 0"),
         (lambda: Replay(0), "images=0 must be an integer of at least 1"),
         (lambda: Anchor({}, {"w": torch.ones(2)}), "precision='w' has shape .* no point"),
+        (lambda: Anchor({}, {}), "precision={} must be of one parameter at least"),
+        (
+            lambda: Anchor({"w": torch.ones(2)}, {"w": torch.ones(2)})(flat(4)),
+            "network='Sequential' has no parameter w",
+        ),
+        (lambda: Distillation(flat(4), ((0, 1),), temperature=0), "temperature=0 must be greater than 0"),
+        (lambda: Distillation(flat(4), ((0, 1), (1, 2))), "heads=.* no class twice"),
         (
             lambda: learn(batch_normed(), images_of_four(), FrozenTrunk("fc"), RECIPE),
             "readout='fc' must name the last linear layer; the network has linear1",

@@ -107,6 +107,8 @@ class TestReadouts:
         ("call", "message"),
         [
             (lambda: narrowed(start(), "fc", (0,)), "readout='fc' must name the last linear layer"),
+            (lambda: Task(torch.ones(2, 1, 4, 4), torch.ones(2), (1,)), r"labels=torch\.float32 must be torch\.int64"),
+            (lambda: score(start(), tasks()[0]), "tasks must be a Sequence, not Task"),  # pyright: ignore
             (lambda: narrowed(start(), "linear1", (0, 5)), r"must be different outputs among 0\.\.4"),
             (lambda: widened(start(), "linear1", (0, 1), 7), "one class for each of the 5 outputs"),
         ],
@@ -175,6 +177,15 @@ class TestLearning:
             self.run(path, (1, 2))
         with pytest.raises(Misuse, match=f"its {name}"):
             self.run(path, **changed)
+
+    def test_the_tasks_that_were_learnt_are_those_of_a_seed(self, tmp_path):
+        """The training in progress, which has a file of its own, may not have one yet."""
+        path = tmp_path / "run.safetensors"
+        with pytest.raises(Killed):
+            self.run(path, (1, 1))
+        path.with_suffix(".task1.safetensors").unlink()
+        with pytest.raises(Misuse, match="its seed"):
+            self.run(path, seed=5)
 
     def test_networks_that_are_there_are_not_trained_again(self):
         whole = self.run()
@@ -249,6 +260,25 @@ class TestChoice:
         assert [len(task) for task in seen] == [18, 12] * 3
         assert found.accuracies == (1 / 6, 1 / 6, 1 / 6)  # a third of one task, nothing of the other
         assert found.best == min(zip(found.losses, candidates))[1]
+
+    def test_it_is_judged_by_no_image_that_it_trained_on(self):
+        """One that knows its training images by heart, against one that knows the classes a little."""
+
+        class Heart(nn.Module):
+            def __init__(self, given):
+                super().__init__()
+                self.known = torch.cat([task.images.flatten(1) for task in given])
+                self.labels = torch.cat([task.labels for task in given])
+
+            def forward(self, images):
+                same = (images.flatten(1)[:, None] == self.known).all(2)
+                label = torch.where(same.any(1), self.labels[same.double().argmax(1)], 1)
+                return nn.functional.one_hot(label, 5).double()
+
+        found = choose(
+            [True, False], lambda heart, given: Heart(given) if heart else Fixed(0.1, 0, 0, 0.2, 0.1), tasks()
+        )
+        assert found.best is False
 
     def test_accuracy_comes_first(self):
         candidates = [(0.0, 0.0, 0.1, 0.0, 0.0), (0.1, 0.0, 90.0, 0.0, 0.0)]

@@ -108,6 +108,7 @@ REFUSED = {
     "0 PReLU": [nn.PReLU(), nn.Linear(3, 2)],
     "0 Conv2d": [nn.Conv2d(2, 4, 3, groups=2)],
     "1 Linear": [nn.Conv2d(2, 4, 3), nn.Linear(4, 2)],
+    "1 Conv2d": [nn.Flatten(), nn.Conv2d(2, 4, 3)],
     "0 BatchNorm1d": [nn.BatchNorm1d(2), nn.Linear(2, 3)],
     "1 BatchNorm1d": [nn.Linear(2, 3), nn.BatchNorm1d(3, track_running_stats=False), nn.Linear(3, 2)],
     "1": [nn.Linear(2, 3), nn.BatchNorm1d(3)],

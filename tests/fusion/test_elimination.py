@@ -88,5 +88,7 @@ def test_columns_that_are_all_zero_go_first():
     left, (found,) = eliminate([reader(design, targets, offset=True)], GROUPS - 1)
     assert left.tolist() == [0, 1, 3, 4, 5]
     assert bool(found.weights.isfinite().all())
+    flat = torch.ones_like(targets)  # which a constant gives, so that there is no unit to count errors in
+    assert bool(reader(problem(0)[0], flat, offset=True).losses().isfinite().all())
     none, _ = eliminate([reader(torch.zeros_like(design), targets, offset=True)], 1)
     assert len(none) == 1

@@ -10,7 +10,7 @@ from torch import nn
 from torch_networks import KINDS, SMALL, blocks, drawn, normed, normed_blocks, shuffled, tensors
 
 import meanfield as mf
-from meanfield.fusion import METHODS, fuse
+from meanfield.fusion import METHODS, Ensemble, fuse
 from meanfield.fusion.signals import by_channel, signals
 from meanfield.validation import Misuse
 
@@ -80,6 +80,21 @@ def test_batch_norm_of_an_average_has_the_statistics_of_the_images():
     assert torch.equal(union.norm1.running_var, torch.cat([a.norm1.running_var, b.norm1.running_var]))  # pyright: ignore
 
 
+def test_a_repair_changes_hidden_layers_without_batch_norm_alone():
+    a, b = normed(4, 0), normed(4, 1)
+    found = fuse(a, b, SMALL, "average", repair=True)
+    for name in ("0.weight", "8.weight", "11.weight", "11.bias"):
+        states = [each.state_dict()[name] for each in (a, b, found)]
+        torch.testing.assert_close(states[2], (states[0] + states[1]) / 2, rtol=0, atol=1e-15)
+    assert not torch.allclose(found[4].weight, (a[4].weight + b[4].weight) / 2)  # pyright: ignore
+    (heard,) = signals(found, ["0", "8"], SMALL)
+    for layer, norm in (("0", "1"), ("8", "9")):
+        signal = heard[layer].leaving
+        variance, mean = torch.var_mean(by_channel(signal, signal.shape[1]), 1, correction=0)
+        torch.testing.assert_close(found.get_submodule(norm).running_mean, mean, rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(found.get_submodule(norm).running_var, variance, rtol=1e-10, atol=1e-12)
+
+
 @pytest.mark.parametrize("make", [normed, blocks])
 def test_a_repaired_average_has_the_mean_statistics_of_its_parents(make):
     a, b = make(4, 0), make(4, 1)
@@ -126,6 +141,42 @@ def test_what_is_the_callers_stays(method):
     inside(SMALL).sum().backward()
 
 
+def test_modules_that_work_in_place_change_no_image_and_no_result():
+    """Also in front of the first layer, where it is the caller's images that they are given."""
+
+    def make(seed, in_place):
+        layers = [nn.Conv2d(1, 4, 3), nn.ReLU(in_place), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(36, 3)]
+        return drawn(nn.Sequential(nn.Hardtanh(-0.5, 0.5, in_place), *layers), seed)
+
+    images = SMALL.clone()
+    for method in METHODS:
+        for repair in {False, method not in ("ensemble", "union")}:
+            found = [fuse(make(0, each), make(1, each), images, method, repair=repair) for each in (True, False)]
+            assert torch.equal(*(each(SMALL.clone()) for each in found))
+    fuse(make(0, True), make(1, True), images, "ensemble")(images)
+    assert torch.equal(images, SMALL)
+
+
+def test_shares_of_an_ensemble_are_one_for_each_member():
+    a, b = normed(4, 0).train(), normed(4, 1).eval()
+    mixed = Ensemble([a, b], (0.25, 0.75))
+    assert (a.training, b.training) == (True, False)
+    torch.testing.assert_close(mixed.eval()(SMALL), 0.25 * a(SMALL) + 0.75 * b(SMALL))
+    for shares in ([1.0], (0.5, 0.6)):
+        with pytest.raises(Misuse, match="must be 2 numbers whose sum is one"):
+            Ensemble([a, b], shares)
+    with pytest.raises(Misuse, match=r"members=\[\] must be at least one"):
+        Ensemble([])
+
+
+def test_a_slope_of_one_channel_goes_beside_slopes_of_many():
+    def make(width, seed):
+        return drawn(nn.Sequential(nn.Flatten(), nn.Linear(64, width), nn.PReLU(width), nn.Linear(width, 3)), seed)
+
+    a, b = make(1, 0), make(4, 1)
+    torch.testing.assert_close(fuse(a, b, SMALL)(SMALL), (a(SMALL) + b(SMALL)) / 2, rtol=0, atol=1e-13)
+
+
 def test_misuse_names_its_argument():
     a, b = normed(4, 0), normed(6, 1)
     calls = {
@@ -141,6 +192,12 @@ def test_misuse_names_its_argument():
             call()
         assert caught.value.argument == argument
         assert "\n" not in str(caught.value)
+    with pytest.raises(Misuse, match=r"b=\(4,\) is the shape of its outputs, not \(3,\)"):
+        fuse(a, drawn(nn.Sequential(nn.Flatten(), nn.Linear(64, 4)), 0), SMALL, "ensemble")
+    with pytest.raises(Misuse, match=r"images=\(40, 1, 8, 7\) is a shape that the network does not take"):
+        fuse(a, a, SMALL[..., :7])
+    with pytest.raises(Misuse, match="a='ReLU' has no Conv2d and no Linear"):
+        fuse(nn.ReLU(), nn.ReLU(), SMALL)
     with pytest.raises(Misuse, match=r"b='torch\.float32"):
         fuse(a, normed(4, 1).float(), SMALL)
     with pytest.raises(ValueError, match=r"images\[1, 0, 2, 3\] is nan"):

@@ -6,12 +6,13 @@ import pytest
 import torch
 from strategies import normal, random_network
 from torch import nn
-from torch_networks import KINDS, SMALL, drawn, normed, shuffled, tensors
+from torch_networks import KINDS, SMALL, blocks, drawn, normed, shuffled, tensors
 
 import meanfield as mf
 from meanfield.fusion import matched
 from meanfield.fusion.channels import Channels, chosen, moved
 from meanfield.fusion.matching import MATCHINGS, by_weights, correlations, distances
+from meanfield.fusion.signals import by_channel, signals
 from meanfield.validation import Misuse
 
 methods = pytest.mark.parametrize("method", MATCHINGS)
@@ -114,6 +115,17 @@ def test_features_are_compared_as_layers_read_them():
     torch.testing.assert_close(distances(a, channels, b, other, SMALL)[2], apart, rtol=1e-9, atol=1e-12)
     whole = torch.corrcoef(torch.cat([here, there]))[:8, 8:]
     torch.testing.assert_close(correlations(a, channels, b, other, SMALL)[2], whole, rtol=1e-9, atol=1e-12)
+
+
+def test_features_of_a_stream_are_compared_at_every_layer_that_reads_it():
+    a, b = blocks(4, 0), blocks(4, 1)
+    channels = Channels.of(a)
+    names = [layer.name for layer in channels.readers(1)]
+    (here,), (there,) = (list(signals(each, names, SMALL)) for each in (a, b))
+    clouds = [[by_channel(heard[name].entering, 4) for heard in (here, there)] for name in names]
+    apart = sum((first[:, None] - second).square().mean(2) for first, second in clouds)
+    torch.testing.assert_close(distances(a, channels, b, channels, SMALL)[1], apart, rtol=1e-9, atol=1e-12)
+    assert len(names) == 4
 
 
 def test_a_channel_that_was_split_is_transported_back():

@@ -57,7 +57,8 @@ def test_channels_chosen_are_better_than_any():
 
 @pytest.mark.parametrize("make", [normed, normed_blocks, blocks])
 def test_every_refitted_layer_is_at_its_least_squares(make):
-    """What a layer misses of the whole network is orthogonal to all that it reads, up to the ridge of 1e-8.
+    """What a layer, or the sum at the end of a block, misses of the whole network is orthogonal to all that the layer
+    reads, up to the ridge of 1e-8.
 
     Only the first space loses channels, so that what is wanted of the layers that write others is known.
     """
@@ -65,14 +66,19 @@ def test_every_refitted_layer_is_at_its_least_squares(make):
     union = fuse(make(3, 0), make(4, 1), images)
     found, channels = reduce(union, (4, *Channels.of(union).hidden_widths[1:]), images), Channels.of(union)
     fitted = [each for each in channels.layers if each.source in channels.hidden and each.target != 1]
-    (now,), (wanted,) = (signals(network, [each.name for each in fitted], images) for network in (found, union))
+    ends = {each: (f"{each.name[:-5]}norm2", each.beside) for each in fitted if each.beside is not None}
+    names = [each.name for each in fitted] + [name for pair in ends.values() for name in pair]
+    (now,), (wanted,) = (signals(network, names, images) for network in (found, union))
     assert len(fitted) > 2
     for layer in fitted:
         module, read = found.get_submodule(layer.name), now[layer.name].entering
         if isinstance(module, nn.Conv2d):
             read = unfold(read, module.kernel_size, padding=module.padding, stride=module.stride)  # pyright: ignore
             read = read.transpose(1, 2).flatten(0, 1)
-        error = now[layer.name].leaving - wanted[layer.name].leaving
+        # what a layer is added to is made up for by it
+        places = ends.get(layer, (layer.name,))
+        error = sum(now[place].leaving - wanted[place].leaving for place in places)
+        assert isinstance(error, Tensor)
         error = error.flatten(2).transpose(1, 2).flatten(0, 1) if error.ndim == 4 else error
         if layer.norm is not None:  # which takes a constant away, of another running mean
             error = error - error.mean(0)
@@ -124,6 +130,24 @@ def test_what_is_the_callers_stays():
     assert torch.equal(numbers, torch.get_rng_state())
     assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
     assert not any(module._forward_hooks for module in found.modules())
+
+
+def test_modules_that_work_in_place_change_no_image_and_no_result():
+    def make(in_place):
+        layers = [nn.Hardtanh(-0.5, 0.5, in_place), nn.Flatten(), nn.Linear(64, 6), nn.ReLU(in_place), nn.Linear(6, 3)]
+        return drawn(nn.Sequential(*layers), 0)
+
+    images = SMALL.clone()
+    found = [reduce(make(in_place), (3,), images) for in_place in (True, False)]
+    assert torch.equal(*(each(SMALL.clone()) for each in found))
+    assert torch.equal(images, SMALL)
+
+
+def test_a_network_that_is_not_finite_is_refused():
+    network = drawn(nn.Sequential(nn.Flatten(), nn.Linear(64, 4), nn.Linear(4, 3)), 0)
+    network[1].weight[2, 3] = torch.nan
+    with pytest.raises(ValueError, match=r"network\.1\.weight\[2, 3\] is nan"):
+        reduce(network, (2,), SMALL)
 
 
 def test_misuse_names_its_argument():

@@ -38,6 +38,16 @@ def test_particles_answer_as_they_are_with_their_masses_kept():
     assert torch.equal(subject.at(moved).masses[1], network.masses[1])
 
 
+def test_particles_are_copied():
+    network = random_network(Architecture((1, 5, 5), (Conv(3),), "flatten", outputs=2), (4,), seed=1)
+    subject = Subject(network)
+    before = subject.at(subject.parameters)
+    kept = [tensor.clone() for tensor in before.tensors()]
+    for tensor in network.tensors():
+        tensor.mul_(2)
+    assert all(torch.equal(*pair) for pair in zip(subject.at(subject.parameters).tensors(), kept))
+
+
 def test_the_mean_loss_is_that_of_all_images_however_they_come():
     subject = Subject(small(0))
     whole = nn.functional.cross_entropy(subject.network(IMAGES), LABELS)

@@ -176,6 +176,17 @@ def test_a_scatter_has_every_point_and_one_look_per_label():
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["a", "b"]
 
 
+def test_bars_are_in_their_order_with_notes_and_finite_intervals():
+    pair = [plotting.Bar("a", 0.9, 0.8, 0.95, "0.01"), plotting.Bar("b", 0.5, -np.inf, np.inf, look=1)]
+    first, second = plotting.bars({"one": pair, "two": pair[1:]}, "accuracy").axes
+    assert [patch.get_width() for patch in first.patches] == [0.9, 0.5]
+    assert [tick.get_text() for tick in first.get_yticklabels()] == ["a", "b"]
+    assert first.get_ylim()[0] > first.get_ylim()[1]  # the first one on top
+    assert [list(line.get_xdata()) for line in first.get_lines()] == [[0.8, 0.95]]
+    assert [text.get_text() for text in first.texts] == ["0.01", ""]
+    assert first.patches[1].get_facecolor() == second.patches[0].get_facecolor() != first.patches[0].get_facecolor()
+
+
 def test_tracks_mark_their_ends_and_a_panel_may_show_a_part():
     ways = [plotting.Track(f"way {index}", [0.0, 1.0, 2.0 + index], [3.0, 4.0, 5.0]) for index in range(7)]
     alone = plotting.Track("a point", [1.0], [2.0])

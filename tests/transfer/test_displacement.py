@@ -118,6 +118,27 @@ def test_any_module_is_shuffled_apart_and_chains_alone_consistently():
     assert displacement.shuffled(seeded(), consistent=False).delta.keys() == displacement.delta.keys()
     with pytest.raises(Misuse, match=r"displacement='stage1.0 \(ResidualBlock\)' is no layer of a chain"):
         displacement.shuffled(seeded())
+    grouped = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Conv2d(4, 4, 3, groups=2), nn.Conv2d(4, 2, 2))
+    with pytest.raises(Misuse, match=r"displacement='1 \(Conv2d\)' is no layer of a chain"):
+        Displacement.between(grouped, grouped).shuffled(seeded())
+    norm = nn.Sequential(nn.BatchNorm1d(4))  # no layer, and so no particles
+    assert Displacement.between(norm, norm).shuffled(seeded(), consistent=False).delta.keys() == {"0.weight", "0.bias"}
+
+
+def test_a_tied_weight_is_of_one_layer_and_has_no_particles_of_its_own():
+    def tied(seed):
+        network = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4)).double()
+        network[0].weight.data = torch.randn(4, 4, generator=seeded(seed), dtype=torch.float64)
+        network[2].weight = network[0].weight
+        return network
+
+    displacement = Displacement.between(tied(0), tied(1))
+    norms = displacement.norms()
+    first = torch.cat([each.flatten() for name, each in displacement.delta.items() if name.startswith("0.")])
+    assert norms["0"].displacement == pytest.approx(float(first.norm()))
+    assert norms["2"].displacement == pytest.approx(float(displacement.delta["2.bias"].norm()))
+    with pytest.raises(Misuse, match=r"displacement='2 \(Linear\)' shares parameters"):
+        displacement.shuffled(seeded())
 
 
 def test_norms_are_those_of_layers_with_their_biases():

@@ -44,6 +44,15 @@ def test_an_activation_of_two_entries(function, relu, tolerance, rho):
             assert float(found.covariance[0, 0, p, q]) == pytest.approx(wanted, abs=tolerance)
 
 
+def test_what_the_expansion_of_relu_leaves_out():
+    """Of two equal entries the covariance is the variance; without its diagonal it is that of the six terms."""
+    mean = torch.linspace(-5, 5, 2001, dtype=torch.float64).reshape(-1, 1, 1).expand(-1, 1, 2)
+    found = activated(Field(mean, torch.ones(2001, 1, 2, 2).double()), torch.relu, relu=True).covariance
+    left = found[:, 0, 0, 0] - found[:, 0, 0, 1]
+    assert float(left.min()) > -1e-12
+    assert float(left.max()) < 0.0031
+
+
 def test_relu_far_from_its_kink_and_without_randomness():
     mean = torch.tensor([[[50.0, -50.0, 0.3]]], dtype=torch.float64)
     random = Field(mean, torch.diag(torch.tensor([1.0, 1.0, 0.0], dtype=torch.float64)).reshape(1, 1, 3, 3))
@@ -68,6 +77,15 @@ def test_the_larger_of_two(rho):
     assert float(found.mean) == pytest.approx(mean, abs=2e-3)
     square = expected(given, lambda x, y: torch.maximum(x, y) ** 2)
     assert float(found.covariance) == pytest.approx(square - mean**2, abs=4e-3)
+
+
+@pytest.mark.parametrize("apart", [-0.8, 0.0, 0.8])
+def test_the_larger_of_two_that_differ_by_a_constant_is_one_of_them(apart):
+    """Their difference has no deviation, and no share of it is a quotient."""
+    mean, covariance = torch.tensor([0.3, 0.3 + apart], dtype=torch.float64), torch.full((1, 1, 2, 2), 0.5).double()
+    found = maximum(Field(mean.reshape(1, 1, 2), covariance), torch.tensor([[0, 1]]))
+    assert float(found.mean) == pytest.approx(0.3 + max(apart, 0.0), abs=1e-12)
+    assert float(found.covariance) == pytest.approx(0.5, abs=1e-12)
 
 
 def test_windows_of_three_against_draws():

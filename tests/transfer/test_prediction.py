@@ -119,13 +119,16 @@ def test_deep_networks_are_predicted_to_their_width(name):
     assert float((ratio.mean() - 1).abs()) < 0.1
 
 
+@pytest.mark.parametrize("between", [nn.Identity(), nn.Dropout()])  # of one, channels have covariances of their own
 @pytest.mark.parametrize(("stride", "padding", "dilation"), [(1, 0, 1), (2, 1, 1), (1, (2, 1), 2)])
-def test_a_convolution_of_random_signals_is_its_matrix(stride, padding, dilation):
-    """Covariances behind a second convolution against those of the linear layer that it is."""
+def test_a_convolution_of_random_signals_is_its_matrix(stride, padding, dilation, between):
+    """Moments behind a second convolution against those of the linear layer that it is, and of its start's kernel,
+    tap by tap.
+    """
     below = nn.Conv2d(1, 2, 3)
     conv = nn.Conv2d(2, 3, (2, 3), stride=stride, padding=padding, dilation=dilation)
-    network = nn.Sequential(below, nn.Identity(), conv).double()
-    law = StartLaw({"0.weight": 0.5, "0.bias": 0.3, "2.weight": 0.0, "2.bias": 0.0})
+    network = nn.Sequential(below, between, conv).double()
+    law = StartLaw({"0.weight": 0.5, "0.bias": 0.3, "2.weight": 0.4, "2.bias": 0.2})
     displacement = Displacement.between(law.draw(network, seeded()), network)
     first = moments(Displacement.between(LAW_BELOW.draw(network[:1], seeded()), network[:1]), LAW_BELOW, IMAGES)
     found = moments(displacement, law, IMAGES, 1.0)
@@ -135,11 +138,46 @@ def test_a_convolution_of_random_signals_is_its_matrix(stride, padding, dilation
     matrix = free.flatten(1).T
     torch.testing.assert_close(found.mean, first.mean @ matrix.T + bias.repeat_interleave(free[0, 0].numel()))
     # the map of channels is block-diagonal below, so that the blocks of every target are sums over sources
+    geometry = {"stride": stride, "padding": padding, "dilation": dilation}
+    taps = nn.functional.unfold(
+        torch.eye(32).double().reshape(32, 2, 4, 4), conv.kernel_size, **geometry
+    )  # (32, T, P')
+    seconds = first.covariance + first.mean[:, :, None] * first.mean[:, None]
+    noise = 0.4**2 * torch.einsum("atp,nab,btq->npq", taps, seconds, taps) + 0.2**2
     wanted = matrix @ first.covariance @ matrix.T
     block = free[0, 0].numel()
     for target in range(3):
         part = slice(target * block, (target + 1) * block)
-        torch.testing.assert_close(found.covariance[:, part, part], wanted[:, part, part])
+        torch.testing.assert_close(found.covariance[:, part, part], wanted[:, part, part] + noise)
+
+
+@pytest.mark.parametrize("below", [nn.Conv2d(1, 3, 3, stride=2), nn.Sequential(nn.Flatten(), nn.Linear(36, 5))])
+def test_a_linear_layer_of_random_signals_has_its_formula(below):
+    """Cov g = D Cov f D' + (s^2 sum E f^2 + s_b^2) 1, exactly, with variances of f that count."""
+    below = nn.Sequential(*(below if isinstance(below, nn.Sequential) else [below]), nn.Identity(), nn.Flatten())
+    features = below(IMAGES.float()).shape[1]
+    network = nn.Sequential(*below, nn.Linear(features, 4)).double()
+    law = StartLaw({name: 0.3 + 0.1 * place for place, (name, _) in enumerate(network.named_parameters())})
+    displacement = Displacement.between(law.draw(network, seeded()), network)
+    lower = dict(list(law.deviations.items())[:2])
+    first = moments(Displacement.between(displacement.subject.network[:-1], network[:-1]), StartLaw(lower), IMAGES)
+    weight, bias = list(displacement.delta.values())[2:]
+    found = moments(displacement, law, IMAGES)
+    torch.testing.assert_close(found.mean, first.mean @ weight.T + bias)
+    power = first.mean.square().sum(1) + first.covariance.diagonal(dim1=1, dim2=2).sum(1)
+    noise = 0.5**2 * power[:, None, None] * torch.eye(4) + 0.6**2 * torch.eye(4)
+    torch.testing.assert_close(found.covariance, weight @ first.covariance @ weight.T + noise)
+    assert float((0.5**2 * first.covariance.diagonal(dim1=1, dim2=2).sum(1) / noise[:, 0, 0]).min()) > 0.1
+
+
+@pytest.mark.parametrize("activation", [nn.ReLU(), nn.Tanh()])
+def test_a_maximum_is_taken_before_the_activation_that_it_follows(activation):
+    ends = nn.Conv2d(1, 3, 3), nn.Flatten(), nn.Linear(12, 2)
+    orders = [(activation, nn.MaxPool2d(2)), (nn.MaxPool2d(2), activation)]
+    networks = [nn.Sequential(ends[0], *order, *ends[1:]).double() for order in orders]
+    found = [moments(*moved(network), IMAGES) for network in networks]
+    assert torch.equal(found[0].mean, found[1].mean)
+    assert torch.equal(found[0].covariance, found[1].covariance)
 
 
 LAW_BELOW = StartLaw({"0.weight": 0.5, "0.bias": 0.3})
@@ -169,7 +207,14 @@ def test_blocks_of_images_change_nothing(monkeypatch):
         (nn.Sequential(nn.Flatten(), nn.Linear(36, 4), nn.LeakyReLU(), nn.Linear(4, 2)), r"2 \(LeakyReLU\)"),
         (nn.Sequential(nn.Conv2d(1, 2, 3), nn.GELU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(8, 2)), r"gelu"),
         (finite.residual((1, 6, 6), 2, width=2, batch_norm=False, generator=seeded()), "ResidualBlock"),
-        (nn.Sequential(nn.Linear(5, 2)), "reads 5 features"),
+        (nn.Sequential(nn.Linear(6, 2)), "reads 6 features"),  # which torch takes row by row
+        (nn.Sequential(nn.Flatten(), nn.Linear(36, 4), nn.GELU("tanh"), nn.Linear(4, 2)), r"2 \(GELU\)"),
+        (
+            nn.Sequential(nn.Conv2d(1, 2, 3), nn.Conv2d(2, 2, 2, groups=2), nn.Flatten(), nn.Linear(18, 2)),
+            r"1 \(Conv2d",
+        ),
+        (nn.Sequential(nn.Conv2d(1, 2, 3), nn.MaxPool2d(2, padding=1), nn.Flatten(), nn.Linear(18, 2)), r"1 \(MaxPool"),
+        (nn.Sequential(nn.Flatten(), *[nn.Linear(36, 36)] * 2), r"2 \(Linear\)' shares parameters"),
     ],
 )
 def test_what_has_no_prediction_is_refused_by_name(network, said):
@@ -177,6 +222,43 @@ def test_what_has_no_prediction_is_refused_by_name(network, said):
     law = StartLaw.he(network)
     with pytest.raises(Misuse, match=said):
         predict(Displacement.between(network, network), law, IMAGES)
+
+
+@pytest.mark.parametrize(
+    ("images", "said"),
+    [
+        (IMAGES[:0], "at least one image"),
+        ((100 * IMAGES).long(), "of floats"),
+        (IMAGES[..., :5], r"images=\(4, 1, 6, 5\) is a shape that the network does not take"),
+    ],
+)
+def test_images_are_refused_in_one_line(images, said):
+    displacement, law = moved(mlp(8))
+    with pytest.raises(Misuse, match=said) as caught:
+        predict(displacement, law, images)
+    assert caught.value.argument == "images"
+    assert "\n" not in str(caught.value)
+    with pytest.raises(ValueError, match="labels has shape"):
+        moments(displacement, law, IMAGES).accuracy(torch.zeros(3, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("activation", [nn.ReLU(), nn.ReLU(inplace=True)])
+def test_an_activation_may_stand_at_two_places_and_work_in_place(activation):
+    """Modules are walked in the order of their calls; `named_children` has one that stands twice once."""
+    apart = mlp(8, 8)
+    first, second = (layer for layer in apart if isinstance(layer, nn.Linear) and layer.out_features == 8)
+    shared = nn.Sequential(nn.Flatten(), first, activation, second, activation, apart[-1])
+    images = IMAGES.clone()
+    found = [predict(*moved(network), images) for network in (apart, shared)]
+    assert torch.equal(*found)
+    assert torch.equal(images, IMAGES)
+
+
+def test_an_activation_of_what_is_not_random_leaves_the_images():
+    network = nn.Sequential(nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(36, 2)).double()
+    images = -IMAGES
+    predict(*moved(network), images)
+    assert torch.equal(images, -IMAGES)
 
 
 def test_a_law_of_other_parameters_is_refused():

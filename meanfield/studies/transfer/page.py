@@ -8,8 +8,9 @@ from meanfield.bench.study import Found
 from meanfield.bench.sweep import Row, Rows, Tables, groups, select
 from meanfield.pages.html import Details, Figure, Section, Table
 from meanfield.pages.words import capital, count, listed, scientific, two
+from meanfield.rates import Interval
 from meanfield.studies.transfer.arms import ARMS
-from meanfield.studies.transfer.pictures import FIGURES, HEADS, SCALINGS
+from meanfield.studies.transfer.pictures import FIGURES, HEADS, SCALINGS, choice, way
 from meanfield.studies.transfer.plan import PREDICTED
 from meanfield.studies.transfer.summary import FIGURES as JUDGED
 from meanfield.studies.transfer.summary import NEAR, TASK_NAMES, at, points
@@ -292,6 +293,117 @@ def steps(found: Found, tables: Tables) -> Section:
         for row in rows
     ]
     return Section("Step by step", [text, Table(head, table)])
+
+
+def fusion(found: Found, tables: Tables) -> Section:
+    text = (
+        "Networks from different starts, made one from the training images without their labels. An average is of "
+        "weights as they stand or after a matching of channels; repaired, its layers have the means and variances of "
+        "the parents' on average, and statistics of batch norm are taken anew in any case. The union has the channels "
+        "of all parents and their ensemble's outputs; reduced, it has the first parent's widths. The error is the "
+        "squared difference of held-out outputs to the ensemble's, in units of these around their means."
+    )
+    rows, unions = found["fusion"], found["reduced_unions"]
+    head = ["network", "parents", "pairs", "way", "accuracy", "loss", "error", "largest difference to the ensemble"]
+    table = [
+        [
+            *(row[name] for name in ("network", "parents", "pairs")),
+            way(row),
+            points(row["accuracy"]),
+            f"{row['loss']}",
+            f"{row['error']}",
+            scientific(row["difference"]),
+        ]
+        for row in rows
+    ]
+    short = [
+        [
+            *(row[name] for name in ("network", "parents", "pairs")),
+            points(row["to_ensemble"]),
+            points(row["to_matching"]),
+            f"{row['to_random']}",
+        ]
+        for row in unions
+    ]
+    names = ["network", "parents", "pairs", "points, minus the ensemble", "minus the best repaired matching"]
+    caption = (
+        "Accuracy of two parents and of what is made of them, means over pairs with 95% intervals; beside each bar its "
+        "error against the ensemble."
+    )
+    items = [
+        text,
+        " ".join(_reduced_text(row) for row in select(unions, parents=2)),
+        _exactness(rows),
+        Figure("fusion", caption, wide=True),
+        Table([*names, "error over that of random channels"], short),
+        "With three parents the third one is half as wide again. Of repaired matchings the one that is best on the "
+        "validation images is taken, pair by pair. Means of errors are geometric.",
+        Details("All ways", Table(head, table)),
+    ]
+    return Section("Networks made one", items)
+
+
+def _reduced_text(row: Row) -> str:
+    return (
+        f"The union of two {row['network']} networks, reduced to the widths of one: accuracy minus the ensemble's "
+        f"{points(row['to_ensemble'])} points, minus the best repaired matching's {points(row['to_matching'])}, "
+        f"{row['to_random']} times the error of random channels."
+    )
+
+
+def _exactness(rows: Rows) -> str:
+    union = max(row["difference"] for row in rows if row["way"] == "union")
+    kept = [row["kept"] for row in rows if row["kept"] is not None]
+    matched = f"; a matched parent gives its own to {scientific(max(kept))} of the largest one" if kept else ""
+    return f"Union and ensemble give the same outputs to {scientific(union)}{matched}, in the networks' precision."
+
+
+def reduction(found: Found, tables: Tables) -> Section:
+    rows = found["reduction"]
+    text = (
+        "Which particles of a mixture stay? Elimination leaves out, one after the other, the particle without which "
+        "the layers that read it miss least. Repopulation solves a convex program on all frozen particles, the "
+        "mixture's own outputs its targets, and keeps the heaviest; its penalty is a setting, a factor of the default "
+        f"strengths. Whatever stays is refitted in the same way. {capital(count(rows[0]['pairs'], 'pair'))} of "
+        "particle networks of two layers, trained on all classes; the error is that of the section on networks made "
+        "one."
+    )
+    head = ["share of one parent's widths", "chosen by", "accuracy", "points, minus the ensemble", "error"]
+    table = [
+        [
+            f"{row['share']:g}",
+            choice(row),
+            points(row["accuracy"]),
+            points(row["to_ensemble"]),
+            f"{row['error']}",
+            f"{row['to_elimination']}",
+        ]
+        for row in rows
+    ]
+    caption = "Errors against the ensemble and accuracies over the share of one parent's widths that is kept."
+    items = [
+        text,
+        " ".join(_masses_text(row) for row in select(rows, way="masses", factor="chosen")),
+        Figure("reduction", caption, wide=True),
+        Table([*head, "error over that of elimination"], table),
+    ]
+    return Section("Reduction by repopulation against elimination", items)
+
+
+def _masses_text(row: Row) -> str:
+    """What the interval says; that of one pair says nothing."""
+    ratio: Interval = row["to_elimination"]
+    verdict = (
+        "; not told from 1"
+        if not ratio.bounded or ratio.low <= 1 <= ratio.high
+        else ": worse"
+        if ratio.low > 1
+        else ": better"
+    )
+    return (
+        f"At {row['share']:g} times one parent's widths masses, their penalty chosen on validation images, leave "
+        f"{ratio} times the error of elimination{verdict}."
+    )
 
 
 def tasks(found: Found, tables: Tables) -> Section:

@@ -7,9 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from meanfield.bench.sweep import Rows, Tables, groups, select
+from meanfield.bench.sweep import Row, Rows, Tables, groups, select
 from meanfield.pages import plotting
-from meanfield.pages.plotting import Band, Curve, Track
+from meanfield.pages.plotting import Band, Bar, Curve, Track
+from meanfield.pages.words import two
 from meanfield.studies.transfer import summary
 from meanfield.studies.transfer.widths import ARMS as PARTICLE_ARMS
 
@@ -38,6 +39,13 @@ GAPS = {
 }
 HEADS = {"task": "a head per task", "one": "one head for all"}
 CORNER = (90.0, 100.5)  # of both accuracies, %
+AVERAGES = {
+    "average": "average",
+    "weights": "weight matching",
+    "activations": "activation matching",
+    "transport": "transport",
+}
+FROM_TWO = ("ensemble", "reduced union", "random channels")
 SCALINGS = {"mean_field": "mean-field scaling", "standard": "standard scaling"}
 
 
@@ -106,6 +114,49 @@ def _curve(rows: Rows, arm: str) -> Curve:
         width: [row["error"] for row in each] for (width,), each in groups(rows, "width").items()
     }
     return Curve(arm, samples, "mean")
+
+
+def fusion(tables: Tables) -> Any:
+    """Accuracy by way, a panel per network, errors against the ensemble beside it; two parents."""
+    found = [row for row in summary.fusion(tables["fusion"]) if row["parents"] == 2 and row["way"] != "union"]
+    panels = {network: [_bar(row) for row in each] for (network,), each in groups(found, "network").items()}
+    return plotting.bars(panels, "accuracy, held out, %", columns=2)
+
+
+def _bar(row: Row) -> Bar:
+    """Grey parents, averages in one colour and repaired ones in another, what comes of two networks in blue."""
+    look = 5 if row["way"].startswith("parent") else 0 if row["way"] in FROM_TWO else 2 if row["repaired"] else 3
+    value, low, high = (100 * getattr(row["accuracy"], end) for end in ("value", "low", "high"))
+    return Bar(way(row), value, low, high, two(row["error"].value) if row["way"] != "ensemble" else "", look)
+
+
+def way(row: Row) -> str:
+    """How a network was made of others, in words."""
+    name: str = row["way"]
+    return AVERAGES.get(name, name) + (", repaired" if row["repaired"] else "")
+
+
+def reduction(tables: Tables) -> Any:
+    """Error and accuracy of a reduced mixture over the share of one parent's widths, by the way to choose."""
+    found = [row for row in summary.reduction(tables["reduction"]) if row["factor"] != "chosen"]
+    panels = {}
+    for figure, title, unit in (("error", "error against the ensemble", 1), ("accuracy", "accuracy, held out, %", 100)):
+        panels[title] = [_over_shares(each, figure, unit) for each in groups(found, "way", "factor").values()]
+    return plotting.bands(panels, "share of one parent's widths", log=["error against the ensemble"])
+
+
+def _over_shares(rows: Rows, figure: str, unit: float) -> Band:
+    places = [f"{row['share']:g}" for row in rows]
+    ends = ([unit * getattr(row[figure], end) for row in rows] for end in ("value", "low", "high"))
+    return Band(choice(rows[0]), places, *ends)
+
+
+def choice(row: Row) -> str:
+    """By what particles were chosen, in words."""
+    if row["way"] != "masses":
+        return {"elimination": "elimination", "random": "random channels"}[row["way"]]
+    factor = row["factor"]
+    return "masses, penalty chosen" if factor == "chosen" else f"masses, {factor:g} x default penalty"
 
 
 def tasks(tables: Tables) -> Any:

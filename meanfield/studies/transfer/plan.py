@@ -17,7 +17,7 @@ from meanfield.studies.transfer.tasks import METHODS
 from meanfield.validation import Misuse
 
 WIDTHS = {"mlp": 64, "cnn": 16, "residual": 8, "residual_bn": 8, "resnet18": 64}  # others: 8
-RATE = 0.05  # of "regimes": small starts leave their plateau within the shorter training
+RATE = 0.05  # of "regimes", where small starts leave their plateau within the shorter training, and of "reduction"
 PERMUTED_RATES = {"mlp": 0.05, "cnn": 0.05}  # at which permuted labels are fitted; of deeper networks the preset's
 # of "tasks": the highest validation accuracy of joint training, mean of both kinds of heads over four seeds, at 0.01,
 # 0.02, 0.05, 0.1, 0.2 and 15 or 30 epochs; of other networks the preset's
@@ -55,7 +55,8 @@ class Sizes:
         cells.
     sampled: depth -> widths of particle networks.  runs: trainings at each of them.
     steps: networks of step-by-step transfer.  pairs, fused: of "fusion", how many pairs and of which networks.
-    reduced: particle networks that are reduced.
+    reduced, shares, penalties: pairs of particle networks, to which shares of one parent's widths their mixture is
+        reduced, and factors of the default penalty of the convex program by which it may be.
     tasks: name of a division in GROUPS -> seeds.  heads, methods, task_epochs: of it.
     """
 
@@ -81,6 +82,8 @@ class Sizes:
     task_epochs: int
     heads: tuple[str, ...] = ("task", "one")
     methods: tuple[str, ...] = METHODS
+    shares: tuple[float, ...] = (1.0, 0.5, 0.25)
+    penalties: tuple[float, ...] = (0.1, 1.0, 10.0)
 
 
 SIZES = {
@@ -106,6 +109,8 @@ SIZES = {
         tasks={"two tasks": 1},
         task_epochs=3,
         heads=("task",),
+        shares=(1.0, 0.5),
+        penalties=(1.0,),
     ),
     "default": Sizes(
         epochs=30,
@@ -256,10 +261,14 @@ def fusion(subject: Subject, sizes: Sizes, seed: int) -> list[Cell]:
 
 
 def reduction(subject: Subject, sizes: Sizes, seed: int) -> list[Cell]:
-    """Pairs of particle networks of one layer, by the ways to choose which particles stay."""
-    base = subject.base
-    settings = {"task": {"data": base.data, "pool": base.pool, "samples": base.samples, "dtype": base.dtype}}
-    return [{**settings, "seed": seed + number, "names": {"pair": number}} for number in range(sizes.reduced)]
+    """Pairs of particle networks of two layers, which the cell trains itself."""
+    width = subject.width or WIDTHS["cnn"]
+    base = ended(subject.base.variant(network="cnn", width=width, learning_rate=RATE), sizes.epochs)
+    settings = {"shares": list(sizes.shares), "factors": list(sizes.penalties)}
+    return [
+        {"network": base.variant(seed=2 * (seed + number)).to_dict(), "names": {"pair": number}, **settings}
+        for number in range(sizes.reduced)
+    ]
 
 
 def tasks(subject: Subject, sizes: Sizes, seed: int) -> list[Cell]:

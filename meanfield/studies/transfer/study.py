@@ -8,6 +8,8 @@ from itertools import product
 from meanfield.bench.study import Part, Study
 from meanfield.studies.transfer import judged, page, pictures, plan, summary
 from meanfield.studies.transfer.alphas import alphas
+from meanfield.studies.transfer.fusion import fusion
+from meanfield.studies.transfer.reduction import reduction
 from meanfield.studies.transfer.regimes import regimes
 from meanfield.studies.transfer.steps import steps
 from meanfield.studies.transfer.tasks import tasks
@@ -53,6 +55,23 @@ STUDY = Study(
             {"widths": lambda tables: summary.distances(tables["widths"])},
             {"widths": pictures.widths},
             [page.widths],
+        ),
+        "fusion": Part(
+            plan.fusion,
+            fusion,
+            {
+                "fusion": lambda tables: summary.fusion(tables["fusion"]),
+                "reduced_unions": lambda tables: summary.reduced_unions(tables["fusion"]),
+            },
+            {"fusion": pictures.fusion},
+            [page.fusion],
+        ),
+        "reduction": Part(
+            plan.reduction,
+            reduction,
+            {"reduction": lambda tables: summary.reduction(tables["reduction"])},
+            {"reduction": pictures.reduction},
+            [page.reduction],
         ),
         "steps": Part(plan.steps, steps, {"steps": lambda tables: summary.steps(tables["steps"])}, {}, [page.steps]),
         "tasks": Part(

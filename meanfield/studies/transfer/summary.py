@@ -7,6 +7,7 @@ from statistics import fmean
 from typing import Any
 
 from meanfield.bench.sweep import Row, Rows, groups, select
+from meanfield.fusion.matching import MATCHINGS
 from meanfield.rates import Interval, Slope, mean, slope
 from meanfield.studies.transfer.tasks import REDUCED
 
@@ -94,6 +95,81 @@ def steps(rows: Rows) -> list[Row]:
         row["apart"] = max(one["apart"] for one in each) if "apart" in each[0] else None
         found.append(row)
     return found
+
+
+def fusion(rows: Rows) -> list[Row]:
+    """Per network, number of parents and way: means over pairs of accuracy, loss and error, the largest difference of
+    outputs to the ensemble's, and of matchings the largest that they make to a parent.
+    """
+    found = []
+    for (network, parents, way, repaired), each in groups(rows, "network", "parents", "way", "repaired").items():
+        row: Row = {"network": network, "parents": parents, "way": way, "repaired": repaired, "pairs": len(each)}
+        row |= {"accuracy": share([one["held_out_accuracy"] for one in each])}
+        row |= {"loss": mean([one["held_out_loss"] for one in each]), "error": size([one["error"] for one in each])}
+        row["difference"] = max(one["difference"] for one in each)
+        row["kept"] = max((one["kept"] for one in each if "kept" in one), default=None)
+        found.append(row)
+    return found
+
+
+def reduced_unions(rows: Rows) -> list[Row]:
+    """Per network and number of parents, pair by pair: accuracy of the reduced union less that of the ensemble and of
+    the repaired matching that is best on the validation images, and its error over that of random channels.
+    """
+    found = []
+    for (network, parents), each in groups(rows, "network", "parents").items():
+        pairs = groups(each, "pair").values()
+        reduced, ensemble, any_ = (
+            [one for pair in pairs for one in select(pair, way=way)]
+            for way in ("reduced union", "ensemble", "random channels")
+        )
+        best = [
+            max((one for one in pair if one["repaired"] and one["way"] in MATCHINGS), key=_validation) for pair in pairs
+        ]
+        row: Row = {"network": network, "parents": parents, "pairs": len(pairs)}
+        row |= {"to_ensemble": _above(reduced, ensemble), "to_matching": _above(reduced, best)}
+        row["to_random"] = size([one["error"] / other["error"] for one, other in zip(reduced, any_)])
+        found.append(row)
+    return found
+
+
+def reduction(rows: Rows) -> list[Row]:
+    """Per share of one parent's widths, way and factor of the penalty: means over pairs of accuracy and error, pair by
+    pair the accuracy less the ensemble's, and the error over that of elimination.  factor: "chosen" for the one of
+    least error on the validation images, pair by pair.
+    """
+    found = []
+    whole = select(rows, way="ensemble")
+    judged = [row for row in rows if row["way"] != "ensemble"]
+    for (part,), each in groups(judged, "share").items():
+        plain = select(each, way="elimination")
+        ways = {**groups(each, "way", "factor"), ("masses", "chosen"): _least(select(each, way="masses"))}
+        for (way, factor), same in ways.items():
+            row: Row = {"share": part, "way": way, "factor": factor, "pairs": len(same)}
+            row |= {"accuracy": share([one["held_out_accuracy"] for one in same]), "to_ensemble": _above(same, whole)}
+            row["error"] = size([one["held_out_error"] for one in same])
+            ratios = [one["held_out_error"] / other["held_out_error"] for one, other in zip(same, plain)]
+            row["to_elimination"] = size(ratios)
+            found.append(row)
+    return found
+
+
+def _least(rows: Rows) -> list[Row]:
+    return [min(same, key=lambda row: row["validation_error"]) for same in groups(rows, "pair").values()]
+
+
+def _above(rows: Rows, others: Rows) -> Interval:
+    """By how much the accuracy of one is above that of the other, pair by pair."""
+    return mean([one["held_out_accuracy"] - other["held_out_accuracy"] for one, other in zip(rows, others)])
+
+
+def _validation(row: Row) -> float:
+    return row["validation_accuracy"]
+
+
+def size(values: Sequence[float]) -> Interval:
+    """Mean of figures that range over decades: geometric, unless one is zero."""
+    return mean(values, geometric=min(values) > 0)
 
 
 def tasks(rows: Rows) -> list[Row]:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from command_line import run
+from strategies import seeded
 
+from meanfield import transfer
 from meanfield.bench.classifiers import Classifier
 from meanfield.bench.sweep import select
-from meanfield.finite import evaluate
+from meanfield.finite import FiniteCNN, evaluate
+from meanfield.rates import mean
 from meanfield.studies.transfer import plan, steps, widths
 from meanfield.studies.transfer.alphas import alphas
-from meanfield.studies.transfer.arms import Draw, Trained, fresh
+from meanfield.studies.transfer.arms import Draw, Trained, fresh, literal
 from meanfield.studies.transfer.judged import divided
 from meanfield.studies.transfer.plan import SIZES, Subject, ended
 from meanfield.studies.transfer.regimes import regimes
@@ -65,12 +69,21 @@ def test_alpha_one_on_the_own_start_is_the_trained_network(tmp_path):
         (row,), (start,) = (select(rows, arm=each, alpha=0.0) for each in (arm, "fresh start"))
         assert row["held_out_loss"] == pytest.approx(start["held_out_loss"], rel=1e-6)
     assert [row["memorised_accuracy"] for row in rows if "memorised_accuracy" in row] != []
-    assert len(select(rows, arm="predicted")) == 2
+    mine = Trained.of(TINY, str(tmp_path))
+    for alpha in (0.0, 1.0):
+        (row,) = select(rows, arm="predicted", alpha=alpha)
+        moments = transfer.moments(mine.displacement, mine.law, images, alpha)
+        assert row["held_out_accuracy"] == moments.accuracy(labels)
+    draws = [mine.at(fresh(mine, Draw.of(mine, number), 1.0)) for number in range(2)]
+    (row,) = select(rows, arm="fresh start", alpha=1.0)
+    losses = [evaluate(each, images, labels).loss for each in draws]
+    assert row["held_out_loss"] == pytest.approx(sum(losses) / 2, rel=1e-6)
+    assert losses[0] != losses[1]
 
 
 def test_gaps_are_differences_of_the_accuracies_that_stand_beside_them(tmp_path):
-    cell = {"networks": [TINY.to_dict()], "names": {}, "alphas": [1.0], "draws": 4}
-    (row,) = regimes(cell, str(tmp_path))
+    cell = {"networks": [TINY.to_dict()], "names": {}, "alphas": [1.0, 2.0], "draws": 4}
+    row, twice = regimes(cell, str(tmp_path))
     assert row["I"] == pytest.approx(row["own"] - row["fresh"])
     assert row["R"] == pytest.approx(row["fresh"] - row["literal"])
     assert row["P"] == pytest.approx(row["fresh"] - row["predicted"])
@@ -78,10 +91,15 @@ def test_gaps_are_differences_of_the_accuracies_that_stand_beside_them(tmp_path)
     assert row["P_high"] - row["P"] == pytest.approx(row["fresh_high"] - row["fresh"])  # the prediction has no spread
     trained = Trained.of(TINY, str(tmp_path))
     networks = [trained.at(fresh(trained, Draw.of(trained, number), 1.0)) for number in range(4)]
-    wanted = sum(evaluate(each, *divided(TINY).held_out).accuracy for each in networks) / 4
-    assert row["fresh"] == pytest.approx(wanted)
+    found = [evaluate(each, *divided(TINY).held_out).accuracy for each in networks]
+    assert row["fresh"] == pytest.approx(sum(found) / 4)
+    noised = [trained.at(literal(trained, Draw.of(trained, number), 1.0)) for number in range(4)]
+    apart = mean([a - evaluate(b, *divided(TINY).held_out).accuracy for a, b in zip(found, noised)])
+    assert (row["R_low"], row["R_high"]) == pytest.approx((apart.low, apart.high))  # noise and start of one draw
+    images, labels = divided(TINY).held_out
+    assert twice["predicted"] == transfer.moments(trained.displacement, trained.law, images, 2.0).accuracy(labels)
     cell["networks"] = [TINY.variant(network="residual_bn", width=2, learning_rate=0.05).to_dict()]
-    (normed,) = regimes(cell, str(tmp_path))
+    normed, _ = regimes(cell, str(tmp_path))
     assert "P" not in normed
     assert 0 < normed["divisors_least"] <= normed["divisors_most"]
 
@@ -98,12 +116,35 @@ def test_trainings_over_the_width_do_train(scaling, monkeypatch):
     """A rate that does not fall with the width diverged in the standard scaling, and Delta was that of no training."""
     heard, train = [], widths.finite.train
     monkeypatch.setattr(widths.finite, "train", lambda *given, **more: heard.append(train(*given, **more)) or heard[-1])
+    laws, predict = [], widths.predict
+    monkeypatch.setattr(widths, "predict", lambda moved, law, images: laws.append(law) or predict(moved, law, images))
     cells = [{"depth": 2, "width": width, "scaling": scaling, "seed": 0, "run": 0} for width in (8, 96)]
     rows = [widths.widths(cell, "") for cell in cells]
     assert widths.widths(cells[0], "") == rows[0]
     assert widths.widths({**cells[0], "run": 1}, "") != rows[0]
     assert {row["arm"] for row in rows[0]} == set(widths.ARMS)
+    law_of = transfer.StartLaw.mean_field if scaling == "mean_field" else transfer.StartLaw.he
+    assert laws[0].deviations == law_of(heard[0].network).deviations  # that of the starts that are drawn
     assert all(training.history[-1]["loss"] < training.history[0]["loss"] / 2 for training in heard)
+
+
+def test_arms_over_the_width_are_what_their_names_say():
+    """On a start of zeros a displacement whose layers are in step is the same function, one dealt apart is not."""
+    problem = widths.problem(2)
+
+    def network(seed):
+        return FiniteCNN.random(problem.architecture, (6, 6), problem.inputs, seeded(seed), scaling="mean_field")
+
+    zero = network(0)
+    for parameter in zero.parameters():
+        parameter.data.zero_()
+    law, moved = transfer.StartLaw.mean_field(zero), transfer.Displacement.between(zero, network(1))
+    wanted = network(1)(problem.inputs)
+    outputs = {arm: make(moved, law, zero, seeded(2))(problem.inputs) for arm, make in widths.ARMS.items()}
+    same = {arm for arm, each in outputs.items() if torch.allclose(each, wanted, rtol=1e-9, atol=1e-12)}
+    assert same == {"own start", "shuffled"}
+    drawn = moved.applied(law.draw(zero, seeded(2)))(problem.inputs)
+    assert torch.equal(outputs["fresh start"], drawn)
 
 
 @pytest.mark.slow
