@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from command_line import run
@@ -46,6 +48,14 @@ def test_one_network_and_one_width_are_those_of_every_part():
     networks = [each for cell in cells for each in cell["networks"]]
     assert {each["network"] for each in networks} == {"vgg8"}
     assert {each["width"] for each in networks} <= {4, 6}  # a third parent is half as wide again
+
+
+def test_classes_are_divided_into_tasks_of_two_at_least():
+    assert plan._divided(10, 5) == [[0, 1], [2, 3], [4, 5], [6, 7], [8, 9]]
+    assert plan._divided(7, 2) == [[0, 1, 2, 3], [4, 5, 6]]
+    few = replace(SIZES["full"], tasks={"five tasks": 1})
+    assert len(plan.tasks(Subject(BASE), few, 0)) == 2 * len(few.methods)
+    assert plan._divided(9, 5)[-1] == [8]
 
 
 def test_images_are_divided_once_for_all():
