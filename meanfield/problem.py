@@ -290,13 +290,16 @@ class Problem:
     def missing_bounds(self) -> list[str]:
         """Why the infimum over measures may not be attained: one phrase per missing bound; empty where it is attained.
 
-        An unbounded activation with two or more layers needs both bounds, a free bias of a later layer needs the
-        amplitude bound, and a strength of zero leaves its variable free.
+        An unbounded activation with two or more layers needs both bounds, one that may grow faster than linearly the
+        input bound at any depth, a free bias of a later layer needs the amplitude bound, and a strength of zero leaves
+        its variable free.
         """
         penalty, layers = self.penalty, self.architecture.layers
-        deep, unbounded = len(layers) > 1, any(not layer.bounded for layer in layers)
+        deep, unbounded = len(layers) > 1, any(not layer.h.bounded for layer in layers)
         missing: list[str] = []
-        if penalty.input_bound is None and (penalty.input == 0 or (deep and unbounded)):
+        # light features of h(g) = g^3 would do the work of heavy ones: p |w|^2 vanishes at a fixed p |w|^3
+        steep = not layers[0].h.linear_growth
+        if penalty.input_bound is None and (penalty.input == 0 or steep or (deep and unbounded)):
             missing.append("input_bound")
         free_bias = any(layer.bias for layer in layers[1:])
         if penalty.amplitude_bound is None and deep and (penalty.source == 0 or unbounded or free_bias):

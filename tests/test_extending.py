@@ -15,7 +15,7 @@ from torch import nn
 
 import meanfield as mf
 from meanfield import certificates, cli, finite, losses, starts
-from meanfield.architecture import ACTIVATIONS, Activation
+from meanfield.activations import ACTIVATIONS, Activation
 from meanfield.bench.task import Task
 from meanfield.solvers import arrangements, flow, splitting
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from meanfield import data
-from meanfield.architecture import ACTIVATIONS
+from meanfield.activations import ACTIVATIONS
 from meanfield.bench import provenance, reading
 from meanfield.bench.options import OBJECTIVE, Data, Device, Dtype, Pool, Settings, at_least, choice, option
 from meanfield.finite import AUTHORS_DROPOUT, Fitted, Recipe, cnn, fit, mlp, residual, vgg

@@ -100,7 +100,7 @@ def _require_exact_case(problem: Problem) -> None:
     largest = max(patterns.MAX_HYPERPLANES)
     refusals = (
         (arch.depth > 1, f"layers has {arch.depth} entries; the exact optimum is known for one layer"),
-        (conv.activation != "relu", f"activation={conv.activation!r}; the exact optimum is known for 'relu'"),
+        (conv.h.name != "relu", f"activation={conv.h!r}; the exact optimum is known for 'relu'"),
         (conv.pooling == "max", "pooling='max' makes the features nonlinear in the patterns; use 'none' or 'average'"),
         (
             arch.readout != "average",

@@ -25,7 +25,7 @@ from torch.nn import functional
 from torch.quasirandom import SobolEngine
 
 from meanfield import limits
-from meanfield.architecture import ACTIVATIONS
+from meanfield.activations import ACTIVATIONS, Activation, Pointwise
 from meanfield.signatures import checked
 from meanfield.transfer.chain import chain
 from meanfield.transfer.displacement import Displacement
@@ -142,7 +142,7 @@ def _carrier(name: str, moving: nn.Module, random: nn.Module) -> Callable[[Field
     if isinstance(moving, nn.MaxPool2d) and not moving.ceil_mode and not moving.return_indices and not moving.padding:
         return lambda field, shape: _maximised(moving, field, shape)
     if (kind := _activation(moving)) is not None:
-        return lambda field, shape: (activated(field, moving, relu=kind == "relu"), shape)
+        return lambda field, shape: (activated(field, moving, relu=kind.name == "relu"), shape)
     if isinstance(moving, SILENT):
         return lambda field, shape: (field, shape)
     raise _refusal(name, moving)
@@ -153,14 +153,16 @@ def _refusal(name: str, module: nn.Module) -> Misuse:
     return Misuse("displacement", f"{name} ({type(module).__name__})", f"has no prediction: known are {kinds}")
 
 
-def _activation(module: nn.Module) -> str | None:
-    """Its name; a module with settings that are not the registered ones is another activation."""
-    return next((name for name, each in ACTIVATIONS.items() if repr(each.module()) == repr(module)), None)
+def _activation(module: nn.Module) -> Activation | None:
+    """A module with settings that are not the registered ones is another activation."""
+    if isinstance(module, Pointwise):
+        return module.activation
+    return next((each for each in ACTIVATIONS.values() if repr(each.module()) == repr(module)), None)
 
 
-def _require_increasing(name: str, kind: str) -> None:
+def _require_increasing(name: str, kind: Activation) -> None:
     grid = torch.linspace(-10, 10, 2001, dtype=torch.float64)
-    if bool((ACTIVATIONS[kind].function(grid).diff() < 0).any()):
+    if bool((kind.function(grid).diff() < 0).any()):
         remedy = "has no prediction before a maximum, which it would have to follow: it is not increasing"
         raise Misuse("displacement", f"{name} ({kind})", remedy)
 
