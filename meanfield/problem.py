@@ -40,6 +40,7 @@ class Terms(NamedTuple):
 class Problem:
     """J = mean loss + source, readout and input penalties (+ bounds) over networks of one architecture.
 
+    loss: a name of `losses.LOSSES`, or an object of `losses.Loss` (see `losses.check`).
     inputs (N, C_0, H, W), float32 or float64 (integers become float64); targets as the loss takes them: (N,) or (N, K)
     for the squared and the logistic loss (labels -1, 1), integer classes (N,) for softmax.  Arrays are accepted and
     converted. Fang et al. 2019 and Gu et al. 2020 with r(t) = t^2.
@@ -53,7 +54,7 @@ class Problem:
         architecture: Architecture,
         inputs: Any,
         targets: Any,
-        loss: str = "squared",
+        loss: str | losses.Loss = "squared",
         penalty: Penalty | None = None,
     ):
         instance(architecture, "architecture", Architecture)

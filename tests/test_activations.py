@@ -1,4 +1,4 @@
-"""Activations: the shipped ones are what they say, a false declaration is named, a function of one's own goes the way."""
+"""Activations: shipped ones are what they say, a false declaration is named, a function of one's own goes the way."""
 
 import copy
 import json
