@@ -17,7 +17,7 @@ SPREADS = (0.1, 1.0, 5.0, 25.0)  # of outputs
 WEIGHTS = (0.01, 0.1, 1.0, 30.0)
 STEP = 1e-6  # of a difference quotient, relative to the outputs
 FARTHEST = (1.0, 1e2, 1e4, 1e6)  # where a supremum that is not finite shows
-TOLERANCES = {"value": 0.0, "convexity": 1e-9, "gradient": 1e-5, "prox": 1e-5, "domain": 1e-7, "conjugate": 1e-7}
+TOLERANCES = {"value": 0.0, "convexity": 1e-9, "gradient": 1e-5, "prox": 1e-5, "domain": 1e-9, "conjugate": 1e-9}
 
 
 class LossCheck(NamedTuple):

@@ -72,9 +72,10 @@ class ScalarLoss(Loss):
         """Between the center and the point that its slope alone would move it to: the slope falls on the way."""
         end = center - self.gradient(center, targets) / weight
 
-        def residual(outputs: Tensor, bend: bool) -> tuple[Tensor, Tensor]:
+        def residual(outputs: Tensor, bend: bool) -> tuple[Tensor, Tensor, Tensor]:
             slope, bent = self._slopes(outputs, targets, bend)
-            return slope + weight * (outputs - center), bent + weight
+            moved = weight * (outputs - center)
+            return slope + moved, bent + weight, slope.abs() + moved.abs() + (bent + weight) * outputs.abs()
 
         return _root(residual, torch.minimum(center, end), torch.maximum(center, end))
 
@@ -111,9 +112,9 @@ class ScalarLoss(Loss):
             low, high = torch.where(above, low - step, low), torch.where(below, high + step, high)
             step *= 2
 
-        def residual(outputs: Tensor, bend: bool) -> tuple[Tensor, Tensor]:
+        def residual(outputs: Tensor, bend: bool) -> tuple[Tensor, Tensor, Tensor]:
             found, bent = self._slopes(outputs, targets, bend)
-            return found - slope, bent
+            return found - slope, bent, found.abs() + slope.abs() + bent * outputs.abs()
 
         return _root(residual, low, high)
 
@@ -122,20 +123,23 @@ class _LabelScalarLoss(ScalarLoss, LabelLoss):
     """Of labels -1 and +1."""
 
 
-def _root(residual: Callable[[Tensor, bool], tuple[Tensor, Tensor]], low: Tensor, high: Tensor) -> Tensor:
-    """Where a function that does not fall, given with its derivative if asked for, passes 0 between low and high."""
-    at = 0.5 * (low + high)
+def _root(residual: Callable[[Tensor, bool], tuple[Tensor, Tensor, Tensor]], low: Tensor, high: Tensor) -> Tensor:
+    """Where a function that does not fall passes 0 between low and high; given with its derivative, if asked for, and
+    the size of the terms that cancel in it.
+    """
+    eps, at = torch.finfo(low.dtype).eps, 0.5 * (low + high)
     for _ in range(STEPS):
-        value, slope = residual(at, True)
+        value, slope, size = residual(at, True)
         low, high = torch.where(value <= 0, at, low), torch.where(value >= 0, at, high)
         newton = torch.where(slope > 0, at - value / slope, torch.inf)
         middle = 0.5 * (low + high)
-        value = residual(middle, False)[0]
-        low, high = torch.where(value <= 0, middle, low), torch.where(value >= 0, middle, high)
-        new = torch.where((newton >= low) & (newton <= high), newton, 0.5 * (low + high))
-        near = 4 * torch.finfo(at.dtype).eps * (1 + new.abs())
-        settled = ((new - at).abs() <= near) | (high - low <= near)
-        at = new
+        new = torch.where((newton >= low) & (newton <= high), newton, middle)
+        there = value.abs() <= 2 * eps * size
+        settled = there | (torch.minimum((new - at).abs(), high - low) <= 2 * eps * new.abs())
+        at = torch.where(there, at, new)
         if not at.is_cuda and bool(settled.all()):
             break
+        value = residual(middle, False)[0]
+        low, high = torch.where(value <= 0, middle, low), torch.where(value >= 0, middle, high)
+        at = torch.where((at > low) & (at < high), at, 0.5 * (low + high))
     return at
