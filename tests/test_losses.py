@@ -365,7 +365,7 @@ def log_cosh(F, y):
 def test_check_sees_slopes_of_single_precision():
     """0.7 in float32 is off by 1e-8, and certificates would be."""
     rounded = lambda F, y: torch.where(y > F, -0.3, 0.7).to(F)  # noqa: E731
-    with pytest.raises(ValueError, match="wrong (domain|conjugate)"):
+    with pytest.raises(ValueError, match=r"wrong (domain|conjugate)"):
         losses.check(losses.ScalarLoss(quantile(0.3), rounded, name="quantile"))
 
 

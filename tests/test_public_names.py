@@ -13,8 +13,8 @@ import pytest
 PACKAGES = {
     "meanfield": (
         "Activation Architecture Conv ConvexProgram ParticleNetwork Penalty Problem ProgramPoint Solution activations "
-        "certificates data finite forgetting fusion grafting landscape limits load_network losses measures save_network "
-        "solve solvers starts studies transfer"
+        "certificates data finite forgetting fusion grafting landscape limits load_network losses measures "
+        "save_network solve solvers starts studies transfer"
     ),
     "meanfield.certificates": (
         "Certificate Multipliers UnseenFeatures certify dual_value search_features stationary_multipliers"
