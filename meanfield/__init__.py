@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from meanfield import (
+        activations,
         certificates,
         data,
         finite,
@@ -15,12 +16,14 @@ if TYPE_CHECKING:
         grafting,
         landscape,
         limits,
+        losses,
         measures,
         solvers,
         starts,
         studies,
         transfer,
     )
+    from meanfield.activations import Activation
     from meanfield.architecture import Architecture, Conv
     from meanfield.convex.program import ConvexProgram
     from meanfield.convex.repopulation import ProgramPoint
@@ -34,6 +37,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "Activation",
     "Architecture",
     "Conv",
     "ConvexProgram",
@@ -42,6 +46,7 @@ __all__ = [
     "Problem",
     "ProgramPoint",
     "Solution",
+    "activations",
     "certificates",
     "data",
     "finite",
@@ -51,6 +56,7 @@ __all__ = [
     "landscape",
     "limits",
     "load_network",
+    "losses",
     "measures",
     "save_network",
     "solve",
@@ -63,6 +69,7 @@ __all__ = [
 # Names are imported when they are first asked for (PEP 562): torch takes a second, and `meanfield --help` needs none
 # of it.
 _HOMES = {
+    "Activation": "activations",
     "Architecture": "architecture",
     "Conv": "architecture",
     "ConvexProgram": "convex.program",

@@ -7,51 +7,19 @@ T_s picks, for every output position, the input value at offset s (one column of
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from math import prod
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
+from meanfield.activations import ACTIVATIONS, Activation, resolve
 from meanfield.precision import full_float32
 from meanfield.validation import Misuse, boolean, instance, integer, one_of, pair
 
-
-@dataclass(frozen=True)
-class Activation:
-    """An activation h and what is known of it: h is bounded, or positively homogeneous, or has a recession function.
-
-    function: h, elementwise, differentiated by torch.  module: makes the nn.Module of the same h.
-    bounded: |h| is bounded.  homogeneous: h(t g) = t h(g) for t >= 0.  recession: for an h that is neither, the name of
-    the homogeneous activation that h(t g) / t tends to as t -> inf.
-    gain: fan-in times the variance of a kernel's entries at the He start (He et al. 2015, eq. (10)).
-    """
-
-    function: Callable[[Tensor], Tensor]
-    module: Callable[[], nn.Module]
-    bounded: bool = False
-    homogeneous: bool = False
-    recession: str | None = None
-    gain: float = 1.0
-
-    def __post_init__(self) -> None:
-        if self.bounded + self.homogeneous + (self.recession is not None) != 1:
-            raise ValueError(
-                f"bounded={self.bounded}, homogeneous={self.homogeneous}, recession={self.recession!r}: an activation "
-                "needs exactly one of the three"
-            )
-
-
-ACTIVATIONS: dict[str, Activation] = {
-    "relu": Activation(functional.relu, nn.ReLU, homogeneous=True, gain=2.0),
-    "tanh": Activation(torch.tanh, nn.Tanh, bounded=True),
-    "softplus": Activation(functional.softplus, nn.Softplus, recession="relu"),
-    "gelu": Activation(functional.gelu, nn.GELU, recession="relu", gain=2.0),
-    "identity": Activation(lambda g: g, nn.Identity, homogeneous=True),
-}
 POOLINGS = ("none", "average", "max")
 READOUTS = ("average", "flatten")
 
@@ -62,12 +30,14 @@ class Conv:
 
     kernel_size, padding, stride and pool_size are integers or (height, width) pairs and are stored as pairs; padding
     is with zeros.  pooling works on non-overlapping pool_size windows, incomplete windows are dropped.
+    activation: a name of `activations.ACTIVATIONS`, an Activation, or a function of which nothing is declared; stored
+    as an Activation.
     """
 
     kernel_size: int | tuple[int, int] = 3
     padding: int | tuple[int, int] = 0
     stride: int | tuple[int, int] = 1
-    activation: str = "relu"
+    activation: str | Activation | Callable[[Tensor], Tensor] = "relu"
     pooling: str = "none"
     pool_size: int | tuple[int, int] = 2
     bias: bool = False
@@ -75,7 +45,7 @@ class Conv:
     def __post_init__(self) -> None:
         for name, minimum in (("kernel_size", 1), ("padding", 0), ("stride", 1), ("pool_size", 1)):
             object.__setattr__(self, name, pair(getattr(self, name), name, minimum))
-        one_of(self.activation, "activation", ACTIVATIONS)
+        object.__setattr__(self, "activation", resolve(self.activation))
         one_of(self.pooling, "pooling", POOLINGS)
         object.__setattr__(self, "bias", boolean(self.bias, "bias"))
 
@@ -90,14 +60,9 @@ class Conv:
         return self.kernel[0] * self.kernel[1]
 
     @property
-    def bounded(self) -> bool:
-        """Whether |h| is bounded."""
-        return ACTIVATIONS[self.activation].bounded
-
-    @property
-    def homogeneous(self) -> bool:
-        """Whether h(t g) = t h(g) for t >= 0."""
-        return ACTIVATIONS[self.activation].homogeneous
+    def h(self) -> Activation:
+        """The activation."""
+        return self.activation  # type: ignore[return-value]
 
     def convolve(self, inputs: Tensor, kernels: Tensor, bias: Tensor | None = None) -> Tensor:
         """sum_i sum_s kernels[j, i, s] T_s inputs[:, i]: (N, C, H, W), (M, C, kh, kw) -> (N, M, H', W')."""
@@ -124,7 +89,10 @@ class Conv:
 
     def activate(self, preactivations: Tensor) -> Tensor:
         """f = pool(h(g)), (N, M, H', W') -> (N, M, H'', W'')."""
-        features = ACTIVATIONS[self.activation].function(preactivations)
+        return self.pool(self.h.function(preactivations))
+
+    def pool(self, features: Tensor) -> Tensor:
+        """(N, M, H', W') -> (N, M, H'', W'')."""
         if self.pooling == "average":
             return functional.avg_pool2d(features, self.pool_size)  # type: ignore[arg-type]
         if self.pooling == "max":
@@ -246,14 +214,29 @@ class Architecture:
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready description; `from_dict` inverts it."""
-        return asdict(self)
+        layers = tuple({**vars(layer), "activation": layer.h.name} for layer in self.layers)
+        return {**{each.name: getattr(self, each.name) for each in fields(self)}, "layers": layers}
 
     @classmethod
-    def from_dict(cls, description: dict[str, Any]) -> Architecture:
+    def from_dict(cls, description: dict[str, Any], activations: Iterable[Activation] = ()) -> Architecture:
+        """activations: those of the description that are not in `activations.ACTIVATIONS`."""
+        given = {each.name: each for each in activations}
         try:
-            layers = tuple(Conv(**layer) for layer in description["layers"])
+            layers = tuple(Conv(**{**layer, **_known(layer, given)}) for layer in description["layers"])
             return cls(**{**description, "layers": layers})
         except (KeyError, TypeError) as error:
             raise ValueError(
                 f"architecture description {description!r} is not one written by to_dict: {error}"
             ) from error
+
+
+def _known(layer: dict[str, Any], given: dict[str, Activation]) -> dict[str, Activation]:
+    """The activation that a layer's description names; ValueError where nobody knows it."""
+    name = layer.get("activation")
+    if name is None:
+        return {}
+    if name not in given and name not in ACTIVATIONS:
+        raise Misuse(
+            "activations", tuple(given), f"must hold {name!r}, an Activation that was in use when this was written"
+        )
+    return {"activation": given.get(name) or ACTIVATIONS[name]}

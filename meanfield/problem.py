@@ -40,6 +40,7 @@ class Terms(NamedTuple):
 class Problem:
     """J = mean loss + source, readout and input penalties (+ bounds) over networks of one architecture.
 
+    loss: a name of `losses.LOSSES`, or an object of `losses.Loss` (see `losses.check`).
     inputs (N, C_0, H, W), float32 or float64 (integers become float64); targets as the loss takes them: (N,) or (N, K)
     for the squared and the logistic loss (labels -1, 1), integer classes (N,) for softmax.  Arrays are accepted and
     converted. Fang et al. 2019 and Gu et al. 2020 with r(t) = t^2.
@@ -53,7 +54,7 @@ class Problem:
         architecture: Architecture,
         inputs: Any,
         targets: Any,
-        loss: str = "squared",
+        loss: str | losses.Loss = "squared",
         penalty: Penalty | None = None,
     ):
         instance(architecture, "architecture", Architecture)
@@ -290,13 +291,16 @@ class Problem:
     def missing_bounds(self) -> list[str]:
         """Why the infimum over measures may not be attained: one phrase per missing bound; empty where it is attained.
 
-        An unbounded activation with two or more layers needs both bounds, a free bias of a later layer needs the
-        amplitude bound, and a strength of zero leaves its variable free.
+        An unbounded activation with two or more layers needs both bounds, one that may grow faster than linearly the
+        input bound at any depth, a free bias of a later layer needs the amplitude bound, and a strength of zero leaves
+        its variable free.
         """
         penalty, layers = self.penalty, self.architecture.layers
-        deep, unbounded = len(layers) > 1, any(not layer.bounded for layer in layers)
+        deep, unbounded = len(layers) > 1, any(not layer.h.bounded for layer in layers)
         missing: list[str] = []
-        if penalty.input_bound is None and (penalty.input == 0 or (deep and unbounded)):
+        # light features of h(g) = g^3 would do the work of heavy ones: p |w|^2 vanishes at a fixed p |w|^3
+        steep = not layers[0].h.linear_growth
+        if penalty.input_bound is None and (penalty.input == 0 or steep or (deep and unbounded)):
             missing.append("input_bound")
         free_bias = any(layer.bias for layer in layers[1:])
         if penalty.amplitude_bound is None and deep and (penalty.source == 0 or unbounded or free_bias):

@@ -67,7 +67,7 @@ def convolve(signal, kernel, weights, bias, conv):
 
 
 def activate(g, conv):
-    h = np.array([[ACTIVATIONS[conv.activation](value) for value in row] for row in g])
+    h = np.array([[ACTIVATIONS[conv.activation.name](value) for value in row] for row in g])
     if conv.pooling == "none":
         return h
     height, width = conv.pool_size

@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 from strategies import architectures, convs, normal, random_inputs, random_network, seeds
 
 import meanfield as mf
-from meanfield.architecture import ACTIVATIONS, Activation
 
 
 @given(convs((4, 5), tuple(slow.ACTIVATIONS)), seeds)
@@ -85,29 +84,6 @@ def test_sizes_are_stored_as_pairs():
 
 def test_one_layer_may_be_given_bare():
     assert mf.Architecture((1, 3, 3), mf.Conv()).layers == (mf.Conv(),)
-
-
-@pytest.mark.parametrize("name", ACTIVATIONS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_an_activation_is_what_its_record_says(name, dtype):
-    record, conv, g = ACTIVATIONS[name], mf.Conv(activation=name), torch.linspace(-8, 8, 65, dtype=dtype)
-    h = record.function
-    assert h(g).dtype == dtype
-    assert torch.equal(record.module()(g), h(g))
-    assert conv.bounded == bool(h(1e9 * g).abs().max() <= 1.01 * h(1e6 * g).abs().max())
-    assert conv.homogeneous == all(torch.allclose(h(t * g), t * h(g)) for t in (0.0, 0.3, 7.0))
-    if record.recession is not None:
-        limit = ACTIVATIONS[record.recession]
-        assert limit.homogeneous
-        torch.testing.assert_close(h(1e6 * g) / 1e6, limit.function(g), rtol=1e-6, atol=1e-5)
-
-
-@pytest.mark.parametrize(
-    "facts", [{}, {"bounded": True, "homogeneous": True}, {"homogeneous": True, "recession": "relu"}]
-)
-def test_an_activation_is_of_one_kind(facts):
-    with pytest.raises(ValueError, match="exactly one of the three"):
-        Activation(torch.sin, torch.nn.Identity, **facts)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -15,7 +15,7 @@ from torch import nn
 
 import meanfield as mf
 from meanfield import certificates, cli, finite, losses, starts
-from meanfield.architecture import ACTIVATIONS, Activation
+from meanfield.activations import ACTIVATIONS, Activation
 from meanfield.bench.task import Task
 from meanfield.solvers import arrangements, flow, splitting
 
@@ -39,7 +39,7 @@ class HuberLoss(losses.Loss):
     s + weight (F - center) = 0 with s = clip(F - y): s = clip(weight (center - y) / (1 + weight)).
     """
 
-    name = "huber"
+    name = "own_huber"
 
     def value(self, outputs, targets):
         return nn.functional.huber_loss(outputs, targets, reduction="none", delta=DELTA).sum(1)
@@ -71,7 +71,7 @@ def registered():
 def task(classes=(0, 4, 7), **options):
     """Penalties strong enough to leave residuals on both sides of DELTA."""
     strengths = {"source_penalty": 3e-3, "readout_penalty": 2e-2, "input_penalty": 3e-3}
-    return Task(classes=classes, samples=12, activation="scaled_tanh", loss="huber", **strengths, **options)
+    return Task(classes=classes, samples=12, activation="scaled_tanh", loss="own_huber", **strengths, **options)
 
 
 @pytest.fixture(scope="module", params=[(3, 5), (0, 4, 7)], ids=["one output", "three outputs"])
@@ -190,7 +190,7 @@ def test_finite_networks_train_and_become_modules(tmp_path):
 def test_one_relu_layer_has_its_exact_optimum():
     arch = mf.Architecture((1, 3, 3), (mf.Conv((1, 2)),))
     targets = normal((6,), 5)
-    problem = mf.Problem(arch, random_inputs(arch, 6, 0), targets, "huber", mf.Penalty(input=2e-3, readout=5e-3))
+    problem = mf.Problem(arch, random_inputs(arch, 6, 0), targets, "own_huber", mf.Penalty(input=2e-3, readout=5e-3))
     exact = arrangements.solve(problem)
     assert exact.status == "optimal"
     assert exact.value - exact.lower_bound <= 1e-6 * exact.value
@@ -199,6 +199,6 @@ def test_one_relu_layer_has_its_exact_optimum():
 
 
 def test_the_command_line_takes_them(capsys):
-    words = "solve --activation scaled_tanh --loss huber --widths 4,3 --samples 8 --rounds 1 --json"
+    words = "solve --activation scaled_tanh --loss own_huber --widths 4,3 --samples 8 --rounds 1 --json"
     cli.main(words.split())
     assert json.loads(capsys.readouterr().out)["solution"]["value"] > 0

@@ -12,9 +12,9 @@ import pytest
 
 PACKAGES = {
     "meanfield": (
-        "Architecture Conv ConvexProgram ParticleNetwork Penalty Problem ProgramPoint Solution certificates data "
-        "finite forgetting fusion grafting landscape limits load_network measures save_network solve solvers starts "
-        "studies transfer"
+        "Activation Architecture Conv ConvexProgram ParticleNetwork Penalty Problem ProgramPoint Solution activations "
+        "certificates data finite forgetting fusion grafting landscape limits load_network losses measures "
+        "save_network solve solvers starts studies transfer"
     ),
     "meanfield.certificates": (
         "Certificate Multipliers UnseenFeatures certify dual_value search_features stationary_multipliers"
@@ -23,6 +23,10 @@ PACKAGES = {
         "AUTHORS_DROPOUT FiniteCNN Fitted L12_STRENGTHS L2_STRENGTHS Recipe Replayed Score Step Training cnn evaluate "
         "fed_back feedback_aligned fit kernel l12 log_spaced_times mlp regulariser replay residual sample sequential "
         "train vgg"
+    ),
+    "meanfield.losses": (
+        "HingeLoss HuberLoss LOSSES LabelLoss LogisticLoss Loss LossCheck ScalarLoss SoftmaxLoss SquaredLoss accuracy "
+        "check make"
     ),
     "meanfield.landscape": (
         "Joined Plane Sharpness Surface Trajectory balanced eigenplane join line plane principal sharpness surface "
@@ -38,6 +42,7 @@ PACKAGES = {
     "meanfield.solvers": "alternating arrangements flow reference splitting",
 }
 MODULES = {
+    "meanfield.activations": "ACTIVATIONS Activation",
     "meanfield.certificates.duality": "Certificate Multipliers certify dual_value stationary_multipliers",
     "meanfield.certificates.search": "UnseenFeatures search_features",
     "meanfield.certificates.sphere": "SphereMaximum maximise",
@@ -61,7 +66,8 @@ MODULES = {
 }
 SUBMODULES = {
     "meanfield": (
-        "certificates data finite forgetting fusion grafting landscape limits measures solvers starts studies transfer"
+        "activations certificates data finite forgetting fusion grafting landscape limits losses measures solvers "
+        "starts studies transfer"
     ),
     "meanfield.finite": "kernel",
     "meanfield.solvers": PACKAGES["meanfield.solvers"],

@@ -261,7 +261,7 @@ def _ceiling(problem: mf.Problem) -> float:
                 if penalty.amplitude_bound is None
                 else penalty.amplitude_bound * math.sqrt(layer.offsets) * reach
             )
-        reach = 1.0 if layer.activation == "tanh" else AT_ZERO[layer.activation] + reach
+        reach = 1.0 if layer.h.name == "tanh" else AT_ZERO[layer.h.name] + reach
     return reach
 
 

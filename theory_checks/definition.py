@@ -77,7 +77,7 @@ def _output(network: mf.ParticleNetwork, inputs: np.ndarray, rules: Rules) -> np
         g = _convolved(signal, w.numpy() * p[None, :, None, None], layer, rules)
         if b is not None and rules.biases:
             g = g + b.numpy()[None, :, None, None]
-        signal = _pooled(ACTIVATIONS[layer.activation](g), layer, rules)
+        signal = _pooled(ACTIVATIONS[layer.h.name](g), layer, rules)
     count, width = signal.shape[:2]
     maps, u = signal.reshape(count, width, -1), plain.readout.numpy()
     if network.architecture.readout == "average":

@@ -12,7 +12,6 @@ from meanfield.network import ParticleNetwork
 from meanfield.problem import Problem
 
 # Lipschitz constants of the activations
-STEEPEST = {"relu": 1.0, "tanh": 1.0, "softplus": 1.0, "gelu": 1.13, "identity": 1.0}
 EXTRA = 8  # roundings outside the sums: products of masses, activation, pooling
 
 
@@ -35,7 +34,7 @@ def output_error(network: ParticleNetwork, inputs: Tensor) -> Tensor:
         terms = kernel.shape[1] * layer.offsets + EXTRA
         weights = (kernel * scale[None, :, None, None]).abs()
         moved = layer.convolve(error + terms * eps * signal.abs(), weights, None if bias is None else eps * bias.abs())
-        error = _spread(layer, STEEPEST[layer.activation] * moved)
+        error = _spread(layer, layer.h.derivative_bound * moved)
     last = signals[-1]
     terms = network.readout.shape[1] * last[0, 0].numel() + EXTRA
     absolute = network.map(torch.abs)

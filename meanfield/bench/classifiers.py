@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from meanfield import data
-from meanfield.architecture import ACTIVATIONS
+from meanfield.activations import ACTIVATIONS
 from meanfield.bench import provenance, reading
 from meanfield.bench.options import OBJECTIVE, Data, Device, Dtype, Pool, Settings, at_least, choice, option
 from meanfield.bench.stored import Stored

@@ -10,7 +10,8 @@ from typing import Annotated
 
 import torch
 
-from meanfield.architecture import ACTIVATIONS, POOLINGS, READOUTS, Architecture, Conv
+from meanfield.activations import ACTIVATIONS
+from meanfield.architecture import POOLINGS, READOUTS, Architecture, Conv
 from meanfield.bench import reading
 from meanfield.bench.options import (
     MODEL,

@@ -29,7 +29,8 @@ from scipy.optimize import minimize
 from torch import Tensor
 
 from meanfield import limits, validation
-from meanfield.architecture import ACTIVATIONS, Architecture
+from meanfield.activations import ACTIVATIONS, Activation
+from meanfield.architecture import Architecture
 from meanfield.certificates import concave, sphere
 from meanfield.certificates.compositions import (
     Compositions,
@@ -85,11 +86,12 @@ class UnseenFeatures:
         return {**vars(self), "features": entries}
 
     @classmethod
-    def restored(cls, state: dict[str, Any]) -> UnseenFeatures:
-        """What `state` described."""
+    def restored(cls, state: dict[str, Any], architecture: Architecture) -> UnseenFeatures:
+        """What `state` described, of a problem of that architecture."""
         entries = state["features"]
         if entries is not None:
-            entries = {**entries, "architecture": Architecture.from_dict(entries["architecture"])}
+            used = (layer.h for layer in architecture.layers)
+            entries = {**entries, "architecture": Architecture.from_dict(entries["architecture"], used)}
         return cls(**{**state, "mu": tuple(state["mu"]), "features": entries and ParticleNetwork(**entries)})
 
     def summary(self) -> str:
@@ -181,16 +183,18 @@ class _Search:
         self.depth = problem.architecture.depth
         only = problem.architecture.layers[0]
         free = self.depth == 1 and problem.penalty.input_bound is None
-        self.homogeneous = free and only.homogeneous
+        self.homogeneous = free and only.h.homogeneous
         self.scale_limit = _largest_scale(problem.loss)
         self.tried = 0
         # the network's own features count as they are, all of them: no bound comes out above its value
         self.own = [] if network is None or self.homogeneous else [OwnFeatures(network.detach())]
         # what searches start from; in the homogeneous case unit kernels, and nothing else
         self.pool = [] if network is None else [self._retracted(own_features(problem, network, self._width()))]
-        recession = ACTIVATIONS[only.activation].recession
+        recession = only.h.recession
         if free and recession is not None:
-            self.scale_limit = min(self.scale_limit, self._recession_limit(recession))
+            self.scale_limit = min(self.scale_limit, self._recession_limit(ACTIVATIONS[recession]))
+        elif free and not only.h.bounded and not only.h.homogeneous:
+            self.scale_limit = min(self.scale_limit, self._steepest_limit())
 
     def run(self, rounds: int, count: int) -> UnseenFeatures:
         """Search and choose multipliers in turn; only multipliers at which a search was made can give the bound."""
@@ -400,11 +404,23 @@ class _Search:
             biases=(None if bias is None else flat[..., -1],),
         )
 
-    def _recession_limit(self, activation: str) -> float:
+    def _steepest_limit(self) -> float:
+        """The scale of r up to which, of an h with |h(g)| <= |h(0)| + D |g| and nothing else known, longer kernels gain
+        at most what they cost: D sum_n |r_n| |pool |x_n||, over the positions that the readout sees, bounds |q| / |w|.
+        """
+        arch, penalty = self.problem.architecture, self.problem.penalty
+        conv, steepest = arch.layers[0], arch.layers[0].h.derivative_bound or math.inf
+        rows = conv.patches(self.problem.inputs) / arch.input_shape[0]
+        lengths = (rows.square().sum(2) + conv.bias).sqrt().view(len(rows), 1, *arch.geometry[0].output)
+        read = arch.readout_features(conv.pool(lengths)).flatten(1).norm(dim=1)
+        largest = steepest * float(self.output.norm(dim=1) @ read)
+        return 2 * math.sqrt(penalty.input * penalty.readout) / largest if largest > 0 else math.inf
+
+    def _recession_limit(self, activation: Activation) -> float:
         """The scale of r beyond which ever longer kernels gain more than they cost: that of the activation far away."""
         arch = self.problem.architecture
         far = replace(arch, layers=(replace(arch.layers[0], activation=activation),))
-        problem = Problem(far, self.problem.inputs, self.problem.targets, self.problem.loss.name, self.problem.penalty)
+        problem = Problem(far, self.problem.inputs, self.problem.targets, self.problem.loss, self.problem.penalty)
         other = _Search(problem, self.output, None, self.generator, self.starts, self.steps)
         other.pool.append(other._ascend(other._starts(1.0, []), 1.0, []))
         self.tried += other.tried
@@ -470,7 +486,7 @@ def _rigorous(
     conv = arch.layers[0]
     if (
         arch.depth > 1
-        or conv.activation != "relu"
+        or conv.h.name != "relu"
         or conv.pooling == "max"
         or arch.readout != "average"
         or penalty.input_bound is not None
@@ -502,5 +518,5 @@ def _position_weights(arch: Architecture) -> Tensor:
     """Weight of every position before pooling in the average readout, (P,)."""
     height, width = arch.geometry[0].output
     features = torch.zeros(1, 1, height, width, dtype=torch.float64, requires_grad=True)
-    pooled = replace(arch.layers[0], activation="identity").activate(features)
+    pooled = arch.layers[0].pool(features)
     return torch.autograd.grad(arch.readout_features(pooled).sum(), features)[0].flatten()

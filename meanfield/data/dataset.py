@@ -79,11 +79,11 @@ class Dataset:
         """Position of every label in `classes`, (N,) int64."""
         return (self.labels[:, None] == torch.tensor(self.classes)).int().argmax(1)
 
-    def outputs_for(self, loss: str) -> int:
+    def outputs_for(self, loss: str | losses.Loss) -> int:
         """Outputs K that the targets of `loss` need: 1 for two classes, one per class for more and for softmax."""
         return losses.make(loss).outputs_for(len(self.classes))
 
-    def targets(self, loss: str) -> Tensor:
+    def targets(self, loss: str | losses.Loss) -> Tensor:
         """Targets of this data for a loss, by its own `encode` of `indices`.
 
         softmax: indices into `classes`, (N,) int64.  squared and logistic with two classes: +1 for the class named

@@ -18,8 +18,9 @@ from torch.nn import functional
 
 from meanfield import limits, validation
 from meanfield.finite.heads import Heads
-from meanfield.finite.recipes import LOSSES, Recipe, increasing_epochs, regulariser
+from meanfield.finite.recipes import Recipe, increasing_epochs, known, regulariser
 from meanfield.finite.terms import Batch, Term
+from meanfield.losses import Loss
 from meanfield.storage.states import StateFile, ended
 from meanfield.storage.tensors import digest
 from meanfield.validation import Misuse
@@ -140,16 +141,16 @@ def evaluate(
     inputs: Tensor,
     labels: Tensor,
     batch_size: int = 500,
-    loss: str = "cross_entropy",
+    loss: str | Loss = "cross_entropy",
     heads: Sequence[Sequence[int]] | None = None,
 ) -> Score:
-    """Accuracy and mean loss (a name of `recipes.LOSSES`) in eval mode on images (N, ...) and labels (N,), within
+    """Accuracy and mean loss (as of a `Recipe`) in eval mode on images (N, ...) and labels (N,), within
     heads as in `fit`; the network's modes are put back.
     """
     size = validation.integer(batch_size, "batch_size")
     _check_data(network, inputs, labels)
     _check_kind(network, inputs)
-    validation.one_of(loss, "loss", LOSSES)
+    known(loss)
     decided, total, hits = _heads(network, inputs, labels, heads), 0.0, 0
     with _evaluating(network):
         for images, classes in zip(inputs.split(size), labels.split(size)):

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from meanfield import validation
-from meanfield.finite.recipes import LOSSES
+from meanfield.finite.recipes import of_classes
+from meanfield.losses import Loss
 from meanfield.validation import Misuse
 
 # what an output of another head is taken for, so that it adds nothing to the loss and nothing to its gradient
@@ -40,9 +41,13 @@ class Heads:
             stray = int(labels[~self.rivals.any(1)[labels]][0])
             raise Misuse("heads", self.groups, f"must hold every class among the labels; {stray} is in none of them")
 
-    def loss(self, kind: str, outputs: Tensor, labels: Tensor, reduction: str = "mean") -> Tensor:
-        """A loss of `recipes.LOSSES` of outputs (N, K) at classes (N,) within their heads."""
-        return LOSSES[kind](self._of(outputs, labels, ABSENT[kind]), labels, reduction=reduction)
+    def loss(self, kind: str | Loss, outputs: Tensor, labels: Tensor, reduction: str = "mean") -> Tensor:
+        """A loss of a `Recipe` of outputs (N, K) at classes (N,) within their heads."""
+        if isinstance(kind, str):
+            outputs = self._of(outputs, labels, ABSENT[kind])
+        elif self.rivals is not None:
+            raise Misuse("loss", kind.name, f"has no value of an output that is absent: heads take {', '.join(ABSENT)}")
+        return of_classes(kind)(outputs, labels, reduction=reduction)
 
     def hits(self, outputs: Tensor, labels: Tensor) -> Tensor:
         """How many images have their largest output, within the head of their class, at their class."""

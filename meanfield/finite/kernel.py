@@ -17,7 +17,8 @@ from torch.autograd import Function
 from torch.utils.checkpoint import checkpoint
 
 from meanfield import limits, validation
-from meanfield.architecture import ACTIVATIONS, Architecture
+from meanfield.activations import ACTIVATIONS
+from meanfield.architecture import Architecture
 from meanfield.finite.network import SCALINGS, FiniteCNN
 from meanfield.signatures import checked
 
@@ -105,10 +106,9 @@ def _check_covered(architecture: Architecture) -> None:
             "kernel.empirical"
         )
     layer = architecture.layers[0]
-    if layer.activation != "relu":
+    if layer.h.name != "relu":
         raise ValueError(
-            f"layers[0] has activation={layer.activation!r}; the limit is in closed form for 'relu', see "
-            "kernel.empirical"
+            f"layers[0] has activation={layer.h!r}; the limit is in closed form for 'relu', see kernel.empirical"
         )
     if layer.pooling == "max":
         raise ValueError(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from meanfield import limits, measures, starts, validation
-from meanfield.architecture import ACTIVATIONS, Architecture, Conv
+from meanfield.architecture import Architecture, Conv
 from meanfield.network import MASS_TOLERANCE, ParticleNetwork, along_axis
 from meanfield.signatures import checked
 from meanfield.starts import normal
@@ -152,7 +152,7 @@ def he_deviations(architecture: Architecture, widths: Sequence[int], scaling: st
     """
     deviations = []
     for layer, shape in zip(architecture.layers, architecture.kernel_shapes(widths)):
-        variance = ACTIVATIONS[layer.activation].gain / (shape[1] * layer.offsets)
+        variance = layer.h.gain / (shape[1] * layer.offsets)
         deviations.append(math.sqrt(variance) / SCALINGS[scaling](shape[1]))
     flattened = architecture.readout_positions if architecture.readout == "flatten" else 1
     readout = math.sqrt(flattened / widths[-1]) / SCALINGS[scaling](widths[-1])
@@ -238,7 +238,7 @@ def _modules(layer: Conv, number: int, weight: Tensor, bias: Tensor | None) -> d
     conv.load_state_dict({"weight": weight} | ({} if bias is None else {"bias": bias}))
     pools = {"average": nn.AvgPool2d, "max": nn.MaxPool2d}
     pool = {f"pool{number}": pools[layer.pooling](layer.pool_size)} if layer.pooling in pools else {}
-    return {f"conv{number}": conv, f"{layer.activation}{number}": ACTIVATIONS[layer.activation].module(), **pool}
+    return {f"conv{number}": conv, f"{layer.h}{number}": layer.h.module(), **pool}
 
 
 def _linear(weight: Tensor) -> nn.Module:

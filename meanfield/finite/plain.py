@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from meanfield import validation
-from meanfield.architecture import ACTIVATIONS
+from meanfield.activations import Given, resolve
 from meanfield.finite.layers import all_integers, convolution, image_shape, linear
 from meanfield.signatures import checked
 
@@ -21,26 +21,25 @@ def mlp(
     classes: int,
     *,
     hidden: Sequence[int] = (64, 64),
-    activation: str = "relu",
+    activation: Given = "relu",
     generator: torch.Generator,
     dtype: torch.dtype = torch.float32,
 ) -> nn.Sequential:
     """A fully connected classifier, (N, C, H, W) -> (N, classes): flatten, linear1, relu1, linear2, ..., the last
     linear layer.
 
-    hidden: units of the layers before the last one.  activation: a name of architecture.ACTIVATIONS, which also names
-    the layers.
+    hidden: units of the layers before the last one.  activation: as of `Conv`; its name is that of the layers.
     The start is Gaussian from `generator`: variance gain / fan-in, the activation's gain, 1 / fan-in for the last
     layer, biases zero.  The global random numbers are not touched.
     """
     shape, classes = image_shape(input_shape), validation.integer(classes, "classes", minimum=2)
     widths, layers = all_integers(hidden, "hidden"), OrderedDict[str, nn.Module](flatten=nn.Flatten())
-    kind = ACTIVATIONS[validation.one_of(activation, "activation", ACTIVATIONS)]
+    kind = resolve(activation)
     for index, (source, target) in enumerate(zip((math.prod(shape), *widths), (*widths, classes)), start=1):
         last = index == len(widths) + 1
         layers[f"linear{index}"] = linear(source, target, 1.0 if last else kind.gain, generator, dtype)
         if not last:
-            layers[f"{activation}{index}"] = kind.module()
+            layers[f"{kind}{index}"] = kind.module()
     return nn.Sequential(layers)
 
 
@@ -50,7 +49,7 @@ def cnn(
     classes: int,
     *,
     width: int = 16,
-    activation: str = "relu",
+    activation: Given = "relu",
     generator: torch.Generator,
     dtype: torch.dtype = torch.float32,
 ) -> nn.Sequential:
@@ -61,13 +60,13 @@ def cnn(
     """
     (channels, *sides), classes = image_shape(input_shape), validation.integer(classes, "classes", minimum=2)
     first = validation.integer(width, "width")
-    kind = ACTIVATIONS[validation.one_of(activation, "activation", ACTIVATIONS)]
+    kind = resolve(activation)
     layers = OrderedDict[str, nn.Module](conv1=convolution(channels, first, 3, generator, dtype, gain=kind.gain))
-    layers[f"{activation}1"] = kind.module()
+    layers[f"{kind}1"] = kind.module()
     if min(sides) >= 2:
         layers["pool1"], sides = nn.MaxPool2d(2), [side // 2 for side in sides]
     layers["conv2"] = convolution(first, 2 * first, 3, generator, dtype, gain=kind.gain)
-    layers[f"{activation}2"] = kind.module()
+    layers[f"{kind}2"] = kind.module()
     layers |= {
         "flatten": nn.Flatten(),
         "linear1": linear(2 * first * math.prod(sides), classes, 1.0, generator, dtype),

@@ -28,12 +28,37 @@ def squared(outputs: Tensor, labels: Tensor, reduction: str = "mean") -> Tensor:
     "none" themselves, as torch's own losses have it.
     """
     targets = functional.one_hot(labels, outputs.shape[1]).to(outputs)
-    found = losses.SquaredLoss().value(outputs, targets)
-    return {"mean": Tensor.mean, "sum": Tensor.sum, "none": Tensor.clone}[reduction](found)
+    return _reduced(losses.SquaredLoss().value(outputs, targets), reduction)
 
 
-# outputs (N, K), classes (N,), reduction="mean"
+# outputs (N, K), classes (N,), reduction="mean"; the losses of a problem take targets, see `of_classes`
 LOSSES: dict[str, Callable[..., Tensor]] = {"cross_entropy": functional.cross_entropy, "squared": squared}
+
+
+def known(loss: Any, argument: str = "loss") -> Any:
+    """A name of LOSSES, or an object of `losses.Loss`; Misuse otherwise."""
+    return loss if isinstance(loss, losses.Loss) else validation.one_of(loss, argument, LOSSES)
+
+
+def of_classes(loss: str | losses.Loss) -> Callable[..., Tensor]:
+    """A loss as a function of outputs (N, K) and classes (N,), with reduction "mean", "sum" or "none"."""
+    if isinstance(loss, str):
+        return LOSSES[loss]
+
+    def found(outputs: Tensor, labels: Tensor, reduction: str = "mean") -> Tensor:
+        count = outputs.shape[1]
+        if loss.outputs_for(count) != count:
+            remedy = f"reads {count} classes from {loss.outputs_for(count)} output, and the network has {count}"
+            raise Misuse("loss", loss.name, remedy)
+        targets = loss.encode(labels, count)
+        targets = targets.to(outputs) if targets.is_floating_point() else targets
+        return _reduced(loss.value(outputs, targets), reduction)
+
+    return found
+
+
+def _reduced(values: Tensor, reduction: str) -> Tensor:
+    return {"mean": Tensor.mean, "sum": Tensor.sum, "none": Tensor.clone}[reduction](values)
 
 
 @checked
@@ -77,7 +102,8 @@ class Recipe:
     epochs: passes over the images.  batch_size: images per step; the last batch of an epoch may be smaller.
     learning_rate: of SGD; momentum is Nesterov's, 0 for none.  See `rate_at` for milestones, decay and warm_up.
     penalty, strength: strength times `regulariser` of this kind is added to the mean loss of the batch.
-    loss: "cross_entropy", or "squared": half the squared distance from 1 at the own class and 0 at the others.
+    loss: "cross_entropy", or "squared": half the squared distance from 1 at the own class and 0 at the others;
+        or an object of `losses.Loss`, which is no plain value and stays in its process.
     augment: every image is padded by zeros, cropped to its size at a random place and mirrored left to right with
         probability 1/2, anew in every epoch; the padding is side // 8, 4 pixels at 32x32.
     """
@@ -92,7 +118,7 @@ class Recipe:
     penalty: str = "none"
     strength: float = 0.0
     augment: bool = False
-    loss: str = "cross_entropy"
+    loss: Any = "cross_entropy"
 
     def __post_init__(self) -> None:
         for name, minimum in (("epochs", 1), ("batch_size", 1), ("warm_up", 0)):
@@ -110,7 +136,7 @@ class Recipe:
         if validation.one_of(self.penalty, "penalty", PENALTIES) == "none" and self.strength:
             raise Misuse("strength", self.strength, "needs a penalty: 'l12' or 'l2', not 'none'")
         object.__setattr__(self, "augment", validation.boolean(self.augment, "augment"))
-        validation.one_of(self.loss, "loss", LOSSES)
+        known(self.loss)
 
     @classmethod
     def authors(cls, penalty: str = "none", strength: float = 0.0) -> Recipe:

@@ -16,7 +16,7 @@ from torch.func import functional_call
 
 from meanfield.finite.feedback import KINDS, fed_back
 from meanfield.finite.fitting import Fitted, Step, fit, optimiser_of
-from meanfield.finite.recipes import LOSSES, Recipe, regulariser
+from meanfield.finite.recipes import Recipe, of_classes, regulariser
 from meanfield.signatures import Seed, checked
 from meanfield.validation import Misuse, choice
 
@@ -89,7 +89,7 @@ class _Follower:
 
     def gradients(self, forward: Callable[[Tensor], Tensor], step: Step) -> dict[str, Tensor]:
         """Of the follower's own objective on the batch, with its parameters in `forward`."""
-        loss = LOSSES[self.recipe.loss](forward(step.images), step.labels)
+        loss = of_classes(self.recipe.loss)(forward(step.images), step.labels)
         if self.recipe.strength:
             loss = loss + self.recipe.strength * regulariser(self.network, self.recipe.penalty)
         return dict(zip(self.free, torch.autograd.grad(loss, list(self.free.values()))))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from meanfield import validation
-from meanfield.architecture import ACTIVATIONS
+from meanfield.activations import Activation, Given, resolve
 from meanfield.finite.layers import all_integers, convolution, image_shape, linear, norm, probability
 from meanfield.signatures import checked
 from meanfield.validation import Misuse
@@ -34,7 +34,7 @@ def vgg(
     hidden: Sequence[int] = (),
     dropout: float = 0.0,
     fan_in: str = "inside",
-    activation: str = "relu",
+    activation: Given = "relu",
     generator: torch.Generator,
     dtype: torch.dtype = torch.float32,
 ) -> nn.Sequential:
@@ -53,7 +53,7 @@ def vgg(
         they agree.  On 1x1 maps, where 8 of 9 entries meet zeros, "kernel" shrinks the signal threefold in every layer:
         VGG-11 has four such layers on 8x8 images, and hardly trains.
 
-    activation: a name of architecture.ACTIVATIONS.
+    activation: as of `Conv`.
 
     The layers with weights, convolutions first, are numbered from 1, and relu{k} (tanh{k}, ...: the activation's name)
     follows the k-th of them: conv1, relu1, conv2, ..., pool{s} at the end of stage s, flatten, then for the j-th fully
@@ -66,18 +66,18 @@ def vgg(
     shape, classes = image_shape(input_shape), validation.integer(classes, "classes", minimum=2)
     widths = all_integers(hidden, "hidden")
     rate, inside = probability(dropout), validation.one_of(fan_in, "fan_in", FAN_INS) == "inside"
-    gain = ACTIVATIONS[validation.one_of(activation, "activation", ACTIVATIONS)].gain
+    h = resolve(activation)
     width = validation.integer(width, "width")
-    layers, flat = _convolutions(VGG_STAGES[depth], shape, width, inside, activation, generator, dtype)
+    layers, flat = _convolutions(VGG_STAGES[depth], shape, width, inside, h, generator, dtype)
     layers["flatten"] = nn.Flatten()
     before = sum(VGG_STAGES[depth])
     for index, (source, target) in enumerate(zip((flat, *widths), (*widths, classes)), start=1):
         last = index == len(widths) + 1
         if rate > 0:
             layers[f"dropout{index}"] = nn.Dropout(rate)
-        layers[f"linear{index}"] = linear(source, target, 1.0 if last else gain, generator, dtype)
+        layers[f"linear{index}"] = linear(source, target, 1.0 if last else h.gain, generator, dtype)
         if not last:
-            layers[f"{activation}{before + index}"] = ACTIVATIONS[activation].module()
+            layers[f"{h}{before + index}"] = h.module()
     return nn.Sequential(layers)
 
 
@@ -86,22 +86,22 @@ def _convolutions(
     shape: tuple[int, int, int],
     width: int,
     inside: bool,
-    activation: str,
+    h: Activation,
     generator: torch.Generator,
     dtype: torch.dtype,
 ) -> tuple[OrderedDict[str, nn.Module], int]:
     """All stages, and the number of features they end in."""
     (channels, *sides), layers = shape, OrderedDict[str, nn.Module]()
-    index, gain = 0, ACTIVATIONS[activation].gain
+    index = 0
     for stage, (count, multiple) in enumerate(zip(stages, VGG_MULTIPLES), start=1):
         # along a side of h pixels the two end positions lose one of three offsets each
         offsets = math.prod((3 * side - 2) / side for side in sides) if inside else 9
         for _ in range(count):
             index += 1
             layers[f"conv{index}"] = convolution(
-                channels, multiple * width, 3, generator, dtype, gain=gain * 9 / offsets
+                channels, multiple * width, 3, generator, dtype, gain=h.gain * 9 / offsets
             )
-            layers[f"{activation}{index}"] = ACTIVATIONS[activation].module()
+            layers[f"{h}{index}"] = h.module()
             channels = multiple * width
         if min(sides) >= 2:
             layers[f"pool{stage}"] = nn.MaxPool2d(2)
@@ -127,10 +127,11 @@ class ResidualBlock(nn.Module):
         batch_norm: bool,
         generator: torch.Generator,
         dtype: torch.dtype = torch.float32,
-        activation: str = "relu",
+        activation: Given = "relu",
     ) -> None:
         super().__init__()
-        self.activation, gain = activation, ACTIVATIONS[activation].gain
+        self.activation = resolve(activation)
+        gain = self.activation.gain
         self.conv1 = convolution(sources, targets, 3, generator, dtype, gain=gain, stride=stride, bias=not batch_norm)
         self.norm1 = norm(targets, batch_norm, dtype)
         self.conv2 = convolution(
@@ -146,7 +147,7 @@ class ResidualBlock(nn.Module):
             self.shortcut = nn.Sequential(projection, norm(targets, batch_norm, dtype)) if batch_norm else projection
 
     def forward(self, signal: Tensor) -> Tensor:
-        activate = ACTIVATIONS[self.activation].function
+        activate = self.activation.function
         inner = activate(self.norm1(self.conv1(signal)))
         return activate(self.norm2(self.conv2(inner)) + self.shortcut(signal))
 
@@ -162,7 +163,7 @@ def residual(
     width: int = 16,
     blocks: Sequence[int] = (1, 1, 1),
     batch_norm: bool = True,
-    activation: str = "relu",
+    activation: Given = "relu",
     generator: torch.Generator,
     dtype: torch.dtype = torch.float32,
 ) -> nn.Sequential:
@@ -171,7 +172,7 @@ def residual(
     blocks: blocks per stage.  Stage s = 1, 2, ... has 2^(s-1) width channels; from the second on its first block has
         stride 2.  Blocks are the modules stage1.0, stage1.1, ..., stage2.0, ..., see ResidualBlock.
     batch_norm: with False, biases and a start in which every block is its shortcut.
-    activation: a name of architecture.ACTIVATIONS.
+    activation: as of `Conv`.
 
     Before the stages: conv1, norm1 (with batch norm), relu1 (tanh1, ...: the activation's name); after them: pool (the
     mean over positions), flatten and linear1.  The start is as in `vgg` with fan_in="kernel".
@@ -182,17 +183,17 @@ def residual(
     if not counts:
         raise Misuse("blocks", blocks, "must hold one integer per stage, at least one")
     channels = validation.integer(width, "width")
-    gain = ACTIVATIONS[validation.one_of(activation, "activation", ACTIVATIONS)].gain
+    h = resolve(activation)
     layers = OrderedDict[str, nn.Module](
-        conv1=convolution(shape[0], channels, 3, generator, dtype, gain=gain, bias=not batch_norm)
+        conv1=convolution(shape[0], channels, 3, generator, dtype, gain=h.gain, bias=not batch_norm)
     )
     if batch_norm:
         layers["norm1"] = norm(channels, True, dtype)
-    layers[f"{activation}1"] = ACTIVATIONS[activation].module()
+    layers[f"{h}1"] = h.module()
     for stage, count in enumerate(counts):
         targets, stride = channels if stage == 0 else 2 * channels, 1 if stage == 0 else 2
-        first = ResidualBlock(channels, targets, stride, batch_norm, generator, dtype, activation)
-        rest = (ResidualBlock(targets, targets, 1, batch_norm, generator, dtype, activation) for _ in range(count - 1))
+        first = ResidualBlock(channels, targets, stride, batch_norm, generator, dtype, h)
+        rest = (ResidualBlock(targets, targets, 1, batch_norm, generator, dtype, h) for _ in range(count - 1))
         layers[f"stage{stage + 1}"], channels = nn.Sequential(first, *rest), targets
     layers |= {
         "pool": nn.AdaptiveAvgPool2d(1),

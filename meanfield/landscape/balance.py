@@ -8,7 +8,6 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from meanfield.architecture import ACTIVATIONS
 from meanfield.landscape.caution import is_plain
 from meanfield.network import ParticleNetwork, along_axis
 from meanfield.subject import Network, Subject
@@ -83,8 +82,8 @@ def _chain(subject: Subject) -> list[tuple[str, str | None]]:
     network = subject.network
     if isinstance(network, ParticleNetwork):
         for index, layer in enumerate(network.architecture.layers):
-            if not ACTIVATIONS[layer.activation].homogeneous:
-                raise _refusal(f"layers.{index} ({layer.activation})")
+            if not layer.h.homogeneous:
+                raise _refusal(f"layers.{index} ({layer.h})")
         biases = [None if bias is None else f"biases.{index}" for index, bias in enumerate(network.biases)]
         return [*((f"kernels.{index}", bias) for index, bias in enumerate(biases)), ("readout", None)]
     if not isinstance(network, nn.Sequential) or type(network).forward is not nn.Sequential.forward:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules import batchnorm, instancenorm, normalization
 
-from meanfield.architecture import ACTIVATIONS, Architecture
+from meanfield.architecture import Architecture
 from meanfield.subject import Network
 
 NORMS = (batchnorm._NormBase, instancenorm._InstanceNorm, normalization.LayerNorm, normalization.GroupNorm)
@@ -43,8 +43,8 @@ def not_homogeneous(network: Network) -> Iterator[str]:
     architecture = getattr(network, "architecture", None)
     if isinstance(architecture, Architecture):
         for index, layer in enumerate(architecture.layers):
-            if not ACTIVATIONS[layer.activation].homogeneous:
-                yield f"{layer.activation} in layers.{index}"
+            if not layer.h.homogeneous:
+                yield f"{layer.h} in layers.{index}"
     elif isinstance(network, nn.Module):
         for name, module in network.named_modules():
             if is_plain(module) and not is_homogeneous(module):

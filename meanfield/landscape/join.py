@@ -87,7 +87,7 @@ def join(
     """The path from network a (t = 0) to network b (t = 1), and loss and accuracy along it.
 
     a, b: modules, or ParticleNetworks.  images, targets, loss: as for `Objective`; a loss of a meanfield Problem is
-        `problem.loss.value`.
+        `problem.loss`.
     how: "weights": the straight line of parameters.
         "matched": the same after the channels of b were put in the order whose features, on the images, are closest to
         a's, layer by layer; b's function stays.
@@ -144,7 +144,7 @@ def _warnings(network: Network, how: str, loss: Loss | None) -> tuple[str, ...]:
 
 
 def _is_convex(loss: Loss | None) -> bool:
-    return loss is None or loss in CONVEX or isinstance(getattr(loss, "__self__", None), ConvexLoss)
+    return loss is None or loss in CONVEX or isinstance(getattr(loss, "__self__", loss), ConvexLoss)
 
 
 def _require_one_kind(first: Network, second: Network, penalty: Penalty | None) -> None:

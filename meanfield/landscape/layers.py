@@ -22,7 +22,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from meanfield.architecture import ACTIVATIONS, Architecture
+from meanfield.activations import Activation
+from meanfield.architecture import Architecture
 from meanfield.finite.network import SCALINGS, FiniteCNN
 from meanfield.finite.vgg import ResidualBlock
 from meanfield.landscape.products import product
@@ -423,7 +424,7 @@ def _continuous(
     found: list[Layer] = []
     for layer, kernel, bias in zip(architecture.layers, kernels, biases):
         found.append(Convolution(kernel, bias, layer.stride, layer.padding))  # type: ignore[arg-type]
-        found.append(_activation(layer.activation))
+        found.append(_activation(layer.h))
         found += [pools[layer.pooling](layer.pool_size)] if layer.pooling in pools else []
     if architecture.readout == "average":
         return [*found, Plain(architecture.readout_features), Dense(readout, None)]
@@ -431,9 +432,7 @@ def _continuous(
     return [*found, Dense(lambda values: share * readout(values).flatten(1), None, flat=True)]
 
 
-def _activation(name: str) -> Plain:
-    """One of ACTIVATIONS."""
-    activation = ACTIVATIONS[name]
+def _activation(activation: Activation) -> Plain:
     module = activation.module()
     rises = RISES.get(type(module))
     return Plain(activation.function) if rises is None else Plain(module, rises=rises(module))

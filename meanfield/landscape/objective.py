@@ -41,7 +41,7 @@ class Objective:
     images, targets: tensors of N rows each; or images is an iterable of batches (inputs, targets), such as a
         DataLoader, read once and kept, and targets is None.  What a loader draws is put back.
     loss: a function of outputs and targets of a batch that gives one value per image, (N,), or their mean, (); a mean
-        over batches of unequal size is weighted by their sizes.  Default: the cross-entropy.
+        over batches of unequal size is weighted by their sizes; a `losses.Loss` is one.  Default: the cross-entropy.
 
     Misuse where a pass gives no tensor or draws random numbers, and where the loss is a sum: tried on two images.
     """

@@ -262,7 +262,7 @@ class _Run:
         self.flowed = None if state["flowed"] is None else _Flowed(*state["flowed"])
         self.network = ParticleNetwork(architecture, **state["network"])
         self.best = None if state["best"] is None else Solution.restored(state["best"], architecture)
-        self.found = None if state["found"] is None else UnseenFeatures.restored(state["found"])
+        self.found = None if state["found"] is None else UnseenFeatures.restored(state["found"], architecture)
         self.began -= state["seconds"]
 
     def _close(self, program: ConvexProgram, solved: Solution, growth: dict[str, Any]) -> None:
@@ -310,7 +310,7 @@ class _Run:
         """
         penalty, only = self.problem.penalty, self.problem.architecture.layers[0]
         free = penalty.input > 0 and penalty.readout > 0 and penalty.input_bound is None
-        if network.architecture.depth > 1 or not only.homogeneous or not free:
+        if network.architecture.depth > 1 or not only.h.homogeneous or not free:
             return network
         return measures.balance(network, penalty.input, penalty.readout)
 

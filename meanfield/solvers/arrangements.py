@@ -100,7 +100,7 @@ def _require_exact_case(problem: Problem) -> None:
     largest = max(patterns.MAX_HYPERPLANES)
     refusals = (
         (arch.depth > 1, f"layers has {arch.depth} entries; the exact optimum is known for one layer"),
-        (conv.activation != "relu", f"activation={conv.activation!r}; the exact optimum is known for 'relu'"),
+        (conv.h.name != "relu", f"activation={conv.h!r}; the exact optimum is known for 'relu'"),
         (conv.pooling == "max", "pooling='max' makes the features nonlinear in the patterns; use 'none' or 'average'"),
         (
             arch.readout != "average",
@@ -200,6 +200,11 @@ class _Layer:
         tensor = torch.as_tensor(output)[:, None]
         return self.problem.loss.gradient(tensor, self.problem.targets)[:, 0].numpy() / len(output)
 
+    def feasible(self, r: np.ndarray) -> np.ndarray:
+        """The nearest r in the domain of the conjugate, which a solver leaves by its tolerance."""
+        dual = len(r) * torch.as_tensor(r)[:, None]
+        return self.problem.loss.feasible(dual, self.problem.targets)[:, 0].numpy() / len(r)
+
     def bound(self, r: np.ndarray, peaks: np.ndarray) -> tuple[float, np.ndarray]:
         """max over s >= 0 of -(1/N) sum loss*(N s r), subject to s |q| <= price on the sphere; and s r.
 
@@ -296,7 +301,7 @@ def _generate(layer: _Layer) -> _Optimum:
         said = model.solve()
         if model.vectors.value is None:
             break
-        atoms, candidates = model.atoms(), model.multipliers()
+        atoms, candidates = model.atoms(), [layer.feasible(r) for r in model.multipliers()]
         history.append({"cells": int(active.sum()), "solver_value": model.value()})
     return _Optimum(atoms, bound, best, history, f"{cells} patterns; {said}")
 

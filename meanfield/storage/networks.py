@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 from torch import Tensor
 
 from meanfield import validation
+from meanfield.activations import ACTIVATIONS, Activation
 from meanfield.architecture import Architecture
 from meanfield.network import ParticleNetwork
 from meanfield.signatures import checked
 from meanfield.storage import files, tensors
 from meanfield.storage.results import Result
+from meanfield.validation import Misuse
 
 KIND = "meanfield network 2"
 RESULT, NETWORK = "solve", "network.safetensors"  # in the directory of a report
@@ -36,25 +39,33 @@ def save_network(
 
 def pack(network: ParticleNetwork, made: Mapping[str, Any] | None = None) -> bytes:
     """The content of the file."""
+    used = {layer.h.name: layer.h for layer in network.architecture.layers}
     about = {
         "architecture": network.architecture.to_dict(),
         "widths": list(network.widths),
         "dtype": str(network.dtype).removeprefix("torch."),
+        "activations": {name: _values(h) for name, h in used.items()},
         "made": None if made is None else json.loads(files.to_json(made)),
     }
     return tensors.pack(_named(network), KIND, about)
 
 
 @checked
-def load_network(path: Annotated[str | Path, validation.path]) -> ParticleNetwork:
+def load_network(
+    path: Annotated[str | Path, validation.path], activations: Sequence[Activation] = ()
+) -> ParticleNetwork:
     """The network of `path` (.safetensors, or the directory of a report), on the CPU in the dtype it was saved in.
 
-    Raises FileNotFoundError, and ValueError where a file is truncated or changed, of another kind, or where the
-    directory's other files are of another run.
+    activations: those of the network that are not in `activations.ACTIVATIONS`; a file holds their names and a few of
+    their values, and no functions.
+
+    Raises FileNotFoundError, and ValueError where a file is truncated or changed, of another kind, where the
+    directory's other files are of another run, and where an activation is not given or is another function.
     """
     held, about, place = _read(Path(path))
+    given = _given(activations, about.get("activations", {}), place)
     try:
-        return _network(held, about)
+        return _network(held, about, given)
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{place} does not fit its description: {error}") from error
 
@@ -82,8 +93,25 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any], Path]:
     return held, about, path
 
 
-def _network(held: dict[str, Tensor], about: dict[str, Any]) -> ParticleNetwork:
-    architecture = Architecture.from_dict(about["architecture"])
+def _given(activations: Sequence[Activation], stored: dict[str, list[float]], place: Path) -> list[Activation]:
+    """The activations that the file names, by the values that it holds of them."""
+    known = {**ACTIVATIONS, **{validation.instance(each, "activations", Activation).name: each for each in activations}}
+    for name, values in stored.items():
+        if name not in known:
+            remedy = f"must hold {name!r}, the Activation of the network in {place}, which holds its name alone"
+            raise Misuse("activations", tuple(each.name for each in activations), remedy)
+        if not torch.allclose(torch.tensor(_values(known[name])), torch.tensor(values), rtol=1e-6, atol=1e-6):
+            raise Misuse("activations", name, f"is another function than the one of this name in {place}")
+    return [known[name] for name in stored]
+
+
+def _values(activation: Activation) -> list[float]:
+    """By which a function is known again."""
+    return activation.function(torch.linspace(-3, 3, 13, dtype=torch.float64)).tolist()
+
+
+def _network(held: dict[str, Tensor], about: dict[str, Any], activations: Sequence[Activation]) -> ParticleNetwork:
+    architecture = Architecture.from_dict(about["architecture"], activations)
     layers = range(architecture.depth)
     expected = {"readout", *(f"{kind}.{i}" for kind in ("masses", "kernels") for i in layers)}
     expected |= {f"biases.{i}" for i in layers if architecture.layers[i].bias}

@@ -31,7 +31,7 @@ def described(problem: Problem) -> dict[str, Any]:
     return {
         "images": problem.count,
         "loss": problem.loss.name,
-        "architecture": asdict(problem.architecture),
+        "architecture": problem.architecture.to_dict(),
         "penalty": asdict(problem.penalty),
         "dtype": str(problem.inputs.dtype).removeprefix("torch."),
         "device": problem.inputs.device.type,

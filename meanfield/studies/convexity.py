@@ -373,8 +373,9 @@ class ProgramVariables:
         features = self.program.readout_features.flatten(1)
         output = self.program.output(point)
         error = (features.shape[1] + 2) * eps * (features.abs() @ point.readout.flatten(1).abs().T)  # (N, K), of F
-        steepest = problem.loss.gradient(output, problem.targets).abs()
-        loss = float((error * (steepest + error)).sum(1).mean())  # curvatures of all losses are at most 1
+        # kinks within the error of F included; the error itself for curvatures, which are at most 1
+        around = [problem.loss.gradient(output + sign * error, problem.targets).abs() for sign in (-1, 0, 1)]
+        loss = float((error * (torch.stack(around).amax(0) + error)).sum(1).mean())
         return loss + (len(vector) + problem.inputs.shape[0] + 8) * eps * float(self.program.value(point))
 
     def sample(self, generator: torch.Generator) -> Tensor:

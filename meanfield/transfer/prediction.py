@@ -25,7 +25,7 @@ from torch.nn import functional
 from torch.quasirandom import SobolEngine
 
 from meanfield import limits, validation
-from meanfield.architecture import ACTIVATIONS
+from meanfield.activations import ACTIVATIONS, Activation, Pointwise
 from meanfield.signatures import checked
 from meanfield.transfer.chain import chain
 from meanfield.transfer.displacement import Displacement
@@ -144,8 +144,8 @@ def _carrier(name: str, moving: nn.Module, random: nn.Module) -> Callable[[Field
     if isinstance(moving, nn.MaxPool2d) and not moving.ceil_mode and not moving.return_indices and not moving.padding:
         return lambda field, shape: _maximised(moving, field, shape)
     if (kind := _activation(moving)) is not None:
-        function = ACTIVATIONS[kind].function  # the module may work in place
-        return lambda field, shape: (activated(field, function, relu=kind == "relu"), shape)
+        function = kind.function  # the module may work in place
+        return lambda field, shape: (activated(field, function, relu=kind.name == "relu"), shape)
     if isinstance(moving, SILENT):
         return lambda field, shape: (field, shape)
     raise _refusal(name, moving)
@@ -156,15 +156,17 @@ def _refusal(name: str, module: nn.Module) -> Misuse:
     return Misuse("displacement", f"{name} ({type(module).__name__})", f"has no prediction: known are {kinds}")
 
 
-def _activation(module: nn.Module) -> str | None:
-    """Its name; a module with settings that are not the registered ones is another activation."""
+def _activation(module: nn.Module) -> Activation | None:
+    """A module with settings that are not the registered ones is another activation."""
+    if isinstance(module, Pointwise):
+        return module.activation
     said = repr(module).replace("inplace=True", "")
-    return next((name for name, each in ACTIVATIONS.items() if repr(each.module()) == said), None)
+    return next((each for each in ACTIVATIONS.values() if repr(each.module()) == said), None)
 
 
-def _require_increasing(name: str, kind: str) -> None:
+def _require_increasing(name: str, kind: Activation) -> None:
     grid = torch.linspace(-10, 10, 2001, dtype=torch.float64)
-    if bool((ACTIVATIONS[kind].function(grid).diff() < 0).any()):
+    if bool((kind.function(grid).diff() < 0).any()):
         remedy = "has no prediction before a maximum, which it would have to follow: it is not increasing"
         raise Misuse("displacement", f"{name} ({kind})", remedy)
 

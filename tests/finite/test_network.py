@@ -59,7 +59,7 @@ def by_torch_layers(network, inputs):
         with torch.no_grad():
             plain.weight.copy_(kernel)
         g = plain(signal) / divisor(kernel.shape[1]) + (0 if bias is None else bias[:, None, None])
-        signal = torch.tanh(g) if layer.activation == "tanh" else g.relu()
+        signal = torch.tanh(g) if layer.h.name == "tanh" else g.relu()
         signal = nn.AvgPool2d(layer.pool_size)(signal) if layer.pooling == "average" else signal
     if network.architecture.readout == "average":
         return torch.einsum("km,nmhw->nk", network.readout, signal) / signal[0, 0].numel() / divisor(network.widths[-1])

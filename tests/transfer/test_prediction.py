@@ -204,7 +204,7 @@ def test_blocks_of_images_change_nothing(monkeypatch):
     ("network", "said"),
     [
         (nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Flatten(), nn.Linear(32, 2)), r"1 \(BatchNorm2d\)"),
-        (nn.Sequential(nn.Flatten(), nn.Linear(36, 4), nn.LeakyReLU(), nn.Linear(4, 2)), r"2 \(LeakyReLU\)"),
+        (nn.Sequential(nn.Flatten(), nn.Linear(36, 4), nn.LeakyReLU(0.3), nn.Linear(4, 2)), r"2 \(LeakyReLU\)"),
         (nn.Sequential(nn.Conv2d(1, 2, 3), nn.GELU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(8, 2)), r"gelu"),
         (finite.residual((1, 6, 6), 2, width=2, batch_norm=False, generator=seeded()), "ResidualBlock"),
         (nn.Sequential(nn.Linear(6, 2)), "reads 6 features"),  # which torch takes row by row

@@ -1,18 +1,15 @@
-"""Losses of the network output: value, gradient, convex conjugate, proximal map, and how classes become targets.
-
-All work on batches: outputs F and dual arguments s have shape (N, K); values are per image, (N,).
-"""
+"""The smooth losses: squared, logistic, softmax."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from meanfield.validation import Misuse, finite, one_of
+from meanfield.losses.base import LabelLoss, Loss, check_count
+from meanfield.validation import Misuse
 
 NEWTON_STEPS = 60
 LEAST_SHARE = 1e-3  # of a probability whose logarithm a start takes
@@ -20,90 +17,8 @@ LEAST_SHARE = 1e-3  # of a probability whose logarithm a start takes
 DEVICE_STEPS = 20  # on a GPU their number is fixed: to look whether all have settled would wait for it
 
 
-class Loss(ABC):
-    """A loss convex in the output F and bounded below: the one place of all that is particular to it.
-
-    supercoercive: loss / |F| -> inf as |F| -> inf, in other words the conjugate is finite everywhere.
-
-    Classes: `encode` turns a class c = 0, 1, ... into a target, `predict` says which class outputs speak for.  Unless a
-    loss says otherwise, targets are real, one number per output: two classes share one output, with +1 for class 0 and
-    -1 for class 1; more have one output each, with 1 for the own class and 0 for the others.
-    """
-
-    name: str
-    supercoercive = False
-
-    @abstractmethod
-    def value(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """loss(F, y), (N,); differentiated by torch in the outputs."""
-
-    @abstractmethod
-    def gradient(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """d loss / d F, (N, K); of a loss with kinks any subgradient."""
-
-    @abstractmethod
-    def conjugate(self, dual: Tensor, targets: Tensor) -> Tensor:
-        """sup_F <s, F> - loss(F, y), (N,); +inf outside its domain."""
-
-    @abstractmethod
-    def feasible(self, dual: Tensor, targets: Tensor) -> Tensor:
-        """A point of the conjugate's domain near s, (N, K): s itself where it lies in it."""
-
-    @abstractmethod
-    def prox(self, center: Tensor, targets: Tensor, weight: float) -> Tensor:
-        """argmin_F loss(F, y) + weight / 2 |F - center|^2, (N, K)."""
-
-    @abstractmethod
-    def cvxpy_sum(self, cp: Any, outputs: Any, targets: np.ndarray) -> Any:
-        """sum_n loss(F_n, y_n) in atoms of cvxpy, the module `cp`; outputs is an affine expression (N, K)."""
-
-    def unit(self, targets: Tensor) -> float:
-        """A size b > 0 of targets with loss(F, y) = b^2 loss(F / b, y / b); 1 where targets are labels."""
-        return 1.0
-
-    def outputs_for(self, classes: int) -> int:
-        """K, the outputs that tell so many classes apart."""
-        return 1 if classes == 2 else classes
-
-    def encode(self, indices: Tensor, classes: int) -> Tensor:
-        """Targets of images of the classes `indices` (N,) int64 in 0..classes-1: (N,) or (N, K), float64."""
-        if self.outputs_for(classes) == 1:
-            return 1.0 - 2.0 * indices.double()
-        return torch.nn.functional.one_hot(indices, classes).double()
-
-    def check_targets(self, targets: Tensor, count: int, outputs: int, like: Tensor) -> Tensor:
-        """The targets of `count` images as the other methods take them, dtype and device of `like`; ValueError."""
-        return _columns(targets, count, outputs, like)
-
-    def predict(self, outputs: Tensor) -> Tensor:
-        """The class that outputs (N, K) speak for, (N,) int64; of equals the first, an only output of 0 included."""
-        return (outputs[:, 0] < 0).long() if outputs.shape[1] == 1 else outputs.argmax(1)
-
-    def decode(self, targets: Tensor) -> Tensor:
-        """The class of checked targets, (N,) int64: undoes `encode`."""
-        return self.predict(targets)
-
-
 def _steps(like: Tensor) -> int:
     return DEVICE_STEPS if like.is_cuda else NEWTON_STEPS
-
-
-def _check_count(targets: Tensor, count: int) -> None:
-    if targets.ndim == 0 or targets.shape[0] != count:
-        raise ValueError(f"targets has shape {tuple(targets.shape)}; expected {count} rows, one per input")
-
-
-def _columns(targets: Tensor, count: int, outputs: int, like: Tensor) -> Tensor:
-    """Targets (N,) or (N, K) as a floating tensor (N, K)."""
-    _check_count(targets, count)
-    if targets.is_complex():
-        raise ValueError(f"targets has dtype {targets.dtype}; targets are real")
-    columns = targets.reshape(count, -1) if targets.ndim <= 2 else targets
-    if tuple(columns.shape) != (count, outputs):
-        raise ValueError(
-            f"targets has shape {tuple(targets.shape)}; expected ({count}, {outputs}) for {outputs} outputs"
-        )
-    return finite(columns.to(dtype=like.dtype, device=like.device), "targets")
 
 
 class SquaredLoss(Loss):
@@ -138,26 +53,13 @@ class SquaredLoss(Loss):
         return 0.5 * cp.sum_squares(outputs - targets)
 
 
-class LogisticLoss(Loss):
+class LogisticLoss(LabelLoss):
     """loss(F, y) = sum_k log(1 + exp(-y_k F_k)), labels y in {-1, +1}.
 
     More than two classes: one against the rest, +1 for the own class and -1 for the others.
     """
 
     name = "logistic"
-
-    def encode(self, indices: Tensor, classes: int) -> Tensor:
-        targets = super().encode(indices, classes)
-        return targets if targets.ndim == 1 else 2 * targets - 1
-
-    def check_targets(self, targets: Tensor, count: int, outputs: int, like: Tensor) -> Tensor:
-        columns = _columns(targets, count, outputs, like)
-        bad = columns[columns.abs() != 1]
-        if bad.numel():
-            raise ValueError(f"targets contain {bad[0].item():g}; the logistic loss expects the labels -1 and 1")
-        if outputs == 1 and count > 1 and bool((columns == columns[0]).all()):
-            raise ValueError(f"targets hold one class only (label {columns[0].item():g}); both -1 and 1 are needed")
-        return columns
 
     def value(self, outputs: Tensor, targets: Tensor) -> Tensor:
         return torch.nn.functional.softplus(-targets * outputs).sum(1)
@@ -211,7 +113,7 @@ class SoftmaxLoss(Loss):
         return targets
 
     def check_targets(self, targets: Tensor, count: int, outputs: int, like: Tensor) -> Tensor:
-        _check_count(targets, count)
+        check_count(targets, count)
         if outputs < 2:
             raise Misuse("outputs", outputs, "is too few: the softmax loss needs one output per class, at least 2")
         if (
@@ -331,16 +233,3 @@ def _nearest_in_simplex(rows: Tensor) -> Tensor:
     counts = torch.arange(1, rows.shape[1] + 1, dtype=rows.dtype, device=rows.device)
     kept = (falling * counts > sums).sum(1, keepdim=True).clamp_min(1)  # rounding may leave none
     return (rows - sums.gather(1, kept - 1) / kept).clamp_min(0)
-
-
-LOSSES: dict[str, type[Loss]] = {each.name: each for each in (SquaredLoss, LogisticLoss, SoftmaxLoss)}
-
-
-def make(name: str) -> Loss:
-    """The loss of this name in LOSSES."""
-    return LOSSES[one_of(name, "loss", LOSSES)]()
-
-
-def accuracy(loss: Loss, outputs: Tensor, targets: Tensor) -> float:
-    """Share of images whose predicted class is that of their target (targets as stored by a Problem)."""
-    return float((loss.predict(outputs) == loss.decode(targets)).double().mean())
