@@ -18,8 +18,7 @@ from meanfield.convex.repopulation import ProgramPoint, joined, parted
 from meanfield.convex.restoration import BoundedRows, into_bounds, least_weighted, towards
 from meanfield.folds import Fold
 from meanfield.network import ParticleNetwork, along_axis, propagate
-from meanfield.penalties import perspective
-from meanfield.problem import FEASIBLE, GRAPH, Problem, Terms
+from meanfield.problem import FEASIBLE, GRAPH, Problem, Terms, uncertified
 from meanfield.signatures import checked
 from meanfield.validation import instance
 
@@ -192,13 +191,13 @@ class ConvexProgram:
         fit = loss.value(self.output(point), self.problem.targets).mean()
         source = fit.new_zeros(())
         for W, p in zip(point.kernels, point.masses):
-            source = source + perspective(penalty.norms(W).sum(0), p).sum()
+            source = source + penalty.outer.perspective(penalty.norms(W).sum(0), p).sum()
         amounts = torch.linalg.vector_norm(point.readout.movedim(1, 0).flatten(1), dim=1)
-        readout = perspective(amounts, point.masses[-1]).sum()
+        readout = penalty.outer.perspective(amounts, point.masses[-1]).sum()
         weigh = lambda strength, term: strength * term if strength else torch.zeros_like(term)  # noqa: E731
-        return Terms(
-            fit, weigh(penalty.source, source), weigh(penalty.readout, readout), point.masses[0] @ self.feature_costs
-        )
+        own = None if penalty.uncertified is None else uncertified(self.network(point), penalty)
+        prices = weigh(penalty.source, source), weigh(penalty.readout, readout), point.masses[0] @ self.feature_costs
+        return Terms(fit, *prices, own)
 
     def value(self, point: ProgramPoint) -> Tensor:
         """The objective, a 0-dimensional tensor; constraints are judged by `violation`."""
