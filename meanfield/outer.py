@@ -43,7 +43,7 @@ class Outer:
         positive = masses > 0
         safe = torch.where(positive, masses, 1.0)
         # the power of a light mass alone may underflow where s / p is ordinary
-        found = amounts.square() / safe if self.power == 2 else amounts * (amounts / safe).pow(self.power - 1)
+        found = amounts.square() / safe if self.power == 2 else safe * (amounts / safe).pow(self.power)
         return torch.where(positive, found, torch.where(amounts > 0, torch.inf, 0.0))
 
     def conjugate(self, pulls: Tensor, strength: float) -> Tensor:

@@ -25,7 +25,7 @@ KERNEL_NORMS = ("l2", "l1")
 ROOT_STEPS = 100
 BALL_STEPS = 12  # of Newton, on a function that is all but linear: rounding after half of them
 CUBIC_STEPS = 6
-POWER_STEPS = 14
+POWER_STEPS = 8
 INNER_STEPS = 25  # within one step of the projection on the amplitude bound
 
 
@@ -312,26 +312,29 @@ def _rising_root(lack: Tensor, fall: Tensor, mass: Tensor, curvature: float, exp
 def _convex_root(lack: Tensor, fall: Tensor, mass: Tensor, curvature: float, exponents: _Exponents) -> Tensor:
     """`_rising_root` for any exponents of at least 1.
 
-    The left side is convex, and each of its three terms alone would reach `lack` at or above the root; the first of
-    these points, where their sum is at most three times too large, is where Newton's method starts to go down.
+    The left side is convex, and each of its terms alone would reach `lack` at or above the root.  Newton's method
+    starts to go down from the first of these points, where their sum is a few times too large at most, so that few
+    steps reach rounding (the worst of 1e6 roots at powers from 1.05 to 10 after 6, 8 steps: 1e-6, 4e-15).
     """
     by, rise, bend = exponents
     lack = lack.clamp_min(0)
     line = torch.where(fall > 0, lack / fall, torch.inf).pow(1 / by)
-    lift = torch.where(mass > 0, lack / mass, torch.inf).pow(1 / rise)
-    y, flat = line.minimum(lift), torch.zeros_like(lack)
-    if curvature > 0:  # no rise up to `flat`; from there on by no less than the power, and than the tangent
-        flat = (-mass / curvature).clamp_min(0).pow(1 / bend)
-        tangent = lack / (bend * curvature * flat.pow(rise + bend - 1))
-        y = y.minimum(flat + torch.minimum((lack / curvature).pow(1 / (rise + bend)), tangent))
+    y = line.minimum(torch.where(mass > 0, lack / mass, torch.inf).pow(1 / rise))
+    flat = torch.zeros_like(lack)
+    if curvature > 0:  # nothing rises up to `flat`
+        dip = (-mass / curvature).clamp_min(0)
+        flat = dip.pow(1 / bend)
+        # y^(rise + bend) = lack / curvature + dip y^rise, at most twice the larger of the two
+        far = (2 * lack / curvature).pow(1 / (rise + bend)).maximum((2 * dip).pow(1 / bend))
+        near = torch.where(flat > 0, dip + lack / (curvature * flat.pow(rise)), torch.inf).pow(1 / bend)
+        y = y.minimum(far).minimum(near)
     y = torch.where(y.isinf(), 0.0, y)
-    for _ in range(POWER_STEPS):
+    for _ in range(POWER_STEPS):  # from `flat` on, where rounding alone would end
         bent = curvature * y.pow(bend)
-        grown = mass + bent
-        value = fall * y.pow(by) + y.pow(rise) * grown.clamp_min(0) - lack
-        steep = torch.where(grown > 0, rise * grown + bend * bent, 0.0)
-        slope = _times(fall, by, y, by - 1) + _times(steep, 1.0, y, rise - 1)
-        y = torch.where(slope > 0, y - value / slope, y).clamp_min(0)
+        grown = (mass + bent).clamp_min(0)
+        value = fall * y.pow(by) + y.pow(rise) * grown - lack
+        slope = _times(fall, by, y, by - 1) + _times(rise * grown + bend * bent, 1.0, y, rise - 1)
+        y = torch.where(slope > 0, y - value / slope, y).maximum(flat)
     return torch.where(line <= flat, line, y)
 
 

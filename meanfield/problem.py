@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate
 from typing import Any, NamedTuple
 
@@ -29,24 +29,41 @@ PRICES = ("source", "readout", "input", "uncertified")  # what `prices` returns,
 
 
 class Terms(NamedTuple):
-    """The terms of J, each a 0-dimensional tensor; their sum is J wherever the bounds hold.
-
-    uncertified: the user's own, None where the penalty has none.
-    """
+    """The terms of J, each a 0-dimensional tensor; their sum is J wherever the bounds hold."""
 
     loss: Tensor
     source: Tensor
     readout: Tensor
     input: Tensor
-    uncertified: Tensor | None = None
 
     def total(self) -> Tensor:
-        certified = self.loss + self.source + self.readout + self.input
-        return certified if self.uncertified is None else certified + self.uncertified
+        return self.loss + self.source + self.readout + self.input
 
     def figures(self) -> dict[str, float]:
-        """Those that there are, by name."""
-        return {name: float(term) for name, term in self._asdict().items() if term is not None}
+        """By name."""
+        return {name: float(term) for name, term in self._asdict().items()}
+
+
+class UncertifiedTerms(NamedTuple):
+    """`Terms` with the user's own."""
+
+    loss: Tensor
+    source: Tensor
+    readout: Tensor
+    input: Tensor
+    uncertified: Tensor
+
+    def total(self) -> Tensor:
+        return Terms(*self[:-1]).total() + self.uncertified
+
+    def figures(self) -> dict[str, float]:
+        """By name."""
+        return {name: float(term) for name, term in self._asdict().items()}
+
+
+def summed(loss: Tensor, prices: Sequence[Tensor]) -> Terms | UncertifiedTerms:
+    """The terms of a mean loss and what `prices` returns."""
+    return Terms(loss, *prices) if len(prices) == len(Terms._fields) - 1 else UncertifiedTerms(loss, *prices)
 
 
 class Problem:
@@ -243,10 +260,10 @@ class Problem:
         loss, *gradients = self.total(each, self.inputs.new_zeros(sum(sizes)), piece).split(sizes)
         return loss[0], [part.view(tensor.shape) for part, tensor in zip(gradients, leaves)]
 
-    def terms(self, network: ParticleNetwork, output: Tensor | None = None) -> Terms:
+    def terms(self, network: ParticleNetwork, output: Tensor | None = None) -> Terms | UncertifiedTerms:
         """The terms of J; differentiable in the network's tensors.  `output` saves a second forward pass."""
         output = self.output(network) if output is None else output
-        return Terms(self.loss.value(output, self.targets).mean(), *self.prices(network))
+        return summed(self.loss.value(output, self.targets).mean(), self.prices(network))
 
     def prices(self, network: ParticleNetwork) -> tuple[Tensor, ...]:
         """See the function of this name."""
@@ -308,9 +325,7 @@ class Problem:
         penalty, layers = self.penalty, self.architecture.layers
         deep, unbounded = len(layers) > 1, any(not layer.bounded for layer in layers)
         missing: list[str] = []
-        if penalty.input_bound is None and (
-            penalty.input == 0 or (unbounded and (deep or penalty.power < 2))
-        ):
+        if penalty.input_bound is None and (penalty.input == 0 or (unbounded and (deep or penalty.power < 2))):
             missing.append("input_bound")
         free_bias = any(layer.bias for layer in layers[1:])
         if penalty.amplitude_bound is None and deep and (penalty.source == 0 or unbounded or free_bias):

@@ -244,9 +244,7 @@ class _PricedFeatures:
         bound = penalty.amplitude_bound or 0.0
         for norm, pairing, offset in zip(self.norms, self.pairings, offsets):
             least = float((-gamma).max())
-            need = (
-                float((conjugate(scale * norm.amax(0), penalty.source) - gamma).max()) if penalty.source else least
-            )
+            need = float((conjugate(scale * norm.amax(0), penalty.source) - gamma).max()) if penalty.source else least
             mu = least + offset * (need - least)
             gamma, total = scale * pairing - bound * self._least_kappa(scale * norm, mu, gamma), total + mu
         return total + float((conjugate(scale * self.readout, penalty.readout) - gamma).max())

@@ -124,8 +124,8 @@ def search_features(
     features so far, those of `network` at first, for `steps` steps (default: 60 for one layer, 300 for more); then r's
     scale and mu are chosen anew on all that was found.  The bound uses everything found.  r itself stays: the convex
     program of a support that holds the found features gives the next one.  count: features to return.
-    rigorous_seconds: time for the proven bound of one ReLU layer with average readout; up to three kernel entries it is
-    always computed, being quick.
+    rigorous_seconds: time for the proven bound of one ReLU layer with average readout and power 2; up to three kernel
+    entries it is always computed, being quick.
     """
     began = time.perf_counter()
     problem.require_whole("search_features")
@@ -472,8 +472,8 @@ def _largest_scale(loss: Loss) -> float:
 def _rigorous(
     problem: Problem, output: Tensor, network: ParticleNetwork | None, seconds: float
 ) -> dict[str, float | str | None]:
-    """The proven bound of one ReLU layer with average readout and power 2: r scaled by 2 sqrt(lambda_1 lambda_u) over an upper
-    bound of max |q|.
+    """The proven bound of one ReLU layer with average readout and power 2: r scaled by 2 sqrt(lambda_1 lambda_u) over
+    an upper bound of max |q|.
     """
     arch, penalty = problem.architecture, problem.penalty
     conv = arch.layers[0]

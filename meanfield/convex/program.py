@@ -18,7 +18,7 @@ from meanfield.convex.repopulation import ProgramPoint, joined, parted
 from meanfield.convex.restoration import BoundedRows, into_bounds, least_weighted, towards
 from meanfield.folds import Fold
 from meanfield.network import ParticleNetwork, along_axis, propagate
-from meanfield.problem import FEASIBLE, GRAPH, Problem, Terms, uncertified
+from meanfield.problem import FEASIBLE, GRAPH, Problem, Terms, UncertifiedTerms, summed, uncertified
 from meanfield.signatures import checked
 from meanfield.validation import instance
 
@@ -185,7 +185,7 @@ class ConvexProgram:
         """F = sum_j <U_j, f_j>, (N, K)."""
         return self.readout_features.flatten(1) @ point.readout.flatten(1).T
 
-    def terms(self, point: ProgramPoint) -> Terms:
+    def terms(self, point: ProgramPoint) -> Terms | UncertifiedTerms:
         """The terms of the program; the same as the problem's at the network of the point."""
         penalty, loss = self.problem.penalty, self.problem.loss
         fit = loss.value(self.output(point), self.problem.targets).mean()
@@ -195,9 +195,9 @@ class ConvexProgram:
         amounts = torch.linalg.vector_norm(point.readout.movedim(1, 0).flatten(1), dim=1)
         readout = penalty.outer.perspective(amounts, point.masses[-1]).sum()
         weigh = lambda strength, term: strength * term if strength else torch.zeros_like(term)  # noqa: E731
-        own = None if penalty.uncertified is None else uncertified(self.network(point), penalty)
-        prices = weigh(penalty.source, source), weigh(penalty.readout, readout), point.masses[0] @ self.feature_costs
-        return Terms(fit, *prices, own)
+        prices = [weigh(penalty.source, source), weigh(penalty.readout, readout), point.masses[0] @ self.feature_costs]
+        own = [] if penalty.uncertified is None else [uncertified(self.network(point), penalty)]
+        return summed(fit, prices + own)
 
     def value(self, point: ProgramPoint) -> Tensor:
         """The objective, a 0-dimensional tensor; constraints are judged by `violation`."""

@@ -29,8 +29,8 @@ class Evaluation:
 
     objectives: name of a data set -> network, images and loss; all of one network.
     penalty: of a ParticleNetwork.  Adds to the figures J of the first data set, its mean loss plus source, readout and
-        input (`problem.prices`), those three (and one's own), and where the penalty has bounds "excess", the largest relative excess
-        over them, 0 where they hold: J counts terms only.
+        input (`problem.prices`), those three (and one's own), and where the penalty has bounds "excess", the
+        largest relative excess over them, 0 where they hold: J counts terms only.
     batch_norm: "kept", running statistics as they are at the origin, or "recomputed", at every point those of all
         images of the first data set, which the others take as well (`batch_norm.Statistics`).  Without batch norm the
         two are the same.

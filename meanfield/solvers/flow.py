@@ -26,7 +26,7 @@ from meanfield.convex import repopulation
 from meanfield.convex.program import ConvexProgram
 from meanfield.network import ParticleNetwork
 from meanfield.precision import full_float32
-from meanfield.problem import Problem, Terms
+from meanfield.problem import Problem, Terms, UncertifiedTerms
 from meanfield.signatures import Count, Nonnegative, Positive, Seconds, Seed, checked
 from meanfield.solvers import velocities
 from meanfield.solvers.descents import Descent, GradientDescent, PreconditionedDescent
@@ -249,7 +249,7 @@ class _Run:
             self.step += 1
             self.trail.glimpse(self.step, self.step * self.batches.each)
 
-    def _whole(self) -> tuple[Terms, Tangent]:
+    def _whole(self) -> tuple[Terms | UncertifiedTerms, Tangent]:
         """On all images; of the start whatever the time, as it is the least that can be returned."""
         with limits.grace(math.inf) if self.trail.network is None else nullcontext():
             return velocities.velocity(self.problem, self.network, self.masses)
@@ -308,7 +308,13 @@ class _Trail:
             self.callback({"step": step, "images": images, "seconds": self.glimpsed})
 
     def record(
-        self, step: int, images: int, network: ParticleNetwork, terms: Terms, speed: float, method: Descent
+        self,
+        step: int,
+        images: int,
+        network: ParticleNetwork,
+        terms: Terms | UncertifiedTerms,
+        speed: float,
+        method: Descent,
     ) -> float:
         row = {"step": step, "images": images, "seconds": self.seconds(), "time": method.time}
         row["value"] = self.problem.ranks.decided(float(terms.total()))

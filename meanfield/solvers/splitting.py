@@ -46,7 +46,6 @@ BALANCE_EVERY, BALANCE_RATIO, BALANCE_FACTOR, BALANCE_RANGE = 10, 5.0, 2.0, 1e4
 RESCALE_AT = (20, 40, 80, 160, 320)  # finitely often: convergence is that of fixed weights
 RESCALE_RANGE = 100.0  # a block without multipliers (masses that no term prices) must not lose its weight
 CHECK_SHARE, CHECK_COST = 0.1, 10  # of the run; iterations that a check costs beside the products it makes
-FROBENIUS = Penalty(kernel_norm="l2")
 
 
 @checked
@@ -287,7 +286,8 @@ class _Splitting:
 
         Copies of one block share one weight, and so do a kernel and its bias: their projection is orthogonal.  A mass
         multiplier counts with the constant part that belongs to sum p = 1: the price lambda s^2 / p^2 of a mass, twice
-        which over p is the curvature of its term (q = 2).  No rule depends on whether a multiplier is zero or rounding noise.
+        which over p is the curvature of its term (q = 2).  No rule depends on whether a multiplier is zero or rounding
+        noise.
         """
         z, u = self._parts()
         for names in (("F",), ("U",), ("W", "Wc", "b", "bd"), ("p", "pc", "pd")):
@@ -405,7 +405,7 @@ class _Splitting:
                 biases, new[mass] = cone_projection(
                     center[kernel][:, None, None, None],
                     center[mass],
-                    FROBENIUS,
+                    self.frobenius,
                     bound,
                     self.weight(kernel),
                     self.weight(mass),
