@@ -56,8 +56,8 @@ def solve(problem: Problem) -> Solution:
 
     The problem has one ReLU layer without or with average pooling, an averaged readout of one output, positive input
     and readout penalties of power 2, no input bound, any loss of one output, and kernels of at most three entries (all
-    channels and the bias, if any, counted).  ValueError names what is not so.  `gap` is that of the convex program on the
-    support of the answer.
+    channels and the bias, if any, counted).  ValueError names what is not so.  `gap` is that of the convex program on
+    the support of the answer.
     """
     began = time.perf_counter()
     _require_exact_case(problem)

@@ -254,7 +254,7 @@ class _Run:
         with limits.grace(math.inf) if self.trail.network is None else nullcontext():
             return velocities.velocity(self.problem, self.network, self.masses)
 
-    def _record(self, terms: Terms, flow: Tangent) -> float:
+    def _record(self, terms: Terms | UncertifiedTerms, flow: Tangent) -> float:
         speed = self.problem.ranks.decided(velocities.metric_speed(self.problem, self.network, flow))
         return self.trail.record(self.step, self.step * self.batches.each, self.network, terms, speed, self.method)
 

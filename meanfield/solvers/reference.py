@@ -132,7 +132,8 @@ class _Units:
     """What the cone solver's variables are multiples of: the value, kernels and biases (of all layers), the readout.
 
     A solver's tolerances are numbers near 1e-9 whatever the data.  In units of (value / strength)^(1/q) every penalty
-    has strength 1, and the norms dual to W and U, whose conjugates enter the dual bound, are known to that accuracy; in units of the frozen network's own W and U the constraints are.
+    has strength 1, and the norms dual to W and U, whose conjugates enter the dual bound, are known to that accuracy;
+    in units of the frozen network's own W and U the constraints are.
     """
 
     value: float
