@@ -213,6 +213,7 @@ def outflows(network):
     return 50 * (p[0] @ (p[1] @ norms).square())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("function", "falsified"), [(lambda network: 1000 * spread(network), True), (outflows, False)])
 def test_checks_of_convexity_see_own_terms(function, falsified):
     problem, network = own(function)
