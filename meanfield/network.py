@@ -242,7 +242,7 @@ def _describe(value: object) -> str:
 
 
 def _check_masses(masses: Tensor, argument: str) -> None:
-    low, total = float(masses.min()), float(masses.sum())
+    low, total = float(masses.detach().min()), float(masses.detach().sum())
     if low < 0:
         raise ValueError(f"{argument} has the negative entry {low:g}; masses are probabilities, at least 0")
     if abs(total - 1) > MASS_TOLERANCE[masses.dtype]:

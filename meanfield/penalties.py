@@ -1,5 +1,7 @@
 """The penalties and bounds of the objective, and the scalar root behind all their proximal maps.
 
+r(t) = t^q of the penalties is `outer.Outer`.
+
 A kernel's norm is a sum over *atoms*: with the l2 norm a kernel is one atom, with the l1 norm every entry is one.  Both
 norms then share every formula: the norm is the sum of atom magnitudes, its dual norm their maximum, and a proximal map
 shrinks atoms without turning them.
@@ -7,39 +9,51 @@ shrinks atoms without turning them.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import NamedTuple
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from meanfield.host import on_host
-from meanfield.validation import nonnegative, one_of, positive
+from meanfield.outer import Outer
+from meanfield.validation import Misuse, nonnegative, one_of, positive
 
 KERNEL_NORMS = ("l2", "l1")
 ROOT_STEPS = 100
 BALL_STEPS = 12  # of Newton, on a function that is all but linear: rounding after half of them
 CUBIC_STEPS = 6
+POWER_STEPS = 8
 INNER_STEPS = 25  # within one step of the projection on the amplitude bound
 
 
 @dataclass(frozen=True, kw_only=True)
 class Penalty:
-    """Strengths lambda_s (source), lambda_u (readout), lambda_1 (input), the kernel norm and the optional bounds.
+    """Strengths lambda_s (source), lambda_u (readout), lambda_1 (input), their power q, the kernel norm and the
+    optional bounds.
 
-    source:  lambda_s sum_i p_i (sum_j |w_ij| p_j)^2 for every pair of layers, the inner sum over the TARGET layer
-    readout: lambda_u sum_j p_j |u_j|^2
+    source:  lambda_s sum_i p_i (sum_j |w_ij| p_j)^q for every pair of layers, the inner sum over the TARGET layer
+    readout: lambda_u sum_j p_j |u_j|^q
     input:   lambda_1 sum_i p_i |(z_i, b_i)|^2 on layer 1
+    power q > 1
     amplitude_bound B: sum_i |w_ij| p_i <= B and |b_j| <= B for every feature j of layers >= 2
     input_bound B_1: |(z_i, b_i)| <= B_1 on layer 1
+    uncertified: a term of one's own, a function of a ParticleNetwork whose value, a 0-dimensional tensor, autograd can
+        differentiate in the network's tensors.  It is added to J, and to the value of a convex program, where flows and
+        checks of convexity see it.  No theory stands behind it: whatever certifies, or solves what it would certify,
+        refuses it by name, and a flow says that its answer is uncertified.
     """
 
     source: float = 3e-4
     readout: float = 3e-3
     input: float = 3e-4
+    power: float = 2.0
     kernel_norm: str = "l2"
     amplitude_bound: float | None = None
     input_bound: float | None = None
+    uncertified: Callable[[Any], Tensor] | None = None
 
     def __post_init__(self) -> None:
         for name in ("source", "readout", "input"):
@@ -47,7 +61,35 @@ class Penalty:
         for name in ("amplitude_bound", "input_bound"):
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, positive(getattr(self, name), name))
+        if nonnegative(self.power, "power") <= 1:
+            raise Misuse("power", self.power, "must be greater than 1: t^1 does not keep kernels off zero masses")
+        object.__setattr__(self, "power", float(self.power))
         one_of(self.kernel_norm, "kernel_norm", KERNEL_NORMS)
+        if self.uncertified is not None and not callable(self.uncertified):
+            raise Misuse("uncertified", self.uncertified, "must be a function of a ParticleNetwork, or None")
+
+    @cached_property
+    def outer(self) -> Outer:
+        """r(t) = t^power."""
+        return Outer(self.power)
+
+    def settings(self) -> dict[str, Any]:
+        """The arguments as plain values, for a file that names a run; Misuse where a function is among them."""
+        if self.uncertified is not None:
+            raise Misuse(
+                "uncertified", self.uncertified, "is a function, which a file of a state cannot name: leave out `state`"
+            )
+        return asdict(self)
+
+    def require_certifiable(self, what: str) -> None:
+        """Refuse a term of the user's own: `what` stands on the theory of the others."""
+        if self.uncertified is not None:
+            raise Misuse(
+                "uncertified",
+                self.uncertified,
+                f"has no certificate, which {what} gives: follow it with solvers.flow, measure it with "
+                "studies.convexity, or leave it out",
+            )
 
     def atoms(self, kernels: Tensor) -> Tensor:
         """Atom magnitudes, (targets, sources, kh, kw) -> (targets, sources, 1 for l2 or kh kw for l1)."""
@@ -91,13 +133,6 @@ def largest(rows: Tensor) -> Tensor:
     return sizes.where(sizes > 0, 1.0)
 
 
-def perspective(amounts: Tensor, masses: Tensor) -> Tensor:
-    """p r(s / p) for r(t) = t^2: s^2 / p, with 0 where s = p = 0 and +inf where s > 0 = p."""
-    positive_mass = masses > 0
-    safe = torch.where(positive_mass, masses, 1.0)
-    return torch.where(positive_mass, amounts.square() / safe, torch.where(amounts > 0, torch.inf, 0.0))
-
-
 def shrinkage_root(
     magnitudes: Tensor,
     slopes: Tensor | float,
@@ -107,23 +142,56 @@ def shrinkage_root(
     level: Tensor | float = 0.0,
     mass: Tensor | float = 0.0,
     curvature: float = 0.0,
+    power: float = 2.0,
     start: Tensor | None = None,
 ) -> Tensor:
-    """The root r >= 0 of  sum_dims weights (magnitudes - slopes r)_+  =  level + r (mass + curvature r^2)_+.
+    """The root r >= 0 of  sum_dims weights (magnitudes - slopes r^(q-1))_+  =  level + r (mass + curvature r^q)_+.
 
     The left side falls in r and the right side does not, so the root is unique where one of them moves; 0 is returned
     where the left side is not above the right one at r = 0.  `magnitudes`, `slopes`, `weights` and `curvature` are
-    non-negative, `level` and `mass` any numbers; tensors broadcast with keepdim over `dims`.  By sorting, in a fixed
-    number of steps; on the host, where a look at what has settled costs nothing, from `start` (the root of a nearby
-    problem) by a few steps of Newton's method instead.  Returns r with `dims` kept, size 1.
+    non-negative, `level` and `mass` any numbers, q > 1 is `power`; tensors broadcast with keepdim over `dims`.  By
+    sorting, in a fixed number of steps; on the host, where a look at what has settled costs nothing, from `start` (the
+    root of a nearby problem) by a few steps of Newton's method instead.  Returns r with `dims` kept, size 1.
     """
-    sides = _Sides(magnitudes, slopes, weights, dims, level, mass, curvature)
-    return sides.root_by_sorting() if start is None or magnitudes.is_cuda else sides.root_by_newton(start)
+    sides = _Sides(magnitudes, slopes, weights, dims, level, mass, curvature, _Exponents.of(power))
+    exponent = min(1.0, power - 1)
+    if start is None or magnitudes.is_cuda:
+        return _raised(sides.root_by_sorting(), 1 / exponent)
+    return _raised(sides.root_by_newton(_raised(start, exponent)), 1 / exponent)
+
+
+class _Exponents(NamedTuple):
+    """In y = r^min(1, q-1) both sides of the equation of `shrinkage_root` have exponents of at least 1,
+
+        sum weights (magnitudes - slopes y^fall)_+  =  level + y^rise (mass + curvature y^bend)_+,
+
+    so that the right minus the left side is convex between two points where terms vanish.  All but bend = 2 are 1 for
+    q = 2.
+    """
+
+    fall: float
+    rise: float
+    bend: float
+
+    @classmethod
+    def of(cls, power: float) -> _Exponents:
+        exponent = min(1.0, power - 1)
+        return cls((power - 1) / exponent, 1 / exponent, power / exponent)
+
+
+def _raised(base: Tensor, exponent: float) -> Tensor:
+    return base if exponent == 1 else base.pow(exponent)
+
+
+def _times(tensor: Tensor | float, factor: float, base: Tensor, exponent: float) -> Any:
+    """tensor factor base^exponent, without the passes that would change nothing."""
+    tensor = tensor if factor == 1 else factor * tensor
+    return tensor if exponent == 0 else tensor * base.pow(exponent)
 
 
 @dataclass(frozen=True, eq=False)
 class _Sides:
-    """Both sides of the equation of `shrinkage_root`."""
+    """Both sides of the equation of `shrinkage_root`, in y."""
 
     magnitudes: Tensor
     slopes: Tensor | float
@@ -132,70 +200,77 @@ class _Sides:
     level: Tensor | float
     mass: Tensor | float
     curvature: float
+    exponents: _Exponents
 
     def inactive(self) -> Tensor:
         """Where the root is 0; `dims` kept."""
         return _weighted_sum(self.magnitudes, self.weights, 1.0, self.dims) <= self.level
 
-    def excess(self, r: Tensor, fall: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """Right side minus left side at r, its slope, and the sum of the sizes of its terms.
+    def excess(self, y: Tensor, fall: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Right side minus left side at y, its slope, and the sum of the sizes of its terms.
 
-        fall: how fast the left side falls, where it is known.
+        fall: how fast the left side falls in y^fall, where it is known.
         """
-        rest = (self.magnitudes - self.slopes * r).clamp_min_(0)
+        by, rise, power = self.exponents
+        rest = (self.magnitudes - self.slopes * _raised(y, by)).clamp_min_(0)
         left = _weighted_sum(rest, self.weights, 1.0, self.dims)
         fall = _weighted_sum(rest.sign_(), self.weights, self.slopes, self.dims) if fall is None else fall
-        bend = self.curvature * r.square()
+        bend = self.curvature * y.pow(power)
         grown = self.mass + bend
-        slope = fall + torch.where(grown > 0, grown + 2 * bend, 0.0)
-        return self.level + r * grown.clamp_min(0) - left, slope, left + r * (slope + bend + abs(self.mass))
+        steep = torch.where(grown > 0, (grown if rise == 1 else rise * grown) + power * bend, 0.0)
+        slope = _times(fall, by, y, by - 1) + _times(steep, 1.0, y, rise - 1)
+        size = left + y * (slope + _times(bend, 1.0, y, rise - 1) + _times(abs(self.mass), 1.0, y, rise - 1))
+        return self.level + _raised(y, rise) * grown.clamp_min(0) - left, slope, size
 
     def root_by_newton(self, start: Tensor) -> Tensor:
         """Newton's method, kept inside a bracket."""
         inactive = self.inactive()
         eps, floor = torch.finfo(start.dtype).eps, torch.finfo(start.dtype).tiny / torch.finfo(start.dtype).eps
         low, high = torch.zeros_like(start), torch.full_like(start, torch.inf)
-        r = torch.where(inactive, 0.0, start)
+        y = torch.where(inactive, 0.0, start)
         for _ in range(ROOT_STEPS):
-            value, slope, size = self.excess(r)
+            value, slope, size = self.excess(y)
             # what rounding leaves; mass and bend may cancel
             settled = inactive | (value.abs() <= (8 * eps) * size + floor)
             if bool(settled.all()):
                 break
             below = value < 0
-            low, high = torch.where(below, r, low), torch.where(below, high, r)
-            new = r - value / slope
+            low, high = torch.where(below, y, low), torch.where(below, high, y)
+            new = y - value / slope
             # where the slope vanishes, 0 / 0 and 1 / 0 are no candidates
             inside = (new >= low) & (new <= high) & new.isfinite() | settled
             if not bool(inside.all()):
-                new = torch.where(inside, new, torch.where(high.isinf(), 2 * r + 1, 0.5 * (low + high)))
-            r = torch.where(settled, r, new)
-        return r
+                new = torch.where(inside, new, torch.where(high.isinf(), 2 * y + 1, 0.5 * (low + high)))
+            y = torch.where(settled, y, new)
+        return y
 
     def root_by_sorting(self) -> Tensor:
-        """Between two of the points at which terms vanish the left side is a line: the root is that of one cubic.
+        """Between two of the points at which terms vanish the left side is a monomial: the root is that of one cubic,
+        or of one convex function of few terms.
 
         Sums of sorted terms tell between which two (Held, Wolfe & Crowder 1974 for projections on a simplex).  They are
         rounded more than plain sums are, so that a Newton step with these comes last, inside of the two.
         """
         magnitudes, slopes, weights = self._lines()
         level, mass = (self._line(each) for each in (self.level, self.mass))
-        ends, order = torch.where(slopes > 0, magnitudes / slopes, torch.inf).sort(-1, descending=True)
+        by, rise, power = self.exponents
+        ratios, order = torch.where(slopes > 0, magnitudes / slopes, torch.inf).sort(-1, descending=True)
+        ends = _raised(ratios, 1 / by)
         weights = weights.gather(-1, order)
         constants = (weights * magnitudes.gather(-1, order)).cumsum(-1)
         falls = (weights * slopes.gather(-1, order)).cumsum(-1)
-        right = level + ends * (mass + self.curvature * ends.square()).clamp_min(0)
-        beyond = ends.isinf() | (right >= constants - falls * ends)  # where the root is at the end or before
+        right = level + _raised(ends, rise) * (mass + self.curvature * ends.pow(power)).clamp_min(0)
+        beyond = ends.isinf() | (right >= constants - falls * ratios)  # where the root is at the end or before
         terms = beyond.sum(-1, keepdim=True)  # that are there at the root
         pad = torch.nn.functional.pad
         constant, fall = (pad(sums, (1, 0)).gather(-1, terms) for sums in (constants, falls))
         low = pad(ends, (0, 1)).gather(-1, terms)
         high = pad(ends, (1, 0), value=torch.inf).gather(-1, terms)
-        r = _rising_root(constant - level, fall, mass, self.curvature).maximum(low).minimum(high)
-        r, low, high, fall = (self._unlined(each) for each in (r, low, high, fall))
-        value, slope, _ = self.excess(r, fall)
-        r = torch.where(slope > 0, r - value / slope, r).maximum(low).minimum(high)
-        return torch.where(self.inactive(), 0.0, r)
+        y = _rising_root(constant - level, fall, mass, self.curvature, self.exponents).maximum(low).minimum(high)
+        y, low, high, fall = (self._unlined(each) for each in (y, low, high, fall))
+        value, slope, _ = self.excess(y, fall)
+        y = torch.where(slope > 0, y - value / slope, y).maximum(low).minimum(high)
+        return torch.where(self.inactive(), 0.0, y)
 
     def _lines(self) -> list[Tensor]:
         """magnitudes, slopes and weights in one shape, `dims` as one last axis."""
@@ -216,8 +291,10 @@ class _Sides:
         return kept
 
 
-def _rising_root(lack: Tensor, fall: Tensor, mass: Tensor, curvature: float) -> Tensor:
-    """The root r > 0 of  fall r + r (mass + curvature r^2)_+ = lack > 0;  0 where nothing rises."""
+def _rising_root(lack: Tensor, fall: Tensor, mass: Tensor, curvature: float, exponents: _Exponents) -> Tensor:
+    """The root y > 0 of  fall y^fall + y^rise (mass + curvature y^bend)_+ = lack > 0;  0 where nothing rises."""
+    if exponents != _Exponents.of(2):
+        return _convex_root(lack, fall, mass, curvature, exponents)
     if curvature == 0:
         slope = fall + mass.clamp_min(0)
         return torch.where(slope > 0, lack / slope, 0.0)
@@ -230,6 +307,35 @@ def _rising_root(lack: Tensor, fall: Tensor, mass: Tensor, curvature: float) -> 
         r = (2 * r * r.square() + q) / (3 * r.square() + p)
     line = lack / fall
     return torch.where(mass + curvature * line.square() <= 0, line, r)
+
+
+def _convex_root(lack: Tensor, fall: Tensor, mass: Tensor, curvature: float, exponents: _Exponents) -> Tensor:
+    """`_rising_root` for any exponents of at least 1.
+
+    The left side is convex, and each of its terms alone would reach `lack` at or above the root.  Newton's method
+    starts to go down from the first of these points, where their sum is a few times too large at most, so that few
+    steps reach rounding (the worst of 1e6 roots at powers from 1.05 to 10 after 6, 8 steps: 1e-6, 4e-15).
+    """
+    by, rise, bend = exponents
+    lack = lack.clamp_min(0)
+    line = torch.where(fall > 0, lack / fall, torch.inf).pow(1 / by)
+    y = line.minimum(torch.where(mass > 0, lack / mass, torch.inf).pow(1 / rise))
+    flat = torch.zeros_like(lack)
+    if curvature > 0:  # nothing rises up to `flat`
+        dip = (-mass / curvature).clamp_min(0)
+        flat = dip.pow(1 / bend)
+        # y^(rise + bend) = lack / curvature + dip y^rise, at most twice the larger of the two
+        far = (2 * lack / curvature).pow(1 / (rise + bend)).maximum((2 * dip).pow(1 / bend))
+        near = torch.where(flat > 0, dip + lack / (curvature * flat.pow(rise)), torch.inf).pow(1 / bend)
+        y = y.minimum(far).minimum(near)
+    y = torch.where(y.isinf(), 0.0, y)
+    for _ in range(POWER_STEPS):  # from `flat` on, where rounding alone would end
+        bent = curvature * y.pow(bend)
+        grown = (mass + bent).clamp_min(0)
+        value = fall * y.pow(by) + y.pow(rise) * grown - lack
+        slope = _times(fall, by, y, by - 1) + _times(rise * grown + bend * bent, 1.0, y, rise - 1)
+        y = torch.where(slope > 0, y - value / slope, y).maximum(flat)
+    return torch.where(line <= flat, line, y)
 
 
 def _weighted_sum(entries: Tensor, weights: Tensor | float, slopes: Tensor | float, dims: tuple[int, ...]) -> Tensor:
@@ -253,21 +359,24 @@ def row_prox(
     mass_weight: float,
     start: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Proximal map of strength sum_i (sum_j |W_ij|)^2 / p_i + indicator(p >= 0), jointly in (W, p).
+    """Proximal map of strength sum_i (sum_j |W_ij|)^q / p_i^(q-1) + indicator(p >= 0), jointly in (W, p); q is the
+    penalty's power.
 
     kernels (targets, sources, kh, kw), masses (sources,); the metric is kernel_weight/2 |W - .|^2 +
-    mass_weight/2 |p - .|^2.  With r = (sum_j |W_ij|) / p_i the solution is a shrinkage of W by 2 strength r /
-    kernel_weight and p = (masses + strength r^2 / mass_weight)_+, where r is one scalar root per row.  Returns W, p and
-    the roots, a good `start` for the next call nearby.
+    mass_weight/2 |p - .|^2.  With r = (sum_j |W_ij|) / p_i the solution is a shrinkage of W by q strength r^(q-1) /
+    kernel_weight and p = (masses + (q-1) strength r^q / mass_weight)_+, where r is one scalar root per row.  Returns W,
+    p and the roots, a good `start` for the next call nearby.
     """
     if strength == 0:
         return kernels, masses.clamp_min(0), torch.zeros_like(masses)[None, :, None]
-    slope, curvature = 2 * strength / kernel_weight, strength / mass_weight
+    q = penalty.power
+    slope, curvature = q * strength / kernel_weight, (q - 1) * strength / mass_weight
     center = masses[None, :, None]
     atoms = penalty.atoms(kernels)
-    r = shrinkage_root(atoms, slope, 1.0, (0, 2), mass=center, curvature=curvature, start=start)
-    grown = (masses + curvature * r.flatten().square()).clamp_min(0)
-    thresholds = torch.where(grown[None, :, None] > 0, slope * r, torch.inf)  # nothing flows out of no mass
+    r = shrinkage_root(atoms, slope, 1.0, (0, 2), mass=center, curvature=curvature, power=q, start=start)
+    grown = (masses + curvature * r.flatten().pow(q)).clamp_min(0)
+    # nothing flows out of no mass
+    thresholds = torch.where(grown[None, :, None] > 0, slope * _raised(r, q - 1), torch.inf)
     return penalty.shrink(kernels, thresholds, atoms), grown, r
 
 

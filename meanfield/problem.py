@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate
 from typing import Any, NamedTuple
 
@@ -25,6 +25,9 @@ GRAPH = 3  # times the features: what a backward pass holds of them, and its own
 FEASIBLE = {torch.float32: 1e-4, torch.float64: 1e-7}
 
 
+PRICES = ("source", "readout", "input", "uncertified")  # what `prices` returns, in its order
+
+
 class Terms(NamedTuple):
     """The terms of J, each a 0-dimensional tensor; their sum is J wherever the bounds hold."""
 
@@ -36,6 +39,32 @@ class Terms(NamedTuple):
     def total(self) -> Tensor:
         return self.loss + self.source + self.readout + self.input
 
+    def figures(self) -> dict[str, float]:
+        """By name."""
+        return {name: float(term) for name, term in self._asdict().items()}
+
+
+class UncertifiedTerms(NamedTuple):
+    """`Terms` with the user's own."""
+
+    loss: Tensor
+    source: Tensor
+    readout: Tensor
+    input: Tensor
+    uncertified: Tensor
+
+    def total(self) -> Tensor:
+        return Terms(*self[:-1]).total() + self.uncertified
+
+    def figures(self) -> dict[str, float]:
+        """By name."""
+        return {name: float(term) for name, term in self._asdict().items()}
+
+
+def summed(loss: Tensor, prices: Sequence[Tensor]) -> Terms | UncertifiedTerms:
+    """The terms of a mean loss and what `prices` returns."""
+    return Terms(loss, *prices) if len(prices) == len(Terms._fields) - 1 else UncertifiedTerms(loss, *prices)
+
 
 class Problem:
     """J = mean loss + source, readout and input penalties (+ bounds) over networks of one architecture.
@@ -43,7 +72,7 @@ class Problem:
     loss: a name of `losses.LOSSES`, or an object of `losses.Loss` (see `losses.check`).
     inputs (N, C_0, H, W), float32 or float64 (integers become float64); targets as the loss takes them: (N,) or (N, K)
     for the squared and the logistic loss (labels -1, 1), integer classes (N,) for softmax.  Arrays are accepted and
-    converted. Fang et al. 2019 and Gu et al. 2020 with r(t) = t^2.
+    converted. Fang et al. 2019 and Gu et al. 2020 with r(t) = t^q.
 
     Images come in `runs`, so many in each (see `folds`), of which every rank has its share.  A problem that was
     `sharded` holds as inputs those of its own rank, and all targets.
@@ -232,12 +261,12 @@ class Problem:
         loss, *gradients = self.total(each, self.inputs.new_zeros(sum(sizes)), piece).split(sizes)
         return loss[0], [part.view(tensor.shape) for part, tensor in zip(gradients, leaves)]
 
-    def terms(self, network: ParticleNetwork, output: Tensor | None = None) -> Terms:
+    def terms(self, network: ParticleNetwork, output: Tensor | None = None) -> Terms | UncertifiedTerms:
         """The terms of J; differentiable in the network's tensors.  `output` saves a second forward pass."""
         output = self.output(network) if output is None else output
-        return Terms(self.loss.value(output, self.targets).mean(), *self.prices(network))
+        return summed(self.loss.value(output, self.targets).mean(), self.prices(network))
 
-    def prices(self, network: ParticleNetwork) -> tuple[Tensor, Tensor, Tensor]:
+    def prices(self, network: ParticleNetwork) -> tuple[Tensor, ...]:
         """See the function of this name."""
         return prices(network, self.penalty)
 
@@ -291,16 +320,19 @@ class Problem:
     def missing_bounds(self) -> list[str]:
         """Why the infimum over measures may not be attained: one phrase per missing bound; empty where it is attained.
 
-        An unbounded activation with two or more layers needs both bounds, one that may grow faster than linearly the
-        input bound at any depth, a free bias of a later layer needs the amplitude bound, and a strength of zero leaves
-        its variable free.
+        An unbounded activation with two or more layers needs both bounds, with one layer and a power below 2 the input
+        bound, as does one that may grow faster than linearly at any depth; a free bias of a later layer needs the
+        amplitude bound, and a strength of zero leaves its variable free.
         """
         penalty, layers = self.penalty, self.architecture.layers
         deep, unbounded = len(layers) > 1, any(not layer.h.bounded for layer in layers)
         missing: list[str] = []
-        # light features of h(g) = g^3 would do the work of heavy ones: p |w|^2 vanishes at a fixed p |w|^3
+        # light features of h(g) = g^a do the work of heavy ones where a > 2 (q - 1) / q: p |w|^2 and p |u|^q both vanish
+        # at a fixed p |u| |w|^a
         steep = not layers[0].h.linear_growth
-        if penalty.input_bound is None and (penalty.input == 0 or steep or (deep and unbounded)):
+        if penalty.input_bound is None and (
+            penalty.input == 0 or steep or (unbounded and (deep or penalty.power < 2))
+        ):
             missing.append("input_bound")
         free_bias = any(layer.bias for layer in layers[1:])
         if penalty.amplitude_bound is None and deep and (penalty.source == 0 or unbounded or free_bias):
@@ -327,18 +359,31 @@ def project_bounds(problem: Problem, network: ParticleNetwork, *, input_bias_ste
     return ParticleNetwork.unchecked(network.architecture, network.masses, kernels, network.readout, biases)
 
 
-def prices(network: ParticleNetwork, penalty: Penalty) -> tuple[Tensor, Tensor, Tensor]:
-    """The terms of J that do not depend on images: source, readout and input penalty."""
-    p = network.masses
+def prices(network: ParticleNetwork, penalty: Penalty) -> tuple[Tensor, ...]:
+    """The terms of J that do not depend on images: source, readout and input penalty, and the user's own if there is
+    one.
+    """
+    p, outer = network.masses, penalty.outer
     source = network.readout.new_zeros(())
     for layer in range(1, network.architecture.depth):
         outflow = p[layer] @ penalty.norms(network.kernels[layer])  # (M_{l-1},): sum_j |w_ij| p_j
-        source = source + p[layer - 1] @ outflow.square()
-    readout = p[-1] @ network.readout.movedim(1, 0).flatten(1).square().sum(1)
+        source = source + p[layer - 1] @ outer(outflow)
+    readout = p[-1] @ outer.of_squares(network.readout.movedim(1, 0).flatten(1).square().sum(1))
     first = network.kernels[0].flatten(1).square().sum(1)
     if network.biases[0] is not None:
         first = first + network.biases[0].square()
-    return penalty.source * source, penalty.readout * readout, penalty.input * (p[0] @ first)
+    certified = penalty.source * source, penalty.readout * readout, penalty.input * (p[0] @ first)
+    return certified if penalty.uncertified is None else (*certified, uncertified(network, penalty))
+
+
+def uncertified(network: ParticleNetwork, penalty: Penalty) -> Tensor:
+    """The term of the user's own at a network, 0-dimensional."""
+    assert penalty.uncertified is not None
+    found = penalty.uncertified(network)
+    if not isinstance(found, Tensor) or found.ndim:
+        came = f"a tensor of shape {tuple(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
+        raise Misuse("uncertified", penalty.uncertified, f"returned {came} and must return a 0-dimensional tensor")
+    return found
 
 
 def excess(network: ParticleNetwork, penalty: Penalty) -> float:

@@ -150,9 +150,9 @@ def objective_terms(problem, network):
     for layer in range(1, len(p)):
         for i, mass in enumerate(p[layer - 1]):
             outflow = sum(kernel_norm(w[layer][j, i], penalty) * p[layer][j] for j in range(len(p[layer])))
-            source += mass * outflow**2
+            source += mass * outflow**penalty.power
     u = array(network.readout)
-    readout = sum(p[-1][j] * (u[:, j] ** 2).sum() for j in range(len(p[-1])))
+    readout = sum(p[-1][j] * (u[:, j] ** 2).sum() ** (penalty.power / 2) for j in range(len(p[-1])))
     return (
         mean_loss(problem, [F for _, _, F in respond(network, problem.inputs)]),
         penalty.source * source,
@@ -168,10 +168,16 @@ def input_cost(network, particle):
     )
 
 
-def perspective(amount, mass):
+def perspective(amount, mass, power=2):
     if mass == 0:
         return 0.0 if amount == 0 else math.inf
-    return amount**2 / mass
+    return amount**power / mass ** (power - 1)
+
+
+def largest_gain(pull, strength, power):
+    """The conjugate of strength t^power at a pull: the gain at the t where the slope of the power is the pull."""
+    t = (pull / (strength * power)) ** (1 / (power - 1))
+    return pull * t - strength * t**power
 
 
 def program_value(program, point):
@@ -181,10 +187,12 @@ def program_value(program, point):
     for W, p in zip(point.kernels, point.masses):
         W = array(W)
         for i, mass in enumerate(array(p)):
-            value += penalty.source * perspective(sum(kernel_norm(W[j, i], penalty) for j in range(len(W))), mass)
+            value += penalty.source * perspective(
+                sum(kernel_norm(W[j, i], penalty) for j in range(len(W))), mass, penalty.power
+            )
     U = array(point.readout)
     for j, mass in enumerate(array(point.masses[-1])):
-        value += penalty.readout * perspective(math.sqrt((U[:, j] ** 2).sum()), mass)
+        value += penalty.readout * perspective(math.sqrt((U[:, j] ** 2).sum()), mass, penalty.power)
     return value + penalty.input * sum(p * input_cost(program.frozen, i) for i, p in enumerate(array(point.masses[0])))
 
 
@@ -313,13 +321,13 @@ class DualTwin:
         return -fit - (self._masses_bounded(scale) if self.kappa is None else self._masses_given(scale))
 
     def _last(self, gamma, scale):
-        return ((scale * self.readout) ** 2 / (4 * self.penalty.readout) - gamma).max()
+        return (largest_gain(scale * self.readout, self.penalty.readout, self.penalty.power) - gamma).max()
 
     def _masses(self, scale):
         total, gamma = 0.0, self.costs
         for norms, pairing, _ in self.layers:
             t = (scale * norms).max(0)
-            total += (t**2 / (4 * self.penalty.source) - gamma).max()
+            total += (largest_gain(t, self.penalty.source, self.penalty.power) - gamma).max()
             gamma = scale * pairing
         return total + self._last(gamma, scale)
 

@@ -18,7 +18,6 @@ from meanfield.penalties import (
     input_norms,
     input_projection,
     kernel_projection,
-    perspective,
     row_prox,
     shrinkage_root,
 )
@@ -86,21 +85,9 @@ def test_input_norms_join_kernel_and_bias(shape, seed):
     np.testing.assert_allclose(input_norms(kernels, bias), joined, rtol=1e-14)
 
 
-def test_perspective_and_its_conventions_at_zero_mass():
-    found = perspective(torch.tensor([3.0, 0.0, 0.0, 1e-30]), torch.tensor([2.0, 2.0, 0.0, 0.0]))
-    assert found.tolist() == [4.5, 0.0, 0.0, math.inf]
-
-
-def test_perspective_has_finite_gradients_at_zero_mass():
-    amounts, masses = torch.tensor([3.0, 0.0], requires_grad=True), torch.tensor([2.0, 0.0], requires_grad=True)
-    perspective(amounts, masses).sum().backward()
-    assert amounts.grad.tolist() == [3.0, 0.0]
-    assert masses.grad.tolist() == [-2.25, 0.0]
-
-
-def root_sides(r, magnitudes, slopes, weights, level, mass, curvature):
-    left = sum(w * max(m - s * r, 0) for m, s, w in zip(magnitudes, slopes, weights))
-    return left, level + r * max(mass + curvature * r * r, 0)
+def root_sides(r, magnitudes, slopes, weights, level, mass, curvature, power=2.0):
+    left = sum(w * max(m - s * r ** (power - 1), 0) for m, s, w in zip(magnitudes, slopes, weights))
+    return left, level + r * max(mass + curvature * r**power, 0)
 
 
 @settings(max_examples=100)
@@ -111,16 +98,17 @@ def root_sides(r, magnitudes, slopes, weights, level, mass, curvature):
     st.floats(-2, 2),
     st.sampled_from([0.0, 0.1, 3.0]),
     st.sampled_from([None, 0.0, 0.3, 100.0]),
+    st.sampled_from([2.0, 1.1, 1.5, 3.0]),
 )
-def test_root_balances_both_sides(seed, count, level, mass, curvature, start):
+def test_root_balances_both_sides(seed, count, level, mass, curvature, start, power):
     mass = abs(mass) + 0.1 if curvature == 0 and level <= 0 else mass  # a root exists
     magnitudes, slopes, weights = (normal((count,), seed + k).abs() for k in range(3))
     begin = None if start is None else torch.full((1,), start, dtype=torch.float64)
     given_mass = torch.tensor([mass], dtype=torch.float64)
     r = shrinkage_root(
-        magnitudes, slopes, weights, (0,), level=level, mass=given_mass, curvature=curvature, start=begin
+        magnitudes, slopes, weights, (0,), level=level, mass=given_mass, curvature=curvature, power=power, start=begin
     )
-    numbers = (magnitudes.tolist(), slopes.tolist(), weights.tolist(), level, mass, curvature)
+    numbers = (magnitudes.tolist(), slopes.tolist(), weights.tolist(), level, mass, curvature, power)
     excess = lambda x: root_sides(x, *numbers)[1] - root_sides(x, *numbers)[0]  # noqa: E731
     if excess(0.0) >= 0:
         assert r.item() == 0
@@ -157,7 +145,7 @@ def test_roots_of_a_batch_are_the_roots_one_by_one(seed):
 
 def row_value(W, p, center, masses, penalty, strength, kernel_weight, mass_weight):
     amounts = [sum(slow.kernel_norm(W[j, i], penalty) for j in range(W.shape[0])) for i in range(W.shape[1])]
-    rows = sum(slow.perspective(amount, mass) for amount, mass in zip(amounts, p))
+    rows = sum(slow.perspective(amount, mass, penalty.power) for amount, mass in zip(amounts, p))
     return (
         strength * rows
         + 0.5 * kernel_weight * ((W - center) ** 2).sum()
@@ -192,10 +180,10 @@ def test_row_prox_attains_the_minimum(center, norm, strength, kernel_weight, mas
 
 
 @settings(max_examples=100)
-@given(centers(1), norms, strengths, metrics, metrics)
-def test_row_prox_meets_its_optimality_conditions(center, norm, strength, kernel_weight, mass_weight):
+@given(centers(1), norms, strengths, metrics, metrics, st.sampled_from([2.0, 1.5, 3.0]))
+def test_row_prox_meets_its_optimality_conditions(center, norm, strength, kernel_weight, mass_weight, power):
     kernels, masses = center
-    penalty = Penalty(kernel_norm=norm)
+    penalty = Penalty(kernel_norm=norm, power=power)
     W, p = row_prox(kernels, masses, penalty, strength, kernel_weight, mass_weight)[:2]
     pull, rise = kernel_weight * (kernels - W), mass_weight * (p - masses)  # minus the gradients of the distance
     scale = 1e-11 * (1 + kernel_weight * kernels.abs().max().item()) ** 2 * (1 + 1 / strength) * (1 + mass_weight)
@@ -203,12 +191,13 @@ def test_row_prox_meets_its_optimality_conditions(center, norm, strength, kernel
         norm_row, strongest = penalty.norms(W)[:, i], penalty.dual_norms(pull)[:, i].max().item()
         if p[i] > 0:
             r = (norm_row.sum() / p[i]).item()
-            assert strongest <= 2 * strength * r + scale
-            np.testing.assert_allclose((pull * W).sum((2, 3))[:, i], 2 * strength * r * norm_row, atol=scale)
-            assert rise[i].item() == pytest.approx(strength * r * r, abs=scale)
+            slope = power * strength * r ** (power - 1)  # of the perspective in an amount
+            assert strongest <= slope + scale * (1 + slope)
+            np.testing.assert_allclose((pull * W).sum((2, 3))[:, i], slope * norm_row, atol=scale * (1 + slope))
+            assert rise[i].item() == pytest.approx((power - 1) * strength * r**power, rel=1e-8, abs=scale)
         else:
             assert W[:, i].abs().max().item() == 0
-            assert strongest**2 / (4 * strength) <= rise[i].item() + scale
+            assert slow.largest_gain(strongest, strength, power) <= rise[i].item() + scale
 
 
 @given(centers(1), norms)

@@ -250,6 +250,10 @@ BIASED = replace(TANH, bias=True)
         ((TANH,), {"source": 0}, []),
         ((TANH,), {"readout": 0}, ["a positive readout penalty"]),
         ((TANH,), {"input": 0, "input_bound": 1.0}, []),
+        ((RELU,), {"power": 1.9}, ["input_bound"]),
+        ((RELU,), {"power": 1.9, "input_bound": 1.0}, []),
+        ((RELU,), {"power": 3.0}, []),
+        ((TANH,), {"power": 1.5}, []),
     ],
 )
 def test_missing_bounds_follow_the_theory(layers, penalty, expected):

@@ -98,7 +98,7 @@ class Compositions:
         gamma = penalty.input * norms.square()
         for kernels, price in zip(self.kernels[1:], mu):
             tiny = torch.finfo(gamma.dtype).tiny  # the root has no gradient at zero
-            prices = 2 * (penalty.source * (price + gamma).clamp_min(tiny)).sqrt()
+            prices = penalty.outer.price((price + gamma).clamp_min(tiny), penalty.source)
             gamma = (flows(problem, kernels) * prices[:, None]).sum(2)
         return gamma[:, 0]
 
@@ -248,7 +248,7 @@ class OwnFeatures:
         penalty, network = problem.penalty, self.network
         gamma = penalty.input * input_norms(network.kernels[0], network.biases[0]).square()
         for kernels, masses, price in zip(network.kernels[1:], network.masses, mu):
-            gamma = penalty.norms(kernels) @ (masses * 2 * (penalty.source * (price + gamma)).sqrt())
+            gamma = penalty.norms(kernels) @ (masses * penalty.outer.price(price + gamma, penalty.source))
         return gamma[network.masses[-1] > 0]
 
 

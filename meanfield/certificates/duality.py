@@ -1,10 +1,11 @@
 """Judges any point of a convex program from outside its solver: dual value, duality gap, violation; in float64.
 
-The dual of the program (r(t) = t^2).  Multipliers r_n for the output and beta_j(n, q) for the realisation constraint
-A W_j = p_j g_j of feature j of layers >= 2 give, for ANY values, the lower bound
+The dual of the program.  Let r* be the conjugate of lambda t^q, x^2 / (4 lambda) for q = 2 (`outer`).  Multipliers r_n
+for the output and beta_j(n, q) for the realisation constraint A W_j = p_j g_j of feature j of layers >= 2 give, for ANY
+values, the lower bound
 
     -(1/N) sum_n loss*(N r_n) - sum_l mu_l,
-    mu_l = max_i (t_i^2 / (4 lambda_s) - gamma_i)  for l < L,   mu_L = max_j (|q_j|^2 / (4 lambda_u) - gamma_j),
+    mu_l = max_i (r*_s(t_i) - gamma_i)  for l < L,   mu_L = max_j (r*_u(|q_j|) - gamma_j),
 
 with q_j the readout's response to r, b_j = A^T beta_j, t_i = max_j (|b_ij|* - kappa_j)_+, gamma_i = lambda_1 |z_i|^2 on
 layer 1 and <beta_i, g_i> - B kappa_i - B |sum beta_i| on later ones.  mu is chosen here, kappa too unless a solver
@@ -146,6 +147,7 @@ def dual_value(program: ConvexProgram, multipliers: Multipliers) -> float:
     Repair: r is moved into the domain of the conjugate, beta is centred where a bias is free, and both are scaled by
     the common factor that serves the bound best (not so where kappa has to be searched for on two or more layers).
     """
+    program.problem.penalty.require_certifiable("a dual value")
     program = program.to(dtype=torch.float64)
     dual = _PricedFeatures.of(program, multipliers.map(lambda t: t.to(program.readout_features)))
     # kappa takes a search over several layers: one around that would cost too much
@@ -211,39 +213,41 @@ class _PricedFeatures:
     def _masses(self, scale: float) -> float:
         """sum_l mu_l without an amplitude bound."""
         penalty, gamma, total = self.program.problem.penalty, self.costs, 0.0
+        conjugate = penalty.outer.conjugate
         for norm, pairing in zip(self.norms, self.pairings):
             load = scale * norm.amax(0)
-            total += float((_square_over(load, penalty.source) - gamma).max())
+            total += float((conjugate(load, penalty.source) - gamma).max())
             gamma = scale * pairing
-        return total + float((_square_over(scale * self.readout, penalty.readout) - gamma).max())
+        return total + float((conjugate(scale * self.readout, penalty.readout) - gamma).max())
 
     def _masses_given(self, scale: float, amplitude: Sequence[Tensor]) -> float:
         """sum_l mu_l with the given kappa, lowered to what each mu_l then needs."""
         penalty, gamma, total = self.program.problem.penalty, self.costs, 0.0
+        conjugate = penalty.outer.conjugate
         for norm, pairing, kappa in zip(self.norms, self.pairings, amplitude):
             load = (scale * (norm - kappa.clamp_min(0)[:, None])).clamp_min(0).amax(0)
-            mu = float((_square_over(load, penalty.source) - gamma).max())
+            mu = float((conjugate(load, penalty.source) - gamma).max())
             total += mu
             gamma = scale * pairing - (penalty.amplitude_bound or 0.0) * self._least_kappa(scale * norm, mu, gamma)
-        return total + float((_square_over(scale * self.readout, penalty.readout) - gamma).max())
+        return total + float((conjugate(scale * self.readout, penalty.readout) - gamma).max())
 
     def _least_kappa(self, norms: Tensor, mu: float, gamma: Tensor) -> Tensor:
-        """kappa_j = max_i (|b_ij|* - sqrt(4 lambda_s (mu + gamma_i)))_+."""
-        thresholds = (4 * self.program.problem.penalty.source * (mu + gamma).clamp_min(0)).sqrt()
+        """kappa_j = max_i (|b_ij|* - the price of mu + gamma_i)_+."""
+        penalty = self.program.problem.penalty
+        thresholds = penalty.outer.price((mu + gamma).clamp_min(0), penalty.source)
         return (norms - thresholds).clamp_min(0).amax(1)
 
     def _masses_bounded(self, scale: float, offsets: list[float]) -> float:
         """sum_l mu_l when mu_l exceeds its least value max(-gamma) by a share `offsets[l]` of what kappa = 0 needs."""
         penalty, gamma, total = self.program.problem.penalty, self.costs, 0.0
+        conjugate = penalty.outer.conjugate
         bound = penalty.amplitude_bound or 0.0
         for norm, pairing, offset in zip(self.norms, self.pairings, offsets):
             least = float((-gamma).max())
-            need = (
-                float((_square_over(scale * norm.amax(0), penalty.source) - gamma).max()) if penalty.source else least
-            )
+            need = float((conjugate(scale * norm.amax(0), penalty.source) - gamma).max()) if penalty.source else least
             mu = least + offset * (need - least)
             gamma, total = scale * pairing - bound * self._least_kappa(scale * norm, mu, gamma), total + mu
-        return total + float((_square_over(scale * self.readout, penalty.readout) - gamma).max())
+        return total + float((conjugate(scale * self.readout, penalty.readout) - gamma).max())
 
 
 def _price_layer(program: ConvexProgram, layer: int, pulls: Tensor) -> tuple[Tensor, Tensor]:
@@ -300,13 +304,6 @@ def _column_space(rows: Tensor) -> Tensor:
     """Orthonormal basis (N, rank) of the space of the columns, each first divided by its size: small ones count too."""
     left, values, _ = torch.linalg.svd(rows / largest(rows.T), full_matrices=False)
     return left[:, values > max(rows.shape) * torch.finfo(rows.dtype).eps * values.amax()]
-
-
-def _square_over(amounts: Tensor, strength: float) -> Tensor:
-    """amounts^2 / (4 strength), for strength 0 its limit: 0 or +inf."""
-    if strength > 0:
-        return (amounts / (2 * math.sqrt(strength))).square()  # amounts^2 alone may underflow
-    return torch.where(amounts == 0, 0.0, torch.inf)
 
 
 def _least_total(total: Callable[[list[float]], float], count: int) -> float:

@@ -2,12 +2,13 @@
 
 For any output multipliers r in the domain of the loss conjugate and any mu_l >= 0, every network has
 
-    J >= -(1/N) sum_n loss*(N r_n) - sum_{l<L} mu_l - sup_g [ |q(h(g))|^2 / (4 lambda_u) - gamma_L(g) ],
+    J >= -(1/N) sum_n loss*(N r_n) - sum_{l<L} mu_l - sup_g [ r*_u(|q(h(g))|) - gamma_L(g) ],
 
-    gamma_1(z) = lambda_1 |(z, b)|^2,   c_l = 2 sqrt(lambda_s (mu_l + gamma_l)),
+    gamma_1(z) = lambda_1 |(z, b)|^2,   r*_s(c_l) = mu_l + gamma_l,
     gamma_{l+1}(g) = inf { int c_l |a| : g = int a * f },
 
-because lambda_s s^2 + gamma + mu >= c s at every feature, layer by layer.  The sup runs over compositional features: a
+because lambda_s s^q + gamma + mu >= c s at every feature, layer by layer; r* is the conjugate of lambda t^q, for q = 2
+x^2 / (4 lambda), so that c = 2 sqrt(lambda_s (mu + gamma)).  The sup runs over compositional features: a
 small network of its own, kernels of all layers jointly.  A search from K starts finds it from below, so its bound may
 be too high: it is called the best of K starts and proves nothing.  For one ReLU layer the sup is a maximum over the
 unit sphere, which `sphere` bounds from above: that bound is rigorous.
@@ -65,7 +66,7 @@ class UnseenFeatures:
     bound: best of `starts` starts; -inf, with a reason, where the theory gives none.  rigorous_bound: proven, by
     `rigorous_kind`; None where no method applies or no time was given for it.  scale, mu: multipliers r times scale,
     and mu_1..mu_{L-1}, at which the bound is attained.  features: the best features as the last layer of a network of
-    their own (None if there is none), scores (F,) their |q|^2 / (4 lambda_u) - gamma_L at the unscaled r.
+    their own (None if there is none), scores (F,) their r*_u(|q|) - gamma_L at the unscaled r.
     """
 
     bound: float
@@ -125,11 +126,12 @@ def search_features(
     features so far, those of `network` at first, for `steps` steps (default: 60 for one layer, 300 for more); then r's
     scale and mu are chosen anew on all that was found.  The bound uses everything found.  r itself stays: the convex
     program of a support that holds the found features gives the next one.  count: features to return.
-    rigorous_seconds: time for the proven bound of one ReLU layer with average readout; up to three kernel entries it is
-    always computed, being quick.
+    rigorous_seconds: time for the proven bound of one ReLU layer with average readout and power 2; up to three kernel
+    entries it is always computed, being quick.
     """
     began = time.perf_counter()
     problem.require_whole("search_features")
+    problem.penalty.require_certifiable("a bound over all measures")
     steps = STEPS[problem.architecture.depth == 1] if steps is None else steps
     validation.shaped(output, (len(problem.inputs), problem.architecture.outputs), "output")
     problem = problem.to(dtype=torch.float64)
@@ -182,7 +184,8 @@ class _Search:
         )
         self.depth = problem.architecture.depth
         only = problem.architecture.layers[0]
-        free = self.depth == 1 and problem.penalty.input_bound is None
+        # where long kernels gain as fast as they cost: slower for larger powers, and for smaller ones there is no bound
+        free = self.depth == 1 and problem.penalty.input_bound is None and problem.penalty.power == 2
         self.homogeneous = free and only.h.homogeneous
         self.scale_limit = _largest_scale(problem.loss)
         self.tried = 0
@@ -213,14 +216,15 @@ class _Search:
         return self._result(scale, mu, self._bound(scale, mu), count)
 
     def _first_mu(self) -> list[float]:
-        """mu_l = lambda_s sum_i p_i s_i^2, which complementary slackness makes the right size."""
-        source, network = self.problem.penalty.source, self.network
+        """mu_l = (q - 1) lambda_s sum_i p_i s_i^q, which complementary slackness makes the right size."""
+        penalty, network = self.problem.penalty, self.network
+        source = (penalty.power - 1) * penalty.source
         if network is None:
             return [source] * (self.depth - 1)
         found = []
         for layer in range(1, self.depth):
-            outflow = network.masses[layer] @ self.problem.penalty.norms(network.kernels[layer])
-            found.append(source * (float(network.masses[layer - 1] @ outflow.square()) or 1.0))
+            outflow = network.masses[layer] @ penalty.norms(network.kernels[layer])
+            found.append(source * (float(network.masses[layer - 1] @ penalty.outer(outflow)) or 1.0))
         return found
 
     # ---- the bound on the pool
@@ -229,10 +233,15 @@ class _Search:
         return float(self.problem.loss.conjugate(len(self.output) * scale * self.output, self.problem.targets).mean())
 
     def _scores(self, parts: Sequence[Compositions | OwnFeatures], scale: float, mu: Sequence[float]) -> Tensor:
-        """|q|^2 / (4 lambda_u) - gamma of all features of some parts, one after the other."""
+        """r*_u(|q|) - gamma of all features of some parts, one after the other."""
         responses = torch.cat([part.responses(self.problem, self.output) for part in parts])
         gamma = torch.cat([part.costs(self.problem, mu) for part in parts])
-        return scale**2 * responses / (4 * self.problem.penalty.readout) - gamma
+        return self._gains(scale**2 * responses) - gamma
+
+    def _gains(self, responses: Tensor) -> Tensor:
+        """r*_u(|q|) of responses |q|^2."""
+        penalty = self.problem.penalty
+        return penalty.outer.conjugate_of_squares(responses, penalty.readout)
 
     def _worst(self, scale: float, mu: Sequence[float]) -> float:
         """The largest score of what is known (the feature g = 0, which costs nothing, included)."""
@@ -248,7 +257,7 @@ class _Search:
     def _nothing(self, scale: float) -> float:
         """The score of g = 0: zero unless h(0) is not."""
         zero = zeros_like(self.problem, 1)
-        return scale**2 * float(zero.responses(self.problem, self.output)) / (4 * self.problem.penalty.readout)
+        return float(self._gains(scale**2 * zero.responses(self.problem, self.output)))
 
     def _homogeneous_limit(self) -> float:
         """Largest scale of r for which no unit kernel of the pool gains more than it costs."""
@@ -276,7 +285,7 @@ class _Search:
         def gaps(x: np.ndarray) -> np.ndarray:
             limits.look()
             gamma = torch.cat([part.costs(self.problem, [float(m) for m in x[1:-1]]) for part in kept])
-            return (x[-1] - x[0] ** 2 * responses / (4 * self.problem.penalty.readout) + gamma).numpy(force=True)
+            return (x[-1] - self._gains(float(x[0]) ** 2 * responses) + gamma).numpy(force=True)
 
         unit = abs(self._bound(scale, mu)) or 1.0
         objective = lambda x: (self._conjugate(float(x[0])) + float(x[1:].sum())) / unit  # noqa: E731
@@ -383,13 +392,13 @@ class _Search:
         return self._retracted(with_tensors(begun, [t.detach() for t in best]))
 
     def _merit(self, current: Compositions, scale: float, mu: Sequence[float], level: float) -> Tensor:
-        """log of |q|^2 / (4 lambda_u) over gamma + level: above zero just where a feature beats the level.
+        """log of r*_u(|q|) over gamma + level: above zero just where a feature beats the level.
 
-        The score itself has a local maximum at g = 0, where the cost falls like |a| and the response like |a|^2: most
-        starts would end there.
+        The score itself has a local maximum at g = 0, where the cost falls like |a| and the gain like a higher power of
+        it: most starts would end there.
         """
         tiny = torch.finfo(torch.float64).tiny
-        gain = scale**2 * current.responses(self.problem, self.output) / (4 * self.problem.penalty.readout)
+        gain = self._gains(scale**2 * current.responses(self.problem, self.output))
         return gain.clamp_min(tiny).log() - (current.costs(self.problem, mu) + level).clamp_min(tiny).log()
 
     def _retracted(self, current: Compositions) -> Compositions:
@@ -430,9 +439,9 @@ class _Search:
         everything = Compositions(self.problem.architecture, *joined(self.pool))
         responses = everything.responses(self.problem, self.output)
         if self.homogeneous:  # unit kernels: their gain over their cost, at the radius the network uses
-            scores = self._radius() ** 2 * (responses / (4 * self.problem.penalty.readout) - self.problem.penalty.input)
+            scores = self._radius() ** 2 * (self._gains(responses) - self.problem.penalty.input)
         else:
-            scores = responses / (4 * self.problem.penalty.readout) - everything.costs(self.problem, mu)
+            scores = self._gains(responses) - everything.costs(self.problem, mu)
         chosen = self._distinct(everything, scores, count)
         best = everything[chosen]
         if self.homogeneous:
@@ -479,8 +488,8 @@ def _largest_scale(loss: Loss) -> float:
 def _rigorous(
     problem: Problem, output: Tensor, network: ParticleNetwork | None, seconds: float
 ) -> dict[str, float | str | None]:
-    """The proven bound of one ReLU layer with average readout: r scaled by 2 sqrt(lambda_1 lambda_u) over an upper
-    bound of max |q|.
+    """The proven bound of one ReLU layer with average readout and power 2: r scaled by 2 sqrt(lambda_1 lambda_u) over
+    an upper bound of max |q|.
     """
     arch, penalty = problem.architecture, problem.penalty
     conv = arch.layers[0]
@@ -490,6 +499,7 @@ def _rigorous(
         or conv.pooling == "max"
         or arch.readout != "average"
         or penalty.input_bound is not None
+        or penalty.power != 2
     ):
         return {}
     entries = arch.input_shape[0] * conv.offsets + conv.bias

@@ -18,8 +18,7 @@ from meanfield.convex.repopulation import ProgramPoint, joined, parted
 from meanfield.convex.restoration import BoundedRows, into_bounds, least_weighted, towards
 from meanfield.folds import Fold
 from meanfield.network import ParticleNetwork, along_axis, propagate
-from meanfield.penalties import perspective
-from meanfield.problem import FEASIBLE, GRAPH, Problem, Terms
+from meanfield.problem import FEASIBLE, GRAPH, Problem, Terms, UncertifiedTerms, summed, uncertified
 from meanfield.signatures import checked
 from meanfield.validation import instance
 
@@ -186,19 +185,19 @@ class ConvexProgram:
         """F = sum_j <U_j, f_j>, (N, K)."""
         return self.readout_features.flatten(1) @ point.readout.flatten(1).T
 
-    def terms(self, point: ProgramPoint) -> Terms:
+    def terms(self, point: ProgramPoint) -> Terms | UncertifiedTerms:
         """The terms of the program; the same as the problem's at the network of the point."""
         penalty, loss = self.problem.penalty, self.problem.loss
         fit = loss.value(self.output(point), self.problem.targets).mean()
         source = fit.new_zeros(())
         for W, p in zip(point.kernels, point.masses):
-            source = source + perspective(penalty.norms(W).sum(0), p).sum()
+            source = source + penalty.outer.perspective(penalty.norms(W).sum(0), p).sum()
         amounts = torch.linalg.vector_norm(point.readout.movedim(1, 0).flatten(1), dim=1)
-        readout = perspective(amounts, point.masses[-1]).sum()
+        readout = penalty.outer.perspective(amounts, point.masses[-1]).sum()
         weigh = lambda strength, term: strength * term if strength else torch.zeros_like(term)  # noqa: E731
-        return Terms(
-            fit, weigh(penalty.source, source), weigh(penalty.readout, readout), point.masses[0] @ self.feature_costs
-        )
+        prices = [weigh(penalty.source, source), weigh(penalty.readout, readout), point.masses[0] @ self.feature_costs]
+        own = [] if penalty.uncertified is None else [uncertified(self.network(point), penalty)]
+        return summed(fit, prices + own)
 
     def value(self, point: ProgramPoint) -> Tensor:
         """The objective, a 0-dimensional tensor; constraints are judged by `violation`."""

@@ -257,7 +257,7 @@ class _Run:
         value = float(terms.total())
         if value < self.best_value:
             self.best_value, self.best = value, copy.deepcopy(self.network)
-        figures = {name: float(term) for name, term in terms._asdict().items()}
+        figures = terms.figures()
         rate = self.settings.rate(self.steps)
         self.history.append(
             {"step": self.steps, "value": value, **figures, "learning_rate": rate, "seconds": self.seconds}

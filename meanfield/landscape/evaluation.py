@@ -18,7 +18,7 @@ from meanfield.landscape.passes import ChainPasses, Place, PlainPasses, Point, P
 from meanfield.network import ParticleNetwork
 from meanfield.penalties import Penalty
 from meanfield.precision import full_float32
-from meanfield.problem import excess, prices
+from meanfield.problem import PRICES, excess, prices
 from meanfield.validation import Misuse, instance, one_of
 
 BATCH_NORMS = ("kept", "recomputed")
@@ -29,8 +29,8 @@ class Evaluation:
 
     objectives: name of a data set -> network, images and loss; all of one network.
     penalty: of a ParticleNetwork.  Adds to the figures J of the first data set, its mean loss plus source, readout and
-        input (`problem.prices`), those three, and where the penalty has bounds "excess", the largest relative excess
-        over them, 0 where they hold: J counts terms only.
+        input (`problem.prices`), those three (and one's own), and where the penalty has bounds "excess", the
+        largest relative excess over them, 0 where they hold: J counts terms only.
     batch_norm: "kept", running statistics as they are at the origin, or "recomputed", at every point those of all
         images of the first data set, which the others take as well (`batch_norm.Statistics`).  Without batch norm the
         two are the same.
@@ -71,7 +71,8 @@ class Evaluation:
         found = [f"{name} {figure}" for name in self.objectives for figure in ("loss", "accuracy")]
         if self.penalty is not None:
             bounded = self.penalty.amplitude_bound is not None or self.penalty.input_bound is not None
-            found += [f"{next(iter(self.objectives))} J", "source", "readout", "input", *["excess"] * bounded]
+            named = PRICES if self.penalty.uncertified is not None else PRICES[:-1]
+            found += [f"{next(iter(self.objectives))} J", *named, *["excess"] * bounded]
         return found
 
     @torch.no_grad()

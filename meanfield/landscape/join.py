@@ -18,7 +18,7 @@ from meanfield.landscape.paths import WAYS, Path, path
 from meanfield.losses import Loss as ConvexLoss
 from meanfield.network import ParticleNetwork
 from meanfield.penalties import Penalty
-from meanfield.problem import FEASIBLE, excess, prices
+from meanfield.problem import FEASIBLE, PRICES, excess, prices
 from meanfield.signatures import Nonnegative, checked
 from meanfield.subject import Network, Subject
 from meanfield.validation import Misuse, choice, integer, number
@@ -124,7 +124,7 @@ def _figures(
     found = scores({name: Objective(subject, each, loss=loss) for name, each in data.items()}, subject.parameters)
     if penalty is None or not isinstance(network, ParticleNetwork):
         return found
-    terms = dict(zip(("source", "readout", "input"), map(float, prices(network, penalty))))
+    terms = dict(zip(PRICES, map(float, prices(network, penalty))))
     broken = 0.0 if excess(network, penalty) <= FEASIBLE[network.dtype] else math.inf
     values = {f"{name} J": found[f"{name} loss"] + sum(terms.values()) + broken for name in data}
     return found | values | terms

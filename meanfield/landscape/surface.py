@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -283,7 +282,7 @@ def surface(
 
     share = few.images(smaller) / few.images(objectives) if smaller else 0.0
     found = Surface(extent, tolerance, kept(objectives), kept(smaller) if smaller else None, share)
-    made = {"penalty": None if penalty is None else asdict(penalty), "batch_norm": batch_norm}
+    made = {"penalty": None if penalty is None or state is None else penalty.settings(), "batch_norm": batch_norm}
     found.watch(
         None if state is None else StateFile(state, _settings(plane, subject, objectives, smaller, made)), callback
     )

@@ -89,6 +89,7 @@ def solve(
     callback receives every row of the inner histories, marked with "round" and "phase" ("flow", "program"), and each
     round's own row (phase "round").
     """
+    problem.penalty.require_certifiable("solve")
     if grow and problem.ranks.count > 1:
         raise Misuse("grow", grow, f"searches on one rank only, and there are {problem.ranks.count}; leave it at 0")
     later = later_steps if later_steps is not None else max(1, flow_steps // 2)
@@ -305,12 +306,12 @@ class _Run:
             self.callback(row)
 
     def _balanced(self, network: ParticleNetwork) -> ParticleNetwork:
-        """In one homogeneous layer the frozen norms of kernels are no part of the problem: the next round starts from
-        the best.
+        """In one homogeneous layer the frozen norms of kernels are no part of the problem: with power 2 the next round
+        starts from the best.
         """
         penalty, only = self.problem.penalty, self.problem.architecture.layers[0]
         free = penalty.input > 0 and penalty.readout > 0 and penalty.input_bound is None
-        if network.architecture.depth > 1 or not only.h.homogeneous or not free:
+        if network.architecture.depth > 1 or not only.h.homogeneous or not free or penalty.power != 2:
             return network
         return measures.balance(network, penalty.input, penalty.readout)
 

@@ -55,9 +55,9 @@ def solve(problem: Problem) -> Solution:
     meet.
 
     The problem has one ReLU layer without or with average pooling, an averaged readout of one output, positive input
-    and readout penalties, no input bound, any loss of one output, and kernels of at most three entries (all channels
-    and the bias, if any, counted).  ValueError names what is not so.  `gap` is that of the convex program on the
-    support of the answer.
+    and readout penalties of power 2, no input bound, any loss of one output, and kernels of at most three entries (all
+    channels and the bias, if any, counted).  ValueError names what is not so.  `gap` is that of the convex program on
+    the support of the answer.
     """
     began = time.perf_counter()
     _require_exact_case(problem)
@@ -94,6 +94,7 @@ def solve(problem: Problem) -> Solution:
 
 def _require_exact_case(problem: Problem) -> None:
     problem.require_whole("arrangements")
+    problem.penalty.require_certifiable("arrangements")
     arch, penalty = problem.architecture, problem.penalty
     conv = arch.layers[0]
     entries = arch.input_shape[0] * conv.offsets + conv.bias
@@ -118,6 +119,10 @@ def _require_exact_case(problem: Problem) -> None:
         (
             penalty.readout == 0,
             "readout=0: a free readout makes the input penalty void; use a positive readout penalty",
+        ),
+        (
+            penalty.power != 2,
+            f"power={penalty.power}: the penalties are then no total variation; use power 2",
         ),
         (
             penalty.input_bound is not None,

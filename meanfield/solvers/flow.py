@@ -26,11 +26,11 @@ from meanfield.convex import repopulation
 from meanfield.convex.program import ConvexProgram
 from meanfield.network import ParticleNetwork
 from meanfield.precision import full_float32
-from meanfield.problem import Problem, Terms
+from meanfield.problem import Problem, Terms, UncertifiedTerms
 from meanfield.signatures import Count, Nonnegative, Positive, Seconds, Seed, checked
 from meanfield.solvers import velocities
 from meanfield.solvers.descents import Descent, GradientDescent, PreconditionedDescent
-from meanfield.solvers.solution import ENDED_EARLY, Solution, message
+from meanfield.solvers.solution import ENDED_EARLY, UNCERTIFIED, Solution, message
 from meanfield.solvers.velocities import Tangent, advance, metric_speed, squared_distance, velocity
 from meanfield.storage import states
 from meanfield.storage.states import StateFile
@@ -41,6 +41,7 @@ __all__ = ["DESCENTS", "Tangent", "advance", "metric_speed", "solve", "squared_d
 DESCENTS = ("preconditioned", "gradient")
 STATE_SECONDS = 30.0  # of work that a killed run may lose
 RECORD_SHARE = 0.2  # of the steps of minibatches, for records on all images
+OWN_TERM = "uncertified: the penalty has a term of the user's own, which nothing is proven of"
 GLIMPSE = 1.0  # seconds between two looks at where a run is
 
 
@@ -84,7 +85,7 @@ def solve(
     for the preconditioned descent), value, loss, source, readout, input, speed, dissipated (integral of speed^2),
     identity_error (of the last step, relative).  callback: called with every row, and in between, about once a second,
     with step, images and seconds alone.  The gap is that of the frozen program at the answer, with the flow's own
-    multipliers.
+    multipliers; it is infinite, and the message says so, where the penalty has an `uncertified` term.
     """
     problem.require_feasible(network)
     for layer, p in enumerate(network.masses):
@@ -248,12 +249,12 @@ class _Run:
             self.step += 1
             self.trail.glimpse(self.step, self.step * self.batches.each)
 
-    def _whole(self) -> tuple[Terms, Tangent]:
+    def _whole(self) -> tuple[Terms | UncertifiedTerms, Tangent]:
         """On all images; of the start whatever the time, as it is the least that can be returned."""
         with limits.grace(math.inf) if self.trail.network is None else nullcontext():
             return velocities.velocity(self.problem, self.network, self.masses)
 
-    def _record(self, terms: Terms, flow: Tangent) -> float:
+    def _record(self, terms: Terms | UncertifiedTerms, flow: Tangent) -> float:
         speed = self.problem.ranks.decided(velocities.metric_speed(self.problem, self.network, flow))
         return self.trail.record(self.step, self.step * self.batches.each, self.network, terms, speed, self.method)
 
@@ -307,13 +308,19 @@ class _Trail:
             self.callback({"step": step, "images": images, "seconds": self.glimpsed})
 
     def record(
-        self, step: int, images: int, network: ParticleNetwork, terms: Terms, speed: float, method: Descent
+        self,
+        step: int,
+        images: int,
+        network: ParticleNetwork,
+        terms: Terms | UncertifiedTerms,
+        speed: float,
+        method: Descent,
     ) -> float:
         row = {"step": step, "images": images, "seconds": self.seconds(), "time": method.time}
         row["value"] = self.problem.ranks.decided(float(terms.total()))
         if self.network is None:
             self.problem.require_finite(terms.total())
-        row |= {name: float(term) for name, term in terms._asdict().items()} | {"speed": speed}
+        row |= terms.figures() | {"speed": speed}
         if isinstance(method, GradientDescent):
             row |= {"dissipated": method.dissipated, "identity_error": method.identity_error, "step_size": method.step}
         self.history.append(row)
@@ -327,9 +334,11 @@ class _Trail:
         """The best network, certified where the time or, for a run that was stopped, a moment more allows."""
         assert self.network is not None
         certificate = multipliers = None
+        own = self.problem.penalty.uncertified is not None
         try:
             with limits.grace():
-                certificate, multipliers = self._certified(self.network)
+                if not own:
+                    certificate, multipliers = self._certified(self.network)
         except limits.STOPS as stop:
             ended = limits.status(stop)
             status = ended if status not in ENDED_EARLY else status
@@ -337,7 +346,12 @@ class _Trail:
             value=self.best if certificate is None else certificate.value,
             gap=math.inf if certificate is None else certificate.gap,
             status=status,
-            message=message(status, f"metric speed {self.history[-1]['speed']:.2g}", certified=certificate is not None),
+            message=message(
+                status,
+                f"metric speed {self.history[-1]['speed']:.2g}",
+                certified=certificate is not None,
+                reason=OWN_TERM if own else UNCERTIFIED,
+            ),
             network=self.network,
             point=repopulation.to_program(self.network.detach()),
             history=self.history,

@@ -50,6 +50,7 @@ def solve(
     is within `tolerance`, whatever the solver says of itself.
     """
     began = time.perf_counter()
+    program.problem.penalty.require_certifiable("reference.solve")
     exact, settings = program.to(dtype=torch.float64, device="cpu"), {**SOLVERS[solver], **options}
     found, status = None, ""
     for share in UNITS:
@@ -130,9 +131,9 @@ def _cleaned(program: ConvexProgram, point: ProgramPoint) -> list[ProgramPoint]:
 class _Units:
     """What the cone solver's variables are multiples of: the value, kernels and biases (of all layers), the readout.
 
-    A solver's tolerances are numbers near 1e-9 whatever the data.  In units of sqrt(value / strength) every penalty has
-    strength 1, and the norms dual to W and U, whose squares over four strengths enter the dual bound, are known to that
-    accuracy; in units of the frozen network's own W and U the constraints are.
+    A solver's tolerances are numbers near 1e-9 whatever the data.  In units of (value / strength)^(1/q) every penalty
+    has strength 1, and the norms dual to W and U, whose conjugates enter the dual bound, are known to that accuracy;
+    in units of the frozen network's own W and U the constraints are.
     """
 
     value: float
@@ -151,7 +152,7 @@ class _Units:
         def mean(tensors: Sequence[Tensor], strength: float) -> float:
             entries = torch.cat([tensor.flatten() for tensor in (*tensors, torch.zeros(0))])
             own = float(entries.square().mean().sqrt()) if len(entries) and bool(entries.any()) else 1.0
-            return (value / strength) ** (share / 2) * own ** (1 - share) if strength else own
+            return (value / strength) ** (share / penalty.power) * own ** (1 - share) if strength else own
 
         return cls(value, mean(point.kernels, penalty.source), mean([point.readout], penalty.readout))
 
@@ -188,17 +189,22 @@ class _Model:
         width = self.program.widths[-1]
         each = self.readout.shape[0] // width
         amounts = [cp.norm(self.readout[j * each : (j + 1) * each, :], "fro") for j in range(width)]
-        strength = self.program.problem.penalty.readout
-        return self._perspectives(amounts, self.masses[-1], strength * self.units.readout**2)
+        penalty = self.program.problem.penalty
+        strength = penalty.readout
+        return self._perspectives(amounts, self.masses[-1], strength * self.units.readout**penalty.power)
 
     def _perspectives(self, amounts: list[Any], masses: Any, strength: float) -> Any:
         if strength == 0:
             return 0.0
-        return (
-            strength
-            / self.units.value
-            * cp.sum([cp.quad_over_lin(amount, masses[i]) for i, amount in enumerate(amounts)])
-        )
+        power = self.program.problem.penalty.power
+        if power == 2:
+            each = [cp.quad_over_lin(amount, masses[i]) for i, amount in enumerate(amounts)]
+            return strength / self.units.value * cp.sum(each)
+        # s^q / p^(q-1) is the least t with t^(1/q) p^(1 - 1/q) >= s
+        costs, reached = cp.Variable(len(amounts)), cp.Variable(len(amounts))
+        self.constraints.append(cp.hstack(amounts) <= reached)
+        self.constraints.append(cp.PowCone3D(costs, masses, reached, 1 / power))
+        return strength / self.units.value * cp.sum(costs)
 
     def _layer(self, layer: int, penalty: Any) -> Any:
         program, W, bias = self.program, self.kernels[layer - 1], self.biases[layer - 1]
@@ -216,7 +222,7 @@ class _Model:
             self.constraints.append(self.amplitude[-1])
             if bias is not None:
                 self.constraints.append(cp.abs(bias) <= bound * self.masses[layer])
-        strength = penalty.source * self.units.kernels**2
+        strength = penalty.source * self.units.kernels**penalty.power
         return self._perspectives([cp.sum(norm) for norm in norms], self.masses[layer - 1], strength)
 
     def _norms(self, kernels: Any, penalty: Any) -> Any:

@@ -37,7 +37,8 @@ class Solution:
     """A solver's answer, certified outside the solver in float64.
 
     value: the objective at the answer.  gap: value minus the dual value of the convex program on this support;
-    infinite, with no certificate and no multipliers, where a run was stopped and left no time to prove anything.
+    infinite, with no certificate and no multipliers, where a run was stopped and left no time to prove anything, or the
+    penalty has an `uncertified` term.
     lower_bound: valid for the problem over ALL measures; None until one is proven.  status: a key of STATUS_TEXTS.
     history: one dict of figures per recorded iteration.  network, point: the answer in both forms.
     """
@@ -92,7 +93,10 @@ def proven(certificate: Certificate, tolerance: float) -> bool:
     return abs(certificate.relative_gap) <= tolerance
 
 
-def message(status: str, detail: str = "", *, certified: bool = True) -> str:
-    """The text of a status, with a detail in front; without a certificate it says so."""
-    text = STATUS_TEXTS[status] + ("" if certified else "; there was no time or memory left to certify it")
+UNCERTIFIED = "there was no time or memory left to certify it"
+
+
+def message(status: str, detail: str = "", *, certified: bool = True, reason: str = UNCERTIFIED) -> str:
+    """The text of a status, with a detail in front; without a certificate it says so, and why."""
+    text = STATUS_TEXTS[status] + ("" if certified else f"; {reason}")
     return f"{detail}: {text}" if detail else text

@@ -21,7 +21,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -46,7 +46,6 @@ BALANCE_EVERY, BALANCE_RATIO, BALANCE_FACTOR, BALANCE_RANGE = 10, 5.0, 2.0, 1e4
 RESCALE_AT = (20, 40, 80, 160, 320)  # finitely often: convergence is that of fixed weights
 RESCALE_RANGE = 100.0  # a block without multipliers (masses that no term prices) must not lose its weight
 CHECK_SHARE, CHECK_COST = 0.1, 10  # of the run; iterations that a check costs beside the products it makes
-FROBENIUS = Penalty(kernel_norm="l2")
 
 
 @checked
@@ -71,6 +70,7 @@ def solve(
     history: iteration, seconds, cpu_seconds, value, dual_value, gap, primal_residual, dual_residual, rho.
     """
     began = limits.now()
+    program.problem.penalty.require_certifiable("splitting.solve")
     run = _Run(program, rho, tolerance, callback)  # whatever the time: its start is the least that can be returned
     with limits.within(max_seconds - (limits.now() - began)):
         try:
@@ -237,6 +237,7 @@ class _Splitting:
 
     def __init__(self, program: ConvexProgram, rho: float, point: ProgramPoint, guess: Multipliers):
         self.program, self.rho = program, rho
+        self.frobenius = replace(program.problem.penalty, kernel_norm="l2")
         self.layers = range(1, program.depth)
         self.rows = program.readout_features.flatten(1)  # (N, M_L positions)
         self.wide = self.rows.shape[0] <= self.rows.shape[1]
@@ -285,7 +286,8 @@ class _Splitting:
 
         Copies of one block share one weight, and so do a kernel and its bias: their projection is orthogonal.  A mass
         multiplier counts with the constant part that belongs to sum p = 1: the price lambda s^2 / p^2 of a mass, twice
-        which over p is the curvature of its term.  No rule depends on whether a multiplier is zero or rounding noise.
+        which over p is the curvature of its term (q = 2).  No rule depends on whether a multiplier is zero or rounding
+        noise.
         """
         z, u = self._parts()
         for names in (("F",), ("U",), ("W", "Wc", "b", "bd"), ("p", "pc", "pd")):
@@ -381,7 +383,7 @@ class _Splitting:
         new["U", 0], new[last], self.roots["U", 0] = row_prox(
             center["U", 0],
             new[last],
-            FROBENIUS,
+            self.frobenius,
             penalty.readout,
             self.weight(("U", 0)),
             self.weight(last),
@@ -403,7 +405,7 @@ class _Splitting:
                 biases, new[mass] = cone_projection(
                     center[kernel][:, None, None, None],
                     center[mass],
-                    FROBENIUS,
+                    self.frobenius,
                     bound,
                     self.weight(kernel),
                     self.weight(mass),

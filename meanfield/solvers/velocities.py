@@ -22,7 +22,7 @@ from torch import Tensor
 from meanfield.network import ParticleNetwork, along_axis
 from meanfield.penalties import inflow_projection, kernel_projection, shrinkage_root
 from meanfield.precision import full_float32
-from meanfield.problem import Problem, Terms, project_bounds
+from meanfield.problem import Problem, Terms, UncertifiedTerms, project_bounds, summed
 
 PROBE = {torch.float32: 1e-3, torch.float64: 1e-6}  # flow time over which a speed is measured
 
@@ -59,7 +59,9 @@ class Tangent:
 
 @torch.inference_mode(False)
 @full_float32()
-def velocity(problem: Problem, network: ParticleNetwork, masses: bool = True) -> tuple[Terms, Tangent]:
+def velocity(
+    problem: Problem, network: ParticleNetwork, masses: bool = True
+) -> tuple[Terms | UncertifiedTerms, Tangent]:
     """The terms of J and the flow's velocity, without the source penalty's pull on the kernels (its proximal map adds
     it).
 
@@ -68,13 +70,14 @@ def velocity(problem: Problem, network: ParticleNetwork, masses: bool = True) ->
     leaf = network.map(lambda tensor: tensor.detach().requires_grad_())
     loss, gradients = problem.pulled_back(network)
     with torch.enable_grad():
-        terms, depth = Terms(loss, *problem.prices(leaf)), problem.architecture.depth
-        smooth = _slopes(terms.readout + terms.input, leaf)
+        terms, depth = summed(loss, problem.prices(leaf)), problem.architecture.depth
+        smooth = _slopes(sum(terms[3:], terms.readout), leaf)  # with the user's own
         gradients = [fit + penalty for fit, penalty in zip(gradients, smooth)]
         if masses and terms.source.requires_grad:
             priced = torch.autograd.grad(terms.source, leaf.masses)
             gradients[:depth] = [g + s for g, s in zip(gradients[:depth], priced)]
-    return Terms(*(term.detach() for term in terms)), _tangent(network, gradients, masses)
+    detached = [term.detach() for term in terms]
+    return summed(detached[0], detached[1:]), _tangent(network, gradients, masses)
 
 
 def _slopes(values: Tensor, leaf: ParticleNetwork) -> tuple[Tensor, ...]:
@@ -102,8 +105,8 @@ def advance(problem: Problem, network: ParticleNetwork, move: Tangent, steps: Ta
     """Move a network, then the proximal map of the source penalty and the projection on simplex and bounds.
 
     Masses become p exp(rate) before their sum is made one.  steps are the step lengths that made the move of the
-    velocities, a number or one per entry (per kernel on layers >= 1): they turn the penalty's pull 2 lambda_s s_i into
-    a shrinkage and are the scale of the metric in which the amplitude bound is projected on.
+    velocities, a number or one per entry (per kernel on layers >= 1): they turn the penalty's pull
+    q lambda_s s_i^(q-1) into a shrinkage and are the scale of the metric in which the amplitude bound is projected on.
     """
     logits = [p if rate is None else p.log() + rate for p, rate in zip(network.masses, move.masses)]
     masses = [p if rate is None else torch.softmax(p, 0) for p, rate in zip(logits, move.masses)]
@@ -128,15 +131,16 @@ def advance(problem: Problem, network: ParticleNetwork, move: Tangent, steps: Ta
 
 
 def _source_prox(problem: Problem, kernels: Tensor, target: Tensor, steps: Tensor | float) -> Tensor:
-    """argmin over w of sum_j p_j |w_ij - .|^2 / (2 steps_ij) + lambda_s s_i^2, s_i = sum_j p_j |w_ij|, for every
+    """argmin over w of sum_j p_j |w_ij - .|^2 / (2 steps_ij) + lambda_s s_i^q, s_i = sum_j p_j |w_ij|, for every
     source i.
     """
     penalty = problem.penalty
     if penalty.source == 0:
         return kernels
-    slopes = 2 * penalty.source * (steps[:, :, None] if isinstance(steps, Tensor) else steps)
-    outflow = shrinkage_root(penalty.atoms(kernels), slopes, target[:, None, None], (0, 2), mass=1.0)
-    return penalty.shrink(kernels, slopes * outflow)
+    q = penalty.power
+    slopes = q * penalty.source * (steps[:, :, None] if isinstance(steps, Tensor) else steps)
+    outflow = shrinkage_root(penalty.atoms(kernels), slopes, target[:, None, None], (0, 2), mass=1.0, power=q)
+    return penalty.shrink(kernels, slopes * outflow.pow(q - 1))
 
 
 def squared_distance(start: ParticleNetwork, end: ParticleNetwork) -> Tensor:

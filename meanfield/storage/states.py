@@ -32,7 +32,7 @@ def described(problem: Problem) -> dict[str, Any]:
         "images": problem.count,
         "loss": problem.loss.name,
         "architecture": problem.architecture.to_dict(),
-        "penalty": asdict(problem.penalty),
+        "penalty": problem.penalty.settings(),
         "dtype": str(problem.inputs.dtype).removeprefix("torch."),
         "device": problem.inputs.device.type,
         "data": _digest(problem),

@@ -87,7 +87,6 @@ def _quiet() -> Iterator[None]:
 def solution_figures(problem: Problem, solution: Solution) -> dict[str, Any]:
     """The figures of a Solution and the terms of J at its network."""
     certificate = solution.certificate
-    terms = problem.terms(solution.network)._asdict()
     return {
         "value": solution.value,
         "gap": solution.gap,
@@ -100,7 +99,7 @@ def solution_figures(problem: Problem, solution: Solution) -> dict[str, Any]:
         "seconds": solution.seconds,
         "rounds": len(solution.history),
         "widths": list(solution.network.widths),
-        "terms": {name: float(term) for name, term in terms.items()},
+        "terms": problem.terms(solution.network).figures(),
     }
 
 
