@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         transfer,
     )
     from meanfield.architecture import Architecture, Conv
+    from meanfield.auditing import Audit, audit
     from meanfield.convex.program import ConvexProgram
     from meanfield.convex.repopulation import ProgramPoint
     from meanfield.network import ParticleNetwork
@@ -35,6 +36,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Architecture",
+    "Audit",
     "Conv",
     "ConvexProgram",
     "ParticleNetwork",
@@ -42,6 +44,7 @@ __all__ = [
     "Problem",
     "ProgramPoint",
     "Solution",
+    "audit",
     "certificates",
     "data",
     "finite",
@@ -64,6 +67,7 @@ __all__ = [
 # of it.
 _HOMES = {
     "Architecture": "architecture",
+    "Audit": "auditing",
     "Conv": "architecture",
     "ConvexProgram": "convex.program",
     "ParticleNetwork": "network",
@@ -71,6 +75,7 @@ _HOMES = {
     "Problem": "problem",
     "ProgramPoint": "convex.repopulation",
     "Solution": "solvers.solution",
+    "audit": "auditing",
     "load_network": "storage",
     "save_network": "storage",
     "solve": "solvers.main_job",

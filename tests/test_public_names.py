@@ -12,8 +12,8 @@ import pytest
 
 PACKAGES = {
     "meanfield": (
-        "Architecture Conv ConvexProgram ParticleNetwork Penalty Problem ProgramPoint Solution certificates data "
-        "finite forgetting fusion grafting landscape limits load_network measures save_network solve solvers starts "
+        "Architecture Audit Conv ConvexProgram ParticleNetwork Penalty Problem ProgramPoint Solution audit certificates "
+        "data finite forgetting fusion grafting landscape limits load_network measures save_network solve solvers starts "
         "studies transfer"
     ),
     "meanfield.certificates": (
