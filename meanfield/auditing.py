@@ -112,7 +112,8 @@ def audit(
     search: look for features that the network lacks, from `starts` starts, add the best `count` of them to the program,
     and bound J over all measures, where the theory has such a bound; unbounded activations of several layers have one
     among networks whose first kernels and amplitudes are no larger than the largest here.
-    tolerance, max_iterations, max_seconds, callback: of `solvers.splitting.solve`, for each program.
+    tolerance, max_iterations, max_seconds, callback: of `solvers.splitting.solve`, for each program; max_seconds for the
+    search as well.
     """
     network = _particles(module, images)
     inputs = network.architecture.check_inputs(images, "images").to(network.readout)
@@ -123,12 +124,15 @@ def audit(
     program = ConvexProgram.freeze(problem, network)
     solved = splitting.solve(program, tolerance, **options)
     unseen = None
-    if search:
-        bounded = posed(_bounded(problem, network, solved.network))
-        assert solved.multipliers is not None
-        options_of_search = {"starts": starts, "count": count, "seed": seed}
-        output = solved.multipliers.output
-        unseen = certificates.search_features(bounded, output, solved.network, **options_of_search)
+    if search and solved.multipliers is not None:
+        bounded, output = posed(_bounded(problem, network, solved.network)), solved.multipliers.output
+        try:
+            with limits.within(max_seconds):
+                unseen = certificates.search_features(
+                    bounded, output, solved.network, starts=starts, count=count, seed=seed
+                )
+        except limits.STOPS as stop:  # what was proven is kept
+            unseen = UnseenFeatures(-math.inf, 0, f"the search has ended early ({limits.status(stop)})")
     grown = None
     if unseen is not None and unseen.features is not None:
         wider = ConvexProgram.with_candidates(problem, network, unseen.features)
@@ -147,7 +151,18 @@ def _particles(module: Any, images: Tensor) -> ParticleNetwork:
         example = images[:2] if held is None or not isinstance(images, Tensor) else images[:2].to(held)
         exported = isinstance(module, torch.export.ExportedProgram)
         module = ParticleNetwork.from_module(module, None if exported else example)
-    return module.detach().to(dtype=torch.float64)
+    return in_float64(module.detach())
+
+
+def in_float64(network: ParticleNetwork) -> ParticleNetwork:
+    """The same function in float64, with masses that sum to one there: in float32 they do not quite."""
+    if network.dtype == torch.float64:
+        return network
+    wide = network.to(dtype=torch.float64)
+    sums = [masses.sum() for masses in wide.masses]
+    masses = [p / total for p, total in zip(wide.masses, sums)]
+    kernels = [wide.kernels[0], *(kernel * total for kernel, total in zip(wide.kernels[1:], sums))]
+    return ParticleNetwork(network.architecture, masses, kernels, wide.readout * sums[-1], wide.biases)
 
 
 def _require_memory(problem: Problem, network: ParticleNetwork, **work: int) -> None:
@@ -163,22 +178,19 @@ def implied_penalty(problem: Problem, network: ParticleNetwork) -> Penalty:
     Along a scaling of the parameters w of a penalty lambda T(w), T of degree two, J is stationary where
     <d loss / d w, w> + 2 lambda T = 0; of the kernels between layers all are scaled together.  At a stationary point of
     the flow these are the strengths it was trained with.  At least LEAST_SHARE of the mean loss, and so positive also
-    where the loss would rise with the scale.  problem: its own penalty does not count.
+    where the loss would rise with the scale.  Norm and bounds are those of the problem's own penalty.
     """
     loss, gradients = problem.pulled_back(network)
     slopes = [float((each * slope).sum()) for each, slope in zip(network.tensors(), gradients)]
     depth = network.architecture.depth
     kernels, readout = slopes[depth : 2 * depth], slopes[2 * depth]
     first = kernels[0] + (slopes[2 * depth + 1] if network.biases[0] is not None else 0.0)
-    unit = Penalty(source=1.0, readout=1.0, input=1.0)
+    unit = replace(problem.penalty, source=1.0, readout=1.0, input=1.0)
     source, read, input_price = map(float, prices(network, unit))
     pulls = {"source": (sum(kernels[1:]), source), "readout": (readout, read), "input": (first, input_price)}
-    return Penalty(
-        **{
-            name: max(-pull, 2 * LEAST_SHARE * float(loss)) / (2 * price) if price > 0 else getattr(Penalty(), name)
-            for name, (pull, price) in pulls.items()
-        }
-    )
+    least = 2 * LEAST_SHARE * float(loss)
+    strengths = {name: max(-pull, least) / (2 * price) for name, (pull, price) in pulls.items() if price > 0}
+    return replace(problem.penalty, **strengths)
 
 
 def _bounded(problem: Problem, *networks: ParticleNetwork) -> Penalty:

@@ -146,7 +146,7 @@ def command(options: Options) -> None:
             problem.inputs,
             problem.targets,
             loss=subject.loss,
-            penalty=subject.penalty(problem),
+            penalty=subject.penalty(images),
             search=options.search,
             seed=options.seed,
             tolerance=options.tolerance,
@@ -175,10 +175,9 @@ def _figures(found: Audit, subject: Subject) -> dict[str, Any]:
     judged = {"training": found.problem}
     if subject.images.rest is not None:
         judged["held-out"] = subject.problem(subject.images.rest)
-    implied = all(subject.settings[name] is None for name in PRICES.values())
     return {
         "path": subject.path,
-        "prices": "derived from the network" if implied else "as they were given",
+        "prices": "derived from the network" if subject.implied else "as they were given",
         "penalty": asdict(found.problem.penalty),
         "value": found.value,
         "dual_value": found.dual_value,

@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from meanfield.auditing import implied_penalty
+from meanfield.auditing import implied_penalty, in_float64
 from meanfield.bench import reading
 from meanfield.data import Dataset
 from meanfield.modules import archive, chain
@@ -50,10 +50,11 @@ class Subject:
 
     @cached_property
     def network(self) -> ParticleNetwork:
+        """In float64."""
         if not self.path.endswith(archive.EXPORTED):
-            return load_network(self.path)
+            return in_float64(load_network(self.path))
         try:
-            return ParticleNetwork(*chain.particles(archive.of_file(self.path)))
+            return in_float64(ParticleNetwork(*chain.particles(archive.of_file(self.path))))
         except Misuse as error:  # of the layer, in words of the command line
             raise Misuse("network", self.path, f"has {error.value!r}, which {error.remedy}") from error
 
@@ -79,14 +80,18 @@ class Subject:
             raise Misuse("network", self.path, f"{remedy}{needed}: see --classes, --loss")
         return Problem(architecture, images.inputs.double(), images.targets(self.loss), self.loss, penalty)
 
-    def penalty(self, problem: Problem) -> Penalty:
+    def penalty(self, images: Dataset) -> Penalty:
         """What was asked for or the solve had, 0 for those left out beside others; else the implied strengths."""
         given = {name: self.settings[setting] for name, setting in PRICES.items()}
         further = {name: self.settings[name] for name in FURTHER if self.settings[name] is not None}
-        if all(value is None for value in given.values()):
-            found = implied_penalty(problem, self.network.to(dtype=problem.inputs.dtype))
-            given = {name: getattr(found, name) for name in PRICES}
+        if self.implied:
+            return implied_penalty(self.problem(images, Penalty(**further)), self.network)
         return Penalty(**{name: value or 0.0 for name, value in given.items()}, **further)
+
+    @property
+    def implied(self) -> bool:
+        """Whether no strength was asked for or known."""
+        return all(self.settings[name] is None for name in PRICES.values())
 
 
 def saved(value: Any, argument: str) -> str:
