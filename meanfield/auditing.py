@@ -63,9 +63,7 @@ class Audit:
         heads = list(self.table[0])
         lines = [heads, *([_shown(row[head]) for head in heads] for row in self.table)]
         sizes = [max(map(len, column)) for column in zip(*lines)]
-        rows = (
-            "  ".join([first.ljust(sizes[0]), *map(str.rjust, rest, sizes[1:])]).rstrip() for first, *rest in lines
-        )
+        rows = ("  ".join([first.ljust(sizes[0]), *map(str.rjust, rest, sizes[1:])]).rstrip() for first, *rest in lines)
         penalty = self.problem.penalty
         said = [
             f"J = {self.value:.8g} and no population of these features below {self.dual_value:.8g}: a gap of "
@@ -112,15 +110,15 @@ def audit(
     search: look for features that the network lacks, from `starts` starts, add the best `count` of them to the program,
     and bound J over all measures, where the theory has such a bound; unbounded activations of several layers have one
     among networks whose first kernels and amplitudes are no larger than the largest here.
-    tolerance, max_iterations, max_seconds, callback: of `solvers.splitting.solve`, for each program; max_seconds for the
-    search as well.
+    tolerance, max_iterations, max_seconds, callback: of `solvers.splitting.solve`, for each program; max_seconds
+    of the search as well.
     """
     network = _particles(module, images)
     inputs = network.architecture.check_inputs(images, "images").to(network.readout)
     posed = partial(Problem, network.architecture, inputs, targets, loss)
     problem = posed(implied_penalty(posed(), network) if penalty is None else penalty)
     options = {"max_iterations": max_iterations, "max_seconds": max_seconds, "callback": callback}
-    _require_memory(problem, network, starts=starts if search else 0, grow=count if search else 0)
+    _require_memory(problem, network, count if search else 0, starts)
     program = ConvexProgram.freeze(problem, network)
     solved = splitting.solve(program, tolerance, **options)
     unseen = None
@@ -165,9 +163,9 @@ def in_float64(network: ParticleNetwork) -> ParticleNetwork:
     return ParticleNetwork(network.architecture, masses, kernels, wide.readout * sums[-1], wide.biases)
 
 
-def _require_memory(problem: Problem, network: ParticleNetwork, **work: int) -> None:
+def _require_memory(problem: Problem, network: ParticleNetwork, grow: int, starts: int) -> None:
     try:
-        memory.require(problem, network.widths, **work)
+        memory.require(problem, network.widths, grow=grow, starts=starts)
     except Misuse as error:
         raise Misuse("module", network.widths, f"as widths {error.remedy}") from None
 
@@ -194,7 +192,7 @@ def implied_penalty(problem: Problem, network: ParticleNetwork) -> Penalty:
 
 
 def _bounded(problem: Problem, *networks: ParticleNetwork) -> Penalty:
-    """The penalty with those bounds without which no infimum over measures would be attained, at what networks reach."""
+    """With those bounds, without which no infimum over measures would be attained, at what networks reach."""
     missing, penalty = problem.missing_bounds(), problem.penalty
     if "input_bound" in missing:
         reached = max(float(input_norms(each.kernels[0], each.biases[0]).max()) for each in networks)
@@ -232,7 +230,10 @@ def _table(found: Audit) -> Iterator[Row]:
     dead = {name: dead_features(found.problem, each) for name, each in networks.items()}
     for layer in range(found.network.architecture.depth):
         at = f"layer {layer + 1}: "
-        yield {"quantity": f"{at}features with mass", **{n: int((e.masses[layer] > 0).sum()) for n, e in networks.items()}}
+        yield {
+            "quantity": f"{at}features with mass",
+            **{n: int((e.masses[layer] > 0).sum()) for n, e in networks.items()},
+        }
         yield {"quantity": f"{at}features they are worth", **{n: _worth(e.masses[layer]) for n, e in networks.items()}}
         yield {"quantity": f"{at}largest mass", **{n: float(e.masses[layer].max()) for n, e in networks.items()}}
         yield {"quantity": f"{at}dead features", **{name: int(each[layer].sum()) for name, each in dead.items()}}

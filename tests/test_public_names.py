@@ -12,9 +12,9 @@ import pytest
 
 PACKAGES = {
     "meanfield": (
-        "Architecture Audit Conv ConvexProgram ParticleNetwork Penalty Problem ProgramPoint Solution audit certificates "
-        "data finite forgetting fusion grafting landscape limits load_network measures save_network solve solvers starts "
-        "studies transfer"
+        "Architecture Audit Conv ConvexProgram ParticleNetwork Penalty Problem ProgramPoint Solution audit "
+        "certificates data finite forgetting fusion grafting landscape limits load_network measures save_network solve "
+        "solvers starts studies transfer"
     ),
     "meanfield.certificates": (
         "Certificate Multipliers UnseenFeatures certify dual_value search_features stationary_multipliers"

@@ -60,7 +60,7 @@ class _Archive:
             raise Misuse("path", str(self.path), remedy)
         shapes = {name: _shape(meta) for name, meta in graph["tensor_values"].items()}
         steps = [_step(node, held, shapes) for node in graph["nodes"]]
-        return Graph(given[0], shapes[given[0]], steps, outputs[0], "module")
+        return Graph(given[0], shapes[given[0]] or (), steps, outputs[0], "module")
 
     def tensor(self, name: str) -> Tensor:
         for kind, folder in (("weights", "weights"), ("constants", "constants")):

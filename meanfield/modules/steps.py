@@ -75,9 +75,7 @@ def of_module(module: Any, example: Tensor | None) -> Graph:
 
 
 def _read(program: Any) -> Graph:
-    held = {
-        spec.arg.name: _tensor(program, spec.target) for spec in program.graph_signature.input_specs if spec.target
-    }
+    held = {spec.arg.name: _tensor(program, spec.target) for spec in program.graph_signature.input_specs if spec.target}
     given = program.graph_signature.user_inputs
     if len(given) != 1 or len(program.graph_signature.user_outputs) != 1:
         raise Misuse("module", f"{len(given)} inputs", "must take one tensor of images and give one tensor of outputs")

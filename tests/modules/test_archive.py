@@ -1,5 +1,6 @@
 """Files of torch.export are read as data: the same network, and nothing in them is run."""
 
+import contextlib
 import json
 import pickle
 import shutil
@@ -65,10 +66,8 @@ def test_code_in_a_file_is_not_run_where_torch_runs_it(exported, tmp_path):
     assert not ran.exists()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        try:
+        with contextlib.suppress(Exception):  # whatever it makes of what the payload returns
             torch.export.load(path)
-        except Exception:  # whatever it makes of what the payload returns
-            pass
     assert ran.exists()  # the control
 
 
@@ -82,7 +81,7 @@ def test_tensors_as_pickles_are_refused(exported, tmp_path):
 
 def test_damage_is_said(exported, tmp_path):
     (tmp_path / "none.pt2").write_bytes(b"nothing")
-    with pytest.raises(ValueError, match="damaged, or no file of torch.export"):
+    with pytest.raises(ValueError, match="damaged, or no file of torch"):
         network_of(tmp_path / "none.pt2")
     short = rewritten(exported[2], tmp_path / "short.pt2", lambda n, old: old[:8] if n.endswith("weight_0") else old)
     with pytest.raises(ValueError, match="weight is said to have 36 numbers"):
@@ -94,5 +93,5 @@ def test_damage_is_said(exported, tmp_path):
     with pytest.raises(ValueError, match="laid out in a way that is not known"):
         network_of(rewritten(exported[2], tmp_path / "other.pt2", other))
     shutil.make_archive(str(tmp_path / "older"), "zip", exported[2].parent)
-    with pytest.raises(Misuse, match="save it again by torch.export.save"):
+    with pytest.raises(Misuse, match="save it again by torch"):
         network_of(tmp_path / "older.zip")

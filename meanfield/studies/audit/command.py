@@ -85,7 +85,9 @@ class Options(Settings):
     readout_penalty: strength("the readout") = None  # type: ignore[valid-type]
     input_penalty: strength("first-layer kernels") = None  # type: ignore[valid-type]
     kernel_norm: Annotated[
-        str | None, option(f"{', '.join(KERNEL_NORMS)}. Without it: as the solve, or l2.", OBJECTIVE), choice(KERNEL_NORMS)
+        str | None,
+        option(f"{', '.join(KERNEL_NORMS)}. Without it: as the solve, or l2.", OBJECTIVE),
+        choice(KERNEL_NORMS),
     ] = None
     amplitude_bound: AmplitudeBound = None
     input_bound: InputBound = None

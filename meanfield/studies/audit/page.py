@@ -35,8 +35,8 @@ def files(found: Audit, figures: Mapping[str, Any], made: Mapping[str, Any]) -> 
 def _page(found: Audit, figures: Mapping[str, Any], made: Mapping[str, Any]) -> Page:
     gain = found.value - found.repopulated.value
     claim = Markup(
-        "The network has J = <b>{}</b>. Its own features allow <b>{}</b>: repopulation alone lowers J by {:.2%}, and no "
-        "population of these features lies more than {} below the network."
+        "The network has J = <b>{}</b>. Its own features allow <b>{}</b>: repopulation alone lowers J by {:.2%}, and "
+        "no population of these features lies more than {} below the network."
     ).format(number(found.value), number(found.repopulated.value), gain / found.value, scientific(found.gap))
     return Page(f"Audit of {figures['path']}", claim, [*_sections(found, figures)], made, "All figures: summary.json.")
 
@@ -70,7 +70,10 @@ def _sections(found: Audit, figures: Mapping[str, Any]) -> list[Section]:
         "and features that nobody has tried may allow less still.",
     )
     table = Table([HEADS[head] for head in heads], rows)
-    return [Section("What its own features allow", [prices, table, explained, *said]), Section("Masses", [picture, limits])]
+    return [
+        Section("What its own features allow", [prices, table, explained, *said]),
+        Section("Masses", [picture, limits]),
+    ]
 
 
 def _cell(value: Any) -> Any:
