@@ -45,6 +45,7 @@ def problem_of(small, penalty=None):
     return network, mf.Problem(network.architecture, images, targets, "softmax", penalty)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", ["source", "readout", "input"])
 def test_implied_strengths_make_the_scale_of_every_part_stationary(small, part):
     network, problem = problem_of(small, mf.Penalty(kernel_norm="l1"))
@@ -64,6 +65,7 @@ def test_implied_strengths_make_the_scale_of_every_part_stationary(small, part):
     assert abs(slope) < 1e-6 * price
 
 
+@pytest.mark.slow
 def test_implied_strengths_are_positive_where_the_loss_rises_with_the_scale(small):
     network, problem = problem_of(small)
     wrong = with_tensors(network, [-t if i == 4 else t for i, t in enumerate(network.tensors())])

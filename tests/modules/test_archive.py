@@ -16,6 +16,8 @@ import meanfield as mf
 from meanfield.modules import archive, chain
 from meanfield.validation import Misuse
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):

@@ -58,6 +58,7 @@ def test_a_network_of_a_solve_is_audited_on_what_it_was_made_with(tmp_path):
     assert "right of 16 training images" in free["accuracy"]
 
 
+@pytest.mark.slow
 def test_what_cannot_be_audited_is_one_line(exported, tmp_path):
     (tmp_path / "pickle.pt").write_bytes(b"")
     cases = [
