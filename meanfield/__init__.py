@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     )
     from meanfield.activations import Activation
     from meanfield.architecture import Architecture, Conv
+    from meanfield.auditing import Audit, audit
     from meanfield.convex.program import ConvexProgram
     from meanfield.convex.repopulation import ProgramPoint
     from meanfield.network import ParticleNetwork
@@ -39,6 +40,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Activation",
     "Architecture",
+    "Audit",
     "Conv",
     "ConvexProgram",
     "ParticleNetwork",
@@ -47,6 +49,7 @@ __all__ = [
     "ProgramPoint",
     "Solution",
     "activations",
+    "audit",
     "certificates",
     "data",
     "finite",
@@ -71,6 +74,7 @@ __all__ = [
 _HOMES = {
     "Activation": "activations",
     "Architecture": "architecture",
+    "Audit": "auditing",
     "Conv": "architecture",
     "ConvexProgram": "convex.program",
     "ParticleNetwork": "network",
@@ -78,6 +82,7 @@ _HOMES = {
     "Problem": "problem",
     "ProgramPoint": "convex.repopulation",
     "Solution": "solvers.solution",
+    "audit": "auditing",
     "load_network": "storage",
     "save_network": "storage",
     "solve": "solvers.main_job",

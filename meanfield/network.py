@@ -81,6 +81,38 @@ class ParticleNetwork:
         network._assign(architecture, masses, kernels, readout, biases)
         return network
 
+    @classmethod
+    def from_module(cls, module: Any, example: Tensor | None = None) -> ParticleNetwork:
+        """The particles, of mass 1/m in a layer of m channels, that compute what a trained module does.
+
+        module: a torch.nn.Module in evaluation mode, or what torch.export made of one, that is a chain of convolutions,
+        activations of ACTIVATIONS, pools and one linear readout.  Batch norm is folded, a Linear in front of the
+        readout becomes a convolution of the size of its map, and a bias of the readout one more, constant particle of
+        the last layer.  example: images (N, C, H, W) of the module's dtype and device, one is enough; of an exported
+        program None will do.  The outputs on the example are compared.  dtype and device are the module's.
+
+        Misuse by the name of the layer that has no place in an Architecture: a shortcut, dilation, groups, pools that
+        overlap, dropout or batch norm in training mode, an activation that is not known.
+        """
+        from meanfield.modules import chain, steps  # torch.export and what comes with it
+
+        network = cls(*chain.particles(steps.of_module(module, example)))
+        if isinstance(example, Tensor):
+            network._compare(module.module() if isinstance(module, torch.export.ExportedProgram) else module, example)
+        return network
+
+    @torch.no_grad()
+    def _compare(self, module: Any, example: Tensor) -> None:
+        """Whatever was misread is found out here."""
+        theirs = module(example)
+        ours = self(example)
+        off = float((ours - theirs).abs().max() / theirs.abs().max().clamp_min(1))
+        if not off <= MASS_TOLERANCE[self.dtype]:
+            raise ValueError(
+                f"module gives outputs on the example from which the same weights as particles are {off:.2g} away: it "
+                "does something that its graph does not show; please report it"
+            )
+
     def _check(self) -> None:
         arch = self.architecture
         for name, entries in (("masses", self.masses), ("kernels", self.kernels), ("biases", self.biases)):

@@ -12,9 +12,9 @@ import pytest
 
 PACKAGES = {
     "meanfield": (
-        "Activation Architecture Conv ConvexProgram ParticleNetwork Penalty Problem ProgramPoint Solution activations "
-        "certificates data finite forgetting fusion grafting landscape limits load_network losses measures "
-        "save_network solve solvers starts studies transfer"
+        "Activation Architecture Audit Conv ConvexProgram ParticleNetwork Penalty Problem ProgramPoint Solution "
+        "activations audit certificates data finite forgetting fusion grafting landscape limits load_network losses "
+        "measures save_network solve solvers starts studies transfer"
     ),
     "meanfield.certificates": (
         "Certificate Multipliers UnseenFeatures certify dual_value search_features stationary_multipliers"

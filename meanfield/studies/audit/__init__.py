@@ -1,0 +1,1 @@
+"""Say how far a trained network is from what its own features allow, with proof."""
