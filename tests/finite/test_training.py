@@ -12,6 +12,7 @@ import meanfield as mf
 from meanfield import data, starts
 from meanfield.finite import FiniteCNN, train
 from meanfield.finite import training as module
+from meanfield.finite.scaling import BASE_WIDTH
 from meanfield.penalties import input_norms
 from meanfield.solvers import velocities
 
@@ -283,7 +284,7 @@ class TestMaximalUpdate:
     @pytest.mark.parametrize("optimiser", ["sgd", "adam"])
     def test_at_the_base_width_it_is_standard_training(self, optimiser):
         problem = make_problem()
-        widths = (module.BASE_WIDTH, module.BASE_WIDTH)
+        widths = (BASE_WIDTH, BASE_WIDTH)
         start = random_network(problem, widths, "mup")
         mup, standard = (
             train(problem, widths, start=start, scaling=scaling, optimiser=optimiser, learning_rate=1e-4, steps=5)
@@ -545,7 +546,12 @@ class TestResult:
         assert run.value == pytest.approx(float(problem.value(run.network.particles())), rel=1e-13)
         assert run.value == pytest.approx(min(record["value"] for record in run.history), rel=1e-13)
         assert run.value < 0.8 * run.history[0]["value"]
-        assert (run.status, run.steps, run.network.widths, run.network.scaling) == ("completed", 60, (5, 4), scaling)
+        assert (run.status, run.steps, run.network.widths, run.network.scaling.name) == (
+            "completed",
+            60,
+            (5, 4),
+            scaling,
+        )
         assert f"J = {run.value:.6g} after 60 steps" in run.message
 
     def test_records(self):
@@ -688,7 +694,7 @@ class TestStart:
         for given in (start, start.particles()):
             run = train(problem, (3, 4), start=given, scaling=scaling, steps=5)
             assert run.history[0]["value"] == pytest.approx(float(problem.value(start.particles())), rel=1e-12)
-            assert run.network.scaling == scaling
+            assert run.network.scaling.name == scaling
         assert all(torch.equal(tensor, before[name]) for name, tensor in start.state_dict().items())
 
     def test_random_mean_field_start_is_the_particle_start(self):

@@ -12,7 +12,7 @@ from torch import Tensor
 from meanfield import finite
 from meanfield.bench.sweep import Cell, Row
 from meanfield.bench.task import Task
-from meanfield.finite.training import LEARNING_RATES
+from meanfield.finite.scaling import SCALINGS
 
 
 def check(cell: Cell) -> list[Row]:
@@ -24,7 +24,7 @@ def check(cell: Cell) -> list[Row]:
     """
     task = Task.from_dict(cell)
     problem = task.problem()
-    rate = LEARNING_RATES[cell["optimiser"], cell["scaling"]]
+    rate = SCALINGS[cell["scaling"]].rates[cell["optimiser"]]
     ended = finite.train(
         problem,
         (cell["width"],) * task.depth,
