@@ -21,8 +21,8 @@ PACKAGES = {
     ),
     "meanfield.finite": (
         "AUTHORS_DROPOUT FiniteCNN Fitted L12_STRENGTHS L2_STRENGTHS Recipe Replayed Scaling Score Step Training cnn "
-        "evaluate fed_back feedback_aligned fit kernel l12 log_spaced_times mlp regulariser replay residual sample sequential "
-        "train vgg"
+        "evaluate fed_back feedback_aligned fit kernel l12 log_spaced_times mlp regulariser replay residual sample "
+        "sequential train vgg"
     ),
     "meanfield.landscape": (
         "Joined Plane Sharpness Surface Trajectory balanced eigenplane join line plane principal sharpness surface "
