@@ -66,6 +66,7 @@ SLOW = {
     "test_readme.py::test_a_recipe_runs_as_written[example1]",
     "test_readme.py::test_a_recipe_runs_as_written[example2]",
     "test_readme.py::test_a_recipe_runs_as_written[example3]",
+    "test_readme.py::test_a_recipe_runs_as_written[example4]",
     "test_readme.py::test_the_convexity_example_runs_as_written",
     "test_readme.py::test_the_example_runs_as_written",
     "test_readme.py::test_the_grafting_example_runs_as_written",

@@ -20,9 +20,9 @@ PACKAGES = {
         "Certificate Multipliers UnseenFeatures certify dual_value search_features stationary_multipliers"
     ),
     "meanfield.finite": (
-        "AUTHORS_DROPOUT FiniteCNN Fitted L12_STRENGTHS L2_STRENGTHS Recipe Replayed Score Step Training cnn evaluate "
-        "fed_back feedback_aligned fit kernel l12 log_spaced_times mlp regulariser replay residual sample sequential "
-        "train vgg"
+        "AUTHORS_DROPOUT FiniteCNN Fitted L12_STRENGTHS L2_STRENGTHS Recipe Replayed Scaling Score Step Training cnn "
+        "evaluate fed_back feedback_aligned fit kernel l12 log_spaced_times mlp regulariser replay residual sample "
+        "sequential train vgg"
     ),
     "meanfield.losses": (
         "HingeLoss HuberLoss LOSSES LabelLoss LogisticLoss Loss LossCheck ScalarLoss SoftmaxLoss SquaredLoss accuracy "
@@ -60,6 +60,7 @@ MODULES = {
     "meanfield.solvers.velocities": "advance metric_speed squared_distance velocity",
     "meanfield.starts": "STARTS draw start",
     "meanfield.storage": "load_network load_tensors save_network save_tensors write_atomically",
+    "meanfield.studies.widths.parameterisation": "Measured measure_scaling",
     "meanfield.studies.convexity": (
         "Curvature Falsification ProgramVariables Segments Witness curvature falsify segments"
     ),

@@ -84,7 +84,7 @@ def check(options: Options) -> None:
                 records = _measure(chosen, options)
                 _tell(console, records, options)
                 if result is not None:
-                    _write(records, result, options)
+                    _write(chosen, records, result, options)
         except KeyboardInterrupt:
             command.interrupted(options.out, KEPT)
     if not all(record["passed"] for record in records):
@@ -119,12 +119,12 @@ def _tell(console: Console, records: Sequence[Record], options: Options) -> None
         console.print(line, style="bold red", markup=False)
 
 
-def _write(records: Sequence[Record], result: Result, options: Options) -> None:
+def _write(chosen: Sequence[Claim], records: Sequence[Record], result: Result, options: Options) -> None:
     from meanfield.bench.provenance import Provenance, library
     from theory_checks import page
 
     made = Provenance(options.command_line(*PROGRAM), options.to_dict(), library("theory_checks"))
-    files = page.files(records, made)
+    files = page.files(records, made, {claim.name: claim.axes for claim in chosen})
     with signals.held():
         result.publish(files)
     print(f"page: {result.directory / page.PAGE}")

@@ -13,7 +13,8 @@ from meanfield.bench.provenance import Provenance
 from meanfield.pages import html
 from meanfield.pages.html import Figure, Page, Section, Verbatim
 from meanfield.storage import to_json
-from theory_checks import catalogue, pictures
+from theory_checks import pictures
+from theory_checks.claim import Axes
 
 Record = Mapping[str, Any]
 PAGE, RESULTS = "index.html", "results.json"
@@ -96,10 +97,10 @@ def failures(records: Sequence[Record]) -> list[str]:
     return lines
 
 
-def files(records: Sequence[Record], made: Provenance) -> dict[str, bytes | str]:
+def files(records: Sequence[Record], made: Provenance, axes: Mapping[str, Axes]) -> dict[str, bytes | str]:
     """Name -> content: the picture of every claim as PNG, results.json and the page that links them."""
     drawn = {
-        f"{name}.png": pictures.picture(first, catalogue.claim(name).axes)
+        f"{name}.png": pictures.picture(first, axes[name])
         for name, (first, *_) in grouped(records).items()
         if first["evidence"]
     }

@@ -51,7 +51,7 @@ def measure(cell: Cell, witnesses: str | None = None) -> list[Record]:
     """The record of one claim at one seed; its controls' witnesses are saved in the directory `witnesses`."""
     verdict = judge(catalogue.claim(cell["claim"]), Setting(cell["seed"], cell["full"], cell["device"]))
     if witnesses is not None:
-        _save_witnesses(verdict, Path(witnesses))
+        save_witnesses(verdict, Path(witnesses))
     return [verdict.to_dict()]
 
 
@@ -60,7 +60,7 @@ def sources(cell: Cell) -> list[Path]:
     return [Path(__file__).with_name(f"{module}.py") for module in (*FRAME, catalogue.family_of(cell["claim"]))]
 
 
-def _save_witnesses(verdict: Verdict, directory: Path) -> None:
+def save_witnesses(verdict: Verdict, directory: Path) -> None:
     """Controls' witnesses against convexity, to be replayed: `convexity.Witness.load(path).replay(function)`."""
     for name, evidence in verdict.controls.items():
         if evidence.witness is not None and verdict.setting.seed == 0:

@@ -29,6 +29,7 @@ from meanfield.bench import sweep
 from meanfield.bench.options import MODEL, Dtype, Jobs, Samples, at_least, option
 from meanfield.bench.sweep import Cell, Row
 from meanfield.finite import training
+from meanfield.finite.scaling import SCALINGS
 
 STEP_ALLOWED, OVERHEAD_ALLOWED = 1.3, 0.05
 CONTENDERS: tuple[str, ...] = ("finite.train", "plain", "plain with penalties")
@@ -64,8 +65,9 @@ class Options(BenchmarkOptions):
 def library_step(options: Options) -> Step:
     """One step of `finite.train`, without its records."""
     (task, _), generator = plain.problem(options.samples, options.dtype), torch.Generator().manual_seed(0)
-    chosen = training._Settings("sgd", "mean_field", None, 10**6, "constant")
-    network = training._start(task, options.widths, generator, "mean_field", "random")
+    scaling = SCALINGS["mean_field"]
+    chosen = training._Settings("sgd", scaling, None, 10**6, "constant")
+    network = training._start(task, options.widths, generator, scaling, "random")
     run = training._Run(task, network, chosen, training._Batches(options.samples, None, True, generator), None)
     return lambda: training._step(run)
 

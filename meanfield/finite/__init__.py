@@ -5,6 +5,7 @@ from meanfield.finite.network import FiniteCNN, sample, sequential
 from meanfield.finite.plain import cnn, mlp
 from meanfield.finite.recipes import AUTHORS_DROPOUT, L2_STRENGTHS, L12_STRENGTHS, Recipe, l12, regulariser
 from meanfield.finite.replay import Replayed, replay
+from meanfield.finite.scaling import Scaling
 from meanfield.finite.training import Training, log_spaced_times, train
 from meanfield.finite.vgg import residual, vgg
 
@@ -16,6 +17,7 @@ __all__ = [
     "Fitted",
     "Recipe",
     "Replayed",
+    "Scaling",
     "Score",
     "Step",
     "Training",

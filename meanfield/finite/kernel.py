@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from meanfield import limits, validation
 from meanfield.activations import ACTIVATIONS
 from meanfield.architecture import Architecture
-from meanfield.finite.network import SCALINGS, FiniteCNN
+from meanfield.finite.network import FiniteCNN
 from meanfield.signatures import checked
 
 PARALLEL = 2.0**-44  # 1 - |cos a|: 2^8 roundings in sums of that many products
@@ -128,15 +128,15 @@ def _entries_per_image(network: FiniteCNN) -> int:
 @torch.enable_grad()
 def _gradients(network: FiniteCNN, inputs: Tensor) -> Tensor:
     """dF/dtheta of every image, (N, parameters)."""
-    layers, scale = network.architecture.layers, SCALINGS[network.scaling]
+    layers, factors = network.architecture.layers, network.forward_factors
     signals, preactivations, read = _forward(network, inputs)
-    amounts = network.readout.detach() * scale(network.widths[-1])
+    amounts = network.readout.detach() * factors[-1]
     # images do not act on one another, so that one backward pass of the sum gives dF(x_n)/dg(x_n) of every image
     responses = torch.autograd.grad((read.flatten(1) @ amounts.flatten()).sum(), preactivations)
-    blocks = [scale(network.widths[-1]) * read.detach().flatten(1)]
-    for layer, bias, signal, response in zip(layers, network.biases, signals, responses):
+    blocks = [factors[-1] * read.detach().flatten(1)]
+    for layer, bias, signal, response, factor in zip(layers, network.biases, signals, responses, factors):
         delta = response.flatten(2)  # (N, M, P)
-        blocks.append(scale(signal.shape[1]) * (delta @ layer.patches(signal.detach())).flatten(1))
+        blocks.append(factor * (delta @ layer.patches(signal.detach())).flatten(1))
         blocks += [] if bias is None else [delta.sum(2)]
     return torch.cat(blocks, 1)
 
@@ -144,8 +144,9 @@ def _gradients(network: FiniteCNN, inputs: Tensor) -> Tensor:
 def _forward(network: FiniteCNN, inputs: Tensor) -> tuple[list[Tensor], list[Tensor], Tensor]:
     """What every layer reads, its pre-activations, and what the readout multiplies; a graph from the first g on."""
     signal, signals, preactivations = inputs.detach(), [], []
-    for layer, kernel, bias in zip(network.architecture.layers, network.kernels, network.biases):
-        weights = kernel.detach() * SCALINGS[network.scaling](kernel.shape[1])
+    factors = network.forward_factors
+    for layer, kernel, bias, factor in zip(network.architecture.layers, network.kernels, network.biases, factors):
+        weights = kernel.detach() * factor
         g = layer.convolve(signal, weights, None if bias is None else bias.detach())
         signals.append(signal)
         preactivations.append(g if g.requires_grad else g.requires_grad_())

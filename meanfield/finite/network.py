@@ -1,35 +1,30 @@
-"""Convolutional networks of finite width, in four scalings, and finite networks sampled from a continuous one."""
+"""Convolutional networks of finite width, in any scaling, and finite networks sampled from a continuous one."""
 
 from __future__ import annotations
 
-import math
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from typing import Annotated
 
 import torch
 from torch import Tensor, nn
 
 from meanfield import limits, measures, starts, validation
 from meanfield.architecture import Architecture, Conv
+from meanfield.finite.scaling import Scaling, registered
 from meanfield.network import MASS_TOLERANCE, ParticleNetwork, along_axis
 from meanfield.signatures import checked
-from meanfield.starts import normal
-
-SCALINGS: dict[str, Callable[[int], float]] = {
-    "mean_field": lambda channels: 1 / channels,
-    "ntk": lambda channels: 1 / math.sqrt(channels),
-    "standard": lambda channels: 1.0,
-    "mup": lambda channels: 1.0,
-}
+from meanfield.starts import STARTS, normal
 
 
 class FiniteCNN(nn.Module):
     """A CNN of widths m_1..m_L with m_l channels in layer l, m_0 = C_0.
 
-    g^l_j = s(m_{l-1}) sum_i w_ij * f^{l-1}_i + b_j and F = s(m_L) sum_j <u_j, f^L_j>, where s(m) is 1/m ("mean_field"),
-    1/sqrt(m) ("ntk", Jacot et al. 2018) or 1 ("standard", and "mup", the maximal update parameterisation of Yang & Hu
-    2021, which differs from "standard" in the readout of its start and in the learning rates of its layers, see
-    finite.training).  In the mean-field scaling this is the ParticleNetwork of the same kernels with uniform masses.
+    g^l_j = s_l sum_i w_ij * f^{l-1}_i + b_j and F = s_{L+1} sum_j <u_j, f^L_j>, with the multipliers s of a Scaling or
+    of one that has a name: 1/m of the m channels that are read ("mean_field"), 1/sqrt(m) ("ntk", Jacot et al. 2018) or
+    1 ("standard", and "mup", the maximal update parameterisation of Yang & Hu 2021, which differs from "standard" in
+    the readout of its start and in the learning rates of its layers).  In the mean-field scaling this is the
+    ParticleNetwork of the same kernels with uniform masses.
     Shapes of kernels, readout and biases as in ParticleNetwork; they become
     parameters, and dtype and device follow them.
     """
@@ -40,13 +35,12 @@ class FiniteCNN(nn.Module):
         kernels: Sequence[Tensor],
         readout: Tensor,
         biases: Sequence[Tensor | None] | None = None,
-        scaling: str = "mean_field",
+        scaling: str | Scaling = "mean_field",
     ) -> None:
         super().__init__()
-        validation.one_of(scaling, "scaling", SCALINGS)
         masses = [kernel.new_full(kernel.shape[:1], 1 / max(len(kernel), 1)) for kernel in kernels]
         checked = ParticleNetwork(architecture, masses, kernels, readout, biases)
-        self.architecture, self.scaling, self.widths = architecture, scaling, checked.widths
+        self.architecture, self.scaling, self.widths = architecture, registered(scaling), checked.widths
         self.kernels = nn.ParameterList(nn.Parameter(kernel.detach().clone()) for kernel in kernels)
         self.readout = nn.Parameter(readout.detach().clone())
         present = {str(layer): bias for layer, bias in enumerate(checked.biases) if bias is not None}
@@ -62,36 +56,30 @@ class FiniteCNN(nn.Module):
         widths: Sequence[int],
         inputs: Tensor,
         generator: torch.Generator,
-        scaling: str = "mean_field",
+        scaling: Annotated[str | Scaling, registered] = "mean_field",
     ) -> FiniteCNN:
         """A random start, dtype and device as `inputs` (N, C_0, H, W).
 
         "mean_field": `starts.start`, whose features are of order one and whose output vanishes like
         1/sqrt(m_L), as that of a readout of order one must.  "ntk" and "standard": the He start, Gaussian kernels that
         keep features and output of order one at every width (the same function for both), biases zero.  "mup": that of
-        "standard" with the readout divided by sqrt(m_L), so that the output vanishes like 1/sqrt(m_L).
+        "standard" with the readout divided by sqrt(m_L), so that the output vanishes like 1/sqrt(m_L).  Others:
+        `Scaling.initial`.
         """
-        validation.one_of(scaling, "scaling", SCALINGS)
+        rule = registered(scaling)
         widths = validation.widths(widths, architecture.depth)
         validation.working(architecture.check_inputs(inputs).dtype, "inputs.dtype")
-        if scaling == "mean_field":
-            return cls.from_particles(starts.start(architecture, widths, inputs, generator))
-        return cls._he(architecture, widths, inputs, generator, scaling)
+        if rule.initial in STARTS:
+            return cls.from_particles(starts.start(architecture, widths, inputs, generator, str(rule.initial)), rule)
+        deviations = rule.deviations(architecture, widths)
+        shapes = [*architecture.kernel_shapes(widths), architecture.readout_shape(widths[-1])]
+        *kernels, readout = (normal(shape, generator, inputs) * each for shape, each in zip(shapes, deviations))
+        biases = [inputs.new_zeros(m) if layer.bias else None for layer, m in zip(architecture.layers, widths)]
+        return cls(architecture, kernels, readout, biases, rule)
 
     @classmethod
-    def _he(
-        cls, architecture: Architecture, widths: Sequence[int], like: Tensor, generator: torch.Generator, scaling: str
-    ) -> FiniteCNN:
-        shapes, deviations = architecture.kernel_shapes(widths), he_deviations(architecture, widths, scaling)
-        kernels = [normal(shape, generator, like) * each for shape, each in zip(shapes, deviations)]
-        readout = normal(architecture.readout_shape(widths[-1]), generator, like) * deviations[-1]
-        biases = [like.new_zeros(m) if layer.bias else None for layer, m in zip(architecture.layers, widths)]
-        return cls(architecture, kernels, readout, biases, scaling)
-
-    @classmethod
-    def from_particles(cls, network: ParticleNetwork, scaling: str = "mean_field") -> FiniteCNN:
+    def from_particles(cls, network: ParticleNetwork, scaling: str | Scaling = "mean_field") -> FiniteCNN:
         """The finite network that computes the same function; the masses must be uniform."""
-        validation.one_of(scaling, "scaling", SCALINGS)
         validation.instance(network, "network", ParticleNetwork)
         for layer, masses in enumerate(network.masses):
             spread = float((masses * len(masses) - 1).abs().max())
@@ -115,11 +103,16 @@ class FiniteCNN(nn.Module):
         return network if attached else network.map(lambda tensor: tensor.detach().clone())
 
     @property
+    def forward_factors(self) -> list[float]:
+        """s_l, l = 1..L+1, of the kernels and of the readout."""
+        return self.scaling.forward_factors(self.architecture, self.widths)
+
+    @property
     def mean_field_factors(self) -> list[float]:
-        """s(m_l) m_l, l = 0..L: kernels and readout times these are the parameters of the same function in the
+        """s_l m_{l-1}, l = 1..L+1: kernels and readout times these are the parameters of the same function in the
         mean-field scaling.
         """
-        return [SCALINGS[self.scaling](m) * m for m in (self.architecture.input_shape[0], *self.widths)]
+        return [s * m for s, m in zip(self.forward_factors, (self.architecture.input_shape[0], *self.widths))]
 
     @property
     def biases(self) -> tuple[Tensor | None, ...]:
@@ -135,29 +128,14 @@ class FiniteCNN(nn.Module):
         return torch.cat([self._respond(inputs[block]) for block in limits.blocks(len(inputs), each)])
 
     def _respond(self, inputs: Tensor) -> Tensor:
-        signal, scale = inputs, SCALINGS[self.scaling]
-        for layer, kernel, bias in zip(self.architecture.layers, self.kernels, self.biases):
-            signal = layer.activate(layer.convolve(signal, kernel * scale(kernel.shape[1]), bias))
+        signal, factors = inputs, self.forward_factors
+        for layer, kernel, bias, factor in zip(self.architecture.layers, self.kernels, self.biases, factors):
+            signal = layer.activate(layer.convolve(signal, kernel * factor, bias))
         read = self.architecture.readout_features(signal)
-        return read.flatten(1) @ (self.readout * scale(self.widths[-1])).flatten(1).T
+        return read.flatten(1) @ (self.readout * factors[-1]).flatten(1).T
 
     def extra_repr(self) -> str:
-        return f"widths={self.widths}, scaling={self.scaling!r}"
-
-
-def he_deviations(architecture: Architecture, widths: Sequence[int], scaling: str) -> list[float]:
-    """Standard deviations of the entries of kernels 1..L and of the readout at the He start of a scaling.
-
-    He et al. 2015, eq. (10): s(m) w has the variance gain / fan-in.
-    """
-    deviations = []
-    for layer, shape in zip(architecture.layers, architecture.kernel_shapes(widths)):
-        variance = layer.h.gain / (shape[1] * layer.offsets)
-        deviations.append(math.sqrt(variance) / SCALINGS[scaling](shape[1]))
-    flattened = architecture.readout_positions if architecture.readout == "flatten" else 1
-    readout = math.sqrt(flattened / widths[-1]) / SCALINGS[scaling](widths[-1])
-    # variance 1/m_L^2: Yang & Hu 2021, maximal update parameterisation
-    return [*deviations, readout / math.sqrt(widths[-1]) if scaling == "mup" else readout]
+        return f"widths={self.widths}, scaling={self.scaling.name!r}"
 
 
 @checked

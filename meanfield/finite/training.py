@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from meanfield import limits, validation
-from meanfield.finite.network import SCALINGS, FiniteCNN
+from meanfield.finite.network import FiniteCNN
+from meanfield.finite.scaling import SCALINGS, Scaling, registered
 from meanfield.network import ParticleNetwork
 from meanfield.precision import full_float32
 from meanfield.problem import Problem, project_bounds
@@ -29,22 +30,10 @@ from meanfield.storage.tensors import digest
 from meanfield.validation import Misuse, choice, path
 
 OPTIMISERS: dict[str, Callable[..., torch.optim.Optimizer]] = {"adam": torch.optim.Adam, "sgd": torch.optim.SGD}
-LEARNING_RATES = {
-    ("adam", "mean_field"): 5e-2,
-    ("adam", "ntk"): 3e-2,
-    ("adam", "standard"): 1e-2,
-    ("adam", "mup"): 1e-2,
-    ("sgd", "mean_field"): 5e-1,
-    ("sgd", "ntk"): 5e-1,
-    ("sgd", "standard"): 5e-2,
-    ("sgd", "mup"): 2e-1,
-}
 SCHEDULES: dict[str, Callable[[float], float]] = {
     "cosine": lambda progress: 0.5 * (1 + math.cos(math.pi * progress)),
     "constant": lambda progress: 1.0,
 }
-# the width at which every layer of the maximal update parameterisation has the learning rate that was given
-BASE_WIDTH = 64
 TIME_TOLERANCE = 1e-9  # relative; the rounding of a sum of up to a million learning rates is below it
 RECORDS = 100  # of a run, by default
 BLOW_UP = 1e6  # a run whose J exceeds this many times its start (and 1) is taken as lost
@@ -84,7 +73,7 @@ def train(
     widths: Sequence[int],
     seed: Seed = 0,
     *,
-    scaling: Annotated[str, choice(SCALINGS)] = "mean_field",
+    scaling: Annotated[str | Scaling, registered] = "mean_field",
     optimiser: Annotated[str, choice(OPTIMISERS)] = "adam",
     learning_rate: Positive | None = None,
     steps: Count = 2000,
@@ -101,11 +90,11 @@ def train(
 ) -> Training:
     """Train a finite CNN of the given widths on problem's J, its penalties taken at uniform masses.
 
-    scaling: "mean_field", "ntk", "standard" or "mup", see FiniteCNN.  In the mean-field scaling gradients are divided
-    by
-        the masses 1/m of their particles (the metric of the particle flow), so that a step does not vanish with the
-        width; in "mup" every layer has its own learning rate, see `layer_rates`.
-    learning_rate: default 0.05, 0.03, 0.01, 0.01 for Adam in the four scalings and 0.5, 0.5, 0.05, 0.2 for SGD.
+    scaling: "mean_field", "ntk", "standard", "mup" or a Scaling, see FiniteCNN.  In the mean-field scaling gradients
+        are divided by the masses 1/m of their particles (the metric of the particle flow), so that a step does not
+        vanish with the width; in "mup" every layer has its own learning rate, see `layer_rates`.
+    learning_rate: default that of the scaling: 0.05, 0.03, 0.01, 0.01 for Adam in these four, 0.5, 0.5, 0.05, 0.2 for
+        SGD.
     batch_size: images per step, None for all; shuffled anew every epoch, or in file order with shuffle=False.
     schedule: "cosine" (to zero over `steps`) or "constant".
     noise: temperature tau of noisy SGD in the mean-field scaling: after a step every kernel, bias and readout entry
@@ -131,14 +120,16 @@ def train(
     it is random and refused (ValueError) if it was given.  Divergence, an interrupt from the keyboard and a limit
     (`limits.within`) end the run with a status.  dtype and device are those of the inputs.
     """
-    settings = _Settings(optimiser, scaling, learning_rate, steps, schedule, noise, checkpoints, record_every)
+    rule = registered(scaling)
+    settings = _Settings(optimiser, rule, learning_rate, steps, schedule, noise, checkpoints, record_every)
     problem.require_whole("finite.train")
     generator = torch.Generator().manual_seed(seed)
     batches = _Batches(len(problem.inputs), batch_size, shuffle, generator)
-    run = _Run(problem, _start(problem, widths, generator, scaling, start), settings, batches, callback)
+    run = _Run(problem, _start(problem, widths, generator, rule, start), settings, batches, callback)
     choices = {
         "seed": seed,
         "widths": run.network.widths,
+        "scaling": rule.described(problem.architecture, run.network.widths, optimiser),
         "batch_size": batches.size,
         "shuffle": shuffle,
         "start": _named(start),
@@ -166,7 +157,7 @@ class _Settings:
     def __init__(
         self,
         optimiser: str,
-        scaling: str,
+        scaling: Scaling,
         learning_rate: float | None,
         steps: int,
         schedule: str,
@@ -175,20 +166,20 @@ class _Settings:
         record_every: int | None = None,
     ) -> None:
         self.optimiser, self.shape = OPTIMISERS[optimiser], SCHEDULES[schedule]
-        self.peak = LEARNING_RATES[optimiser, scaling] if learning_rate is None else learning_rate
+        self.peak = scaling.rates[optimiser] if learning_rate is None else learning_rate
         self.steps, self.noise = steps, noise
-        if self.noise and (optimiser, scaling) != ("sgd", "mean_field"):
+        if self.noise and (optimiser, scaling) != ("sgd", SCALINGS["mean_field"]):
             raise Misuse(
                 "noise",
                 noise,
-                f"needs optimiser='sgd' and scaling='mean_field', not {optimiser!r} and {scaling!r}: only there is it "
-                "the temperature of the particle flow",
+                f"needs optimiser='sgd' and scaling='mean_field', not {optimiser!r} and {scaling.name!r}: only there "
+                "is it the temperature of the particle flow",
             )
         times = _increasing(checkpoints)
         self.checkpoints = _checkpoint_steps(times, self)
         self.described = {
             "optimiser": optimiser,
-            "scaling": scaling,
+            "scaling": scaling.name,
             "learning_rate": self.peak,
             "steps": self.steps,
             "schedule": schedule,
@@ -346,7 +337,7 @@ def _descend(run: _Run, file: StateFile | None, state_every: int) -> str:
 
 
 def layer_rates(network: FiniteCNN, optimiser: str) -> dict[str, float]:
-    """Learning rates of the parameters, by name, as multiples of the one given: 1 except in the scaling "mup".
+    """Learning rates of the parameters, by name, as multiples of the one given: 1 in the named scalings except "mup".
 
     Yang & Hu 2021 at base width B = BASE_WIDTH, for hidden kernels from m' to m channels:
 
@@ -361,15 +352,7 @@ def layer_rates(network: FiniteCNN, optimiser: str) -> dict[str, float]:
     rate = m/m'.  So too the others: dz = -m_1 dJ/dz and db = -m dJ/db (nothing is summed over a width), and with
     v = m_L u, dv = -m_L dJ/dv: rate = 1/m_L.  The powers of B make all factors 1 at widths B.
     """
-    names = [name for name, _ in network.named_parameters()]
-    if network.scaling != "mup":
-        return dict.fromkeys(names, 1.0)
-    targets, sources = network.widths, (BASE_WIDTH, *network.widths[:-1])
-    rates = {"readout": BASE_WIDTH / targets[-1]}
-    for layer, (target, source) in enumerate(zip(targets, sources)):
-        rates[f"kernels.{layer}"] = BASE_WIDTH / source if optimiser == "adam" else target / source
-        rates[f"bias_parameters.{layer}"] = 1.0 if optimiser == "adam" else target / BASE_WIDTH
-    return {name: rates[name] for name in names}
+    return network.scaling.layer_rates(network.architecture, network.widths, optimiser)
 
 
 def _optimiser(network: FiniteCNN, settings: _Settings) -> torch.optim.Optimizer:
@@ -390,8 +373,7 @@ def _step(run: _Run) -> None:
         group["lr"] = rate * group["factor"]
     optimiser.zero_grad(set_to_none=True)
     _pull_back(batch, run.network)
-    if run.network.scaling == "mean_field":
-        _divide_by_masses(run.network)
+    _scale_gradients(run.network)
     optimiser.step()
     if run.settings.noise:
         _disturb(run.network, math.sqrt(2 * run.settings.noise * rate), run.batches.generator)
@@ -417,18 +399,12 @@ def _disturb(network: FiniteCNN, deviation: float, generator: torch.Generator) -
         parameter.add_(normal(parameter.shape, generator, parameter), alpha=deviation)
 
 
-def _divide_by_masses(network: FiniteCNN) -> None:
-    """The metric of the particle gradient flow (Chizat & Bach 2018) at masses p = 1/m:
-
-    dz_i/dt = -(1/p_i) dJ/dz_i,  dw_ij/dt = -(1/(p_i p_j)) dJ/dw_ij,  du_j/dt = -(1/p_j) dJ/du_j.
-    """
-    sources = (1, *network.widths[:-1])
-    for kernel, bias, source, target in zip(network.kernels, network.biases, sources, network.widths):
-        for parameter, factor in ((kernel, source * target), (bias, target)):
-            if parameter is not None and parameter.grad is not None:
-                parameter.grad.mul_(factor)
-    if network.readout.grad is not None:
-        network.readout.grad.mul_(network.widths[-1])
+def _scale_gradients(network: FiniteCNN) -> None:
+    """Gradients as the optimiser is to see them."""
+    factors = network.scaling.gradient_factors(network.architecture, network.widths)
+    for name, parameter in network.named_parameters():
+        if parameter.grad is not None and factors[name] != 1:
+            parameter.grad.mul_(factors[name])
 
 
 @torch.no_grad()
@@ -441,7 +417,10 @@ def _project(network: FiniteCNN, problem: Problem) -> None:
     penalty = problem.penalty
     if penalty.input_bound is None and penalty.amplitude_bound is None:
         return
-    nearest = project_bounds(problem, network.particles(), input_bias_steps=1 / network.mean_field_factors[0] ** 2)
+    lengths = _step_lengths(network)
+    kernel = lengths["kernels.0"] * network.mean_field_factors[0] ** 2
+    bias_steps = lengths.get("bias_parameters.0", 1.0) / kernel
+    nearest = project_bounds(problem, network.particles(), input_bias_steps=bias_steps)
     for parameter, kernel, factor in zip(network.kernels, nearest.kernels, network.mean_field_factors):
         parameter.copy_(kernel / factor)
     for parameter, bias in zip(network.biases, nearest.biases):
@@ -449,11 +428,17 @@ def _project(network: FiniteCNN, problem: Problem) -> None:
             parameter.copy_(bias)
 
 
+def _step_lengths(network: FiniteCNN) -> dict[str, float]:
+    """By how much a step of SGD at rate 1 multiplies the gradient of each parameter."""
+    factors = network.scaling.gradient_factors(network.architecture, network.widths)
+    return {name: rate * factors[name] for name, rate in layer_rates(network, "sgd").items()}
+
+
 def _start(
     problem: Problem,
     widths: Sequence[int],
     generator: torch.Generator,
-    scaling: str,
+    scaling: Scaling,
     start: str | ParticleNetwork | FiniteCNN,
 ) -> FiniteCNN:
     widths = validation.widths(widths, problem.architecture.depth)

@@ -24,7 +24,7 @@ from torch.nn import functional
 
 from meanfield.activations import Activation
 from meanfield.architecture import Architecture
-from meanfield.finite.network import SCALINGS, FiniteCNN
+from meanfield.finite.network import FiniteCNN
 from meanfield.finite.vgg import ResidualBlock
 from meanfield.landscape.products import product
 from meanfield.network import ParticleNetwork, along_axis
@@ -396,11 +396,10 @@ def _residual(module: Any, names: Names) -> list[Layer]:
 
 
 def _finite(module: Any, names: Names) -> list[Layer]:
-    scale = SCALINGS[module.scaling]
-    factors = [scale(kernel.shape[1]) for kernel in module.kernels]
+    *factors, last = module.forward_factors
     kernels = [_scaled(names(kernel), factor) for kernel, factor in zip(module.kernels, factors)]
     biases = [names.maybe(bias) for bias in module.biases]
-    return _continuous(module.architecture, kernels, biases, _scaled(names(module.readout), scale(module.widths[-1])))
+    return _continuous(module.architecture, kernels, biases, _scaled(names(module.readout), last))
 
 
 def _particles(network: ParticleNetwork) -> list[Layer]:

@@ -32,15 +32,17 @@ from meanfield.convex.program import ConvexProgram
 from meanfield.convex.repopulation import ProgramPoint
 from meanfield.network import along_axis
 from meanfield.signatures import Count, Seed, checked
-from meanfield.validation import instance
+from meanfield.validation import Misuse, instance
 
 Function = Callable[[Tensor], Tensor]
 Sampler = Callable[[torch.Generator], Tensor]
+Constraint = Callable[[Tensor], Tensor]
 
 # up to here all eigenvalues are computed, which is quicker too; beyond, Lanczos finds the two ends
 DENSE_DIMENSION = 1000
 LANCZOS_TOLERANCE = 1e-6  # of the residual, relative to the largest eigenvalue
 VERTICES, ASCENT_STEPS, ASCENT_RATE = 8, 40, 0.2  # of one restart of the search
+RESTORING_STEPS = 100  # of Newton's method from a drawn point to the constraints
 LIGHT_MASSES = 0.25  # concentration of sampled masses: below 1, so that light particles are common
 
 
@@ -182,16 +184,32 @@ class Curvature:
 
 @checked
 @torch.inference_mode(False)
-def curvature(function: Function, point: Tensor, tangent: Tensor | None = None, *, seed: Seed = 0) -> Curvature:
+def curvature(
+    function: Function,
+    point: Tensor,
+    tangent: Tensor | None = None,
+    *,
+    equalities: Constraint | None = None,
+    inequalities: Constraint | None = None,
+    seed: Seed = 0,
+) -> Curvature:
     """Smallest and largest eigenvalue of Z^T H Z, H the Hessian at `point` (d,) and Z = `tangent` (d, k), by default
-    all of R^d.
+    all of R^d, or what the equalities leave of it.
+
+    equalities, inequalities: functions (d,) -> (k,) of a convex set, what must be zero (affine) and what must not be
+    positive; the point must be in it.  Z is then an orthonormal basis of the directions that keep the equalities.
+    Inequalities take no direction away, active ones neither: a function that is convex on a set with inner points has
+    no negative curvature on its border, by continuity.  ValueError where the point is not in the set, or an equality
+    is not affine.
 
     Signs are those of H on the span of Z whatever the basis; with orthonormal columns eigenvalues are curvatures per
     unit length.  Lanczos on autograd's Hessian products (all of them up to k = DENSE_DIMENSION), in the dtype of
     `point`. The function must be twice differentiable along the span of Z: entries that no column moves may sit on a
     kink.
     """
-    basis = tangent if tangent is not None else torch.eye(len(point), dtype=point.dtype, device=point.device)
+    if tangent is not None and equalities is not None:
+        raise Misuse("tangent", tuple(tangent.shape), "and equalities both say in which directions; give one of them")
+    basis = tangent if tangent is not None else _Constraints(equalities, inequalities).tangent(point.detach())
     if basis.shape[0] != len(point):
         raise ValueError(
             f"tangent has shape {tuple(basis.shape)}; expected ({len(point)}, k), one column per direction"
@@ -265,6 +283,8 @@ def falsify(
     feasible_sampler: Sampler,
     budget: Count = 4000,
     *,
+    equalities: Constraint | None = None,
+    inequalities: Constraint | None = None,
     seed: Seed = 0,
     rounding: Callable[[Tensor], float] | None = None,
 ) -> Falsification:
@@ -274,20 +294,110 @@ def falsify(
     points through their convex hull by gradient ascent, so that nothing needs to be known of the constraints.  budget:
     evaluations of the function, three to a step.  The best witness of all restarts is returned whether it proves
     anything or not.  ValueError names a point at which the function is not finite: no comparison with it says anything.
+
+    equalities, inequalities: functions (d,) -> (k,) of the variables, differentiable, that say what the set is: zero,
+    and not positive.  Points may then be drawn anywhere: each is moved to the set by Newton's method along the least
+    change (inequalities that hold are left alone).  ValueError where a point does not get there, and where a midpoint
+    of two points of the set is not in it: that set is not convex.
     """
     function = _finite_only(function)
     bound = rounding if rounding is not None else lambda point: rounding_of_sums(function, point)
+    feasible = _Constraints(equalities, inequalities)
     generator = torch.Generator().manual_seed(seed)
     restarts = max(1, budget // (3 * (ASCENT_STEPS + 1)))
     best, reached = None, []
     for _ in range(restarts):
         drawn = (feasible_sampler(generator) for _ in range(VERTICES))
-        vertices = torch.stack([instance(point, "feasible_sampler(generator)", Tensor) for point in drawn])
+        points = [instance(point, "feasible_sampler(generator)", Tensor) for point in drawn]
+        vertices = torch.stack([feasible.restored(point.detach()) for point in points])
+        feasible.require_convex(vertices)
         found = _witness(function, *_ascend(function, vertices, generator), bound)
         reached.append(found.relative)
         best = found if best is None or _score(found) > _score(best) else best
     assert best is not None
     return Falsification(best, reached, 3 * restarts * (ASCENT_STEPS + 1))
+
+
+@dataclass(frozen=True)
+class _Constraints:
+    """The set of points where equalities are zero and inequalities not positive; without either, everywhere."""
+
+    equalities: Constraint | None
+    inequalities: Constraint | None
+
+    def restored(self, point: Tensor) -> Tensor:
+        """A point of the set near this one: Newton's method on what is violated, by the least change, to rounding."""
+        best, least = point, self._violation(point)
+        for _ in range(RESTORING_STEPS):
+            if least == 0:
+                break
+            point = point - torch.linalg.pinv(self._rows(point)) @ self._violated(point)
+            amount = self._violation(point)
+            if least <= _nearly_zero(best) and not amount < least:
+                break
+            if not amount >= least:
+                best, least = point, amount
+        self._require(best, "no feasible point was found near one that was drawn")
+        return best
+
+    def require_convex(self, points: Tensor) -> None:
+        for a, b in combinations(points, 2):
+            self._require((a + b) / 2, "the constraints are those of no convex set, halfway between two of its points")
+
+    def tangent(self, point: Tensor) -> Tensor:
+        """An orthonormal basis (d, k) of the directions that keep the equalities at a point of the set."""
+        self._require(point, "point is not in the set")
+        if self.equalities is None:
+            return torch.eye(len(point), dtype=point.dtype, device=point.device)
+        basis = _null_space(_jacobian(self.equalities, point), torch.ones_like(point, dtype=torch.bool))
+        if basis.shape[1] == 0:
+            raise ValueError("equalities leave no direction in which a curvature could be taken")
+        alone = _Constraints(self.equalities, None)
+        for direction in basis.T:
+            alone._require(point + (1 + point.norm()) * direction, "equalities are not affine, their set is not convex")
+        return basis
+
+    def _violated(self, point: Tensor) -> Tensor:
+        """(k,): the equalities, and those inequalities that are positive."""
+        found = [point.new_zeros(0)]
+        if self.equalities is not None:
+            found.append(_values(self.equalities, point))
+        if self.inequalities is not None:
+            values = _values(self.inequalities, point)
+            found.append(values[~(values <= 0)])
+        return torch.cat(found)
+
+    def _rows(self, point: Tensor) -> Tensor:
+        """The Jacobian of what is violated, (k, d)."""
+        found = [point.new_zeros(0, len(point))]
+        if self.equalities is not None:
+            found.append(_jacobian(self.equalities, point))
+        if self.inequalities is not None:
+            found.append(_jacobian(self.inequalities, point)[~(_values(self.inequalities, point) <= 0)])
+        return torch.cat(found)
+
+    def _violation(self, point: Tensor) -> float:
+        violated = self._violated(point)
+        return float(violated.abs().max()) if len(violated) else 0.0
+
+    def _require(self, point: Tensor, what: str) -> None:
+        amount = self._violation(point)
+        if not amount <= _nearly_zero(point):  # NaN as well
+            raise ValueError(f"{what}: constraints are off by {amount:.3g} at {point.tolist()}")
+
+
+def _nearly_zero(point: Tensor) -> float:
+    return torch.finfo(point.dtype).eps ** 0.5 * (1 + float(point.norm()))
+
+
+def _values(constraint: Constraint, point: Tensor) -> Tensor:
+    with torch.no_grad():
+        return instance(constraint(point), "a constraint's value", Tensor).reshape(-1)
+
+
+def _jacobian(constraint: Constraint, point: Tensor) -> Tensor:
+    rows: Any = torch.autograd.functional.jacobian(lambda x: constraint(x).reshape(-1), point)
+    return rows
 
 
 def _finite_only(function: Function) -> Function:

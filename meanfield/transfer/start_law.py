@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from meanfield.finite import FiniteCNN
-from meanfield.finite.network import he_deviations
+from meanfield.finite.scaling import SCALINGS
 from meanfield.network import ParticleNetwork
 from meanfield.signatures import Nonnegative, Positive, checked
 from meanfield.starts import normal
@@ -37,9 +37,9 @@ class StartLaw:
         must not be "mean_field".
         """
         if isinstance(network, FiniteCNN):
-            if network.scaling == "mean_field":
-                raise Misuse("network", network.scaling, "has another start: use StartLaw.mean_field")
-            found = he_deviations(network.architecture, network.widths, network.scaling)
+            if network.scaling == SCALINGS["mean_field"]:
+                raise Misuse("network", network.scaling.name, "has another start: use StartLaw.mean_field")
+            found = network.scaling.deviations(network.architecture, network.widths)
         else:
             weights = [layer.weight for layer in layers(network) if layer.weight is not None]
             fan_ins = [network.get_parameter(weight)[0].numel() for weight in weights]
@@ -55,8 +55,8 @@ class StartLaw:
 
         kernel: of later layers.  Independent kernels vanish in the limit like 1 / sqrt(m), whatever it is.
         """
-        if isinstance(network, FiniteCNN) and network.scaling != "mean_field":
-            raise Misuse("network", network.scaling, "has another start: use StartLaw.he")
+        if isinstance(network, FiniteCNN) and network.scaling != SCALINGS["mean_field"]:
+            raise Misuse("network", network.scaling.name, "has another start: use StartLaw.he")
         architecture = network.architecture
         found = [math.sqrt(architecture.input_shape[0]), *[kernel] * (architecture.depth - 1), 1.0]
         law = cls._of_weights(network, found)

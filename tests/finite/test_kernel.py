@@ -14,7 +14,7 @@ from strategies import architectures, normal, random_inputs, seeded, seeds
 import meanfield as mf
 from meanfield import data, limits
 from meanfield.finite import FiniteCNN, kernel
-from meanfield.finite.network import SCALINGS
+from meanfield.finite.scaling import SCALINGS
 
 
 def by_autograd(network, inputs):

@@ -49,7 +49,7 @@ def uneven(arch, widths, seed=0):
 def by_torch_layers(network, inputs):
     """The same network from torch.nn.Conv2d layers with the divisions of the scaling written out."""
     divisor = {"mean_field": lambda m: m, "ntk": math.sqrt, "standard": lambda m: 1, "mup": lambda m: 1}[
-        network.scaling
+        network.scaling.name
     ]
     signal = inputs
     for layer, kernel, bias in zip(network.architecture.layers, network.kernels, network.biases):

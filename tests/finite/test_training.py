@@ -12,6 +12,8 @@ import meanfield as mf
 from meanfield import data, starts
 from meanfield.finite import FiniteCNN, train
 from meanfield.finite import training as module
+from meanfield.finite.scaling import BASE_WIDTH, Scaling
+from meanfield.finite.scaling import SCALINGS as NAMED
 from meanfield.penalties import input_norms
 from meanfield.solvers import velocities
 
@@ -31,6 +33,12 @@ def make_problem(*, bias=True, loss="squared", count=7, dtype=torch.float64, **p
         loss=loss,
         penalty=mf.Penalty(**{"source": 1e-3, "readout": 2e-3, "input": 3e-3, **penalty}),
     )
+
+
+# the first layer's biases at another rate than its kernels, and gradients of another size
+UNEVEN = Scaling(
+    forward={"input": 0.5}, learning_rate={"bias": 2, "readout": 0.5}, gradient={"bias": -1, "hidden": 0.3}
+)
 
 
 def random_network(problem, widths, scaling="mean_field", seed=0):
@@ -151,12 +159,12 @@ class TestSteps:
         module._step(make_run(problem, moved, rate=1e-3))
         torch.testing.assert_close(moved.particles().tensors(), expected.tensors(), rtol=1e-12, atol=1e-14)
 
-    @pytest.mark.parametrize("scaling", ["ntk", "standard", "mup"])
+    @pytest.mark.parametrize("scaling", ["ntk", "standard", "mup", UNEVEN])
     def test_sgd_of_parameters_on_the_bounds_dissipates_its_squared_speed(self, scaling):
         """J falls by the squared length of a step in the parameters' own metric over its rate."""
         problem, start = self.on_the_bounds()
         start, lengths, errors = FiniteCNN.from_particles(start.particles(), scaling), [], []
-        factors = module.layer_rates(start, "sgd")
+        factors = module._step_lengths(start)
         before = float(problem.terms(start.particles()).total().detach())
         for rate in (1e-4, 1e-5):
             moved = copy.deepcopy(start)
@@ -283,7 +291,7 @@ class TestMaximalUpdate:
     @pytest.mark.parametrize("optimiser", ["sgd", "adam"])
     def test_at_the_base_width_it_is_standard_training(self, optimiser):
         problem = make_problem()
-        widths = (module.BASE_WIDTH, module.BASE_WIDTH)
+        widths = (BASE_WIDTH, BASE_WIDTH)
         start = random_network(problem, widths, "mup")
         mup, standard = (
             train(problem, widths, start=start, scaling=scaling, optimiser=optimiser, learning_rate=1e-4, steps=5)
@@ -313,7 +321,7 @@ class TestCheckpoints:
     def test_exact_multiples_of_the_rate_hit_their_step(self):
         for rate in (0.1, 0.3, 1e-3, 7e-5):
             settings = module._Settings(
-                "sgd", "mean_field", rate, 3000, "constant", 0.0, [rate * k for k in range(3001)]
+                "sgd", NAMED["mean_field"], rate, 3000, "constant", 0.0, [rate * k for k in range(3001)]
             )
             assert [step for step, _ in settings.checkpoints] == list(range(3001))
 
@@ -397,11 +405,11 @@ class TestNoise:
     def test_it_follows_the_schedule(self):
         """The second of two cosine steps has half the rate, so half the variance."""
         problem = make_problem()
-        settings, disturbed = module._Settings("sgd", "mean_field", 0.02, 2, "cosine", 0.3), []
+        settings, disturbed = module._Settings("sgd", NAMED["mean_field"], 0.02, 2, "cosine", 0.3), []
         for seed in range(200):
             networks = [random_network(problem, (3, 4)) for _ in range(2)]
             for network, chosen in zip(
-                networks, (settings, module._Settings("sgd", "mean_field", 0.02, 2, "cosine")), strict=True
+                networks, (settings, module._Settings("sgd", NAMED["mean_field"], 0.02, 2, "cosine")), strict=True
             ):
                 run = module._Run(problem, network, chosen, module._Batches(7, None, False, seeded(seed)))
                 run.steps = 1
@@ -545,7 +553,12 @@ class TestResult:
         assert run.value == pytest.approx(float(problem.value(run.network.particles())), rel=1e-13)
         assert run.value == pytest.approx(min(record["value"] for record in run.history), rel=1e-13)
         assert run.value < 0.8 * run.history[0]["value"]
-        assert (run.status, run.steps, run.network.widths, run.network.scaling) == ("completed", 60, (5, 4), scaling)
+        assert (run.status, run.steps, run.network.widths, run.network.scaling.name) == (
+            "completed",
+            60,
+            (5, 4),
+            scaling,
+        )
         assert f"J = {run.value:.6g} after 60 steps" in run.message
 
     def test_records(self):
@@ -688,7 +701,7 @@ class TestStart:
         for given in (start, start.particles()):
             run = train(problem, (3, 4), start=given, scaling=scaling, steps=5)
             assert run.history[0]["value"] == pytest.approx(float(problem.value(start.particles())), rel=1e-12)
-            assert run.network.scaling == scaling
+            assert run.network.scaling.name == scaling
         assert all(torch.equal(tensor, before[name]) for name, tensor in start.state_dict().items())
 
     def test_random_mean_field_start_is_the_particle_start(self):

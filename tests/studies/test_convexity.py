@@ -192,3 +192,88 @@ def test_the_rounding_bound_covers_single_precision():
         error = abs(float(single.objective(vector)) - float(exact.objective(vector.double())))
         assert error <= single.rounding(vector)
         assert single.rounding(vector) < 1e-2 * float(single.objective(vector))
+
+
+def plane(x):
+    return x[1:] - 1
+
+
+def disc(x):
+    return x.square().sum() - 4
+
+
+def sampler(size, dtype=torch.float64):
+    return lambda g: 2 * torch.randn(size, generator=g, dtype=torch.float64).to(dtype)
+
+
+class TestConstraints:
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+    def test_a_function_that_is_convex_only_where_the_constraints_hold(self, dtype):
+        """x^2 - y^2 where y = 1, x^3 where x >= 0."""
+        saddle, cubic = (lambda x: x[0] ** 2 - x[1] ** 2 + 5), (lambda x: x.pow(3).sum())
+        assert convexity.falsify(saddle, sampler(2, dtype), 600).falsified
+        assert not convexity.falsify(saddle, sampler(2, dtype), 600, equalities=plane).falsified
+        assert convexity.falsify(cubic, sampler(2, dtype), 600).falsified
+        assert not convexity.falsify(cubic, sampler(2, dtype), 600, inequalities=lambda x: -x).falsified
+
+    def test_a_convex_function_is_not_falsified_and_another_is_by_points_of_the_set(self):
+        both = {"equalities": plane, "inequalities": disc}
+        assert not convexity.falsify(lambda x: x.exp().sum(), sampler(3), 600, **both).falsified
+        found = convexity.falsify(lambda x: 9 - x.square().sum(), sampler(3), 600, **both)
+        assert found.falsified
+        for point in (found.witness.start, found.witness.end):
+            assert float(plane(point).abs().max()) < 1e-14
+            assert float(disc(point)) < 1e-7
+        # along y = z = 1, x between -sqrt(2) and sqrt(2): 9 - 3 at the middle against 9 - 5... at the ends 9 - 4
+        assert found.witness.violation == pytest.approx(2, abs=0.3)
+
+    def test_points_that_are_in_the_set_are_left_alone(self):
+        point = torch.tensor([0.3, 0.4], dtype=torch.float64)
+        assert torch.equal(convexity._Constraints(None, disc).restored(point), point)
+
+    def test_a_point_moves_to_the_set_by_the_least_change(self):
+        """To an affine set the nearest point, to a disc along the radius."""
+        rows, point = normal((2, 4), 3), normal((4,), 4)
+        moved = convexity._Constraints(lambda x: rows @ x - 1, None).restored(point)
+        expected = point - torch.linalg.pinv(rows) @ (rows @ point - 1)
+        torch.testing.assert_close(moved, expected, rtol=1e-12, atol=1e-12)
+        far = torch.tensor([3.0, 4.0], dtype=torch.float64)
+        torch.testing.assert_close(convexity._Constraints(None, disc).restored(far), far * 2 / 5, rtol=1e-7, atol=1e-7)
+
+    def test_sets_that_are_not_convex_or_empty_are_refused(self):
+        square = lambda x: x.square().sum()  # noqa: E731
+        with pytest.raises(ValueError, match="no convex set, halfway between two of its points: constraints are off"):
+            convexity.falsify(square, sampler(2), 600, equalities=disc)
+        with pytest.raises(ValueError, match="no convex set"):
+            convexity.falsify(square, sampler(2), 600, inequalities=lambda x: 1 - x.square().sum())
+        with pytest.raises(ValueError, match="no feasible point was found near one that was drawn"):
+            convexity.falsify(square, sampler(2), 600, inequalities=lambda x: 1 + x.square().sum())
+
+    def test_curvature_is_that_of_the_directions_which_keep_the_equalities(self):
+        """H = diag(2, -4, 6) where x_1 = x_2: along (1, 1, 0) / sqrt(2) it is (2 - 4) / 2, along the last axis 6."""
+        function = lambda x: x[0] ** 2 - 2 * x[1] ** 2 + 3 * x[2] ** 2  # noqa: E731
+        point = torch.tensor([1.0, 1.0, 0.5], dtype=torch.float64)
+        found = convexity.curvature(function, point, equalities=lambda x: x[0] - x[1])
+        assert (found.smallest, found.largest) == (pytest.approx(-1), pytest.approx(6))
+        kept = convexity.curvature(function, point, equalities=lambda x: x[1:2] - 1)
+        assert (kept.smallest, kept.largest, kept.negative) == (pytest.approx(2), pytest.approx(6), False)
+        assert convexity.curvature(function, point).smallest == pytest.approx(-4)
+
+    def test_an_inequality_takes_no_direction_away(self):
+        """x^3 at its border x = 0 of x >= 0, and -x^2 there: negative inside as well."""
+        border = torch.zeros(1, dtype=torch.float64)
+        assert not convexity.curvature(lambda x: x.pow(3).sum(), border, inequalities=lambda x: -x).negative
+        assert convexity.curvature(lambda x: -x.square().sum(), border, inequalities=lambda x: -x).negative
+
+    def test_curvature_refuses_what_it_cannot_judge(self):
+        square, point = (lambda x: x.square().sum()), torch.tensor([2.0, 0.0], dtype=torch.float64)
+        with pytest.raises(ValueError, match="equalities are not affine"):
+            convexity.curvature(square, point, equalities=disc)
+        with pytest.raises(ValueError, match=r"point is not in the set: constraints are off by 1 at \[2.0, 0.0\]"):
+            convexity.curvature(square, point, equalities=plane)
+        with pytest.raises(ValueError, match="point is not in the set"):
+            convexity.curvature(square, 2 * point, inequalities=disc)
+        with pytest.raises(ValueError, match="leave no direction"):
+            convexity.curvature(square, point, equalities=lambda x: x - point)
+        with pytest.raises(ValueError, match=r"tangent=\(2, 2\) and equalities both say"):
+            convexity.curvature(square, point, torch.eye(2).double(), equalities=lambda x: x[1])

@@ -11,6 +11,7 @@ from torch.func import functional_call, vmap
 
 import meanfield as mf
 from meanfield import finite
+from meanfield.finite.scaling import SCALINGS
 from meanfield.transfer import Displacement, Moments, StartLaw, moments, predict
 from meanfield.transfer.chain import layers
 from meanfield.validation import Misuse
@@ -20,7 +21,7 @@ IMAGES = torch.rand(4, 1, 6, 6, generator=seeded(1), dtype=torch.float64)
 
 def moved(network, scale=1.0):
     """A displacement as large as a start, and the law of that start."""
-    particles = isinstance(network, mf.ParticleNetwork) or getattr(network, "scaling", "") == "mean_field"
+    particles = isinstance(network, mf.ParticleNetwork) or getattr(network, "scaling", None) == SCALINGS["mean_field"]
     law = (StartLaw.mean_field(network) if particles else StartLaw.he(network)).scaled(scale)
     # biases are random as well; a readout that hardly is leaves the means precise
     last = layers(network)[-1].weight

@@ -68,7 +68,7 @@ def trajectories(tables: Tables) -> Any:
             there = select(each, kind=kind, time=time)
             if there:
                 curves.append(Curve(labelled(label, summary.rate(there, "mmd")), samples(there, "mmd")))
-        panels[ARMS[arm]] = curves
+        panels[ARMS.get(arm, arm)] = curves
     return plotting.rates(panels, f"MMD of the features of layer {deepest}")
 
 

@@ -8,7 +8,6 @@ from typing import Any
 
 from meanfield.bench.sweep import Row, Rows, groups, select
 from meanfield.rates import Slope, slope
-from meanfield.studies.widths.trajectories import TIMES
 
 CONVERGED = {"1%": 0.01, "5%": 0.05}
 
@@ -110,7 +109,7 @@ def most_changed(rows: Rows, figure: str) -> float:
         time: median([row[figure] for row in each])
         for (time,), each in groups(select(rows, kind="times"), "time").items()
     }
-    return max((time for time in moved if time >= 2 * TIMES[1]), key=lambda time: moved[time])
+    return max((time for time in moved if time >= 2 * min(moved)), key=lambda time: moved[time])
 
 
 def coordinate_slopes(rows: Rows) -> list[Row]:

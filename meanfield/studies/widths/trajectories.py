@@ -7,6 +7,7 @@ takes it.  Flow time is the sum of learning rates, so that widths and step sizes
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -36,6 +37,7 @@ ARMS: dict[str, dict[str, Any]] = {
 }
 Checkpoints = tuple[tuple[float, finite.FiniteCNN], ...]
 Trail = list[tuple[float, list[FeatureMeasure]]]  # per checkpoint: flow time, the features of every layer
+Setting = tuple[Problem, Tensor, list[float]]  # what is learned, probes, bandwidths of the layers
 
 
 def pair(cell: Cell) -> list[Row]:
@@ -47,20 +49,28 @@ def pair(cell: Cell) -> list[Row]:
     this and at the previous checkpoint), "cross" (the first at `time`, the second at `other_time`, last layer, pair 0).
     """
     task = Task.from_dict(cell)
-    problem, probes, bandwidths = _setting(task)
-    options = _options(cell)
-    first = trail(problem, cell["width"], 3 * cell["number"], probes, **options)
-    other = _permuted(task, problem, cell["number"]) if cell["arm"] == "permuted_labels" else problem
-    second = trail(other, cell["width"], 3 * cell["number"] + 1, probes, **options)
-    compared = {"seeds": (first, second), "times": (first[1:], first[:-1])}
-    if cell["doubled"]:
-        compared["doubled"] = (first, trail(problem, 2 * cell["width"], 3 * cell["number"] + 2, probes, **options))
+    setting = _setting(task)
+    other = _permuted(task, setting[0], cell["number"]) if cell["arm"] == "permuted_labels" else setting[0]
+    options = {**_options(cell), "doubled": cell["doubled"], "other": other}
     named = {"arm": cell["arm"], "width": cell["width"], "number": cell["number"]}
-    rows = [
-        {**named, "kind": kind, **row} for kind, trails in compared.items() for row in _distances(*trails, bandwidths)
-    ]
-    if cell["number"] == 0:
-        rows += [{**named, "kind": "cross", **row} for row in _crossed(first, second, bandwidths)]
+    return [{**named, **row} for row in compared(setting, cell["width"], cell["number"], **options)]
+
+
+def compared(
+    setting: Setting, width: int, number: int, *, doubled: bool, other: Problem | None = None, **options: Any
+) -> list[Row]:
+    """The rows of pair `number` at a width; the second network learns `other`, by default the same; options as for
+    `networks`.
+    """
+    problem, probes, bandwidths = setting
+    first = trail(problem, width, 3 * number, probes, **options)
+    second = trail(other or problem, width, 3 * number + 1, probes, **options)
+    pairs = {"seeds": (first, second), "times": (first[1:], first[:-1])}
+    if doubled:
+        pairs["doubled"] = (first, trail(problem, 2 * width, 3 * number + 2, probes, **options))
+    rows = [{"kind": kind, **row} for kind, trails in pairs.items() for row in _distances(*trails, bandwidths)]
+    if number == 0:
+        rows += [{"kind": "cross", **row} for row in _crossed(first, second, bandwidths)]
     return rows
 
 
@@ -116,22 +126,21 @@ def _options(cell: Cell) -> dict[str, Any]:
 
 
 def networks(
-    problem: Problem, width: int, seed: int, *, rate: float, times: list[float], **options: Any
+    problem: Problem, width: int, seed: int, *, rate: float, times: Sequence[float], **options: Any
 ) -> Checkpoints:
-    """(flow time, network) at every checkpoint of gradient descent at a constant rate."""
+    """(flow time, network) at every checkpoint of gradient descent at a constant rate; options as for `train`."""
     steps = round(times[-1] / rate)
     widths = (width,) * problem.architecture.depth
     ended = finite.train(
         problem,
         widths,
         seed,
-        optimiser="sgd",
         schedule="constant",
         learning_rate=rate,
         steps=steps,
         checkpoints=times,
         record_every=steps,
-        **options,
+        **{"optimiser": "sgd", **options},
     )
     if ended.status != "completed":
         raise RuntimeError(f"width {width}, seed {seed}: {ended.message}")
@@ -148,18 +157,21 @@ def trail(problem: Problem, width: int, seed: int, probes: Tensor, **options: An
 
 
 @lru_cache(maxsize=4)
-def _setting(task: Task) -> tuple[Problem, Tensor, list[float]]:
-    """Problem, probes, and a bandwidth per layer: the median distance between particles of a wide start, the same for
-    all comparisons.
-    """
+def _setting(task: Task) -> Setting:
     images = task.images()
     probes = images.split(min(PROBES, len(images.rest or ())))[1] if images.rest is not None else images
     problem = task.problem(images)
-    inputs = probes.inputs.to(problem.inputs)
-    widths = (REFERENCE_WIDTH,) * task.depth
-    start = starts.draw(problem, widths, torch.Generator().manual_seed(0))
-    layers = [FeatureMeasure.of(start, inputs, layer) for layer in range(task.depth)]
-    return problem, inputs, [median_distance(each, each) for each in layers]
+    return setting(problem, probes.inputs.to(problem.inputs))
+
+
+def setting(problem: Problem, probes: Tensor) -> Setting:
+    """With a bandwidth per layer: the median distance between particles of a wide start, the same for all
+    comparisons.
+    """
+    depth = problem.architecture.depth
+    start = starts.draw(problem, (REFERENCE_WIDTH,) * depth, torch.Generator().manual_seed(0))
+    layers = [FeatureMeasure.of(start, probes, layer) for layer in range(depth)]
+    return problem, probes, [median_distance(each, each) for each in layers]
 
 
 def _permuted(task: Task, problem: Problem, number: int) -> Problem:

@@ -6,7 +6,7 @@ from strategies import seeded
 from meanfield import finite
 from meanfield.bench.sweep import select
 from meanfield.bench.task import Task
-from meanfield.finite.training import LEARNING_RATES
+from meanfield.finite.scaling import SCALINGS
 from meanfield.studies.widths import coordinates
 
 TASK = Task(pool=4, samples=6)
@@ -34,7 +34,7 @@ def test_sizes_and_changes_after_one_and_two_whole_batch_gradient_steps(scaling)
             (row,) = select(rows, step=step, layer=name)
             assert row["size"] == pytest.approx(float(now.abs().mean()), rel=1e-9)
             assert row["change"] == pytest.approx(float((now - start[name]).abs().mean()), rel=1e-7, abs=1e-15)
-        descend(network, problem, LEARNING_RATES["sgd", scaling])
+        descend(network, problem, SCALINGS[scaling].rates["sgd"])
     assert {(row["scaling"], row["optimiser"], row["width"], row["seed"]) for row in rows} == {(scaling, "sgd", 4, 2)}
 
 
