@@ -10,11 +10,12 @@ for these features.
 import matplotlib.pyplot as plt
 
 import meanfield as mf
+from meanfield import losses
 
 # %%
 # A problem is images, an architecture and an objective J: the mean loss and three penalties.
 
-digits = mf.data.load("digits", classes=(3, 5), samples=40, pool=2)
+digits = mf.data.load("digits", classes=(3, 5), samples=24, pool=2)
 print(digits.summary)
 
 layer = mf.Conv(kernel_size=3, padding=1, activation="tanh")
@@ -25,13 +26,13 @@ problem = mf.Problem(architecture, digits.inputs, digits.targets("squared"), los
 # %%
 # `mf.solve` alternates: the flow moves features and masses, the program then finds the best masses of these features.
 
-solution = mf.solve(problem, widths=(24, 12), seed=0, rounds=4, flow_steps=200)
+solution = mf.solve(problem, widths=(16, 8), seed=0, rounds=3, flow_steps=150)
 print(f"J = {solution.value:.5f}, no other populations of these features are better by more than {solution.gap:.1e}")
 print(solution.message)
 
 # %%
 # Left: what flow and program of each round leave. Right: the masses that the program gave the features of both layers.
-# Many of them are zero. The network keeps what it needs.
+# Those of zero mass are gone.
 
 rounds = [row["round"] for row in solution.history]
 figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.5), layout="constrained")
@@ -48,5 +49,5 @@ right.legend()
 # Are images that it has not seen told apart? `rest` holds them.
 
 outputs = solution.network(digits.rest.inputs)
-right_ones = mf.losses.accuracy(problem.loss, outputs, digits.rest.targets("squared"))
+right_ones = losses.accuracy(problem.loss, outputs, digits.rest.targets("squared"))
 print(f"{right_ones:.1%} of {len(digits.rest)} images held out")

@@ -21,7 +21,7 @@ digits = mf.data.load("digits", samples=1000)
 images, labels = digits.inputs.float(), digits.labels
 held_out, truth = digits.rest.inputs.float(), digits.rest.labels
 start = mlp(digits.input_shape, 10, hidden=(128,), generator=torch.Generator().manual_seed(0))
-trained = fit(start, images, labels, Recipe(epochs=15)).network
+trained = fit(start, images, labels, Recipe(epochs=40)).network
 moved = transfer.Displacement.between(start, trained)
 law = transfer.StartLaw.he(start)
 for name, norm in moved.norms().items():
