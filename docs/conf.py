@@ -50,5 +50,6 @@ html_theme_options = {"top_of_page_buttons": []}
 def setup(app):
     app.connect("builder-inited", reference.write)
     app.connect("autodoc-process-docstring", docstrings.process)
+    app.connect("autodoc-process-signature", docstrings.signature)
     app.connect("build-finished", pages.copy)
     app.add_transform(pages.Linked)

@@ -195,6 +195,7 @@ class Architecture:
 
     @cached_property
     def geometry(self) -> tuple[Geometry, ...]:
+        """Channels and sizes of every layer, in their order."""
         size = self.input_shape[1:]
         result: list[Geometry] = []
         for index, layer in enumerate(self.layers):
@@ -238,6 +239,7 @@ class Architecture:
         return flat.mean(2) if self.readout == "average" else flat / self.readout_positions
 
     def check_inputs(self, inputs: Tensor, argument: str = "inputs") -> Tensor:
+        """`inputs`, if they are images (N, C_0, H, W) of this architecture; Misuse by the name `argument` otherwise."""
         instance(inputs, argument, torch.Tensor)
         if inputs.ndim != 4 or tuple(inputs.shape[1:]) != self.input_shape:
             expected = f"(N, {', '.join(map(str, self.input_shape))})"
@@ -250,6 +252,7 @@ class Architecture:
 
     @classmethod
     def from_dict(cls, description: dict[str, Any]) -> Architecture:
+        """What `to_dict` described; ValueError where it is no architecture."""
         try:
             layers = tuple(Conv(**layer) for layer in description["layers"])
             return cls(**{**description, "layers": layers})

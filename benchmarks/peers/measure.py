@@ -168,9 +168,7 @@ def _network_row(name: str, images: Dataset, seconds: float, network: ParticleNe
     return _row(name, images, seconds, *scores, value=float(problem.value(network)), **more)
 
 
-def _row(
-    name: str, images: Dataset, seconds: float, training: float, held_out: float, **more: Any
-) -> dict[str, Any]:
+def _row(name: str, images: Dataset, seconds: float, training: float, held_out: float, **more: Any) -> dict[str, Any]:
     size = f"{images.input_shape[1]}x{images.input_shape[2]}"
     return {
         "contender": name,

@@ -10,6 +10,7 @@ import re
 from typing import Any
 
 ITEM = re.compile(r"^((?:\w+(?:\[[^\]]*\])?)(?:, \w+(?:\[[^\]]*\])?)*): (?=\S)")
+ANOTHER = re.compile(r"(?<=\.)  (?=\w+(?:, \w+)*: \S)")  # sentences end in two blanks
 CODE = re.compile(r"`([^`]+)`")
 
 
@@ -33,7 +34,7 @@ def restructured(lines: list[str]) -> list[str]:
 def _parts(rows: list[str]) -> list[str]:
     """The text before the arguments, and each argument, joined to a line."""
     parts: list[list[str]] = [[]]
-    for row in rows:
+    for row in (piece for row in rows for piece in ANOTHER.split(row)):
         if ITEM.match(row):
             parts.append([])
         parts[-1].append(row.strip())
@@ -51,3 +52,11 @@ def _escaped(text: str) -> str:
 def process(app: Any, what: str, name: str, found: Any, options: Any, lines: list[str]) -> None:
     """For `autodoc-process-docstring`."""
     lines[:] = restructured(lines)
+
+
+def signature(
+    app: Any, what: str, name: str, found: Any, options: Any, arguments: str | None, returned: str | None
+) -> tuple[str | None, str | None]:
+    """For `autodoc-process-signature`: types by their last name, and defaults that are made anew as dots."""
+    short = lambda text: text and re.sub(r"~[\w.]*\.(\w+)", r"\1", text).replace("<factory>", "...")  # noqa: E731
+    return short(arguments), short(returned)

@@ -36,7 +36,7 @@ def _read(path: Path) -> _Page:
 
 
 def dead(directory: Path) -> list[str]:
-    """"page: link" for every link that leads nowhere."""
+    """ "page: link" for every link that leads nowhere."""
     found = []
     for page in sorted(directory.rglob("*.html")):
         for link in _read(page).links:

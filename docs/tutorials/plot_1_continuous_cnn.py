@@ -10,7 +10,6 @@ for these features.
 import matplotlib.pyplot as plt
 
 import meanfield as mf
-from meanfield import losses
 
 # %%
 # A problem is images, an architecture and an objective J: the mean loss and three penalties.
@@ -48,6 +47,5 @@ right.legend()
 # %%
 # Are images that it has not seen told apart? `rest` holds them.
 
-outputs = solution.network(digits.rest.inputs)
-right_ones = losses.accuracy(problem.loss, outputs, digits.rest.targets("squared"))
-print(f"{right_ones:.1%} of {len(digits.rest)} images held out")
+predicted = problem.loss.predict(solution.network(digits.rest.inputs))
+print(f"{(predicted == digits.rest.indices).double().mean():.1%} of {len(digits.rest)} images held out")

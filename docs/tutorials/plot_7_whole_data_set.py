@@ -38,7 +38,9 @@ with ranks.together() as group:
         problem.sharded(group), start, rounds=1, flow_steps=400, batch_size=100, callback=seen.append
     )
 
-print(f"rank {group.own} of {group.count} on {device}: J = {solution.value:.4f}, relative gap {solution.relative_gap:.1e}")
+print(
+    f"rank {group.own} of {group.count} on {device}: J = {solution.value:.4f}, relative gap {solution.relative_gap:.1e}"
+)
 for name, images in (("training", digits), ("held-out", digits.rest)):
     outputs = solution.network(images.inputs.to(device)).cpu()
     print(f"{(outputs.argmax(1) == images.indices).double().mean():.1%} of {len(images)} {name} images right")
