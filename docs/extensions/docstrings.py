@@ -34,7 +34,7 @@ def restructured(lines: list[str]) -> list[str]:
 def _parts(rows: list[str]) -> list[str]:
     """The text before the arguments, and each argument, joined to a line."""
     parts: list[list[str]] = [[]]
-    for row in (piece for row in rows for piece in ANOTHER.split(row)):
+    for row in (piece for line in rows for piece in ANOTHER.split(line)):
         if ITEM.match(row):
             parts.append([])
         parts[-1].append(row.strip())

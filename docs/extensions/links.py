@@ -1,4 +1,4 @@
-"""Links inside a built site that lead nowhere: `python docs/extensions/links.py DIRECTORY`; exits with 1 where one does.
+"""Links inside a built site that lead nowhere: `python docs/extensions/links.py DIRECTORY`; exits with 1 if one does.
 
 Every href and src without a scheme has to be a file, and what follows # an id in it.
 """

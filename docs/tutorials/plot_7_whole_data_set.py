@@ -35,7 +35,7 @@ start = starts.draw(problem, (24, 16), torch.Generator().manual_seed(0), "low_ra
 seen = []
 with ranks.together() as group:
     solution = alternating.solve(
-        problem.sharded(group), start, rounds=1, flow_steps=400, batch_size=100, callback=seen.append
+        problem.sharded(group), start, rounds=1, flow_steps=200, batch_size=100, callback=seen.append
     )
 
 print(

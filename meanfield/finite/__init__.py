@@ -1,4 +1,4 @@
-"""Networks of finite width, modules of torch: sampled from measures or trained from starts, and their tangent kernel."""
+"""Networks of finite width as modules of torch: sampled from measures or trained from starts; their tangent kernel."""
 
 from meanfield.finite import kernel
 from meanfield.finite.feedback import fed_back, feedback_aligned
