@@ -19,7 +19,7 @@ exclude_patterns = ["_build", "extensions", "tutorials", "gallery/*.py", "galler
 suppress_warnings = ["config.cache", "myst.header"]  # the pages of docs/ are read on their own as well
 myst_heading_anchors = 3
 highlight_language = "none"  # formulas stand as indented text
-nitpicky = False
+default_role = "code"
 
 autodoc_typehints = "signature"
 autodoc_member_order = "bysource"
@@ -31,6 +31,7 @@ sphinx_gallery_conf = {
     "examples_dirs": "tutorials",
     "gallery_dirs": "gallery",
     "abort_on_example_error": True,
+    "capture_repr": (),  # what is printed, and no objects
     "download_all_examples": False,
     "min_reported_time": 1e6,
     "remove_config_comments": True,
