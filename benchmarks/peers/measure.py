@@ -52,8 +52,7 @@ class Options(BenchmarkOptions):
 def run(options: Options, report: Callable[[str], None]) -> dict[str, Any]:
     """Every figure of the benchmark, ready for JSON."""
     images = reading.images(options.data, None, options.samples)
-    if images.rest is None:
-        raise Misuse("samples", options.samples, "leaves no image to be held out")
+    held_out = len(_held_out(images))
     small = reading.images(options.data, None, options.samples, KERNEL_POOL)
     rows = []
     with machine.one_thread():
@@ -66,7 +65,7 @@ def run(options: Options, report: Callable[[str], None]) -> dict[str, Any]:
             for row in measure():
                 report(f"{row['contender']}: {row['held_out']:.1%} in {row['cpu_seconds']:.0f} CPU s")
                 rows.append(row)
-    return {"images": len(images), "held_out_images": len(images.rest), "rows": rows}
+    return {"images": len(images), "held_out_images": held_out, "rows": rows}
 
 
 def linear(images: Dataset) -> dict[str, Any]:
@@ -78,7 +77,7 @@ def linear(images: Dataset) -> dict[str, Any]:
     best = max(STRENGTHS, key=lambda strength: fit(strength, first).score(rows[last], labels[last]))
     found = fit(best, slice(None))
     seconds = time.process_time() - began
-    held_out = images.rest.inputs.flatten(1).numpy(), images.rest.labels.numpy()  # type: ignore[union-attr]
+    held_out = _held_out(images).inputs.flatten(1).numpy(), _held_out(images).labels.numpy()
     return _row("linear", images, seconds, found.score(rows, labels), found.score(*held_out), strength=best)
 
 
@@ -88,8 +87,8 @@ def tangent_kernel(images: Dataset) -> dict[str, Any]:
     layer = mf.Conv(3, padding=1, activation="relu", pooling="average")
     architecture = mf.Architecture(images.input_shape, (layer,), readout="flatten", outputs=1)
     count = len(images)
-    gram = kernel.infinite(architecture, torch.cat([images.inputs, images.rest.inputs]))  # type: ignore[union-attr]
-    labels = torch.cat([images.indices, images.rest.indices])  # type: ignore[union-attr]
+    gram = kernel.infinite(architecture, torch.cat([images.inputs, _held_out(images).inputs]))
+    labels = torch.cat([images.indices, _held_out(images).indices])
 
     def score(ridge: float, fitted: slice, judged: slice) -> float:
         return float((_regressed(gram, labels, ridge, fitted)[judged].argmax(1) == labels[judged]).double().mean())
@@ -143,6 +142,12 @@ def continuous(images: Dataset, options: Options) -> list[dict[str, Any]]:
     return [*rows, last]
 
 
+def _held_out(images: Dataset) -> Dataset:
+    if images.rest is None:
+        raise Misuse("samples", len(images), "leaves no image to be held out")
+    return images.rest
+
+
 def _problem(images: Dataset) -> mf.Problem:
     task = Task(pooling="average", readout="flatten", loss="softmax", source_penalty=SOURCE, input_penalty=INPUT)
     positions = task.architecture(images).readout_positions
@@ -162,8 +167,7 @@ def _parted(count: int) -> tuple[slice, slice]:
 def _network_row(name: str, images: Dataset, seconds: float, network: ParticleNetwork, **more: Any) -> dict[str, Any]:
     problem = _problem(images)
     scores = [
-        accuracy(problem.loss, network(each.inputs), each.targets("softmax"))
-        for each in (images, images.rest)  # type: ignore[attr-defined]
+        accuracy(problem.loss, network(each.inputs), each.targets("softmax")) for each in (images, _held_out(images))
     ]
     return _row(name, images, seconds, *scores, value=float(problem.value(network)), **more)
 

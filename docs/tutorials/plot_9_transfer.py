@@ -40,8 +40,8 @@ for alpha in alphas:
     print(f"alpha {alpha}: drawn {sum(drawn[-1]) / 5:.1%}, predicted {predicted[-1]:.1%}")
 
 # %%
-# A small displacement drowns in the start. A large one leaves the start behind; what it then lacks of the dashed line is
-# what it had fitted to its own start.
+# A small displacement drowns in the start. A large one leaves the start behind; what it then lacks of the dashed line
+# is what it had fitted to its own start.
 
 figure, axis = plt.subplots(figsize=(7, 3.5), layout="constrained")
 for alpha, scores in zip(alphas, drawn):
