@@ -44,8 +44,8 @@ for axis, claim in zip(axes, (source_penalty, weight_decay)):
     lines = convexity.segments(claim, points)
     bent = convexity.curvature(claim, points[0])
     found = convexity.falsify(claim, point, budget=1000)
-    print(f"{claim.__name__}: convex on all lines {lines.convex}, smallest eigenvalue {bent.smallest:.2g}")
-    print(f"  the adversary found a witness: {found.falsified}")
+    print(f"{claim.__name__}: convex on all lines {lines.convex}")
+    print(f"  smallest eigenvalue {bent.smallest:.2g}, negative {bent.negative}; witness found {found.falsified}")
     worst = found.witness
     times = torch.linspace(0, 1, 101, dtype=torch.float64)
     along = torch.stack([claim((1 - t) * worst.start + t * worst.end) for t in times])
@@ -55,4 +55,4 @@ for axis, claim in zip(axes, (source_penalty, weight_decay)):
 
 # %%
 # Random lines miss what is wrong with weight decay; the eigenvalue and the adversary see it. A convex function stays
-# below zero in the picture. Rounding moves an eigenvalue of zero by some 1e-14, which `found.falsified` allows for.
+# below zero in the picture. Rounding moves an eigenvalue of zero by some 1e-14, which `bent.negative` allows for.
