@@ -336,6 +336,23 @@ def landscape(found: dict[str, Any]) -> list[Table]:
     return [table]
 
 
+def peers(found: dict[str, Any]) -> list[Table]:
+    """Accuracy and cost of classifiers of the same images."""
+    title = f"{found['images']:,} training images, {found['held_out_images']:,} held out; one thread"
+    table = Table("contender", "pixels", "CPU s", "training", "held out", "J", "proven gap", title=title)
+    for row in found["rows"]:
+        table.add_row(
+            row["contender"],
+            row["pixels"],
+            _fixed(row["cpu_seconds"], 1),
+            f"{row['training']:.1%}",
+            f"{row['held_out']:.1%}",
+            _fixed(row.get("value"), 5),
+            _scientific(row.get("gap")),
+        )
+    return [table]
+
+
 def _scientific(number: float | None) -> str:
     return "" if number is None else f"{number:.1e}"
 

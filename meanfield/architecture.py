@@ -163,6 +163,7 @@ class Architecture:
 
     @cached_property
     def geometry(self) -> tuple[Geometry, ...]:
+        """Channels and sizes of every layer, in their order."""
         size = self.input_shape[1:]
         result: list[Geometry] = []
         for index, layer in enumerate(self.layers):
@@ -206,6 +207,7 @@ class Architecture:
         return flat.mean(2) if self.readout == "average" else flat / self.readout_positions
 
     def check_inputs(self, inputs: Tensor, argument: str = "inputs") -> Tensor:
+        """`inputs`, if they are images (N, C_0, H, W) of this architecture; Misuse by the name `argument` otherwise."""
         instance(inputs, argument, torch.Tensor)
         if inputs.ndim != 4 or tuple(inputs.shape[1:]) != self.input_shape:
             expected = f"(N, {', '.join(map(str, self.input_shape))})"
@@ -219,7 +221,10 @@ class Architecture:
 
     @classmethod
     def from_dict(cls, description: dict[str, Any], activations: Iterable[Activation] = ()) -> Architecture:
-        """activations: those of the description that are not in `activations.ACTIVATIONS`."""
+        """What `to_dict` described; ValueError where it is no architecture.
+
+        activations: those of the description that are not in `activations.ACTIVATIONS`.
+        """
         given = {each.name: each for each in activations}
         try:
             layers = tuple(Conv(**{**layer, **_known(layer, given)}) for layer in description["layers"])

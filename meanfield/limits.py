@@ -23,6 +23,8 @@ from meanfield import validation
 if TYPE_CHECKING:
     import torch
 
+__all__ = ["memory", "within"]  # for those who set limits; what keeps to them uses the rest
+
 GRACE = 3.0  # seconds for the certificate of a run that was stopped
 BLOCK_BYTES = 2**25  # of what is computed of a block of images
 BLOCK_SHARE = 2**-5  # of the memory that was allowed

@@ -156,10 +156,12 @@ class ParticleNetwork:
 
     @property
     def dtype(self) -> torch.dtype:
+        """That of all tensors."""
         return self.readout.dtype
 
     @property
     def device(self) -> torch.device:
+        """That of all tensors."""
         return self.readout.device
 
     def __repr__(self) -> str:
@@ -181,10 +183,12 @@ class ParticleNetwork:
         )
 
     def to(self, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> ParticleNetwork:
+        """The network in another dtype, on another device."""
         working(dtype)
         return self.map(lambda tensor: tensor.to(dtype=dtype, device=device))
 
     def detach(self) -> ParticleNetwork:
+        """The network without a graph."""
         return self.map(Tensor.detach)
 
     @property

@@ -134,6 +134,7 @@ class Problem:
         return f"Problem({self.count} images, {self.loss.name} loss, {self.architecture}, {self.penalty})"
 
     def check_targets(self, targets: Tensor) -> Tensor:
+        """`targets` as the loss takes them, one for every image; Misuse otherwise."""
         return self.loss.check_targets(targets, len(self.inputs), self.architecture.outputs, like=self.inputs)
 
     def to(self, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> Problem:

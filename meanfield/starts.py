@@ -17,6 +17,8 @@ from meanfield.problem import Problem, project_bounds
 from meanfield.signatures import checked
 from meanfield.validation import Misuse, choice
 
+__all__ = ["STARTS", "draw", "start"]
+
 ANCHOR_ROWS = 1024
 START_IMAGES = 1024  # that a start looks at, drawn from all
 STARTS = ("anchored", "low_rank")

@@ -11,7 +11,7 @@ import meanfield
 
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-CORE, TEST = PROJECT["dependencies"], PROJECT["optional-dependencies"]["test"]
+CORE, TEST, DOCS = PROJECT["dependencies"], *(PROJECT["optional-dependencies"][name] for name in ("test", "docs"))
 
 
 def pins():
@@ -19,7 +19,7 @@ def pins():
     return {canonicalize_name(name): pinned for name, _, pinned in (line.partition("==") for line in lines if line)}
 
 
-@pytest.mark.parametrize("line", [*CORE, *TEST])
+@pytest.mark.parametrize("line", [*CORE, *TEST, *DOCS])
 def test_dependencies_are_pinned_within_their_bounds(line):
     wanted = Requirement(line)
     pinned = pins().get(canonicalize_name(wanted.name))

@@ -104,6 +104,7 @@ class ConvexProgram:
 
     @torch.inference_mode(False)
     def to(self, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> ConvexProgram:
+        """The program in another dtype, on another device."""
         convert = lambda tensor: tensor.to(dtype=dtype, device=device)  # noqa: E731
         if convert(self.readout_features) is self.readout_features:
             return self  # with what it has computed
@@ -117,10 +118,12 @@ class ConvexProgram:
 
     @property
     def depth(self) -> int:
+        """L, the number of layers."""
         return self.problem.architecture.depth
 
     @property
     def widths(self) -> tuple[int, ...]:
+        """(M_1, ..., M_L), features per layer, those without mass included."""
         return self.frozen.widths
 
     @cached_property

@@ -39,6 +39,7 @@ class ProgramPoint:
         return f"ProgramPoint(widths={tuple(len(p) for p in self.masses)}, dtype={self.readout.dtype})"
 
     def map(self, function: Callable[[Tensor], Tensor]) -> ProgramPoint:
+        """The point with `function` applied to every tensor."""
         return ProgramPoint(
             tuple(map(function, self.masses)),
             tuple(map(function, self.kernels)),

@@ -1,3 +1,5 @@
+"""Networks of finite width as modules of torch: sampled from measures or trained from starts; their tangent kernel."""
+
 from meanfield.finite import kernel
 from meanfield.finite.feedback import fed_back, feedback_aligned
 from meanfield.finite.fitting import Fitted, Score, Step, evaluate, fit

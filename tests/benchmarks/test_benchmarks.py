@@ -110,6 +110,7 @@ def test_help_states_every_option_and_its_default(name):
         (["solve", "--quick", "--large"], ["--large does not go with --quick"]),
         (["growth", "--quick", "--large"], ["--large does not go with --quick"]),
         (["widths", "--dtype", "float16"], ["--dtype='float16'", "'float64'"]),
+        (["peers", "--data", "digits", "--samples", "1797"], ["--samples=1797", "leaves no image"]),
         (["grafting", "--device", "tpu"], ["--device='tpu'", "'cpu'"]),
     ],
 )

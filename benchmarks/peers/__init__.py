@@ -1,0 +1,1 @@
+"""Compare classifiers of the same images, from linear to continuous, in accuracy and CPU seconds."""
