@@ -328,12 +328,10 @@ class Problem:
         penalty, layers = self.penalty, self.architecture.layers
         deep, unbounded = len(layers) > 1, any(not layer.h.bounded for layer in layers)
         missing: list[str] = []
-        # light features of h(g) = g^a do the work of heavy ones where a > 2 (q - 1) / q: p |w|^2 and p |u|^q both vanish
-        # at a fixed p |u| |w|^a
+        # light features of h(g) = g^a do the work of heavy ones where a > 2 (q - 1) / q: p |w|^2 and p |u|^q both
+        # vanish at a fixed p |u| |w|^a
         steep = not layers[0].h.linear_growth
-        if penalty.input_bound is None and (
-            penalty.input == 0 or steep or (unbounded and (deep or penalty.power < 2))
-        ):
+        if penalty.input_bound is None and (penalty.input == 0 or steep or (unbounded and (deep or penalty.power < 2))):
             missing.append("input_bound")
         free_bias = any(layer.bias for layer in layers[1:])
         if penalty.amplitude_bound is None and deep and (penalty.source == 0 or unbounded or free_bias):

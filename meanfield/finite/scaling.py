@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, cast
 
 from meanfield import validation
-from meanfield.architecture import ACTIVATIONS, Architecture
+from meanfield.architecture import Architecture
 from meanfield.starts import STARTS
 from meanfield.validation import Misuse
 
@@ -87,8 +87,7 @@ class Scaling:
         places, factors = _weights(architecture, widths), self.forward_factors(architecture, widths)
         flattened = architecture.readout_positions if architecture.readout == "flatten" else 1
         variances = [
-            ACTIVATIONS[layer.activation].gain / (source * layer.offsets)
-            for layer, (_, source, _) in zip(architecture.layers, places)
+            layer.h.gain / (source * layer.offsets) for layer, (_, source, _) in zip(architecture.layers, places)
         ]
         variances.append(flattened / widths[-1])
         return [

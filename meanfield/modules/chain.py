@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from meanfield.architecture import ACTIVATIONS, Architecture, Conv
+from meanfield.activations import ACTIVATIONS
+from meanfield.architecture import Architecture, Conv
 from meanfield.modules.steps import Graph, Signal, Step, with_defaults
 from meanfield.validation import Misuse, working
 
