@@ -18,8 +18,9 @@ ITERATIONS = 2000
 
 
 def masses(network: ParticleNetwork, images: Tensor, penalty: Penalty | None) -> tuple[Tensor, ...]:
-    """The masses (M_l,), float64, of the network's frozen features where the convex program has its minimum, the network's own
-    outputs on the images its targets (squared loss): repopulation (Fang et al. 2019, section 4) without labels.
+    """The masses (M_l,), float64, of the network's frozen features where the convex program has its minimum, the
+    network's own outputs on the images its targets (squared loss): repopulation (Fang et al. 2019, section 4) without
+    labels.
 
     Mass is a price as well as a weight: with penalties on sources or inputs a feature that does nothing may hold some,
     so that others have less.  A warning where the program is not solved: the masses then say little.
