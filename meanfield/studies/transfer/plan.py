@@ -19,8 +19,8 @@ from meanfield.validation import Misuse
 WIDTHS = {"mlp": 64, "cnn": 16, "residual": 8, "residual_bn": 8, "resnet18": 64}  # others: 8
 RATE = 0.05  # of "regimes", where small starts leave their plateau within the shorter training, and of "reduction"
 PERMUTED_RATES = {"mlp": 0.05, "cnn": 0.05}  # at which permuted labels are fitted; of deeper networks the preset's
-# of "tasks": the highest validation accuracy of joint training, mean of both kinds of heads over four seeds, at 0.01,
-# 0.02, 0.05, 0.1, 0.2 and 15 or 30 epochs; of other networks the preset's
+# of "tasks": at which joint training has its highest validation accuracy, of 0.01, 0.02, 0.05, 0.1, 0.2 and 15 or 30
+# epochs, mean of both kinds of heads over seeds that no size has; of other networks the preset's
 TASK_RATES = {"cnn": 0.05}
 PREDICTED = ("mlp", "cnn")  # chains, for which `transfer.predict` is
 DIVISIONS = {"two tasks": 2, "five tasks": 5}  # of the classes, in their order
