@@ -52,8 +52,11 @@ SLOW = {
     "test_bring_your_own.py::test_one_relu_layer_has_its_exact_optimum[quantile]",
     "benchmarks/test_peers.py::test_every_contender_is_judged_on_images_held_out",
     "docs/test_tutorials.py::test_a_tutorial_runs_and_draws[plot_1_continuous_cnn]",
+    "docs/test_tutorials.py::test_a_tutorial_runs_and_draws[plot_2_audit]",
     "docs/test_tutorials.py::test_a_tutorial_runs_and_draws[plot_3_convexity_claim]",
+    "docs/test_tutorials.py::test_a_tutorial_runs_and_draws[plot_4_scaling]",
     "docs/test_tutorials.py::test_a_tutorial_runs_and_draws[plot_5_graft]",
+    "docs/test_tutorials.py::test_a_tutorial_runs_and_draws[plot_6_loss]",
     "docs/test_tutorials.py::test_a_tutorial_runs_and_draws[plot_7_whole_data_set]",
     "docs/test_tutorials.py::test_a_tutorial_runs_and_draws[plot_8_loss_landscape]",
     "docs/test_tutorials.py::test_a_tutorial_runs_and_draws[plot_9_transfer]",
@@ -79,4 +82,5 @@ SLOW = {
     "test_readme.py::test_the_grafting_example_runs_as_written",
     "test_readme.py::test_the_landscape_example_runs_as_written",
     "test_readme.py::test_the_transfer_example_runs_as_written",
+    "test_readme.py::test_the_audit_example_runs_as_written",
 }

@@ -55,6 +55,10 @@ def test_the_transfer_example_runs_as_written(tmp_path):
     assert "Norm(start=" in run(blocks("python")[4], tmp_path)
 
 
+def test_the_audit_example_runs_as_written(tmp_path):
+    assert "layer 1: features with mass" in run(blocks("python")[5], tmp_path)
+
+
 @pytest.mark.parametrize("example", blocks("python", EXTENDING + RANKS))
 def test_a_recipe_runs_as_written(example, tmp_path):
     assert run(example, tmp_path)
