@@ -31,7 +31,7 @@ for _ in range(60):
 network.eval()
 
 # %%
-# Its outputs are those of the particles, to rounding; the penalty, where none is given, is the one at which the scale of
+# Its outputs are those of the particles, to rounding. Without a penalty of yours it is the one at which the scale of
 # the network is at rest.
 
 particles = mf.ParticleNetwork.from_module(network, images[:1])
