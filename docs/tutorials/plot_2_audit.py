@@ -31,8 +31,8 @@ for _ in range(60):
 network.eval()
 
 # %%
-# Its outputs are those of the particles, to rounding. Without a penalty of yours it is the one at which the scale of
-# the network is at rest.
+# Its outputs are those of the particles, to rounding. Without a penalty of your own it is the one at which the scale
+# of the network is at rest.
 
 particles = mf.ParticleNetwork.from_module(network, images[:1])
 with torch.no_grad():
