@@ -36,7 +36,7 @@ def output_error(network: ParticleNetwork, inputs: Tensor) -> Tensor:
         moved = layer.convolve(error + terms * eps * signal.abs(), weights, None if bias is None else eps * bias.abs())
         steepest = layer.h.derivative_bound
         if steepest is None:
-            raise ValueError(f"of {layer.h.name} no bound of the derivative is declared, and none of its rounding follows")
+            raise ValueError(f"no bound of the derivative of {layer.h.name} is declared, and none of its rounding")
         error = _spread(layer, steepest * moved)
     last = signals[-1]
     terms = network.readout.shape[1] * last[0, 0].numel() + EXTRA
