@@ -216,6 +216,7 @@ class TestHeadsTermsAndParts:
         gradient[:, [0, 2]] = (shares - targets[:, [0, 2]]) * pair[:, None]
         if loss == "squared":
             gradient[:, 1] = (output[:, 1] - 1) * ~pair
+            assert result.history[0]["loss"] == pytest.approx(float(gradient.square().sum()) / 2 / 22)
         torch.testing.assert_close(result.network[1].weight.detach(), weight - 0.02 * gradient.T @ x / 22)
         hits = output[:, [0, 2]].argmax(1) == labels // 2
         expected = float((hits & pair).sum() + (~pair).sum()) / 22

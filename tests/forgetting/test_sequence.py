@@ -71,6 +71,10 @@ class TestTasks:
         assert torch.equal(again, validation[0].images)
         assert not torch.equal(other, validation[0].images)
 
+    def test_a_small_share_is_an_image_of_every_class(self):
+        for task in held_apart(tasks(), 0.01)[1]:
+            assert task.labels.bincount()[list(task.classes)].tolist() == [1] * len(task.classes)
+
     def test_a_memory_is_even_over_classes(self):
         first, _ = tasks()
         assert memory(first, 8).labels.bincount().tolist() == [3, 2, 0, 3]  # 3 before 1 in this task
@@ -89,6 +93,13 @@ class TestReadouts:
         torch.testing.assert_close(
             score(widened(own, "linear1", (4, 2), 5), tasks())[1], score(whole, tasks())[1], rtol=1e-9, atol=1e-9
         )
+
+    def test_a_readout_that_is_held_stays_held(self):
+        network = start()
+        network.linear1.weight.requires_grad_(False)
+        for found in (narrowed(network, "linear1", (0, 2)), widened(network, "linear1", range(5), 7)):
+            assert not found.linear1.weight.requires_grad
+            assert found.linear1.bias.requires_grad
 
     def test_a_network_of_fewer_classes_is_widened_by_name(self):
         before, images = torch.get_rng_state(), tasks()[0].images
@@ -202,6 +213,12 @@ class TestLearning:
         assert all(module.training for module in network.modules())
         assert all(each.requires_grad and each.grad is None for each in network.parameters())
 
+    def test_networks_take_the_dtype_of_the_images_and_the_callers_keeps_its_own(self):
+        network = start(dtype=torch.float32)
+        found = learn(network, tasks(), FineTuning(), RECIPE)
+        assert next(network.parameters()).dtype == torch.float32
+        assert next(found.network.parameters()).dtype == torch.float64
+
     def test_one_head_competes_with_every_class(self):
         """Under heads per task the rows of the other task stay; under one head they are pushed down."""
         first, other = tasks()
@@ -281,6 +298,15 @@ class TestChoice:
         assert found.best is False
 
     def test_accuracy_comes_first(self):
+        """A class of two for sure, right on half of one task, against a class of three with a small loss."""
+        candidates = [(0.1, 0.0, 0.0, 0.0, 0.0), (0.0, 0.0, 0.0, 0.0, 90.0)]
+        for given in (candidates, candidates[::-1]):
+            found = choose(given, lambda c, _: Fixed(*c), tasks(), heads="one")
+            assert found.best == candidates[1]
+        assert sorted(found.accuracies) == [1 / 6, 1 / 4]
+        assert found.losses[0] > found.losses[1]
+
+    def test_of_equal_accuracies_the_least_loss(self):
         candidates = [(0.0, 0.0, 0.1, 0.0, 0.0), (0.1, 0.0, 90.0, 0.0, 0.0)]
         found = choose(candidates, lambda c, _: Fixed(*c), tasks(((0, 1), (2, 4))))
         assert found.best == candidates[0]

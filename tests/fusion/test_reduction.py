@@ -12,7 +12,7 @@ from torch_networks import KINDS, SMALL, blocks, drawn, normed, normed_blocks, t
 
 import meanfield as mf
 from meanfield.finite import FiniteCNN, Recipe, fit, vgg
-from meanfield.fusion import Channels, fuse, reduce
+from meanfield.fusion import Channels, fuse, reduce, repopulation
 from meanfield.fusion.repopulation import masses
 from meanfield.fusion.signals import signals
 from meanfield.validation import Misuse
@@ -182,6 +182,18 @@ def test_the_program_spreads_mass_as_readouts_need_it():
     torch.testing.assert_close(found, sizes / sizes.sum(), rtol=0, atol=0.02)
     reduced = reduce(network, (3,), SMALL, "masses", penalty=penalty)
     assert missed(reduced, network, SMALL) < 1e-12  # pyright: ignore
+
+
+def test_the_program_is_solved_in_float64_and_says_where_it_is_not_solved(monkeypatch):
+    """In float32 that of a trained mixture ended at the iteration limit, all masses alike."""
+    layer = mf.Architecture((1, 8, 8), (mf.Conv(3, stride=2, activation="tanh"),), outputs=2)
+    network = random_network(layer, (5,), 0).to(dtype=torch.float32)
+    (found,) = masses(network, SMALL.float(), None)
+    (wanted,) = masses(network.to(dtype=torch.float64), SMALL.float().double(), None)
+    assert torch.equal(found, wanted)
+    monkeypatch.setattr(repopulation, "ITERATIONS", 1)
+    with pytest.warns(UserWarning, match="not solved"):
+        masses(network, SMALL.float(), None)
 
 
 DIGITS = load_digits()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import product
+from itertools import pairwise, product
 from typing import Any
 
 from meanfield.bench.classifiers import Classifier
@@ -23,7 +23,7 @@ PERMUTED_RATES = {"mlp": 0.05, "cnn": 0.05}  # at which permuted labels are fitt
 # epochs, mean of both kinds of heads over seeds that no size has; of other networks the preset's
 TASK_RATES = {"cnn": 0.05}
 PREDICTED = ("mlp", "cnn")  # chains, for which `transfer.predict` is
-GROUPS = {"two tasks": ((0, 1, 2, 3, 4), (5, 6, 7, 8, 9)), "five tasks": ((0, 1), (2, 3), (4, 5), (6, 7), (8, 9))}
+DIVISIONS = {"two tasks": 2, "five tasks": 5}  # of the classes, in their order
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Sizes:
     steps: networks of step-by-step transfer.  pairs, fused: of "fusion", how many pairs and of which networks.
     reduced, shares, penalties: pairs of particle networks, to which shares of one parent's widths their mixture is
         reduced, and factors of the default penalty of the convex program by which it may be.
-    tasks: name of a division in GROUPS -> seeds.  heads, methods, task_epochs: of it.
+    tasks: name in DIVISIONS -> seeds.  heads, methods, task_epochs: of it.
     """
 
     epochs: int
@@ -272,16 +272,24 @@ def reduction(subject: Subject, sizes: Sizes, seed: int) -> list[Cell]:
 
 
 def tasks(subject: Subject, sizes: Sizes, seed: int) -> list[Cell]:
-    """A cell per division into tasks, kind of heads, seed and method."""
-    cells = []
+    """A cell per division into tasks, kind of heads, seed and method; without tasks that would have one class."""
+    cells, classes = [], subject.base.images().classes
     for base, (division, seeds) in product(subject.named(("cnn",)), sizes.tasks.items()):
+        groups = _divided(classes, DIVISIONS[division])
+        if min(map(len, groups)) < 2:
+            continue
         for heads, number, method in product(sizes.heads, range(seeds), sizes.methods):
             rate = TASK_RATES.get(base.network)
             network = ended(base.variant(learning_rate=rate, seed=2 * (seed + number)), sizes.task_epochs)
             names = {"network": base.network, "tasks": division, "heads": heads, "seed": network.seed, "method": method}
-            groups = [list(group) for group in GROUPS[division]]
             cells.append({"network": network.to_dict(), "groups": groups, "names": names})
     return cells
+
+
+def _divided(classes: int, parts: int) -> list[list[int]]:
+    """Runs of classes, the first ones longer where they cannot be equally long."""
+    ends = [-(-classes * part // parts) for part in range(parts + 1)]
+    return [list(range(first, last)) for first, last in pairwise(ends)]
 
 
 def _cell(networks: Sequence[Classifier], names: dict[str, Any], **settings: Any) -> Cell:

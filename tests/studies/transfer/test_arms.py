@@ -76,6 +76,19 @@ def test_a_displacement_dealt_anew_has_the_same_entries_and_another_order(traine
         assert any(not torch.allclose(moved[name], delta) for name, delta in trained.displacement.delta.items())
 
 
+def test_what_leaves_a_particle_goes_with_it_where_layers_are_in_step(trained, draw):
+    last = list(trained.displacement.delta)[-2]
+    wanted = trained.displacement.delta[last]
+    moved = {arm: ARMS[arm](trained, draw, 1.0)[last] - trained.before[last] for arm in ARMS if "shuffled" in arm}
+    assert torch.allclose(moved["layers shuffled apart"], wanted, rtol=0, atol=1e-6)
+    assert not torch.allclose(moved["shuffled"], wanted, rtol=0, atol=1e-5)
+    apart = (
+        (moved["shuffled"].T[:, None] - wanted.T).abs().amax(2)
+    )  # of every column of one from every one of the other
+    assert float(apart.amin(0).max()) < 1e-6
+    assert float(apart.amin(1).max()) < 1e-6
+
+
 def test_starts_have_the_scale_and_are_none_of_a_training(trained, draw):
     unscaled = TINY.start().state_dict()
     for name in trained.drawn:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from command_line import run
@@ -11,6 +13,7 @@ from meanfield import transfer
 from meanfield.bench.classifiers import Classifier
 from meanfield.bench.sweep import select
 from meanfield.finite import FiniteCNN, evaluate
+from meanfield.finite.statistics import norms
 from meanfield.rates import mean
 from meanfield.studies.transfer import plan, steps, widths
 from meanfield.studies.transfer.alphas import alphas
@@ -46,6 +49,14 @@ def test_one_network_and_one_width_are_those_of_every_part():
     networks = [each for cell in cells for each in cell["networks"]]
     assert {each["network"] for each in networks} == {"vgg8"}
     assert {each["width"] for each in networks} <= {4, 6}  # a third parent is half as wide again
+
+
+def test_classes_are_divided_into_tasks_of_two_at_least():
+    assert plan._divided(10, 5) == [[0, 1], [2, 3], [4, 5], [6, 7], [8, 9]]
+    assert plan._divided(7, 2) == [[0, 1, 2, 3], [4, 5, 6]]
+    few = replace(SIZES["full"], tasks={"five tasks": 1})
+    assert len(plan.tasks(Subject(BASE), few, 0)) == 2 * len(few.methods)
+    assert plan._divided(9, 5)[-1] == [8]
 
 
 def test_images_are_divided_once_for_all():
@@ -101,7 +112,14 @@ def test_gaps_are_differences_of_the_accuracies_that_stand_beside_them(tmp_path)
     cell["networks"] = [TINY.variant(network="residual_bn", width=2, learning_rate=0.05).to_dict()]
     normed, _ = regimes(cell, str(tmp_path))
     assert "P" not in normed
-    assert 0 < normed["divisors_least"] <= normed["divisors_most"]
+    trained = Trained.of(Classifier.from_dict(cell["networks"][0]), str(tmp_path))
+    networks = [trained.at(fresh(trained, Draw.of(trained, number), 1.0)) for number in range(4)]
+    spreads = []
+    for name in norms(networks[0]):
+        found = torch.cat([each.get_submodule(name).running_var for each in networks])
+        spreads.append(float(found.std() / found.mean()))
+    assert normed["divisors_least"] == pytest.approx(min(spreads), rel=1e-4)
+    assert normed["divisors_most"] == pytest.approx(max(spreads), rel=1e-4)
 
 
 def test_the_open_loop_ends_at_start_plus_displacement():
@@ -116,13 +134,22 @@ def test_trainings_over_the_width_do_train(scaling, monkeypatch):
     """A rate that does not fall with the width diverged in the standard scaling, and Delta was that of no training."""
     heard, train = [], widths.finite.train
     monkeypatch.setattr(widths.finite, "train", lambda *given, **more: heard.append(train(*given, **more)) or heard[-1])
-    laws, predict = [], widths.predict
-    monkeypatch.setattr(widths, "predict", lambda moved, law, images: laws.append(law) or predict(moved, law, images))
+    laws, goals, predict = [], [], widths.predict
+
+    def note(moved, law, images):
+        laws.append(law)
+        goals.append(predict(moved, law, images))
+        return goals[-1]
+
+    monkeypatch.setattr(widths, "predict", note)
     cells = [{"depth": 2, "width": width, "scaling": scaling, "seed": 0, "run": 0} for width in (8, 96)]
     rows = [widths.widths(cell, "") for cell in cells]
     assert widths.widths(cells[0], "") == rows[0]
     assert widths.widths({**cells[0], "run": 1}, "") != rows[0]
     assert {row["arm"] for row in rows[0]} == set(widths.ARMS)
+    apart = heard[0].network(widths.problem(2).inputs).detach() - goals[0]
+    (own,) = select(rows[0], arm="own start")
+    assert own["error"] == pytest.approx(float(apart.square().mean()))
     law_of = transfer.StartLaw.mean_field if scaling == "mean_field" else transfer.StartLaw.he
     assert laws[0].deviations == law_of(heard[0].network).deviations  # that of the starts that are drawn
     assert all(training.history[-1]["loss"] < training.history[0]["loss"] / 2 for training in heard)

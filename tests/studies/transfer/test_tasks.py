@@ -14,14 +14,14 @@ from meanfield.finite import fit
 from meanfield.forgetting.tasks import heads_of
 from meanfield.storage.states import StateFile
 from meanfield.studies.transfer import tasks as part
-from meanfield.studies.transfer.plan import GROUPS, SIZES, Subject, ended
+from meanfield.studies.transfer.plan import DIVISIONS, SIZES, Subject, _divided, ended
 from meanfield.studies.transfer.plan import tasks as planned
 from meanfield.studies.transfer.tasks import METHODS, REDUCED, WAYS, Course, Way
 
 TINY = ended(
     Classifier(network="cnn", width=3, penalty="none", strength=0.0, samples=100, pool=2, learning_rate=0.05), 2
 )
-TWO = GROUPS["two tasks"]
+TWO = _divided(10, 2)
 
 
 def cell(method, heads="task", groups=TWO, classifier=TINY):
@@ -72,10 +72,10 @@ def test_networks_of_one_task_are_fitted_within_its_head_each_from_a_start_of_it
     assert same(course.alone(second, course.start_of(1)), wanted.network)
 
 
-@pytest.mark.parametrize("division", GROUPS)
+@pytest.mark.parametrize("division", DIVISIONS)
 def test_of_fused_networks_every_head_answers_as_the_network_it_is_from(division, tmp_path):
     classifier = TINY.variant(dtype="float64", epochs=1, checkpoints=(1,))
-    course, tasks = Course(classifier, "task", str(tmp_path)), learning(GROUPS[division], classifier)
+    course, tasks = Course(classifier, "task", str(tmp_path)), learning(_divided(10, DIVISIONS[division]), classifier)
     networks = WAYS["ensemble"].networks(course, tasks, 0.0)
     assert len(networks) == len(tasks)
     images = tasks[0].images[:9]
@@ -187,7 +187,7 @@ def test_every_method_takes_five_tasks(heads, tmp_path, monkeypatch):
     classifier = TINY.variant(epochs=1, checkpoints=(1,))
     for method, way in list(WAYS.items()):
         monkeypatch.setitem(WAYS, method, Way(way.networks, way.strengths[::4]))  # the last one blows up
-        found = row(tmp_path, method, heads, GROUPS["five tasks"], classifier)
+        found = row(tmp_path, method, heads, _divided(10, 5), classifier)
         accuracies = [found[f"accuracy_{index}"] for index in range(1, 6)]
         assert found["accuracy"] == pytest.approx(sum(accuracies) / 5)
         assert found["status"] == "completed"
