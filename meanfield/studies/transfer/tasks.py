@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -109,7 +108,7 @@ def _moved(course: Course, tasks: Sequence[Task], alpha: float, *, own: bool) ->
     networks = [course.alone(tasks[0], course.classifier)]
     for index, task in enumerate(tasks[1:], 1):
         start = course.start_of(index, own)
-        displacement = transfer.Displacement.between(start.start(), course.alone(task, start))
+        displacement = transfer.Displacement.between(start.start().to(start.device), course.alone(task, start))
         networks.append(displacement.applied(networks[-1], alpha, task.images))
     return networks
 
@@ -194,19 +193,9 @@ def tasks(cell: Cell, store: str) -> list[Row]:
         last one; empty for more than two tasks and for networks of other shapes.
     """
     names, way = cell["names"], WAYS[cell["names"]["method"]]
-    course = Course(Classifier.from_dict(cell["network"]), names["heads"], str(Path(store)))
+    course = Course(Classifier.from_dict(cell["network"]), names["heads"], store)
     learning, held_out = _tasks(course.classifier, cell["groups"])
-    row: Row = {**names, "chosen": None, "strengths": [], "validation_accuracies": [], "validation_losses": []}
-    if way.strengths:
-        choice = forgetting.choose(
-            way.strengths,
-            lambda strength, training: way.networks(course, training, strength)[-1],
-            learning,
-            heads=course.heads,
-            seed=course.classifier.seed,
-        )
-        row |= {"chosen": choice.best, "strengths": list(choice.candidates)}
-        row |= {"validation_accuracies": list(choice.accuracies), "validation_losses": list(choice.losses)}
+    row: Row = {**names, **_choice(way, course, learning)}
     networks = way.networks(course, learning, row["chosen"] or 0.0)
     scores = Scores.of(networks, held_out, course.heads)
     for index, (accuracy, loss) in enumerate(zip(scores.accuracies[-1].tolist(), scores.losses[-1].tolist()), 1):
@@ -216,6 +205,20 @@ def tasks(cell: Cell, store: str) -> list[Row]:
     on_line = list(_line(networks, united(learning).images)) if len(held_out) == 2 else []
     found = Scores.of(on_line, held_out, course.heads).accuracies.T.tolist() if on_line else [[], []]
     return [{**row, "line_1": found[0], "line_2": found[1]}]
+
+
+def _choice(way: Way, course: Course, learning: Sequence[Task]) -> Row:
+    """The strength that does best on images kept from the training, and how all did."""
+    names = ("chosen", "strengths", "validation_accuracies", "validation_losses")
+    if not way.strengths:
+        return dict(zip(names, (None, [], [], [])))
+
+    def train(strength: float, training: Sequence[Task]) -> nn.Module:
+        return way.networks(course, training, strength)[-1]
+
+    seed = course.classifier.seed
+    choice = forgetting.choose(way.strengths, train, learning, heads=course.heads, seed=seed)
+    return dict(zip(names, (choice.best, *map(list, (choice.candidates, choice.accuracies, choice.losses)))))
 
 
 def _tasks(classifier: Classifier, groups: Sequence[Sequence[int]]) -> tuple[tuple[Task, ...], tuple[Task, ...]]:
