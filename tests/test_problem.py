@@ -264,7 +264,7 @@ def test_missing_bounds_follow_the_theory(layers, penalty, expected):
     [
         ({"architecture": "cnn"}, TypeError, "architecture must be an Architecture, not str"),
         ({"penalty": 0.1}, TypeError, "penalty must be a Penalty, not float"),
-        ({"loss": "hinge"}, ValueError, "loss='hinge' is unknown"),
+        ({"loss": "hing"}, ValueError, "loss='hing' is unknown"),
         ({"inputs": "images"}, TypeError, "inputs of type str is not a tensor or an array of numbers"),
         ({"targets": [None, 1]}, TypeError, "targets of type list"),
         ({"inputs": torch.zeros(2, 3, 3)}, ValueError, r"inputs has shape \(2, 3, 3\)"),
