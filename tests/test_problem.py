@@ -250,6 +250,10 @@ BIASED = replace(TANH, bias=True)
         ((TANH,), {"source": 0}, []),
         ((TANH,), {"readout": 0}, ["a positive readout penalty"]),
         ((TANH,), {"input": 0, "input_bound": 1.0}, []),
+        ((RELU,), {"power": 1.9}, ["input_bound"]),
+        ((RELU,), {"power": 1.9, "input_bound": 1.0}, []),
+        ((RELU,), {"power": 3.0}, []),
+        ((TANH,), {"power": 1.5}, []),
     ],
 )
 def test_missing_bounds_follow_the_theory(layers, penalty, expected):
@@ -264,7 +268,7 @@ def test_missing_bounds_follow_the_theory(layers, penalty, expected):
     [
         ({"architecture": "cnn"}, TypeError, "architecture must be an Architecture, not str"),
         ({"penalty": 0.1}, TypeError, "penalty must be a Penalty, not float"),
-        ({"loss": "hing"}, ValueError, "loss='hing' is unknown"),
+        ({"loss": "zero_one"}, ValueError, "loss='zero_one' is unknown"),
         ({"inputs": "images"}, TypeError, "inputs of type str is not a tensor or an array of numbers"),
         ({"targets": [None, 1]}, TypeError, "targets of type list"),
         ({"inputs": torch.zeros(2, 3, 3)}, ValueError, r"inputs has shape \(2, 3, 3\)"),

@@ -5,8 +5,6 @@ A claim that something is exact or non-negative is tested against these, not aga
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -36,7 +34,10 @@ def output_error(network: ParticleNetwork, inputs: Tensor) -> Tensor:
         terms = kernel.shape[1] * layer.offsets + EXTRA
         weights = (kernel * scale[None, :, None, None]).abs()
         moved = layer.convolve(error + terms * eps * signal.abs(), weights, None if bias is None else eps * bias.abs())
-        error = _spread(layer, (layer.h.derivative_bound or math.inf) * moved)
+        steepest = layer.h.derivative_bound
+        if steepest is None:
+            raise ValueError(f"no bound of the derivative of {layer.h.name} is declared, and none of its rounding")
+        error = _spread(layer, steepest * moved)
     last = signals[-1]
     terms = network.readout.shape[1] * last[0, 0].numel() + EXTRA
     absolute = network.map(torch.abs)
