@@ -135,8 +135,8 @@ SIZES = {
         task_epochs=30,
     ),
     "full": Sizes(
-        epochs=60,
-        permuted_epochs=300,
+        epochs=30,
+        permuted_epochs=150,
         networks=("mlp", "cnn", "vgg11", "residual", "residual_bn"),
         seeds=5,
         draws=4,
