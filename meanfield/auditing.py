@@ -52,6 +52,7 @@ class Audit:
 
     @property
     def gap(self) -> float:
+        """value - dual_value: by how much J could fall at most with these features."""
         return self.value - self.dual_value
 
     @property

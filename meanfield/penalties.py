@@ -237,6 +237,10 @@ class _Sides:
             below = value < 0
             low, high = torch.where(below, y, low), torch.where(below, high, y)
             new = y - value / slope
+            if (
+                self.exponents.rise > 1
+            ):  # from where high powers are flat a step leads far beyond, and comes back slowly
+                new = new.minimum(2 * y + 1)
             # where the slope vanishes, 0 / 0 and 1 / 0 are no candidates
             inside = (new >= low) & (new <= high) & new.isfinite() | settled
             if not bool(inside.all()):

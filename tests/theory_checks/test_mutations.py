@@ -26,6 +26,7 @@ from meanfield.fusion import Ensemble
 from meanfield.grafting import least_squares
 from meanfield.landscape import directions
 from meanfield.network import ParticleNetwork
+from meanfield.outer import Outer
 from meanfield.penalties import Penalty
 from meanfield.problem import Problem
 from meanfield.solvers import arrangements, splitting, velocities
@@ -76,15 +77,15 @@ def forget():
 
 
 def perspective_doubled(patch):
-    patch.setattr("meanfield.convex.program.perspective", lambda s, p: 2 * s.square() / p)
+    patch.setattr(Outer, "perspective", lambda outer, s, p: 2 * s.square() / p)
 
 
 def perspective_of_the_wrong_degree(patch):
-    patch.setattr("meanfield.convex.program.perspective", lambda s, p: s.square() / p.square())
+    patch.setattr(Outer, "perspective", lambda outer, s, p: s.square() / p.square())
 
 
 def readout_perspective_without_its_mass(patch):
-    patch.setattr("meanfield.convex.program.perspective", lambda s, p: s.square())
+    patch.setattr(Outer, "perspective", lambda outer, s, p: s.square())
 
 
 def swapped_masses(patch):
@@ -136,7 +137,7 @@ def wrong_conjugate(patch):
 
 
 def mass_multiplier_halved(patch):
-    patch.setattr(duality, "_square_over", lambda amounts, strength: amounts.square() / (8 * strength))
+    patch.setattr(Outer, "conjugate", lambda outer, pulls, strength: pulls.square() / (8 * strength))
 
 
 def mixture_without_its_share(patch):
