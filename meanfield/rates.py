@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,6 +29,15 @@ class Interval:
     def bounded(self) -> bool:
         """Not of a single value."""
         return bool(np.isfinite(self.low) and np.isfinite(self.high))
+
+    def columns(self, name: str) -> dict[str, float]:
+        """Of a row: name, name_low, name_high."""
+        return {name: self.value, f"{name}_low": self.low, f"{name}_high": self.high}
+
+    @staticmethod
+    def of(row: Mapping[str, float], name: str) -> Interval:
+        """From its `columns`."""
+        return Interval(row[name], row[f"{name}_low"], row[f"{name}_high"])
 
     def above(self, other: Interval) -> bool:
         """Whether the whole of this interval lies above the other one."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 from typing import Annotated
 
 import torch
@@ -27,6 +28,14 @@ STARTS = ("anchored", "low_rank")
 def normal(shape: Sequence[int], generator: torch.Generator, like: Tensor) -> Tensor:
     """Gaussian draws on the generator's device, so that a seed gives one start on every device."""
     return torch.randn(tuple(shape), generator=generator, dtype=torch.float64, device=generator.device).to(like)
+
+
+def salted(text: str) -> torch.Generator:
+    """Of random numbers that no start has: drawn from the seed of its network, they would be its own weights.
+
+    text: what they are for, and a seed.
+    """
+    return torch.Generator().manual_seed(int.from_bytes(sha256(text.encode()).digest()[:7]))
 
 
 @checked

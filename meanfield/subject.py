@@ -117,6 +117,11 @@ def _printed(module: nn.Module) -> str:
     return type(module).__name__ if next(module.children(), None) is not None else repr(module)
 
 
+def moved(start: Mapping[str, Tensor], direction: Mapping[str, Tensor], step: float) -> Parameters:
+    """start + step direction."""
+    return {name: tensor + step * direction[name] for name, tensor in start.items()}
+
+
 def freed_like(network: N, like: Network) -> N:
     """The network itself, its parameters needing gradients where those of another of its kind do."""
     if isinstance(network, nn.Module) and isinstance(like, nn.Module):

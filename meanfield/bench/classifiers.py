@@ -19,6 +19,7 @@ from meanfield.activations import ACTIVATIONS
 from meanfield.bench import provenance, reading
 from meanfield.bench.options import OBJECTIVE, Data, Device, Dtype, Pool, Settings, at_least, choice, option
 from meanfield.bench.stored import Stored
+from meanfield.bench.sweep import Cell
 from meanfield.finite import AUTHORS_DROPOUT, Fitted, Recipe, cnn, fit, mlp, residual, vgg
 from meanfield.finite.recipes import LOSSES, PENALTIES, increasing_epochs
 from meanfield.validation import Misuse, nonnegative, positive
@@ -217,6 +218,11 @@ def _images(name: str, pool: int, samples: int, split: int | None, dtype: str, d
 
 def _flat(checkpoints: dict[int, dict[str, Tensor]]) -> dict[str, Tensor]:
     return {f"{epoch}/{name}": tensor for epoch, kept in checkpoints.items() for name, tensor in kept.items()}
+
+
+def networks_of(cells: Sequence[Cell]) -> list[Cell]:
+    """The networks (fields of a Classifier) that cells name in "networks", each once, in the order of first need."""
+    return list({str(each): each for cell in cells for each in cell.get("networks", ())}.values())
 
 
 def layers_of(network: nn.Module) -> Sequence[str]:

@@ -8,7 +8,7 @@ that pass does it (torch's running ones by one less): on these images, evaluatio
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -119,12 +119,10 @@ def _listening(
     def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         return lambda _, arguments: heard(name, arguments[0])
 
-    handles = [network.get_submodule(name).register_forward_pre_hook(hook(name)) for name in names]
-    try:
+    with ExitStack() as hooks:
+        for name in names:
+            hooks.enter_context(network.get_submodule(name).register_forward_pre_hook(hook(name)))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 class _Reached(Exception):

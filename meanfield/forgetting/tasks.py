@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from hashlib import sha256
 from typing import Annotated
 
 import torch
@@ -13,6 +12,7 @@ from torch import Tensor
 from meanfield import validation
 from meanfield.finite.heads import disjoint
 from meanfield.signatures import Natural, Seed, checked
+from meanfield.starts import salted
 from meanfield.validation import Misuse, positive
 
 HEADS = ("task", "one")
@@ -90,7 +90,7 @@ def drawn(task: Task, counts: dict[int, int], salt: str) -> Tensor:
 
     salt: text that the random numbers depend on, so that no start and no order of batches has the same ones.
     """
-    generator = torch.Generator().manual_seed(int.from_bytes(sha256(f"forgetting {salt}".encode()).digest()[:7]))
+    generator = salted(f"forgetting {salt}")
     chosen = torch.zeros(len(task), dtype=torch.bool)
     for label, count in counts.items():
         members = (task.labels == label).nonzero().flatten().cpu()

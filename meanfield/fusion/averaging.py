@@ -6,7 +6,7 @@ REPAIR: Jordan, Sedghi, Saukh, Entezari & Neyshabur 2023.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -82,12 +82,10 @@ def _repairing(network: nn.Module, wanted: dict[str, Spread]) -> Iterator[None]:
     def hook(name: str) -> Any:
         return lambda layer, _, output: _repaired(layer, output, wanted[name])
 
-    handles = [network.get_submodule(name).register_forward_hook(hook(name)) for name in wanted]
-    try:
+    with ExitStack() as hooks:
+        for name in wanted:
+            hooks.enter_context(network.get_submodule(name).register_forward_hook(hook(name)))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _repaired(layer: Any, output: Tensor, wanted: Spread) -> Tensor:

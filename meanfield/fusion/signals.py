@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -33,21 +34,17 @@ def signals(network: nn.Module, names: Iterable[str], images: Tensor) -> Iterato
 def listening(network: nn.Module, names: Iterable[str]) -> Iterator[dict[str, Signal]]:
     """What the layers of these names take and give in the latest pass."""
     heard: dict[str, Signal] = {}
-    handles = []
-    for name in set(names):
 
-        def note(module: nn.Module, args: tuple[Any, ...], output: Tensor, name: str = name) -> None:
-            if isinstance(module, nn.Linear) and args[0].ndim != 2:
-                remedy = f"is the shape in which they come to the Linear {name}; it must be vectors (N, D)"
-                raise Misuse("images", tuple(args[0].shape), remedy)
-            heard[name] = Signal(args[0], output.clone())  # which an activation in place would change
+    def note(name: str, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        if isinstance(module, nn.Linear) and args[0].ndim != 2:
+            remedy = f"is the shape in which they come to the Linear {name}; it must be vectors (N, D)"
+            raise Misuse("images", tuple(args[0].shape), remedy)
+        heard[name] = Signal(args[0], output.clone())  # which an activation in place would change
 
-        handles.append(network.get_submodule(name).register_forward_hook(note))
-    try:
+    with ExitStack() as hooks:
+        for name in set(names):
+            hooks.enter_context(network.get_submodule(name).register_forward_hook(partial(note, name)))
         yield heard
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def by_channel(signal: Tensor, width: int) -> Tensor:

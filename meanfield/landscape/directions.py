@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from hashlib import sha256
 from typing import Annotated
 
 import torch
@@ -19,7 +18,7 @@ from meanfield.landscape.balance import balanced
 from meanfield.landscape.caution import cautions
 from meanfield.network import along_axis
 from meanfield.signatures import Seed, checked
-from meanfield.starts import normal
+from meanfield.starts import normal, salted
 from meanfield.subject import Network, Parameters, Subject
 from meanfield.validation import Misuse, choice, one_of
 
@@ -115,8 +114,8 @@ def gaussian(
 
 
 def generator_of(seed: int) -> torch.Generator:
-    """Of random numbers that no start has: a direction drawn from the seed of its network would be its own weights."""
-    return torch.Generator().manual_seed(int.from_bytes(sha256(f"directions {seed}".encode()).digest()[:7]))
+    """Of the random numbers of directions, which no start has."""
+    return salted(f"directions {seed}")
 
 
 def _axis(subject: Subject, name: str) -> int:
@@ -169,8 +168,3 @@ def inner(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> Tensor:
 def difference(end: Mapping[str, Tensor], start: Mapping[str, Tensor]) -> Parameters:
     """end - start."""
     return {name: end[name] - tensor for name, tensor in start.items()}
-
-
-def moved(start: Mapping[str, Tensor], direction: Mapping[str, Tensor], step: float) -> Parameters:
-    """start + step direction."""
-    return {name: tensor + step * direction[name] for name, tensor in start.items()}

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from meanfield.landscape.caution import cautions
 from meanfield.landscape.curvature import extremes
-from meanfield.landscape.directions import Plane, Point, difference, gaussian, generator_of, inner, moved
+from meanfield.landscape.directions import Plane, Point, difference, gaussian, generator_of, inner
 from meanfield.landscape.hessian import Hessian
 from meanfield.landscape.objective import Objective
 from meanfield.signatures import Seed, checked
-from meanfield.subject import Network, Parameters, Subject
+from meanfield.subject import Network, Parameters, Subject, moved
 from meanfield.validation import Misuse, instance
 
 Checkpoint = Network | Mapping[str, Tensor]

@@ -19,7 +19,7 @@ from meanfield.network import ParticleNetwork
 from meanfield.rates import Interval
 from meanfield.signatures import Count, Positive, Seed, checked
 from meanfield.starts import normal
-from meanfield.subject import Network, Parameters, Subject
+from meanfield.subject import Network, Parameters, Subject, moved
 from meanfield.validation import Misuse, at_least, choice, one_of
 
 METRICS = ("weights", "flow")
@@ -186,7 +186,7 @@ class _Here:
         generator, found = self.generator, []
         for _ in range(count):
             direction = directions.gaussian(self.objective.subject, generator, "filter")
-            found.append(self._rise(directions.moved(self.parameters, direction, epsilon)))
+            found.append(self._rise(moved(self.parameters, direction, epsilon)))
         values = torch.stack(found).tolist()
         return rates.mean(values), _at_least(max(values))
 

@@ -27,6 +27,7 @@ from matplotlib.ticker import (
 
 # Okabe & Ito 2008: told apart with any colour vision; markers and dashes differ as well
 BLUE, RED, GREEN, ORANGE, PURPLE, GREY = "#0072B2", "#D55E00", "#009E73", "#E69F00", "#CC79A7", "#666666"
+COLORS = (BLUE, RED, GREEN, ORANGE, PURPLE, GREY)
 FONT, SMALL, DPI = 14, 12, 110
 Row = Mapping[str, Any]
 
@@ -260,7 +261,7 @@ def rates(panels: Mapping[str, Sequence[Curve]], y: str, guide: float | None = N
     dotted line of theory.
     """
     figure, grid = _panels(len(panels), 5.6)
-    looks = list(zip((BLUE, RED, GREEN, ORANGE, PURPLE, GREY), "os^Dv*", ("-", "--", "-.", ":", "-", "--")))
+    looks = list(zip(COLORS, "os^Dv*", ("-", "--", "-.", ":", "-", "--")))
     for index, (axes, (title, curves)) in enumerate(zip(grid, panels.items())):
         for (color, marker, line), curve in zip(looks, curves):
             _samples(axes, curve, color, marker, line)
@@ -347,7 +348,7 @@ def _looks(labels: Iterable[str]) -> dict[str, tuple[str, str, str]]:
     return dict(
         zip(
             dict.fromkeys(labels),
-            zip((BLUE, RED, GREEN, ORANGE, PURPLE, GREY), "os^Dv*", ("-", "--", "-.", ":", "-", "--")),
+            zip(COLORS, "os^Dv*", ("-", "--", "-.", ":", "-", "--")),
         )
     )
 
@@ -558,10 +559,9 @@ def bars(panels: Mapping[str, Sequence[Bar]], x: str, *, columns: int = 3) -> Fi
     """Values from zero on, the first one on top, a panel per title; intervals as far as they are finite."""
     most = max(map(len, panels.values()), default=1)
     figure, grid = _panels(len(panels), 6.0, columns, 1.4 + 0.34 * most)
-    colors = (BLUE, RED, GREEN, ORANGE, PURPLE, GREY)
     for axes, (title, each) in zip(grid, panels.items()):
         for place, bar in enumerate(each):
-            axes.barh(place, bar.value, color=colors[bar.look % len(colors)], height=0.7)
+            axes.barh(place, bar.value, color=COLORS[bar.look % len(COLORS)], height=0.7)
             if np.isfinite(bar.low) and np.isfinite(bar.high):
                 axes.plot([bar.low, bar.high], [place, place], color="black", lw=1.5)
             beside = {"va": "center", "fontsize": SMALL, "transform": axes.get_yaxis_transform()}
@@ -631,9 +631,8 @@ def tracks(panels: Mapping[str, Sequence[Track]], x: str, y: str, limits: Mappin
 
 def _styles(labels: Iterable[str]) -> dict[str, dict[str, Any]]:
     """Colour and marker of every label, as many as there are."""
-    colors = (BLUE, RED, GREEN, ORANGE, PURPLE, GREY)
     return {
-        label: {"color": colors[place % 6], "marker": "os^Dv*PX<>"[place // 6 + place % 6]}
+        label: {"color": COLORS[place % 6], "marker": "os^Dv*PX<>"[place // 6 + place % 6]}
         for place, label in enumerate(dict.fromkeys(labels))
     }
 

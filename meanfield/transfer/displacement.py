@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from meanfield.finite.statistics import norms, recompute
 from meanfield.network import MASS_TOLERANCE, ParticleNetwork
 from meanfield.signatures import checked
-from meanfield.subject import N, Network, Parameters, Subject, freed_like
+from meanfield.subject import N, Network, Parameters, Subject, freed_like, moved
 from meanfield.transfer.chain import layers, require_chain
 from meanfield.validation import Misuse
 
@@ -60,13 +60,13 @@ class Displacement:
         """
         subject = _subject(start, "start")
         theirs = self.subject.sibling(subject, "start")
-        moved: N = subject.at({name: tensor + alpha * self.delta[name] for name, tensor in theirs.items()})
-        normed = list(norms(moved)) if isinstance(moved, nn.Module) else []
-        if isinstance(moved, nn.Module) and normed:
+        network: N = subject.at(moved(theirs, self.delta, alpha))
+        normed = list(norms(network)) if isinstance(network, nn.Module) else []
+        if isinstance(network, nn.Module) and normed:
             if images is None:
                 raise Misuse("images", images, f"must be given: the running statistics of {normed[0]} are theirs")
-            recompute(moved, [subject.taken(images, "images")], "start")
-        return freed_like(moved, start)
+            recompute(network, [subject.taken(images, "images")], "start")
+        return freed_like(network, start)
 
     @checked
     def shuffled(self, generator: torch.Generator, consistent: bool = True) -> Displacement:

@@ -21,7 +21,7 @@ from meanfield.bench.classifiers import Classifier
 from meanfield.bench.sweep import Cell, Row
 from meanfield.finite import evaluate, recipes
 from meanfield.landscape import curvature
-from meanfield.landscape.directions import Plane, generator_of, moved
+from meanfield.landscape.directions import Plane, generator_of
 from meanfield.landscape.hessian import Hessian, named
 from meanfield.landscape.objective import Loss, Objective
 from meanfield.penalties import Penalty
@@ -29,7 +29,7 @@ from meanfield.rates import Interval
 from meanfield.storage import files
 from meanfield.storage.tensors import TENSORS
 from meanfield.studies.landscape.equal_loss import at_loss
-from meanfield.subject import Subject
+from meanfield.subject import Subject, moved
 from meanfield.validation import Misuse
 
 PLANES = {"random": 1, "eigen": 1, "line": 2, "triangle": 3, "pca": 3}  # -> networks that it needs at least
@@ -252,12 +252,7 @@ def _scores(classifier: Classifier, network: nn.Module) -> Row:
 
 
 def _ends(figures: dict[str, Interval]) -> Row:
-    """name, name_low, name_high."""
-    return {
-        f"{name}{suffix}": getattr(interval, end)
-        for name, interval in figures.items()
-        for suffix, end in (("", "value"), ("_low", "low"), ("_high", "high"))
-    }
+    return {key: value for name, interval in figures.items() for key, value in interval.columns(name).items()}
 
 
 def _unit(generator: torch.Generator, size: int) -> Tensor:

@@ -1,7 +1,6 @@
 """The cells of the landscape study, part by part: plan(subject, sizes, seed).
 
-`subject` says which images, network and view; a size says how many seeds, epochs, strengths and widths.  `train` makes
-the cells of the networks that all the others need.
+`subject` says which images, network and view; a size says how many seeds, epochs, strengths and widths.
 """
 
 from __future__ import annotations
@@ -185,11 +184,6 @@ def arms(subject: Subject, sizes: Sizes, seed: int) -> list[Arm]:
 def prepared(subject: Subject, sizes: Sizes) -> Classifier:
     """The base with the epochs of these sizes, every one of them kept."""
     return subject.base.variant(epochs=sizes.epochs, checkpoints=tuple(range(sizes.epochs + 1)))
-
-
-def train(cells: Sequence[Cell]) -> list[Cell]:
-    """The networks that the cells need, each once, in the order of first need."""
-    return list({str(each): each for cell in cells for each in cell.get("networks", ())}.values())
 
 
 def surfaces(subject: Subject, sizes: Sizes, seed: int) -> list[Cell]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from meanfield.bench.classifiers import networks_of
 from meanfield.bench.study import Part, Study
 from meanfield.bench.sweep import Measure
 from meanfield.studies.landscape import archives, given, measure, page, pictures, plan, summary
@@ -37,7 +38,7 @@ STUDY = Study(
     title="The loss around trained networks, and what a picture of it can say",
     claim=page.claim,
     sizes=plan.SIZES,
-    groundwork={"train": Part(plan.train, measure.train, sections=[page.train])},
+    groundwork={"train": Part(networks_of, measure.train, sections=[page.train])},
     # a file of the same name with other images is another study
     common=lambda subject: {"images": subject.base.images().digest},
     data=lambda subject: subject.base.images().summary,

@@ -134,15 +134,16 @@ def curvatures(rows: Rows) -> dict[str, Any]:
     random, first = select(rows, kind="random"), rows[0]
     (last,) = select(rows, kind="smallest eigenvalue")
     size = first["parameters"]
-    trace = Interval(*(first[name] / size for name in ("trace", "trace_low", "trace_high")))
+    trace = Interval.of(first, "trace")
+    share = Interval(trace.value / size, trace.low / size, trace.high / size)
     return {
         "parameters": size,
         "random": mean([row["curvature"] for row in random]),
         "largest_random": max(row["curvature"] for row in random),
         "directions": len(random),
-        "trace_over_size": trace,
-        "top": Interval(*(first[name] for name in ("top", "top_low", "top_high"))),
-        "smallest": Interval(*(first[name] for name in ("smallest", "smallest_low", "smallest_high"))),
+        "trace_over_size": share,
+        "top": Interval.of(first, "top"),
+        "smallest": Interval.of(first, "smallest"),
         "smallest_seen": _bend(last["axis"], last["values"]),
         "step": last["axis"][len(last["axis"]) // 2 + 1],
     }
@@ -205,7 +206,7 @@ def paths(rows: Rows) -> list[Row]:
     found = []
     for (arm,), each in groups(rows, "arm").items():
         worst = max(each, key=lambda row: abs(_log_factor(row)))
-        null = Interval(*(each[0][name] for name in ("null", "null_low", "null_high")))
+        null = Interval.of(each[0], "null")
         figures = {"explained": each[0]["explained"], "null": null, "checkpoints": len(each)}
         place = {"epoch": worst["epoch"], "loss": worst["loss"], "loss_on_plane": worst["loss_on_plane"]}
         found.append({"arm": arm, **figures, **place, "factor": math.exp(abs(_log_factor(worst)))})

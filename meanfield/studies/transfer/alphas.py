@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from statistics import fmean
 
-from meanfield import transfer
 from meanfield.bench.classifiers import Classifier
 from meanfield.bench.sweep import Cell, Row
 from meanfield.finite import evaluate
 from meanfield.studies.transfer.arms import ARMS, FIXED, Draw, Trained
 from meanfield.studies.transfer.judged import Division, divided, scores
-from meanfield.studies.transfer.plan import PREDICTED
 
 
 def alphas(cell: Cell, store: str) -> list[Row]:
@@ -44,13 +42,9 @@ def _means(found: Sequence[Row]) -> Row:
 
 def _predicted(trained: Trained, division: Division, cell: Cell) -> list[Row]:
     """Of a fresh start, without one."""
-    if trained.classifier.network not in PREDICTED:
-        return []
-    images, labels = division.held_out
-    rows = []
-    for alpha in cell["alphas"]:
-        moments = transfer.moments(trained.displacement, trained.law, images, alpha)
-        rows.append(
-            {**cell["names"], "arm": "predicted", "alpha": alpha, "held_out_accuracy": moments.accuracy(labels)}
-        )
-    return rows
+    found = {alpha: trained.predicted(alpha, *division.held_out) for alpha in cell["alphas"]}
+    return [
+        {**cell["names"], "arm": "predicted", "alpha": alpha, "held_out_accuracy": accuracy}
+        for alpha, accuracy in found.items()
+        if accuracy is not None
+    ]

@@ -14,13 +14,16 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
+from meanfield import transfer
 from meanfield.bench.classifiers import Classifier
 from meanfield.finite.statistics import recompute
 from meanfield.landscape.directions import generator_of
-from meanfield.subject import Parameters, Subject
+from meanfield.starts import normal
+from meanfield.subject import Parameters, Subject, moved
 from meanfield.transfer import Displacement, StartLaw
 from meanfield.validation import Misuse
 
+PREDICTED = ("mlp", "cnn")  # chains, for which `transfer.predict` is
 STARTS = 10_000  # seeds of fresh starts of a training, beside those of all trainings
 
 
@@ -52,10 +55,10 @@ class Trained:
         """theta_0."""
         return self.displacement.subject.parameters
 
-    @property
+    @cached_property
     def after(self) -> Parameters:
         """theta_T."""
-        return {name: tensor + self.displacement.delta[name] for name, tensor in self.before.items()}
+        return moved(self.before, self.displacement.delta, 1)
 
     @property
     def ratio(self) -> float:
@@ -65,6 +68,12 @@ class Trained:
             for each in (self.before, self.displacement.delta)
         ]
         return (squares[0] / squares[1]) ** 0.5
+
+    def predicted(self, alpha: float, images: Tensor, labels: Tensor) -> float | None:
+        """The expected accuracy of theta_0' + alpha Delta, no start drawn; None of networks without a prediction."""
+        if self.classifier.network not in PREDICTED:
+            return None
+        return transfer.moments(self.displacement, self.law, images, alpha).accuracy(labels)
 
     def seed(self, number: int) -> int:
         """Of its draw 0, 1, ...: none of a training."""
@@ -117,18 +126,18 @@ Arm = Callable[[Trained, Draw, float], Parameters | None]
 
 def own(trained: Trained, draw: Draw, alpha: float) -> Parameters:
     """theta_0 + alpha Delta."""
-    return plus(trained.before, trained.displacement.delta, alpha)
+    return moved(trained.before, trained.displacement.delta, alpha)
 
 
 def fresh(trained: Trained, draw: Draw, alpha: float) -> Parameters:
     """theta_0' + alpha Delta."""
-    return plus(draw.fresh, trained.displacement.delta, alpha)
+    return moved(draw.fresh, trained.displacement.delta, alpha)
 
 
 def zero(trained: Trained, draw: Draw, alpha: float) -> Parameters:
     """alpha Delta."""
     nothing = {name: torch.zeros_like(each) if name in trained.drawn else each for name, each in draw.fresh.items()}
-    return plus(nothing, trained.displacement.delta, alpha)
+    return moved(nothing, trained.displacement.delta, alpha)
 
 
 def scaled(trained: Trained, draw: Draw, alpha: float) -> Parameters:
@@ -140,46 +149,46 @@ def literal(trained: Trained, draw: Draw, alpha: float) -> Parameters:
     """alpha theta_T + noise of the norm |theta_0' - alpha theta_0|: what the sum is taken for where that difference
     counts as noise.
     """
-    difference = plus(draw.fresh, trained.before, -alpha)
-    return plus(_noise(trained, difference, draw.generator), trained.after, alpha)
+    difference = moved(draw.fresh, trained.before, -alpha)
+    return moved(_noise(trained, difference, draw.generator), trained.after, alpha)
 
 
 def noise_as_start(trained: Trained, draw: Draw, alpha: float) -> Parameters:
     """Noise of the norm |theta_0'|, + alpha Delta."""
-    return plus(_noise(trained, draw.fresh, draw.generator), trained.displacement.delta, alpha)
+    return moved(_noise(trained, draw.fresh, draw.generator), trained.displacement.delta, alpha)
 
 
 def noise_as_displacement(trained: Trained, draw: Draw, alpha: float) -> Parameters:
     """theta_0' + alpha times noise of the norm |Delta|."""
-    return plus(draw.fresh, _noise(trained, trained.displacement.delta, draw.generator), alpha)
+    return moved(draw.fresh, _noise(trained, trained.displacement.delta, draw.generator), alpha)
 
 
 def shuffled(trained: Trained, draw: Draw, alpha: float) -> Parameters | None:
     """theta_0 + alpha Delta, Delta dealt anew among the particles, layers in step."""
     delta = trained.shuffled(draw.generator, True)
-    return None if delta is None else plus(trained.before, delta, alpha)
+    return None if delta is None else moved(trained.before, delta, alpha)
 
 
 def shuffled_apart(trained: Trained, draw: Draw, alpha: float) -> Parameters | None:
     """theta_0 + alpha Delta, Delta dealt anew in every layer by itself."""
     delta = trained.shuffled(draw.generator, False)
-    return None if delta is None else plus(trained.before, delta, alpha)
+    return None if delta is None else moved(trained.before, delta, alpha)
 
 
 def of_permuted_labels(trained: Trained, draw: Draw, alpha: float) -> Parameters:
     """theta_0' + alpha Delta of a training on permuted labels."""
-    return plus(draw.fresh, draw.permuted, alpha)
+    return moved(draw.fresh, draw.permuted, alpha)
 
 
 def added_back(trained: Trained, draw: Draw, alpha: float) -> Parameters:
     """theta_0' + (theta_0 + alpha Delta): the original start put back."""
     start = {name: each + trained.before[name] if name in trained.drawn else each for name, each in draw.fresh.items()}
-    return plus(start, trained.displacement.delta, alpha)
+    return moved(start, trained.displacement.delta, alpha)
 
 
 def combined(trained: Trained, draw: Draw, alpha: float) -> Parameters:
     """theta_T + alpha times the weights of another trained network."""
-    return plus(trained.after, draw.other, alpha)
+    return moved(trained.after, draw.other, alpha)
 
 
 ARMS: dict[str, Arm] = {
@@ -199,16 +208,11 @@ ARMS: dict[str, Arm] = {
 FIXED = ("own start", "zero start", "trained, scaled", "two trained")  # nothing is drawn
 
 
-def plus(first: Parameters, second: Parameters, alpha: float) -> Parameters:
-    """first + alpha second."""
-    return {name: tensor + alpha * second[name] for name, tensor in first.items()}
-
-
 def _noise(trained: Trained, like: Parameters, generator: torch.Generator) -> Parameters:
     """Gaussian, of the norms of the tensors `like`; in place of what a start draws alone."""
     return {name: _of_norm(tensor, generator) if name in trained.drawn else tensor for name, tensor in like.items()}
 
 
 def _of_norm(like: Tensor, generator: torch.Generator) -> Tensor:
-    drawn = torch.randn(like.shape, generator=generator, dtype=torch.float64).to(like)
+    drawn = normal(like.shape, generator, like)
     return drawn * (like.norm() / drawn.norm())

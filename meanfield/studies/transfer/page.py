@@ -9,9 +9,8 @@ from meanfield.bench.sweep import Row, Rows, Tables, groups, select
 from meanfield.pages.html import Details, Figure, Section, Table
 from meanfield.pages.words import capital, count, listed, scientific, two
 from meanfield.rates import Interval
-from meanfield.studies.transfer.arms import ARMS
+from meanfield.studies.transfer.arms import ARMS, PREDICTED
 from meanfield.studies.transfer.pictures import FIGURES, HEADS, SCALINGS, choice, way
-from meanfield.studies.transfer.plan import PREDICTED
 from meanfield.studies.transfer.summary import FIGURES as JUDGED
 from meanfield.studies.transfer.summary import NEAR, TASK_NAMES, at, points
 from meanfield.studies.transfer.tasks import REDUCED
@@ -245,12 +244,7 @@ def _cell(row: Row) -> list[Any]:
     accuracies = [
         f"{100 * row[name]:.1f}" if name in row else None for name in ("own", "fresh", "literal", "predicted")
     ]
-    gaps = [
-        f"{100 * row[gap]:.1f} ({100 * row[gap + '_low']:.1f} to {100 * row[gap + '_high']:.1f})"
-        if gap in row
-        else None
-        for gap in ACCOUNTS
-    ]
+    gaps = [points(Interval.of(row, gap)) if gap in row else None for gap in ACCOUNTS]
     return [*kept, two(row["ratio"]), *accuracies, *gaps]
 
 

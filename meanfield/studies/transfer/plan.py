@@ -1,7 +1,6 @@
 """The cells of the transfer study, part by part: plan(subject, sizes, seed).
 
-`subject` says which images and which networks; a size says how many seeds, epochs, scales and widths.  `train` makes
-the cells of the networks that all the others need.
+`subject` says which images and which networks; a size says how many seeds, epochs, scales and widths.
 """
 
 from __future__ import annotations
@@ -13,6 +12,7 @@ from typing import Any
 
 from meanfield.bench.classifiers import Classifier
 from meanfield.bench.sweep import Cell
+from meanfield.studies.transfer.arms import PREDICTED
 from meanfield.studies.transfer.tasks import METHODS
 from meanfield.validation import Misuse
 
@@ -22,7 +22,6 @@ PERMUTED_RATES = {"mlp": 0.05, "cnn": 0.05}  # at which permuted labels are fitt
 # of "tasks": at which joint training has its highest validation accuracy, of 0.01, 0.02, 0.05, 0.1, 0.2 and 15 or 30
 # epochs, mean of both kinds of heads over seeds that no size has; of other networks the preset's
 TASK_RATES = {"cnn": 0.05}
-PREDICTED = ("mlp", "cnn")  # chains, for which `transfer.predict` is
 DIVISIONS = {"two tasks": 2, "five tasks": 5}  # of the classes, in their order
 
 
@@ -187,11 +186,6 @@ def check(subject: Subject, plan: Mapping[str, Sequence[Cell]]) -> None:
     if left < 2:
         remedy = f"leaves {left} of {subject.base.samples + left} images: at least one to choose by, and one held out"
         raise Misuse("samples", subject.base.samples, remedy)
-
-
-def train(cells: Sequence[Cell]) -> list[Cell]:
-    """The networks that the cells need, each once, in the order of first need."""
-    return list({str(each): each for cell in cells for each in cell.get("networks", ())}.values())
 
 
 def ended(base: Classifier, epochs: int) -> Classifier:

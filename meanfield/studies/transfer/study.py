@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import partial
 from itertools import product
 
+from meanfield.bench.classifiers import networks_of
 from meanfield.bench.study import Part, Study
 from meanfield.studies.transfer import judged, page, pictures, plan, summary
 from meanfield.studies.transfer.alphas import alphas
@@ -20,7 +21,7 @@ STUDY = Study(
     title="What of a training survives another beginning?",
     claim=page.claim,
     sizes=plan.SIZES,
-    groundwork={"train": Part(plan.train, judged.train, sections=[page.train])},
+    groundwork={"train": Part(networks_of, judged.train, sections=[page.train])},
     # a file of the same name with other images is another study
     common=lambda subject: {"images": subject.base.images().digest},
     data=lambda subject: subject.base.images().summary,

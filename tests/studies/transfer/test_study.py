@@ -15,7 +15,7 @@ from meanfield.bench.sweep import select
 from meanfield.finite import FiniteCNN, evaluate
 from meanfield.finite.statistics import norms
 from meanfield.rates import mean
-from meanfield.studies.transfer import plan, steps, widths
+from meanfield.studies.transfer import arms, plan, steps, widths
 from meanfield.studies.transfer.alphas import alphas
 from meanfield.studies.transfer.arms import Draw, Trained, fresh, literal
 from meanfield.studies.transfer.judged import divided
@@ -199,4 +199,4 @@ def test_too_few_images_left_are_one_line(tmp_path):
 def test_no_seed_of_a_draw_is_that_of_a_training():
     trained = [Classifier.from_dict(cell).seed for cell in STUDY.plan(Subject(BASE), SIZES["full"])["train"]]
     assert max(trained) < 10_000
-    assert plan.PREDICTED == ("mlp", "cnn")
+    assert arms.PREDICTED == ("mlp", "cnn")
