@@ -9,6 +9,7 @@ from scipy import optimize
 
 import meanfield as mf
 from meanfield.outer import Outer
+from meanfield.validation import Misuse
 
 POWERS = (1.2, 1.5, 2.0, 3.0, 6.0)
 STRENGTHS = (1e-3, 0.7, 20.0)
@@ -77,6 +78,6 @@ def test_slopes_in_squares_end_at_zero(power):
 
 @pytest.mark.parametrize("power", [1, 1.0, 0.5, -2, math.nan, "3"])
 def test_powers_that_are_no_powers_are_refused(power):
-    with pytest.raises(mf.validation.Misuse, match=r"power=.* must be") as caught:
+    with pytest.raises(Misuse, match=r"power=.* must be") as caught:
         mf.Penalty(power=power)
     assert "\n" not in str(caught.value)
