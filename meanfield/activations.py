@@ -65,7 +65,8 @@ class Activation:
             raise Misuse("function", self.function, "must be a function of a tensor")
         object.__setattr__(self, "name", self.name or getattr(self.function, "__name__", ""))
         if not isinstance(self.name, str) or not self.name.isidentifier():
-            raise Misuse("name", self.name, "must name the activation by letters, digits and _, such as name='cube'")
+            remedy = "must name the activation by letters, digits and _, such as Activation(function, name='cube')"
+            raise Misuse("name", self.name, remedy)
         object.__setattr__(self, "bounded", boolean(self.bounded, "bounded"))
         object.__setattr__(self, "homogeneous", boolean(self.homogeneous, "homogeneous"))
         object.__setattr__(self, "gain", positive(self.gain, "gain"))
@@ -93,6 +94,12 @@ class Activation:
         """h as a module."""
         return Pointwise(self) if self.layer is None else self.layer()
 
+    @torch.no_grad()
+    def fingerprint(self) -> list[float]:
+        """Values by which files know the function again: near 0, and so far that ReLU is told from what ends at 6."""
+        far = torch.tensor([-40, -20, -10, -5, 5, 10, 20, 40], dtype=torch.float64)
+        return self.function(torch.cat([torch.linspace(-3, 3, 13, dtype=torch.float64), far])).tolist()
+
 
 @torch.no_grad()
 def _check(activation: Activation) -> None:
@@ -101,6 +108,8 @@ def _check(activation: Activation) -> None:
     far = torch.logspace(math.log10(NEAR), math.log10(FAR), 60, dtype=torch.float64)
     grid = torch.cat([-far.flip(0), near, far])
     _check_function(activation, near)
+    if activation.layer is not None:
+        _check_layer(activation, near)
     if activation.bounded:
         _check_bounded(activation, grid)
     if activation.homogeneous:
@@ -118,8 +127,11 @@ def _false(activation: Activation, declared: str, why: str) -> Misuse:
 def _check_function(activation: Activation, grid: Tensor) -> None:
     for dtype in (torch.float64, torch.float32):
         g = grid.to(dtype).detach().requires_grad_()
-        with torch.enable_grad():
-            h = activation.function(g)
+        try:
+            with torch.enable_grad():
+                h = activation.function(g)
+        except (RuntimeError, TypeError, ValueError) as error:  # in place, or no function of tensors
+            raise Misuse("function", activation.name, f"fails on a tensor of dtype {dtype}: {error}") from error
         if not isinstance(h, Tensor) or h.shape != g.shape or h.dtype != dtype:
             got = f"{tuple(h.shape)}, {h.dtype}" if isinstance(h, Tensor) else type(h).__name__
             remedy = f"must give a tensor of the shape {tuple(g.shape)} and dtype {dtype} that it takes, not {got}"
@@ -134,6 +146,15 @@ def _check_function(activation: Activation, grid: Tensor) -> None:
     apart = activation.function(grid[::2, None, None]).flatten()
     if not torch.allclose(apart, h[::2], rtol=ROUNDING, atol=ROUNDING):
         raise Misuse("function", activation.name, "must act on every entry by itself, and twice alike")
+
+
+def _check_layer(activation: Activation, grid: Tensor) -> None:
+    layer = activation.layer
+    module = None if layer is None or isinstance(layer, nn.Module) else layer()
+    if not isinstance(module, nn.Module):
+        raise Misuse("layer", layer, "must make an nn.Module without arguments, such as nn.SiLU")
+    if not torch.allclose(module(grid), activation.function(grid), rtol=ROUNDING, atol=ROUNDING):
+        raise Misuse("layer", layer, f"is another function than {activation.name!r}")
 
 
 def _check_bounded(activation: Activation, grid: Tensor) -> None:
@@ -211,12 +232,20 @@ _enter(
 
 
 def resolve(value: Any, argument: str = "activation") -> Activation:
-    """The activation of this name in ACTIVATIONS, an Activation itself, or a function of which nothing is declared."""
+    """The activation of this name in ACTIVATIONS, or of this function there, an Activation itself, or a function of
+    which nothing is declared.
+    """
     if isinstance(value, str) or not (isinstance(value, Activation) or callable(value)):
         return ACTIVATIONS[one_of(value, argument, ACTIVATIONS)]
-    found = value if isinstance(value, Activation) else Activation(value)  # type: ignore[arg-type]
+    if isinstance(value, Activation):
+        found = value
+    else:  # torch.tanh is the entry that it is the function of
+        found = next((each for each in ACTIVATIONS.values() if each.function is value), None) or Activation(value)
     if ACTIVATIONS.get(found.name, found) != found:
-        remedy = "is the name of another activation of the library: give this one another, by Activation(..., name=...)"
+        remedy = (
+            "is the name of another activation of the library: give that name for it, or this one another, by "
+            "Activation(..., name=...)"
+        )
         raise Misuse(argument, found.name, remedy)
     return found
 

@@ -379,9 +379,14 @@ def uncertified(network: ParticleNetwork, penalty: Penalty) -> Tensor:
     """The term of the user's own at a network, 0-dimensional."""
     assert penalty.uncertified is not None
     found = penalty.uncertified(network)
-    if not isinstance(found, Tensor) or found.ndim:
-        came = f"a tensor of shape {tuple(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
-        raise Misuse("uncertified", penalty.uncertified, f"returned {came} and must return a 0-dimensional tensor")
+    if not isinstance(found, Tensor) or found.ndim or not found.is_floating_point():
+        tensor = isinstance(found, Tensor)
+        came = f"a tensor of shape {tuple(found.shape)}, {found.dtype}," if tensor else type(found).__name__
+        remedy = f"returned {came} and must return a 0-dimensional tensor of real numbers"
+        raise Misuse("uncertified", penalty.uncertified, remedy)
+    if torch.is_grad_enabled() and any(each.requires_grad for each in network.tensors()) and not found.requires_grad:
+        remedy = "must follow from the network's tensors by operations that torch differentiates: no flow would see it"
+        raise Misuse("uncertified", penalty.uncertified, remedy)
     return found
 
 

@@ -97,6 +97,11 @@ def test_a_derivative_bound_is_reached_to_a_thousandth(name):
         (torch.sin, {"bounded": 1}, "bounded=1 must be True or False"),
         (torch.sin, {"derivative_bound": -1.0}, "derivative_bound=-1.0"),
         (3, {"name": "three"}, "function=3 must be a function"),
+        (math.tanh, {}, "function='tanh' fails on a tensor of dtype torch.float64"),
+        (torch.relu_, {}, "function='relu_' fails on .* in-place"),
+        (torch.sin, {"layer": nn.Tanh}, "layer=.*Tanh.* is another function than 'sin'"),
+        (torch.tanh, {"layer": nn.Tanh()}, r"layer=Tanh\(\) must make an nn.Module"),
+        (lambda g: -2 * g, {"name": "steep", "derivative_bound": 1.0}, "derivative_bound=1.0 .* reaches 2 "),
     ],
 )
 def test_what_is_false_is_refused_by_its_name(function, facts, message):
@@ -108,6 +113,7 @@ def test_a_name_belongs_to_one_function():
     with pytest.raises(ValueError, match="activation='relu' is the name of another activation"):
         mf.Conv(activation=Activation(cube, name="relu"))
     assert mf.Conv(activation=cube) == mf.Conv(activation=Activation(cube))
+    assert mf.Conv(activation=torch.tanh) == mf.Conv(activation="tanh")
     with pytest.raises(ValueError, match="activation=3 is unknown"):
         mf.Conv(activation=3)
 

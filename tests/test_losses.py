@@ -336,7 +336,7 @@ HUBER = losses.HuberLoss()
         ({"gradient": lambda F, y: -HUBER.gradient(F, y)}, "wrong gradient"),
         ({"value": lambda F, y: HUBER.value(F, y).clamp_max(2)}, "wrong convexity: it lies above a chord"),
         ({"value": lambda F, y: HUBER.value(F, y).mean()}, r"wrong value: .* the shape \(24,\) .* and is \(\)"),
-        ({"value": lambda F, y: HUBER.value(F, y).log()}, "wrong value: it is not finite|wrong convexity"),
+        ({"value": lambda F, y: HUBER.value(F, y) + (F.abs() > 30).sum(1) * math.inf}, "wrong value: it is not finite"),
         ({"supercoercive": True}, "wrong domain: it is not everything, and the loss is said to be supercoercive"),
         ({"encode": lambda own, classes: HUBER.encode(0 * own, classes)}, "wrong decode"),
     ],
@@ -391,6 +391,9 @@ def test_numerical_conjugate_and_prox_are_those_in_closed_form(single):
     ]
     accuracy = {"rtol": 2e-6, "atol": 2e-6} if single else {"rtol": 1e-12, "atol": 1e-12}
     for closed, numerical, targets in pairs:
+        torch.testing.assert_close(numerical.value(F, targets), closed.value(F, targets), **accuracy)
+        stated = float(closed.cvxpy_sum(cp, cp.Constant(F.numpy()), targets.numpy()).value)
+        assert stated == pytest.approx(float(closed.value(F, targets).sum()), rel=accuracy["rtol"])
         for weight in (1e-3, 0.1, 1.0, 40.0):
             got, expected = (each.prox(F, targets, weight) for each in (numerical, closed))
             torch.testing.assert_close(got, expected, **accuracy)
@@ -407,6 +410,32 @@ def test_numerical_conjugate_and_prox_are_those_in_closed_form(single):
     moved = F - y
     expected = y + moved - moved.clamp(-t / 2, (1 - t) / 2)  # soft threshold, each side with its slope over the weight
     torch.testing.assert_close(pinball.prox(F, y, 2.0), expected, **accuracy)
+
+
+def test_the_hinge_is_flat_from_its_kink_on():
+    outputs, y = torch.tensor([[0.99], [1.0], [1.01]]), torch.ones(3, 1)
+    assert losses.HingeLoss().gradient(outputs, y).tolist() == [[-1.0], [0.0], [0.0]]
+
+
+def test_a_formula_is_elementwise():
+    """A value summed over outputs would count once for each of them in the conjugate: a false bound."""
+    summed = losses.ScalarLoss(lambda F, y: (F - y).square().sum(1, keepdim=True), name="summed", supercoercive=True)
+    F = torch.zeros(4, 3, dtype=torch.float64)
+    for use in (summed.value, summed.conjugate):
+        with pytest.raises(
+            ValueError, match=r"value='summed' must be elementwise: of outputs \(4, 3\) it gives \(4, 1\)"
+        ):
+            use(F, F)
+    with pytest.raises(ValueError, match=r"slope='sloped' must be elementwise: .* gives \(4,\)"):
+        losses.ScalarLoss(log_cosh, lambda F, y: (F - y).sum(1), name="sloped").gradient(F, F)
+
+
+def test_labels_are_of_label_losses():
+    class Own(losses.ScalarLoss):
+        pass
+
+    with pytest.raises(ValueError, match="labels=True has no effect on Own: derive it from LabelLoss as well"):
+        Own(log_cosh, name="own", labels=True)
 
 
 def _huber(t, d):
@@ -429,6 +458,7 @@ def test_objects_are_losses_wherever_names_are():
     huber = losses.HuberLoss(0.5)
     assert losses.make(huber) is huber
     assert (huber.name, losses.make("huber").name) == ("huber(0.5)", "huber")
+    assert losses.HuberLoss(0.1234567).name != losses.HuberLoss(0.12345671).name
     with pytest.raises(ValueError, match="loss='squared' is the name of SquaredLoss: give this loss another"):
         losses.make(Named("squared"))
     with pytest.raises(ValueError, match="loss='Named' needs a name"):

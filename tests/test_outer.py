@@ -51,6 +51,7 @@ def test_conjugate_is_the_largest_gain_and_price_its_inverse(power, strength):
         assert gain == pytest.approx(best, rel=1e-6, abs=1e-12)
     torch.testing.assert_close(outer.conjugate_of_squares(pulls.square(), strength), found)
     torch.testing.assert_close(outer.price(found, strength), pulls)
+    assert outer.conjugate(pulls, 0.0).tolist() == [0.0, math.inf, math.inf]
 
 
 def test_the_square_keeps_its_bits():

@@ -47,15 +47,11 @@ def check(loss: Loss, targets: Any = None, *, outputs: int | None = None, seed: 
     """
     generator = torch.Generator().manual_seed(seed)
     found = dict.fromkeys(LossCheck._fields, 0.0)
-    for y, size in _targets(loss, targets, outputs, generator):
-        for spread in SPREADS:
-            trial = _Trial(loss, y, size, spread, generator, found)
-            trial.value()
-            trial.convexity()
-            trial.gradient()
-            trial.prox()
-            trial.domain()
-            trial.conjugate()
+    sets = _targets(loss, targets, outputs, generator)
+    trials = [_Trial(loss, y, size, spread, generator, found) for y, size in sets for spread in SPREADS]
+    for line in (_Trial.value, _Trial.convexity, _Trial.gradient, _Trial.prox, _Trial.domain, _Trial.conjugate):
+        for trial in trials:
+            line(trial)
     return LossCheck(**found)
 
 

@@ -30,7 +30,7 @@ class HuberLoss(Loss):
 
     def __init__(self, delta: float = 1.0) -> None:
         self.delta = positive(delta, "delta")
-        self.name = "huber" if self.delta == 1 else f"huber({self.delta:g})"
+        self.name = "huber" if self.delta == 1 else f"huber({self.delta!r})"  # every digit: two deltas, two names
 
     def value(self, outputs: Tensor, targets: Tensor) -> Tensor:
         return torch.nn.functional.huber_loss(outputs, targets, reduction="none", delta=self.delta).sum(1)

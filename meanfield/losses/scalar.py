@@ -51,11 +51,13 @@ class ScalarLoss(Loss):
         for argument, given in (("value", value), ("slope", slope), ("cvxpy", cvxpy)):
             if not callable(given) and (argument == "value" or given is not None):
                 raise Misuse(argument, given, "must be a function")
+        if labels and not isinstance(self, LabelLoss):
+            raise Misuse("labels", labels, f"has no effect on {type(self).__name__}: derive it from LabelLoss as well")
         self._value, self._slope, self._cvxpy = value, slope, cvxpy
         self.name, self.supercoercive = name, supercoercive
 
     def value(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        return self._value(outputs, targets).sum(1)
+        return self._values(outputs, targets).sum(1)
 
     def gradient(self, outputs: Tensor, targets: Tensor) -> Tensor:
         return self._slopes(outputs, targets)[0]
@@ -63,7 +65,7 @@ class ScalarLoss(Loss):
     def conjugate(self, dual: Tensor, targets: Tensor) -> Tensor:
         s, inside = self._in_domain(dual, targets)
         outputs = self._where(s, targets)
-        return torch.where(inside, s * outputs - self._value(outputs, targets), torch.inf).sum(1)
+        return torch.where(inside, s * outputs - self._values(outputs, targets), torch.inf).sum(1)
 
     def feasible(self, dual: Tensor, targets: Tensor) -> Tensor:
         return self._in_domain(dual, targets)[0]
@@ -82,14 +84,25 @@ class ScalarLoss(Loss):
     def cvxpy_sum(self, cp: Any, outputs: Any, targets: np.ndarray) -> Any:
         return super().cvxpy_sum(cp, outputs, targets) if self._cvxpy is None else self._cvxpy(cp, outputs, targets)
 
+    def _values(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """l, (N, K); Misuse where `value` is not elementwise: a sum over outputs would pass for each of its terms."""
+        return self._elementwise("value", self._value(outputs, targets), outputs)
+
+    def _elementwise(self, argument: str, found: Any, outputs: Tensor) -> Tensor:
+        if not isinstance(found, Tensor) or found.shape != outputs.shape:
+            came = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+            remedy = f"must be elementwise: of outputs {tuple(outputs.shape)} it gives {came}"
+            raise Misuse(argument, self.name, remedy)
+        return found
+
     def _slopes(self, outputs: Tensor, targets: Tensor, bend: bool = False) -> tuple[Tensor, Tensor]:
         """l' and, where asked for, l'' (0 where torch sees none), (N, K) each; no graph."""
         with torch.enable_grad():
             leaf = outputs.detach().requires_grad_()
             if self._slope is None:
-                (slope,) = torch.autograd.grad(self._value(leaf, targets).sum(), leaf, create_graph=bend)
+                (slope,) = torch.autograd.grad(self._values(leaf, targets).sum(), leaf, create_graph=bend)
             else:
-                slope = self._slope(leaf, targets)
+                slope = self._elementwise("slope", self._slope(leaf, targets), outputs)
             bent = torch.zeros_like(outputs)
             if bend and slope.requires_grad:
                 (found,) = torch.autograd.grad(slope.sum(), leaf, allow_unused=True)

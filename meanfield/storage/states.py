@@ -12,12 +12,14 @@ import torch
 from torch import Tensor
 
 from meanfield import limits
+from meanfield.activations import ACTIVATIONS
 from meanfield.network import ParticleNetwork
 from meanfield.problem import Problem
 from meanfield.ranks import ALONE, Ranks
 from meanfield.storage import files, tensors
 from meanfield.validation import Misuse
 
+OURS = frozenset(ACTIVATIONS.values())
 KIND = "meanfield state 3"
 PLACE = "<tensor>"  # the only key of what stands for a tensor among plain values
 DIGITS = 16  # of a digest, hexadecimal: enough to tell data apart, few enough to be shown
@@ -25,12 +27,14 @@ DIGITS = 16  # of a digest, hexadecimal: enough to tell data apart, few enough t
 
 def described(problem: Problem) -> dict[str, Any]:
     """What a run on a problem depends on, for the settings of its state; the same however many ranks share the images,
-    as long as these come in the same runs.
+    as long as these come in the same runs.  Of the user's own activations a name says nothing.
     """
+    used = {layer.h for layer in problem.architecture.layers}
     return {
         "images": problem.count,
         "loss": problem.loss.name,
         "architecture": problem.architecture.to_dict(),
+        "activations": {h.name: [float(f"{each:.6g}") for each in h.fingerprint()] for h in used - OURS},
         "penalty": problem.penalty.settings(),
         "dtype": str(problem.inputs.dtype).removeprefix("torch."),
         "device": problem.inputs.device.type,

@@ -243,11 +243,21 @@ def test_whatever_certifies_refuses_own_terms_by_name(certify):
             certify(*own())
 
 
-@pytest.mark.parametrize("function", [lambda network: 1.0, lambda network: network.masses[0]])
+@pytest.mark.parametrize(
+    "function",
+    [lambda network: 1.0, lambda network: network.masses[0], lambda network: network.readout.sum() * 1j],
+)
 def test_own_terms_are_numbers(function):
     problem, network = own(function)
     with pytest.raises(Misuse, match="must return a 0-dimensional tensor"):
         problem.value(network)
+
+
+def test_flows_refuse_own_terms_that_they_would_not_see():
+    problem, network = own(lambda network: spread(network.detach()))
+    assert problem.value(network).isfinite()
+    with pytest.raises(Misuse, match="operations that torch differentiates: no flow would see it"):
+        flow.solve(problem, network, steps=1)
 
 
 def test_own_terms_are_functions_and_no_state_names_them(tmp_path):
