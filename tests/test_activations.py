@@ -4,6 +4,7 @@ import copy
 import json
 import math
 import pickle
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from meanfield import certificates, finite, starts, transfer
 from meanfield.activations import ACTIVATIONS, Activation
 from meanfield.landscape import balanced
 from meanfield.landscape.caution import not_homogeneous
-from meanfield.solvers import splitting
+from meanfield.solvers import flow, splitting
 
 FORMULAS = {  # plain arithmetic, by their definitions
     "relu": lambda g: max(g, 0.0),
@@ -173,11 +174,23 @@ def test_a_function_of_ones_own_goes_the_whole_way(tmp_path):
         mf.load_network(tmp_path / "network.safetensors")
     with pytest.raises(ValueError, match="activations='soft_sign' is another function"):
         mf.load_network(tmp_path / "network.safetensors", [Activation(cube, name="soft_sign")])
+    far = Activation(lambda g: torch.where(g > 9, 0 * g, soft_sign(g)), name="soft_sign")  # other from 9 on
+    with pytest.raises(ValueError, match="activations='soft_sign' is another function"):
+        mf.load_network(tmp_path / "network.safetensors", [far])
     kept = mf.load_network(tmp_path / "network.safetensors", [mine])
     assert kept.architecture == given.architecture
     assert torch.equal(kept(given.inputs), found.network(given.inputs))
     with pytest.raises(ValueError, match=r"activations=\(\) must hold 'soft_sign'"):
         mf.Architecture.from_dict(json.loads(json.dumps(given.architecture.to_dict())))
+
+
+def test_a_run_goes_on_with_the_function_that_it_began_with(tmp_path):
+    for function in (soft_sign, lambda g: 2 * soft_sign(g)):
+        given = problem(Activation(function, name="mine"), input_bound=1.0)
+        start, again = starts.draw(given, (3,), seeded(), "low_rank"), function is not soft_sign
+        expected = pytest.raises(ValueError, match="of another run: its activations.mine") if again else nullcontext()
+        with expected, mf.limits.within(seconds=0):
+            flow.solve(given, start, steps=50, state=tmp_path / "run.safetensors")
 
 
 def test_a_homogeneous_one_balances_and_others_do_not():

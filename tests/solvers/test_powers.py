@@ -116,6 +116,18 @@ def test_dissipation_identity(power, masses):
     assert errors[1] < 0.6 * errors[0] < 0.05
 
 
+@pytest.mark.parametrize("power", POWERS)
+def test_the_pull_of_the_source_penalty_is_that_at_the_end_of_a_step(power):
+    """dJ / dt is blind to the order h of where it is taken; where the flow rests is not."""
+    problem, network = make(power, source=0.5)
+    still = velocities.velocity(problem, network)[1].map(torch.zeros_like)
+    moved = velocities.euler(problem, network, still, 0.3)
+    before, after = (problem.penalty.norms(each.kernels[1]) for each in (network, moved))
+    pull = 0.3 * power * 0.5 * (network.masses[1] @ after) ** (power - 1)
+    torch.testing.assert_close(after, (before - pull).clamp_min(0), rtol=1e-12, atol=1e-14)
+    assert bool((after > 0).any())
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("power", "activation"), [(1.5, "tanh"), (3.0, "relu")])
 def test_bounds_over_all_measures_meet_the_value(power, activation):
