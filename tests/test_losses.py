@@ -331,7 +331,7 @@ HUBER = losses.HuberLoss()
         ({"prox": lambda c, y, w: HUBER.prox(c, y, 1.01 * w)}, "wrong prox: it is no minimum at weight 0.01.* off by"),
         ({"prox": lambda c, y, w: c - HUBER.gradient(c, y) / w}, "wrong prox"),  # an explicit step
         ({"feasible": lambda s, y: s}, "wrong domain: it does not hold what feasible gives, off by inf"),
-        ({"feasible": lambda s, y: 0.9 * s.clamp(-1, 1)}, "wrong domain: it loses 0.3 times the gradient"),
+        ({"feasible": lambda s, y: (1 - 1e-6) * s.clamp(-1, 1)}, "wrong domain: it loses 0.3 times the gradient"),
         ({"gradient": lambda F, y: 1.001 * HUBER.gradient(F, y)}, "wrong gradient: it has a slope.* off by 0.000"),
         ({"gradient": lambda F, y: -HUBER.gradient(F, y)}, "wrong gradient"),
         ({"value": lambda F, y: HUBER.value(F, y).clamp_max(2)}, "wrong convexity: it lies above a chord"),
@@ -392,6 +392,7 @@ def test_numerical_conjugate_and_prox_are_those_in_closed_form(single):
     accuracy = {"rtol": 2e-6, "atol": 2e-6} if single else {"rtol": 1e-12, "atol": 1e-12}
     for closed, numerical, targets in pairs:
         torch.testing.assert_close(numerical.value(F, targets), closed.value(F, targets), **accuracy)
+        torch.testing.assert_close(numerical.gradient(F, targets), closed.gradient(F, targets), **accuracy)
         stated = float(closed.cvxpy_sum(cp, cp.Constant(F.numpy()), targets.numpy()).value)
         assert stated == pytest.approx(float(closed.value(F, targets).sum()), rel=accuracy["rtol"])
         for weight in (1e-3, 0.1, 1.0, 40.0):
@@ -403,6 +404,8 @@ def test_numerical_conjugate_and_prox_are_those_in_closed_form(single):
             torch.testing.assert_close(numerical.conjugate(s, targets), closed.conjugate(s, targets), **accuracy)
             torch.testing.assert_close(numerical.feasible(3 * s, targets), closed.feasible(3 * s, targets), **accuracy)
         assert bool((numerical.conjugate(dual + 3, targets) == torch.inf).all())
+    wide = losses.ScalarLoss(lambda F, y: _huber(F - y, 1e5), name="wide")
+    torch.testing.assert_close(wide.feasible(1e9 * s.sign(), targets), 1e5 * s.sign(), **accuracy)
     t = 0.3
     pinball = losses.ScalarLoss(quantile(t), name="quantile")
     s = F.clamp(-t, 1 - t)

@@ -171,8 +171,12 @@ def test_single_precision_solves(power):
     assert found.value == pytest.approx(exact.value, rel=2e-4)
 
 
-def test_one_layer_arrangements_are_of_squares():
-    problem, _ = make(3.0, 1, activation="relu")
+def test_one_layer_arrangements_and_proven_bounds_are_of_squares():
+    arch, output = mf.Architecture((1, 3, 3), (mf.Conv((1, 2)),)), 0.1 * normal((5, 1), 2)
+    for power in (2.0, 3.0):
+        problem = mf.Problem(arch, random_inputs(arch, 5, 0), normal((5, 1), 1), penalty=mf.Penalty(power=power))
+        found = certificates.search_features(problem, output, starts=2, steps=2, rounds=1)
+        assert (found.rigorous_bound is None) == (power != 2)
     with pytest.raises(ValueError, match="power=3"):
         arrangements.solve(problem)
 
