@@ -188,7 +188,7 @@ def test_a_run_goes_on_with_the_function_that_it_began_with(tmp_path):
     for function in (soft_sign, lambda g: 2 * soft_sign(g)):
         given = problem(Activation(function, name="mine"), input_bound=1.0)
         start, again = starts.draw(given, (3,), seeded(), "low_rank"), function is not soft_sign
-        expected = pytest.raises(ValueError, match="of another run: its activations.mine") if again else nullcontext()
+        expected = pytest.raises(ValueError, match=r"of another run: its activations\.mine") if again else nullcontext()
         with expected, mf.limits.within(seconds=0):
             flow.solve(given, start, steps=50, state=tmp_path / "run.safetensors")
 

@@ -328,6 +328,8 @@ HUBER = losses.HuberLoss()
         ({"conjugate": lambda s, y: HUBER.conjugate(s, -y)}, "wrong conjugate: it breaks Fenchel-Young.* off by"),
         ({"conjugate": lambda s, y: HUBER.conjugate(s, y) + 1e-3}, "wrong conjugate: .* at the gradient, off by 0.0"),
         ({"conjugate": lambda s, y: (0.5 * s**2 + s * y).sum(1)}, "wrong domain: it holds a dual s whose conjugate is"),
+        ({"conjugate": lambda s, y: HUBER.conjugate(s, y) - 1e-3}, r"wrong conjugate: .*= <s, F>, at the gradient"),
+        ({"prox": lambda c, y, w: HUBER.prox(c, y, w) * math.nan}, "wrong prox"),
         ({"prox": lambda c, y, w: HUBER.prox(c, y, 1.01 * w)}, "wrong prox: it is no minimum at weight 0.01.* off by"),
         ({"prox": lambda c, y, w: c - HUBER.gradient(c, y) / w}, "wrong prox"),  # an explicit step
         ({"feasible": lambda s, y: s}, "wrong domain: it does not hold what feasible gives, off by inf"),
@@ -335,6 +337,8 @@ HUBER = losses.HuberLoss()
         ({"gradient": lambda F, y: 1.001 * HUBER.gradient(F, y)}, "wrong gradient: it has a slope.* off by 0.000"),
         ({"gradient": lambda F, y: -HUBER.gradient(F, y)}, "wrong gradient"),
         ({"value": lambda F, y: HUBER.value(F, y).clamp_max(2)}, "wrong convexity: it lies above a chord"),
+        ({"value": lambda F, y: HUBER.value(F, y) + 1e-4 * F.sin().sum(1)}, "wrong convexity: it lies above a chord"),
+        ({"value": lambda F, y: HUBER.value(F, y) - 5 * (y > 2).any(1) * F[:, 0].abs()}, "wrong convexity"),
         ({"value": lambda F, y: HUBER.value(F, y).mean()}, r"wrong value: .* the shape \(24,\) .* and is \(\)"),
         ({"value": lambda F, y: HUBER.value(F, y) + (F.abs() > 30).sum(1) * math.inf}, "wrong value: it is not finite"),
         ({"supercoercive": True}, "wrong domain: it is not everything, and the loss is said to be supercoercive"),
