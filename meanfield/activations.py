@@ -237,10 +237,10 @@ def resolve(value: Any, argument: str = "activation") -> Activation:
     """
     if isinstance(value, str) or not (isinstance(value, Activation) or callable(value)):
         return ACTIVATIONS[one_of(value, argument, ACTIVATIONS)]
-    if isinstance(value, Activation):
-        found = value
-    else:  # torch.tanh is the entry that it is the function of
-        found = next((each for each in ACTIVATIONS.values() if each.function is value), None) or Activation(value)
+    for each in ACTIVATIONS.values():
+        if value is each.function:
+            return each
+    found = value if isinstance(value, Activation) else Activation(value)  # type: ignore[arg-type]
     if ACTIVATIONS.get(found.name, found) != found:
         remedy = (
             "is the name of another activation of the library: give that name for it, or this one another, by "

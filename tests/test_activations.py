@@ -54,6 +54,7 @@ def test_a_shipped_activation_is_its_formula_and_what_its_record_says(name, dtyp
     expected = torch.tensor([FORMULAS[name](float(each)) for each in g], dtype=dtype)
     torch.testing.assert_close(h(g), expected, rtol=1e-5, atol=1e-7 if dtype == torch.float64 else 1e-6)
     assert record.bounded == bool(h(1e9 * g).abs().max() <= 1.01 * h(1e6 * g).abs().max())
+    assert record.gain == {"relu": 2, "gelu": 2, "silu": 2, "leaky_relu": 2 / (1 + 0.01**2)}.get(name, 1)
     assert record.homogeneous == all(torch.allclose(h(t * g), t * h(g)) for t in (0.0, 0.3, 7.0))
     if record.recession is not None:
         limit = ACTIVATIONS[record.recession]
@@ -98,6 +99,11 @@ def test_a_derivative_bound_is_reached_to_a_thousandth(name):
         (torch.sin, {"bounded": 1}, "bounded=1 must be True or False"),
         (torch.sin, {"derivative_bound": -1.0}, "derivative_bound=-1.0"),
         (3, {"name": "three"}, "function=3 must be a function"),
+        (nn.functional.relu, {"bounded": True}, "bounded=True"),
+        (lambda g: (-g).relu(), {"name": "mirrored", "bounded": True}, "bounded=True"),
+        (lambda g: (g + 1e-6).relu(), {"name": "shifted", "homogeneous": True}, "homogeneous=True"),
+        (nn.functional.leaky_relu, {"recession": "relu"}, "recession='relu' .* differ by 0.4 at g=-40"),
+        (lambda g: g.clamp_min(-50) + 3 * (g + 50).clamp_max(0), {"name": "far", "derivative_bound": 1.0}, "reaches 3"),
         (math.tanh, {}, "function='tanh' fails on a tensor of dtype torch.float64"),
         (torch.relu_, {}, "function='relu_' fails on .* in-place"),
         (torch.sin, {"layer": nn.Tanh}, "layer=.*Tanh.* is another function than 'sin'"),
@@ -136,7 +142,9 @@ def test_warnings_stand_on_what_is_declared():
     assert problem(cube, input_bound=1.0).missing_bounds() == []
     assert problem(Activation(soft_sign, bounded=True), 2).missing_bounds() == []
     assert problem(soft_sign, 2).missing_bounds() == ["input_bound", "amplitude_bound"]
-    assert problem(Activation(soft_sign, derivative_bound=1.0)).missing_bounds() == []
+    for facts in ({"derivative_bound": 1.0}, {"bounded": True}):
+        assert problem(Activation(soft_sign, **facts)).missing_bounds() == []
+    assert problem(Activation(nn.functional.silu, recession="relu", name="mine")).missing_bounds() == []
 
 
 def searched(problem, output):
