@@ -97,7 +97,6 @@ NETWORKS = {
         nn.AdaptiveAvgPool2d(1),
         nn.Flatten(),
         nn.Linear(4, 6),
-        nn.ReLU(),
         nn.Linear(6, 3),
     ),
 }
