@@ -52,6 +52,13 @@ def test_a_file_a_program_and_a_module_are_one_network(exported):
         assert all(torch.equal(a, b) for a, b in zip(found.tensors(), way.tensors()))
 
 
+def test_a_program_that_was_taken_apart_is_refused_with_its_layer(exported, tmp_path):
+    """There a batch norm gives three tensors."""
+    torch.export.save(exported[1].run_decompositions(), tmp_path / "apart.pt2")
+    with pytest.raises(Misuse, match=r"0 \(Conv2d\).*export it without run_decompositions"):
+        network_of(tmp_path / "apart.pt2")
+
+
 class Evil:
     def __init__(self, place):
         self.place = place

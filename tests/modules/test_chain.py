@@ -94,9 +94,8 @@ NETWORKS = {
         nn.Conv2d(3, 4, 3, padding="same"),
         nn.ReLU(),
         nn.AdaptiveAvgPool2d((4, 2)),
-        nn.AdaptiveAvgPool2d(1),
         nn.Flatten(),
-        nn.Linear(4, 6),
+        nn.Linear(32, 6),
         nn.Linear(6, 3),
     ),
 }
