@@ -1,5 +1,6 @@
 """How far a trained network is from what its own features allow: figures that others confirm."""
 
+import math
 import time
 
 import pytest
@@ -8,7 +9,7 @@ from torch import nn
 from torch.nn import functional
 
 import meanfield as mf
-from meanfield import auditing
+from meanfield import auditing, certificates
 from meanfield.measures import with_tensors
 from meanfield.problem import prices
 
@@ -84,12 +85,80 @@ def test_float32_masses_become_a_measure_in_float64():
     torch.testing.assert_close(wide(images.double()), plain(images.double()), rtol=1e-14, atol=1e-16)
 
 
-def test_dead_features_are_those_that_are_zero_everywhere():
+def one_layer(activation="relu"):
+    """Four features of one pixel of unequal masses, images of which all but the first are black."""
     kernels = torch.tensor([1.0, -1.0, 0.5, 0.0], dtype=torch.float64).reshape(4, 1, 1, 1)
-    architecture = mf.Architecture((1, 2, 2), (mf.Conv(1),))
-    network = mf.ParticleNetwork(architecture, [torch.full((4,), 0.25).double()], [kernels], torch.ones(1, 4).double())
-    problem = mf.Problem(architecture, torch.rand(3, 1, 2, 2).double(), torch.ones(3))
-    assert auditing.dead_features(problem, network)[0].tolist() == [False, True, False, True]
+    masses = torch.tensor([0.125, 0.25, 0.5, 0.125], dtype=torch.float64)
+    architecture = mf.Architecture((1, 2, 2), (mf.Conv(1, activation=activation),))
+    network = mf.ParticleNetwork(architecture, [masses], [kernels], torch.ones(1, 4).double())
+    images = torch.zeros(3, 1, 2, 2, dtype=torch.float64)
+    images[0] = torch.rand(1, 2, 2, generator=torch.Generator().manual_seed(0))
+    return network, mf.Problem(architecture, images, torch.ones(3))
+
+
+@pytest.mark.parametrize(
+    ("activation", "dead"), [("relu", [False, True, False, True]), ("tanh", [False, False, False, True])]
+)
+def test_dead_features_are_those_that_are_zero_everywhere(monkeypatch, activation, dead):
+    monkeypatch.setattr("meanfield.limits.BLOCK_BYTES", 1)  # an image in each block
+    network, problem = one_layer(activation)
+    assert auditing.dead_features(problem, network)[0].tolist() == dead
+
+
+def test_the_table_says_what_the_networks_are():
+    """After one iteration, which leaves the program a gap that the dual value is short by."""
+    network, problem = one_layer()
+    penalty = mf.Penalty(source=1e-3, readout=2e-3, input=3e-3)
+    options = {"loss": "squared", "penalty": penalty, "max_iterations": 1}
+    found = mf.audit(
+        network, problem.inputs, 0.1 * torch.randn(3, generator=torch.Generator().manual_seed(1)), **options
+    )
+    assert found.repopulated.gap > 1e-6
+    assert found.dual_value == pytest.approx(found.repopulated.value - found.repopulated.gap, rel=1e-12)
+    table = {row.pop("quantity"): row for row in found.table}
+    own = {name: row["network"] for name, row in table.items()}
+    terms = found.problem.terms(network)
+    expected = [terms.loss, terms.source, terms.readout, terms.input]
+    assert [own[name] for name in auditing.TERMS.values()] == pytest.approx([float(each) for each in expected])
+    assert (own["mean loss"], own["readout penalty"], own["input penalty"]) == pytest.approx(
+        (float(terms.loss), 2e-3, 3e-3 * (0.125 + 0.25 + 0.5 * 0.25))
+    )
+    assert (own["dual value"], own["gap"]) == (found.dual_value, found.value - found.dual_value)
+    said = [own[f"layer 1: {name}"] for name in ("features with mass", "features they are worth", "largest mass")]
+    assert said == [4, pytest.approx(1 / (2 * 0.125**2 + 0.25**2 + 0.5**2)), 0.5]
+    assert (own["layer 1: dead features"], own["layer 1: mass on dead features"]) == (2, 0.375)
+    masses = found.repopulated.network.masses[0]
+    assert table["layer 1: largest mass"]["repopulated"] == float(masses.max()) != 0.5
+
+
+def test_a_search_gets_its_numbers_and_the_bounds_that_the_networks_reach(monkeypatch):
+    seen = []
+    nothing = certificates.UnseenFeatures(-math.inf, 0, "not tried")
+    spy = lambda problem, output, network, **options: seen.append((problem.penalty, network, options)) or nothing  # noqa: E731
+    monkeypatch.setattr(certificates, "search_features", spy)
+    layers = (mf.Conv(2, bias=True), mf.Conv(1, bias=True))
+    images = torch.rand(5, 1, 4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    start = mf.starts.start(mf.Architecture((1, 4, 4), layers), (3, 2), images, torch.Generator().manual_seed(0))
+    tensors = start.tensors()
+    tensors[6] = tensors[6] - 9.0  # biases of the second layer
+    network = with_tensors(start, tensors)
+    mf.audit(network, images, torch.ones(5), loss="squared", search=True, starts=3, count=2, seed=7, tolerance=0.1)
+    ((penalty, solved, options),) = seen
+    assert options == {"starts": 3, "count": 2, "seed": 7}
+    first = torch.cat([network.kernels[0].flatten(1), network.biases[0][:, None]], 1)
+    assert penalty.input_bound == pytest.approx(float(first.norm(dim=1).max()))
+    assert penalty.amplitude_bound == pytest.approx(float(network.biases[1].abs().max()))
+    assert solved is not network
+
+
+def test_what_does_not_fit_memory_is_said_of_the_module(monkeypatch):
+    def refuse(problem, widths, **_):
+        raise mf.validation.Misuse("widths", widths, "need too much")
+
+    monkeypatch.setattr("meanfield.solvers.memory.require", refuse)
+    network, problem = one_layer()
+    with pytest.raises(mf.validation.Misuse, match=r"module=\(4,\) as widths need too much"):
+        mf.audit(network, problem.inputs, problem.targets, loss="squared")
 
 
 @pytest.mark.slow

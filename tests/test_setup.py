@@ -44,6 +44,14 @@ def test_templates_are_packaged():
     assert found == {path for path in (ROOT / "meanfield" / "pages" / "templates").iterdir() if path.is_file()}
 
 
+def test_claims_of_ones_own_are_packaged():
+    """`theory_checks.run` is part of the library; benchmarks and tests are not."""
+    setuptools = pytest.importorskip("setuptools", reason="setuptools is not installed")
+    find = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]["find"]
+    found = {name.partition(".")[0] for name in setuptools.find_packages(str(ROOT), include=find["include"])}
+    assert found == {"meanfield", "theory_checks"}
+
+
 def test_imports_go_downward():
     pytest.importorskip("importlinter", reason="import-linter is not installed")
     code = "import sys; from importlinter.cli import lint_imports; sys.exit(lint_imports(no_cache=True))"

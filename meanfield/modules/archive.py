@@ -100,11 +100,12 @@ class _Archive:
 def _step(node: Mapping[str, Any], held: Mapping[str, Tensor], shapes: Mapping[str, Any]) -> Step:
     operator = node["target"].removeprefix("torch.ops.aten.")
     arguments = {each["name"]: _value(each["arg"], held) for each in node["inputs"]}
-    (name,) = [each["as_tensor"]["name"] for each in node["outputs"] if "as_tensor" in each] or [node["name"]]
+    outputs = [each["as_tensor"]["name"] for each in node["outputs"] if "as_tensor" in each]
+    name, shape = (outputs[0], shapes.get(outputs[0])) if len(outputs) == 1 else (node["name"], None)
     # of every module around it, outermost first: key,place,class
     stack = node["metadata"].get("nn_module_stack", "").split(";")[-1].split(",")
     layer = named(stack[1], stack[2]) if len(stack) == 3 else "module"
-    return Step(operator, with_defaults(operator, arguments), name, shapes.get(name), layer)
+    return Step(operator, with_defaults(operator, arguments), name, shape, layer)
 
 
 def _value(argument: Mapping[str, Any], held: Mapping[str, Tensor]) -> Any:

@@ -27,6 +27,7 @@ from meanfield.validation import Misuse, working
 RISING = ("relu", "tanh", "softplus", "identity")  # h(max g) = max h(g)
 PASSING = ("dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout")
 NOTHING = ("alias", "clone", "contiguous", "detach", "lift_fresh_copy")
+DECOMPOSED = ("convolution", "addmm", "_native_batch_norm_legit_no_training")
 ENDS = ("softmax", "log_softmax", "sigmoid", "_softmax", "_log_softmax")
 
 
@@ -177,6 +178,8 @@ class _Chain:
         found = step.arguments[name]
         if isinstance(found, Signal) or not isinstance(found, Tensor):
             self.refuse(step, f"computes its {name} from other tensors; fix it first, as remove_parametrizations does")
+        if not bool(found.isfinite().all()):
+            self.refuse(step, f"holds a {name} with entries that are not finite")
         self.kinds.add((found.dtype, found.device))
         return found.detach().double()
 
@@ -187,6 +190,8 @@ class _Chain:
         names = [name for name, each in ACTIVATIONS.items() if own in _operators(each.function)]
         if not names:
             known = ", ".join(ACTIVATIONS)
+            if kind in DECOMPOSED:
+                self.refuse(step, f"was taken apart ({kind}); export it without run_decompositions")
             self.refuse(step, f"({kind}) is no layer or activation that is known here; activations are {known}")
         if not self.layers:
             self.refuse(step, "acts on the images themselves; do that before the network")
@@ -293,6 +298,9 @@ class _Chain:
 
     def particles(self) -> Particles:
         if self.readout is None or self.signal != self.graph.output:
+            for step in self.graph.steps[::-1]:  # a size of the signal that is asked for comes before its use
+                if step.shape is None and self.signal in step.signals:
+                    self.refuse(step, f"({_kind(step)}) gives no single tensor; only chains of layers enter")
             last = self.graph.steps[-1] if self.graph.steps else None
             came = "a module without layers" if last is None else last.layer
             raise Misuse(self.graph.argument, came, "is where it ends; it must end in one Linear, the readout")

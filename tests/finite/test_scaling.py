@@ -3,6 +3,7 @@
 import copy
 import math
 import pickle
+from dataclasses import replace
 
 import pytest
 import torch
@@ -126,6 +127,19 @@ def test_a_name_is_the_object_registered_under_it():
     assert values[2] == pytest.approx(values[0], rel=1e-12)
     assert runs[0].network.scaling == runs[1].network.scaling != runs[2].network.scaling
     assert copy.deepcopy(runs[0].network).scaling == pickle.loads(pickle.dumps(SCALINGS["mup"])) == SCALINGS["mup"]
+
+
+def test_a_scaling_is_described_by_its_name_only_where_that_says_all():
+    assert SCALINGS["mup"].described(ARCHITECTURE, WIDTHS, "sgd") == "mup"
+    own = replace(SCALINGS["mup"], forward={"hidden": -1})
+    assert own.described(ARCHITECTURE, WIDTHS, "adam") == {
+        "name": "mup",
+        "forward": own.forward_factors(ARCHITECTURE, WIDTHS),
+        "learning_rate": own.layer_rates(ARCHITECTURE, WIDTHS, "adam"),
+        "initial": own.deviations(ARCHITECTURE, WIDTHS),
+        "gradient": own.gradient_factors(ARCHITECTURE, WIDTHS),
+    }
+    assert replace(own, initial="anchored").described(ARCHITECTURE, WIDTHS, "adam")["initial"] == "anchored"
 
 
 def test_a_stored_run_is_not_continued_in_another_scaling(tmp_path):

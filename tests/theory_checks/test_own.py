@@ -69,6 +69,8 @@ def test_a_control_that_passes_and_none_at_all_are_failures():
     assert (without.holds, without.passed) == (True, False)
     assert not raising.passed
     assert "no_such_thing" in raising.error
+    (late,) = theory_checks.run(claim(concave=concave, broken=lambda x: x.no_such_thing))
+    assert (late.holds, late.control_rejected, late.passed) == (True, True, False)
 
 
 def test_seed_and_effort_reach_the_measurement():

@@ -55,8 +55,9 @@ class Subject:
             return in_float64(load_network(self.path))
         try:
             return in_float64(ParticleNetwork(*chain.particles(archive.of_file(self.path))))
-        except Misuse as error:  # of the layer, in words of the command line
-            raise Misuse("network", self.path, f"has {error.value!r}, which {error.remedy}") from error
+        except Misuse as error:  # of the file or a layer, in words of the command line
+            said = error.remedy if error.value == self.path else f"has {error.value!r}, which {error.remedy}"
+            raise Misuse("network", self.path, said) from error
 
     @cached_property
     def images(self) -> Dataset:

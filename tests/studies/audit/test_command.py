@@ -33,7 +33,15 @@ def test_a_module_gets_a_page(exported, tmp_path):
     assert "held-out images" in page
     figures = json.loads((tmp_path / "summary.json").read_text())
     assert figures["gap"] == pytest.approx(figures["value"] - figures["dual_value"])
-    assert load_network(tmp_path / "repopulated.safetensors").widths[0] <= 5
+    assert "right of 20 held-out" not in page
+    table = {row["quantity"]: row for row in figures["table"]}
+    reached = table["J"]["repopulated"]
+    assert f"lowers J by {1 - reached / figures['value']:.2%}" in page
+    digits = mf.data.load("digits", classes=(3, 5), samples=20, pool=2)
+    repopulated = load_network(tmp_path / "repopulated.safetensors")
+    posed = repopulated.architecture, digits.inputs.double(), digits.targets("softmax"), "softmax"
+    problem = mf.Problem(*posed, mf.Penalty(**figures["penalty"]))
+    assert float(problem.value(repopulated)) == pytest.approx(reached, rel=1e-12)
     again = run("audit", exported, *IMAGES, "--readout-penalty=0.1", "--json", "--quiet")
     assert json.loads(again.stdout)["penalty"]["source"] == 0.0
 

@@ -6,6 +6,7 @@ from strategies import seeded
 import meanfield as mf
 from meanfield.bench.sweep import select
 from meanfield.finite import FiniteCNN, Scaling
+from meanfield.studies.widths import summary
 from meanfield.studies.widths.parameterisation import TASK, measure_scaling
 from meanfield.validation import Misuse
 
@@ -62,10 +63,23 @@ def test_the_rate_and_the_problem_may_be_given():
     for a, b in zip(slow.coordinates, fast.coordinates, strict=True):
         assert b["change"] == pytest.approx(10 * a["change"], rel=1e-4)
     assert slow.slopes.keys() == {"1", "output"}
+    longer, adam = (
+        measure_scaling("standard", problem, learning_rate=1e-5, **options, **further)
+        for further in ({"steps": 2}, {"optimiser": "adam"})
+    )
+    assert [row for row in longer.coordinates if row["step"] < 2] == fast.coordinates
+    assert {row["step"] for row in longer.coordinates} == {0, 1, 2}
+    for a, b in zip(fast.coordinates, adam.coordinates, strict=True):  # of one start, which steps leave differently
+        assert (a["size"] == b["size"]) == (a["step"] == 0)
+    assert str(longer.sizes) == str(fast.sizes)  # of the start
 
 
 def test_trajectories_come_with_pairs():
-    found = measure_scaling("mean_field", widths=(4, 8), seeds=2, pairs=2, times=2, optimiser="adam")
+    found = measure_scaling("mean_field", widths=(4, 8), seeds=2, pairs=2, times=2, optimiser="adam", seed=5)
+    assert {row["number"] for row in found.trajectories} == {5, 6}
+    rates = summary.trajectory_rates(found.trajectories)["rates"]
+    assert found.approach == {row["kind"]: row["slope"] for row in rates if row["distance"] == "mmd"}
+    assert len({row["distance"] for row in rates}) > 1
     assert found.approach.keys() == {"seeds", "doubled"}
     times = {row["time"] / 0.05 for row in select(found.trajectories, kind="seeds")}
     assert times == {0, 1, 2}
