@@ -369,6 +369,11 @@ def test_check_sees_slopes_of_single_precision():
         losses.check(losses.ScalarLoss(quantile(0.3), rounded, name="quantile"))
 
 
+def test_a_value_that_is_not_elementwise_is_refused():
+    with pytest.raises(ValueError, match=r"value=\(\) is the shape of what it gives: must be .*, \(24, 1\)"):
+        losses.check(losses.ScalarLoss(lambda F, y: (F - y).square().mean(), name="mean"))
+
+
 def test_check_holds_of_formulas_alone():
     for loss in (
         losses.ScalarLoss(quantile(0.3), name="quantile"),

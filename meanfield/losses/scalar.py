@@ -55,7 +55,11 @@ class ScalarLoss(Loss):
         self.name, self.supercoercive = name, supercoercive
 
     def value(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        return self._value(outputs, targets).sum(1)
+        value = self._value(outputs, targets)
+        if value.shape != outputs.shape:
+            remedy = f"is the shape of what it gives: must be that of outputs and targets, {tuple(outputs.shape)}"
+            raise Misuse("value", tuple(value.shape), remedy)
+        return value.sum(1)
 
     def gradient(self, outputs: Tensor, targets: Tensor) -> Tensor:
         return self._slopes(outputs, targets)[0]
