@@ -18,7 +18,6 @@ import meanfield
 BESIDES = ("meanfield.ranks", "meanfield.storage", "meanfield.studies.widths.parameterisation", "theory_checks")
 
 
-
 def public(module: ModuleType) -> list[str]:
     """Names of a module, submodules among them."""
     if hasattr(module, "__all__"):
@@ -63,7 +62,8 @@ def _entry(module: ModuleType, name: str, found: Any) -> list[str]:
     if isinstance(found, ModuleType):
         return []
     if inspect.isclass(found):
-        return [f".. autoclass:: {full}", "   :members:", "   :exclude-members: extra_repr", ""]
+        second = ["   :no-index:"] if module is not meanfield and getattr(meanfield, name, None) is found else []
+        return [f".. autoclass:: {full}", "   :members:", "   :exclude-members: extra_repr", *second, ""]
     if callable(found):
         return [f".. autofunction:: {full}", ""]
     return [f".. py:data:: {full}", f"   :value: {found!r}", ""]

@@ -219,7 +219,7 @@ def curvature(
     with torch.enable_grad():
         value = _number(function(leaf))
         if not value.requires_grad:
-            raise Misuse("function", float(value), "is a value without a gradient: must be made by torch from the point")
+            raise Misuse("function", float(value), "is a value without a gradient: torch must make it from the point")
         (slope,) = torch.autograd.grad(value, leaf, create_graph=True)
 
     def product(vector: Tensor) -> Tensor:

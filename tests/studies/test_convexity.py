@@ -137,9 +137,9 @@ def test_what_is_no_number_that_torch_differentiates_is_refused():
     for measure in (lambda f: convexity.segments(f, points), lambda f: convexity.curvature(f, points[0])):
         with pytest.raises(ValueError, match=r"function=\(3,\) is the shape of its value: must be \(\)"):
             measure(lambda x: 2 * x)
-        with pytest.raises(TypeError, match=r"function\(point\) must be a torch.Tensor, not float"):
+        with pytest.raises(TypeError, match=r"function\(point\) must be a torch\.Tensor, not float"):
             measure(lambda x: x[0].detach().item())
-    with pytest.raises(ValueError, match="function=1.0 is a value without a gradient"):
+    with pytest.raises(ValueError, match=r"function=1\.0 is a value without a gradient"):
         convexity.curvature(lambda x: x[0].detach(), points[0])
 
 
