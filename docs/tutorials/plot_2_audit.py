@@ -32,8 +32,8 @@ network.eval()
 
 # %%
 # Its outputs are those of the particles, to rounding. J needs a penalty, which this training did not have: yours
-# (`penalty=mf.Penalty(...)`), or by default the one at which scaling the layers does not change J. The gap is for that one.
-# With `search=True` features that the network lacks are looked for as well, in about a minute.
+# (`penalty=mf.Penalty(...)`), or by default the one at which scaling the layers does not change J. The gap is for it
+# alone. With `search=True` features that the network lacks are looked for as well, in about a minute.
 
 particles = mf.ParticleNetwork.from_module(network, images[:1])
 with torch.no_grad():
