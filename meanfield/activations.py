@@ -28,6 +28,7 @@ class Pointwise(nn.Module):
         self.activation = activation
 
     def forward(self, signal: Tensor) -> Tensor:
+        """h of every entry, in the shape of `signal`."""
         return self.activation.function(signal)
 
     def extra_repr(self) -> str:

@@ -51,7 +51,10 @@ def checked(function: Callable[P, R]) -> Callable[P, R]:
 
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
-        bound, rules = signature.bind(*args, **kwargs), rules_of(function)
+        try:
+            bound, rules = signature.bind(*args, **kwargs), rules_of(function)
+        except TypeError as error:  # python's own words lack the name
+            raise TypeError(f"{function.__name__}() {error}") from None
         for name, value in bound.arguments.items():
             if name in rules:
                 bound.arguments[name] = rules[name](value, name)

@@ -150,5 +150,5 @@ def test_arguments_reach_the_function_as_their_rules_make_them():
     assert (called.__doc__, called.__name__) == ("Documented.", "called")
     with pytest.raises(ValueError, match="d='z' is unknown: choose one of 'x', 'y'"):
         called(1, d="z")
-    with pytest.raises(TypeError, match="missing a required argument: 'a'"):
+    with pytest.raises(TypeError, match=r"^called\(\) missing a required argument: 'a'"):
         called()

@@ -36,6 +36,7 @@ class Setting:
         return torch.Generator().manual_seed(self.derived_seed(*place))
 
     def derived_seed(self, *place: int) -> int:
+        """An int of 32 bits that this seed and the place determine, for what takes no generator."""
         return int(np.random.SeedSequence([self.seed, *place]).generate_state(1)[0])
 
 
@@ -126,14 +127,17 @@ class Verdict:
 
     @property
     def statistic(self) -> float:
+        """That of the evidence, nan where the measurement failed."""
         return self.evidence.statistic if self.evidence is not None else float("nan")
 
     @property
     def threshold(self) -> float:
+        """That of the claim."""
         return self.claim.threshold
 
     @property
     def holds(self) -> bool:
+        """Whether the evidence is on the claim's side of the threshold, whatever its controls are."""
         return self.evidence is not None and self.claim.supported(self.evidence.statistic)
 
     @property
@@ -151,10 +155,12 @@ class Verdict:
 
     @property
     def control_rejected(self) -> bool:
+        """Whether there are controls and every one is on the other side."""
         return bool(self.controls) and not self.passing_controls
 
     @property
     def passed(self) -> bool:
+        """Whether the claim holds, every control is rejected, and nothing was raised."""
         return not self.error and self.holds and self.control_rejected
 
     def to_dict(self) -> dict[str, Any]:

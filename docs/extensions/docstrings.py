@@ -6,6 +6,7 @@ blocks.  What reStructuredText would read otherwise (bars, stars, underscores) i
 
 from __future__ import annotations
 
+import inspect
 import re
 from typing import Any
 
@@ -57,6 +58,29 @@ def process(app: Any, what: str, name: str, found: Any, options: Any, lines: lis
 def signature(
     app: Any, what: str, name: str, found: Any, options: Any, arguments: str | None, returned: str | None
 ) -> tuple[str | None, str | None]:
-    """For `autodoc-process-signature`: types by their last name, and defaults that are made anew as dots."""
-    short = lambda text: text and re.sub(r"~[\w.]*\.(\w+)", r"\1", text).replace("<factory>", "...")  # noqa: E731
-    return short(arguments), short(returned)
+    """For `autodoc-process-signature`: types by their last name without the checks that go with them, and defaults that
+    are made anew as dots.  A class that chooses what it makes in `__new__` has the arguments of its `__init__`.
+    """
+    if inspect.isclass(found) and "__new__" in vars(found) and "__init__" in vars(found):
+        from sphinx.util.inspect import stringify_signature  # the tests run without it
+
+        arguments = stringify_signature(inspect.signature(found.__init__), show_return_annotation=False)
+        arguments = arguments.replace("(self, ", "(", 1)
+    return _short(arguments), _short(returned)
+
+
+def _short(text: str | None) -> str | None:
+    return text and re.sub(r"~[\w.]*\.(\w+)", r"\1", _unchecked(text)).replace("<factory>", "...")
+
+
+def _unchecked(text: str) -> str:
+    """Every Annotated[type, checks] as the type."""
+    while (start := text.find("Annotated[")) >= 0:
+        depth, commas, at = 1, [], start + len("Annotated[")
+        while depth:
+            depth += {"[": 1, "(": 1, "]": -1, ")": -1}.get(text[at], 0)
+            if depth == 1 and text[at] == ",":
+                commas.append(at)
+            at += 1
+        text = text[:start] + text[start + len("Annotated[") : commas[0]] + text[at:]
+    return text

@@ -15,6 +15,8 @@ from typing import Any
 
 import meanfield
 
+BESIDES = ("meanfield.ranks", "meanfield.storage", "meanfield.studies.widths.parameterisation", "theory_checks")
+
 
 def public(module: ModuleType) -> list[str]:
     """Names of a module, submodules among them."""
@@ -27,8 +29,8 @@ def public(module: ModuleType) -> list[str]:
 
 
 def modules() -> list[ModuleType]:
-    """The package, its public modules, and those that these name."""
-    found = [meanfield]
+    """The package, its public modules, those that these name, and those that tutorials import besides."""
+    found = [meanfield, *map(importlib.import_module, BESIDES)]
     for module in found:
         found += [each for name in public(module) if isinstance(each := member(module, name), ModuleType)]
     return found
@@ -47,6 +49,7 @@ def page(module: ModuleType) -> str:
     title = module.__name__
     lines = [title, "=" * len(title), "", f".. automodule:: {title}", "   :no-members:", ""]
     below = [each.__name__ for name in public(module) if isinstance(each := member(module, name), ModuleType)]
+    below += [*BESIDES] if module is meanfield else []
     if below:
         lines += [".. toctree::", "   :maxdepth: 1", "", *(f"   {each}" for each in below), ""]
     for name in public(module):
@@ -59,7 +62,8 @@ def _entry(module: ModuleType, name: str, found: Any) -> list[str]:
     if isinstance(found, ModuleType):
         return []
     if inspect.isclass(found):
-        return [f".. autoclass:: {full}", "   :members:", ""]
+        second = ["   :no-index:"] if module is not meanfield and getattr(meanfield, name, None) is found else []
+        return [f".. autoclass:: {full}", "   :members:", "   :exclude-members: extra_repr", *second, ""]
     if callable(found):
         return [f".. autofunction:: {full}", ""]
     return [f".. py:data:: {full}", f"   :value: {found!r}", ""]

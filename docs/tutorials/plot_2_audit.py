@@ -31,8 +31,9 @@ for _ in range(60):
 network.eval()
 
 # %%
-# Its outputs are those of the particles, to rounding. Without a penalty of your own it is the one at which the scale
-# of the network is at rest.
+# Its outputs are those of the particles, to rounding. J needs a penalty, which this training did not have: yours
+# (`penalty=mf.Penalty(...)`), or by default the one at which scaling the layers does not change J. The gap is for it
+# alone. With `search=True` features that the network lacks are looked for as well, in about a minute.
 
 particles = mf.ParticleNetwork.from_module(network, images[:1])
 with torch.no_grad():
@@ -51,3 +52,4 @@ for axis, before, after, layer in zip(axes, audit.network.masses, audit.repopula
     axis.plot(range(len(after)), sorted(after.tolist(), reverse=True), "o-", label="repopulated")
     axis.set(title=f"layer {layer}", xlabel="features, heaviest first", ylabel="mass")
 axes[0].legend()
+plt.show()

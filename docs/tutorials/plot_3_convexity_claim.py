@@ -36,9 +36,10 @@ def point(generator):
 
 # %%
 # Points are drawn where the claim is made: masses are positive and sum to one, and so they do along straight lines.
+# The eigenvalue is over all directions. A claim on less (of symmetric matrices, say) needs `equalities=`, a function
+# that is zero there; without it a true claim looks false.
 
-generator = torch.Generator().manual_seed(0)
-points = torch.stack([point(generator) for _ in range(12)])
+points = torch.stack([point(torch.Generator().manual_seed(seed)) for seed in range(12)])
 figure, axes = plt.subplots(1, 2, figsize=(9, 3.5), layout="constrained")
 for axis, claim in zip(axes, (source_penalty, weight_decay)):
     lines = convexity.segments(claim, points)
@@ -52,6 +53,7 @@ for axis, claim in zip(axes, (source_penalty, weight_decay)):
     axis.plot(times, along - (1 - times) * along[0] - times * along[-1])
     axis.axhline(0, color="black", linestyle="--")
     axis.set(title=claim.__name__.replace("_", " "), xlabel="t, along the worst line found", ylabel="above the chord")
+plt.show()
 
 # %%
 # Random lines miss what is wrong with weight decay; the eigenvalue and the adversary see it. A convex function stays

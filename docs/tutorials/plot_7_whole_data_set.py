@@ -17,7 +17,8 @@ from meanfield import ranks, starts
 from meanfield.solvers import alternating
 
 # %%
-# All ten digits, 1,600 images, the rest held out. Nothing below names a device again: it follows the images.
+# All ten digits, 1,600 images, the rest held out; `mf.data.load` takes a folder of images per class or an .npz as well.
+# Nothing below names a device again: it follows the images.
 
 device = "cuda" if torch.cuda.is_available() else "cpu"
 digits = mf.data.load("digits", samples=1600)
@@ -38,19 +39,19 @@ with ranks.together() as group:
         problem.sharded(group), start, rounds=1, flow_steps=200, batch_size=100, callback=seen.append
     )
 
-print(
-    f"rank {group.own} of {group.count} on {device}: J = {solution.value:.4f}, relative gap {solution.relative_gap:.1e}"
-)
-for name, images in (("training", digits), ("held-out", digits.rest)):
-    outputs = solution.network(images.inputs.to(device)).cpu()
-    print(f"{(outputs.argmax(1) == images.indices).double().mean():.1%} of {len(images)} {name} images right")
+if ranks.first():  # all processes have the same answer
+    print(f"J = {solution.value:.4f}, relative gap {solution.relative_gap:.1e}: {group.count} process, {device}")
+    for name, images in (("training", digits), ("held-out", digits.rest)):
+        outputs = solution.network(images.inputs.to(device)).cpu()
+        print(f"{(outputs.argmax(1) == images.indices).double().mean():.1%} of {len(images)} {name} images right")
 
 # %%
 # J of all images, while the flow looks at a hundred at a time.
 
 steps = [row for row in seen if "value" in row and "step" in row]
 figure, axis = plt.subplots(figsize=(7, 3.5), layout="constrained")
-axis.semilogy([row["images"] for row in steps], [row["value"] for row in steps], "o-", label="flow")
+axis.plot([row["images"] for row in steps], [row["value"] for row in steps], "o-", label="flow")
 axis.axhline(solution.value, color="black", linestyle="--", label="after the program")
 axis.set(xlabel="images seen", ylabel="J of all images")
 axis.legend()
+plt.show()

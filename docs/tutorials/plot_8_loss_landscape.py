@@ -3,7 +3,7 @@ A loss landscape with an error bar
 ==================================
 
 A picture of a loss surface is an interpolation, and its error is rarely told. `landscape.surface` evaluates the loss at
-about a hundred points, checks the polynomial through them where it errs most, and refines it until the error is below
+a few hundred points, checks the polynomial through them where it errs most, and refines it until the error is below
 what you asked for.
 """
 
@@ -27,7 +27,7 @@ network = fit(start, images, labels, Recipe(epochs=20)).network
 
 plane = landscape.plane(network, seed=0, normalise="filter")
 surface = landscape.surface(network, plane, images, labels, tolerance=0.01)
-print(surface)
+print(f"{surface}: {surface.message}")
 print(f"largest error {surface.error:.2g}, {surface.error / surface.range:.2%} of the range")
 
 # %%
@@ -38,8 +38,8 @@ axis, values = surface.axis(101), surface.grid(101)
 middle = values[50]
 figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.8), layout="constrained")
 lines = left.contourf(axis, axis, values.T, levels=24, cmap="viridis")
-figure.colorbar(lines, ax=left, label="loss")
-left.set(xlabel="first direction", ylabel="second direction", aspect="equal")
+figure.colorbar(lines, ax=left)
+left.set(title="loss", xlabel="first direction", ylabel="second direction", aspect="equal")
 right.plot(axis, middle, label="loss along the second direction")
 right.fill_between(axis, middle - surface.error, middle + surface.error, alpha=0.3, label="estimated error")
 right.set(xlabel="second direction", ylabel="loss")
@@ -51,3 +51,4 @@ right.legend()
 found = landscape.sharpness(network, images, labels, measures=("top", "trace"))
 count = sum(each.numel() for each in network.parameters())
 print(f"largest eigenvalue {found.top}, mean over all {count} directions {found.trace.value / count:.2g}")
+plt.show()

@@ -49,4 +49,7 @@ for alpha, scores in zip(alphas, drawn):
 axis.plot(alphas, predicted, "k-", label="predicted without a start")
 axis.axhline(evaluate(trained, held_out, truth).accuracy, color="gray", linestyle="--", label="on its own start")
 axis.set(xscale="log", xlabel="alpha", ylabel="right of the held-out images")
+axis.set_xticks(alphas, alphas)
+axis.minorticks_off()
 axis.legend()
+plt.show()

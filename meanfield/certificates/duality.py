@@ -67,6 +67,7 @@ class Multipliers:
                 instance(tensor, f"{name}[{index}]", Tensor)
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Multipliers:
+        """With `function` of every tensor, such as another dtype or device."""
         amplitude = None if self.amplitude is None else tuple(map(function, self.amplitude))
         return Multipliers(function(self.output), tuple(map(function, self.realisation)), amplitude)
 

@@ -63,7 +63,7 @@ class Fitted:
     STATUS_TEXTS.  checkpoints: epoch -> the state_dict after it, 0 for the start, see `at`.
     """
 
-    network: nn.Module
+    network: nn.Module = field(repr=False)
     history: list[dict[str, Any]] = field(repr=False)
     epochs: int
     seconds: float

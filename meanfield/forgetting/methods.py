@@ -33,6 +33,7 @@ class Past(NamedTuple):
 
     @property
     def network(self) -> nn.Module:
+        """After the last of the tasks."""
         return self.networks[-1]
 
     @property
@@ -57,6 +58,7 @@ class FineTuning:
     name = "fine-tuning"
 
     def stage(self, past: Past, task: Task) -> Stage:
+        """The last network, trained on the images of `task` alone."""
         return Stage(past.network, task)
 
 
@@ -76,6 +78,7 @@ class EWC:
         positive(self.strength, "strength")
 
     def stage(self, past: Past, task: Task) -> Stage:
+        """The last network, trained on `task` with an `Anchor` of each old task."""
         return Stage(past.network, task, [self._anchor(past, index) for index in range(len(past.tasks))])
 
     def _anchor(self, past: Past, index: int) -> Anchor:
@@ -103,6 +106,7 @@ class L2SP:
 
     @torch.no_grad()
     def stage(self, past: Past, task: Task) -> Stage:
+        """The last network, trained on `task` with one `Anchor`; Misuse where `readout` is no linear layer of it."""
         readout_of(past.network, self.readout)
         point, precision = {}, {}
         old = list(united(past.tasks).classes)
@@ -132,6 +136,7 @@ class LwF:
         positive(self.temperature, "temperature")
 
     def stage(self, past: Past, task: Task) -> Stage:
+        """The last network, trained on `task` with the `Distillation` of its own answers."""
         term = Distillation(past.network, past.old_heads, self.strength, self.temperature)
         return Stage(past.network, task, [term])
 
@@ -151,6 +156,7 @@ class Replay:
             integer(self.images, "images")
 
     def stage(self, past: Past, task: Task) -> Stage:
+        """The last network, trained on what is kept of the old tasks and on `task`, in one pass."""
         kept = [each if self.images is None else memory(each, self.images, past.seed) for each in past.tasks]
         return Stage(past.network, united([*kept, task]))
 
@@ -166,6 +172,7 @@ class FrozenTrunk:
     name = "frozen trunk"
 
     def stage(self, past: Past, task: Task) -> Stage:
+        """The last network, of which `readout` is trained on `task`; Misuse where it is no linear layer of it."""
         readout_of(past.network, self.readout)
         return Stage(past.network, task, trained=(self.readout,))
 
@@ -177,6 +184,7 @@ class Joint:
     name = "joint training"
 
     def stage(self, past: Past, task: Task) -> Stage:
+        """The network from before all tasks, trained on the images of all."""
         return Stage(past.start, united([*past.tasks, task]))
 
 

@@ -36,6 +36,7 @@ class Anchor:
 
     @property
     def settings(self) -> dict[str, Any]:
+        """What tells this term from others, as plain values: `fit` resumes only where they agree."""
         tensors = (*self.point.values(), *self.precision.values())
         return {"kind": "anchor", "names": list(self.point), "digest": digest(tensors)}
 
@@ -72,6 +73,7 @@ class Distillation:
 
     @property
     def settings(self) -> dict[str, Any]:
+        """What tells this term from others, as plain values: `fit` resumes only where they agree."""
         older = digest(self.older.state_dict().values())
         figures = {"strength": self.strength, "temperature": self.temperature}
         return {"kind": "distillation", "older": older, "heads": self.heads, **figures}

@@ -104,13 +104,16 @@ class Channels:
 
     @property
     def output(self) -> int:
+        """The space of the outputs."""
         return len(self.widths) - 1
 
     @property
     def hidden_widths(self) -> tuple[int, ...]:
+        """Channels of every hidden space, in the order of `hidden`."""
         return self.widths[1:-1]
 
     def readers(self, space: int) -> tuple[Layer, ...]:
+        """The layers whose input channels are those of `space`; none of the outputs'."""
         return tuple(layer for layer in self.layers if layer.source == space)
 
     @property

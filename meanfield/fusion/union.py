@@ -35,6 +35,7 @@ class Ensemble(nn.Module):
             raise Misuse("shares", self.shares, f"must be {len(members)} numbers whose sum is one")
 
     def forward(self, inputs: Tensor) -> Tensor:
+        """The mean of the members' outputs on inputs (N, ...), by their shares: (N, K)."""
         outputs = [share * member(inputs.clone()) for share, member in zip(self.shares, self.members)]  # some in place
         return torch.stack(outputs).sum(0)
 

@@ -40,7 +40,7 @@ class Graft:
     rank: of the design that was fitted, out of `unknowns` per channel (least squares without ridge; None otherwise).
     """
 
-    network: Grafted
+    network: Grafted = field(repr=False)
     layer: str
     lower_layer: str
     method: str
@@ -111,6 +111,7 @@ class Grafted(nn.Module):
         self.eval().requires_grad_(False)
 
     def forward(self, inputs: Tensor) -> Tensor:
+        """The outputs of the upper network, behind the connection, on inputs (N, ...)."""
         return self.above(self.connection(self.below(inputs)), inputs)
 
     def __prepare_scriptable__(self) -> NoReturn:

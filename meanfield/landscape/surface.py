@@ -56,6 +56,7 @@ class Surface:
 
     @property
     def message(self) -> str:
+        """What the status means, in a sentence."""
         return STATUS_TEXTS[self.status]
 
     def axis(self, n: int) -> Tensor:

@@ -41,6 +41,8 @@ class Tangent:
     biases: list[Tensor | None]
 
     def map(self, function: Callable[..., Tensor], *others: Tangent) -> Tangent:
+        """`function` of every tensor and of its counterparts in the others; None stays None."""
+
         def apply(first: list[Any], *rest: list[Any]) -> list[Any]:
             return [None if entry is None else function(entry, *more) for entry, *more in zip(first, *rest)]
 

@@ -217,7 +217,10 @@ def curvature(
     moved = (basis != 0).any(1)
     leaf = point.detach().clone().requires_grad_()
     with torch.enable_grad():
-        (slope,) = torch.autograd.grad(function(leaf), leaf, create_graph=True)
+        value = _number(function(leaf))
+        if not value.requires_grad:
+            raise Misuse("function", float(value), "is a value without a gradient: torch must make it from the point")
+        (slope,) = torch.autograd.grad(value, leaf, create_graph=True)
 
     def product(vector: Tensor) -> Tensor:
         if not slope.requires_grad:  # an affine function
@@ -273,6 +276,7 @@ class Falsification:
 
     @property
     def falsified(self) -> bool:
+        """Whether the function is proven not to be convex: the witness goes beyond rounding."""
         return self.witness.proves
 
 
@@ -400,11 +404,18 @@ def _jacobian(constraint: Constraint, point: Tensor) -> Tensor:
     return rows
 
 
+def _number(value: Any) -> Tensor:
+    """What a function of the user gave, if it is a tensor of no dimensions."""
+    if instance(value, "function(point)", Tensor).ndim:
+        raise Misuse("function", tuple(value.shape), "is the shape of its value: must be (), such as that of a sum")
+    return value
+
+
 def _finite_only(function: Function) -> Function:
-    """The function, refusing values that are not finite."""
+    """The function, refusing values that are not finite numbers."""
 
     def finite(point: Tensor) -> Tensor:
-        value = function(point)
+        value = _number(function(point))
         if not bool(torch.isfinite(value)):
             raise ValueError(
                 f"function is {float(value.detach()):g} at the feasible point {point.detach().tolist()}; whether it is "
@@ -467,9 +478,11 @@ class ProgramVariables:
 
     @cached_property
     def template(self) -> ProgramPoint:
+        """The frozen network in the variables of the program: the shapes of a vector."""
         return self.program.point(self.program.frozen)
 
     def point(self, vector: Tensor) -> ProgramPoint:
+        """The masses, kernels, readout and biases that a vector (d,) stands for."""
         return self.template.at(vector)
 
     def objective(self, vector: Tensor) -> Tensor:

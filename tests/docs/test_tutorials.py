@@ -10,10 +10,11 @@ TUTORIALS = sorted((Path(__file__).parent.parent.parent / "docs" / "tutorials").
 
 
 @pytest.mark.parametrize("path", TUTORIALS, ids=lambda path: path.stem)
-def test_a_tutorial_runs_and_draws(path):
+def test_a_tutorial_runs_and_draws(path, monkeypatch):
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    monkeypatch.setattr(pyplot, "show", lambda: None)  # on a screen it would wait for somebody to close the window
     pyplot.close("all")
     runpy.run_path(str(path), run_name="__main__")
     assert pyplot.get_fignums()

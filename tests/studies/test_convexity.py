@@ -132,6 +132,17 @@ def test_values_that_are_not_finite_are_refused_with_the_point(bad):
         convexity.segments(function, torch.tensor([[0.0, 0.0], [0.9, 0.0]], dtype=torch.float64))
 
 
+def test_what_is_no_number_that_torch_differentiates_is_refused():
+    points = torch.ones(2, 3, dtype=torch.float64)
+    for measure in (lambda f: convexity.segments(f, points), lambda f: convexity.curvature(f, points[0])):
+        with pytest.raises(ValueError, match=r"function=\(3,\) is the shape of its value: must be \(\)"):
+            measure(lambda x: 2 * x)
+        with pytest.raises(TypeError, match=r"function\(point\) must be a torch\.Tensor, not float"):
+            measure(lambda x: x[0].detach().item())
+    with pytest.raises(ValueError, match=r"function=1\.0 is a value without a gradient"):
+        convexity.curvature(lambda x: x[0].detach(), points[0])
+
+
 def test_a_file_of_other_tensors_is_no_witness(tmp_path):
     path = storage.save_tensors({"start": torch.ones(2)}, tmp_path / "w.safetensors")
     with pytest.raises(ValueError, match=r"w.safetensors holds no witness against convexity, but \['start'\]"):
