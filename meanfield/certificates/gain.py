@@ -1,0 +1,167 @@
+"""The largest response of one kernel of a saturating layer for its price, by branch and bound over boxes of kernels.
+
+Sought is G = max_z |Xi(z)| / c(z) of Xi(z) = weights^T h(patches z) and c(z) = 2 sqrt(lambda_s (mu + lambda_1 |z|^2)).
+Around the middle m of a box |z_k - m_k| <= e_k, with J = dXi/dz there and u the direction of Xi(m),
+
+    |Xi(z)| <= |Xi(m)| + <J^T u, z - m> + |J (z - m)|^2 / (2 |Xi(m)|) + rest,    c(z) >= c(m) + <c'(m), z - m>,
+
+rest the second-order remainder of h, row by row; c is convex.  A box has no ratio above a level G where the first less
+G times the second is negative.  At the maximum the terms of first order cancel: boxes there need not be small.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from meanfield.certificates.saturating import Saturating
+from meanfield.certificates.sphere.response import chunk
+
+BATCH = 1024  # boxes bounded at a time
+MAX_OPEN = 1_000_000
+
+
+@dataclass(frozen=True, eq=False)
+class Gain:
+    """lower <= max_z |Xi(z)| / c(z) <= upper, `lower` attained at the kernel argmax (d,); boxes that were looked at."""
+
+    lower: float
+    upper: float
+    argmax: Tensor
+    boxes: int
+
+
+@dataclass(frozen=True, eq=False)
+class Response:
+    """Xi of a layer h, patches (n, d), weights (n, C); its price has the strengths `source` and `first`, and mu."""
+
+    h: Saturating
+    patches: Tensor
+    weights: Tensor
+    source: float
+    first: float
+    mu: float
+
+    def __call__(self, kernels: Tensor) -> Tensor:
+        """|Xi|, (b, d) -> (b,)."""
+        parts = kernels.split(chunk(len(self.patches)))
+        return torch.cat([(self.h.function(z @ self.patches.T) @ self.weights).norm(dim=1) for z in parts])
+
+    def price(self, lengths: Tensor) -> Tensor:
+        """c of kernels of these lengths."""
+        return 2 * (self.source * (self.mu + self.first * lengths.square())).sqrt()
+
+    def ratios(self, kernels: Tensor) -> Tensor:
+        """|Xi| / c, (b, d) -> (b,)."""
+        return self(kernels) / self.price(kernels.norm(dim=1))
+
+    @cached_property
+    def sizes(self) -> Tensor:
+        """Lengths of the rows of weights, (n,)."""
+        return self.weights.norm(dim=1)
+
+    @cached_property
+    def products(self) -> Tensor:
+        """patches_ik weights_ic, (n, d C): h'(patches m) times this is J."""
+        return (self.patches[:, :, None] * self.weights[:, None, :]).flatten(1)
+
+    @cached_property
+    def rounding(self) -> float:
+        """Of |Xi| and of its bounds."""
+        terms = len(self.patches) + 8 * self.patches.shape[1] + 64
+        return 8 * terms * torch.finfo(self.weights.dtype).eps * float(self.sizes.sum())
+
+    def radius(self, level: float) -> float:
+        """Beyond it the price alone keeps the ratio below the level: |Xi| <= sum |weights_i|."""
+        most = (float(self.sizes.sum()) / (2 * level)) ** 2 / self.source - self.mu
+        return math.sqrt(max(most, 0.0) / self.first)
+
+
+def largest(response: Response, tried: Tensor, deadline: float, tolerance: float) -> Gain:
+    """Bounds of the largest ratio, within a relative `tolerance` or what is proven at `deadline` (of perf_counter).
+
+    tried (b, d): kernels that are tried first.  Xi is odd, so that half of all kernels are looked at.
+    """
+    ratios = response.ratios(tried)
+    best = int(ratios.argmax())
+    lower, argmax = float(ratios[best]), tried[best]
+    if lower <= 0 and not bool(response.sizes.any()):
+        return Gain(0.0, 0.0, argmax, 0)
+    lower = max(lower, 1e-9 * float(response.sizes.sum() / response.price(response.sizes.new_zeros(()))))
+    middles, halves = _whole(response, lower)
+    uppers = middles.new_full((1,), math.inf)
+    looked, closed, fresh = 0, 0.0, torch.arange(1)
+    while True:
+        level = lower * (1 + tolerance)
+        found = _bounds(response, middles[fresh], halves[fresh], level)
+        uppers[fresh] = torch.minimum(uppers[fresh], found)
+        looked += len(fresh)
+        reached = response.ratios(middles[fresh])
+        if float(reached.max()) > lower:
+            lower, argmax = float(reached.max()), middles[fresh][int(reached.argmax())]
+        alive = uppers > lower * (1 + tolerance)
+        closed = max(closed, float(uppers.masked_fill(alive, 0.0).max()))
+        middles, halves, uppers = middles[alive], halves[alive], uppers[alive]
+        if not len(uppers) or time.perf_counter() >= deadline or len(uppers) > MAX_OPEN:
+            break
+        chosen = uppers.topk(min(len(uppers), BATCH)).indices
+        middles, halves, uppers = _halved(response, middles, halves, uppers, chosen)
+        fresh = torch.arange(len(uppers) - 2 * len(chosen), len(uppers), device=uppers.device)
+    return Gain(lower, max(lower, closed, float(uppers.max()) if len(uppers) else 0.0), argmax, looked)
+
+
+def _whole(response: Response, lower: float) -> tuple[Tensor, Tensor]:
+    """One box that holds a kernel or its negative wherever the ratio may exceed `lower`."""
+    dimension, radius = response.patches.shape[1], response.radius(lower)
+    middles, halves = response.patches.new_zeros(1, dimension), response.patches.new_full((1, dimension), radius)
+    middles[0, 0] = halves[0, 0] = radius / 2
+    return middles, halves
+
+
+def _halved(
+    response: Response, middles: Tensor, halves: Tensor, uppers: Tensor, chosen: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The boxes that were not chosen, then both halves of those that were, cut where the rows vary most."""
+    reach = (response.sizes @ response.patches.square()).sqrt()
+    axis = (halves[chosen] * reach).argmax(1, keepdim=True)
+    half = halves[chosen].scatter(1, axis, 0.5 * halves[chosen].gather(1, axis))
+    step = torch.zeros_like(half).scatter(1, axis, half.gather(1, axis))
+    left = torch.ones(len(uppers), dtype=torch.bool, device=uppers.device).index_fill(0, chosen, False)
+    return (
+        torch.cat([middles[left], middles[chosen] - step, middles[chosen] + step]),
+        torch.cat([halves[left], half, half]),
+        torch.cat([uppers[left], uppers[chosen], uppers[chosen]]),
+    )
+
+
+def _bounds(response: Response, middles: Tensor, halves: Tensor, level: float) -> Tensor:
+    """Upper bounds of the ratio on boxes (b, d): the level itself where it is shown not to be exceeded."""
+    size = chunk(len(response.patches))
+    parts = zip(middles.split(size), halves.split(size))
+    return torch.cat([_bound(response, m, e, level) for m, e in parts])
+
+
+def _bound(response: Response, middles: Tensor, halves: Tensor, level: float) -> Tensor:
+    h, source, first = response.h, response.source, response.first
+    x, reach = middles @ response.patches.T, halves @ response.patches.abs().T
+    values, slopes = h.function(x), h.derivative(x)
+    xi = values @ response.weights
+    jacobian = (slopes @ response.products).unflatten(1, (middles.shape[1], -1))  # (b, d, C)
+    # h and its tangent differ by no more than either of these on a row
+    rest = torch.minimum(0.5 * h.bend * reach.square(), (h.slope + slopes) * reach) @ response.sizes
+    length = xi.norm(dim=1)
+    along = (jacobian * (xi / length.clamp_min(torch.finfo(xi.dtype).tiny)[:, None])[:, None, :]).sum(2)
+    moved = (halves * jacobian.norm(dim=2)).sum(1)
+    centre = response.price(middles.norm(dim=1))
+    slope = 4 * source * first * middles / centre[:, None]
+    tilted = (halves * (along - level * slope).abs()).sum(1) + 0.5 * moved.square() / length
+    shown = length + tilted + rest + response.rounding <= level * centre
+    nearest = (middles.abs() - halves).clamp_min(0).norm(dim=1)
+    most = torch.minimum(length + moved + rest, response.sizes.sum()) + response.rounding
+    crude = most / response.price(nearest)
+    return torch.where(shown, crude.clamp_max(level), crude)

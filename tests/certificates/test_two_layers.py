@@ -1,0 +1,193 @@
+"""The proven bound for two saturating layers: lines, adjoints, a kernel's gain, closed forms, features that exist."""
+
+import math
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+from strategies import normal
+
+import meanfield as mf
+from meanfield.certificates import gain, two_layers
+from meanfield.certificates.compositions import Compositions
+from meanfield.certificates.saturating import SATURATING
+
+H = list(SATURATING)
+PENALTY = mf.Penalty(source=1e-2, readout=2e-2, input=5e-3)
+ROUGH = (  # everything that moves an index
+    mf.Conv((2, 1), padding=(1, 0), stride=(1, 2), activation="tanh", bias=True, pooling="average", pool_size=(2, 1)),
+    mf.Conv((1, 2), padding=1, activation="erf", pooling="average"),
+)
+PLAIN = (mf.Conv(2, activation="erf"), mf.Conv((1, 2), activation="hardtanh"))
+
+
+def problem_of(layers, outputs=1, count=3, seed=0, penalty=PENALTY, channels=1):
+    arch = mf.Architecture((channels, 4, 4), layers, outputs=outputs)
+    targets = torch.sign(normal((count, outputs), seed + 1))
+    return mf.Problem(arch, normal((count, channels, 4, 4), seed), targets, "squared", penalty)
+
+
+def features_of(problem, output):
+    features = two_layers.Features.of(problem, output)
+    return features, gain.Response(*features.first_layer, problem.penalty.source, problem.penalty.input, mu=0.02)
+
+
+@pytest.mark.parametrize("name", H)
+def test_how_far_from_a_line(name):
+    h = SATURATING[name]
+    x = torch.linspace(-1, 1, 200_001, dtype=torch.float64)
+    for theta in (1e-3, 0.3, 0.9, 1.0):
+        for reach in (0.0, 0.2, 1.0, 1.7, 6.0):
+            theta_, reach_ = torch.tensor(theta * h.slope).double(), torch.tensor(reach).double()
+            inside = reach * x
+            worst = (h.function(inside) - theta_ * inside).abs().max()
+            assert float(h.apart(theta_, reach_)) == pytest.approx(float(worst), abs=1e-4 * reach)
+            assert h.apart(theta_, reach_) >= worst - 1e-12
+
+
+@pytest.mark.parametrize("name", H)
+def test_slopes_and_bends(name):
+    h = SATURATING[name]
+    x = torch.linspace(-4, 4, 8001, dtype=torch.float64).requires_grad_()
+    (slope,) = torch.autograd.grad(h.function(x).sum(), x)
+    torch.testing.assert_close(h.derivative(x)[(x.abs() - 1).abs() > 1e-9], slope[(x.abs() - 1).abs() > 1e-9])
+    assert float(slope.max()) == pytest.approx(h.slope)
+    bends = (slope[2:] - slope[:-2]) / 2e-3
+    assert math.isinf(h.bend) or float(bends.abs().max()) == pytest.approx(h.bend, rel=1e-5)
+    theta = torch.tensor([0.1, 0.5, 0.99], dtype=torch.float64) * h.slope
+    if math.isfinite(h.bend):
+        torch.testing.assert_close(h.derivative(h.touch(theta)), theta)
+
+
+@pytest.mark.parametrize("layers", [ROUGH, PLAIN])
+def test_the_response_of_a_kernel_is_what_a_linear_second_layer_reads(layers):
+    problem = problem_of(layers, outputs=2, channels=2)
+    output, kernel = normal((3, 2), 3), normal((1, 2, *layers[0].kernel), 4)
+    bias = normal((1,), 5) if layers[0].bias else None
+    linear = replace(layers[1], activation="identity")
+    arch = replace(problem.architecture, layers=(layers[0], linear))
+    sought = []
+    for offset in range(linear.offsets):
+        second = torch.zeros(1, 1, *linear.kernel, dtype=torch.float64)
+        second.view(-1)[offset] = 1.0
+        one = torch.ones(1, dtype=torch.float64)
+        network = mf.ParticleNetwork(arch, [one, one], [kernel, second], torch.zeros(2, 1).double(), [bias, None])
+        read = arch.readout_features(network.features(problem.inputs)[-1])
+        sought.append(output.T @ read[:, 0])
+    features, response = features_of(problem, output)
+    flat = kernel.flatten() if bias is None else torch.cat([kernel.flatten(), bias])
+    torch.testing.assert_close(response(flat[None])[0], torch.stack(sought).norm())
+    values = arch.layers[0].h.function(features.first_layer[1] @ flat)
+    torch.testing.assert_close((values @ features.first_layer[2]).view(2, -1), torch.stack(sought, 1))
+
+
+@pytest.mark.parametrize("name", H)
+@pytest.mark.parametrize("dimension", [1, 2])
+def test_gain_holds_the_maximum(name, dimension):
+    patches, weights = normal((12, dimension), 1), normal((12, 3), 2)
+    response = gain.Response(SATURATING[name], patches, weights, 0.01, 0.02, 0.03)
+    found = gain.largest(response, torch.zeros(1, dimension).double(), math.inf, 1e-3)
+    line = torch.linspace(-40, 40, 4001 if dimension == 1 else 801, dtype=torch.float64)
+    kernels = torch.cartesian_prod(*[line] * dimension).view(-1, dimension)
+    best = float(response.ratios(kernels).max())
+    assert best <= found.upper
+    assert found.upper <= (1 + 1e-3) * found.lower * (1 + 1e-12)
+    assert found.lower == pytest.approx(float(response.ratios(found.argmax[None])), rel=1e-12)
+    assert found.lower >= best * (1 - 1e-3)
+
+
+@pytest.mark.parametrize("name", H)
+def test_boxes_bound_the_kernels_inside(name):
+    response = gain.Response(SATURATING[name], normal((9, 3), 1), normal((9, 2), 2), 0.01, 0.02, 0.03)
+    for size in (0.01, 0.1, 1.0, 5.0):
+        middles, halves = 3 * normal((200, 3), 3), size * normal((200, 3), 4).abs()
+        inside = middles + halves * (
+            2 * torch.rand(64, 200, 3, generator=torch.Generator().manual_seed(0)).double() - 1
+        )
+        corners = middles + halves * normal((64, 200, 3), 5).sign()
+        most = response.ratios(torch.cat([inside, corners]).flatten(0, 1)).view(128, 200).amax(0)
+        for level in (0.0, float(most.median())):
+            assert bool((most <= gain._bounds(response, middles, halves, level)).all())
+
+
+def test_an_interrupted_gain_holds():
+    response = gain.Response(SATURATING["tanh"], normal((30, 4), 1), normal((30, 1), 2), 0.01, 0.02, 0.03)
+    tried = normal((500, 4), 3)
+    found = gain.largest(response, tried, time.perf_counter(), 1e-3)
+    assert float(response.ratios(5 * tried).max()) < found.upper < math.inf
+
+
+@pytest.mark.parametrize("name", H)
+def test_one_pixel_in_closed_form(name):
+    """One image of one pixel: g = a h(z x) with |a| c(z) <= t reaches |g| = t B, and |q| is |r| h(t B) at most."""
+    arch = mf.Architecture((1, 1, 1), (mf.Conv(1, activation=name), mf.Conv(1, activation=name)))
+    problem = mf.Problem(arch, torch.full((1, 1, 1, 1), 0.7).double(), torch.ones(1, 1).double(), "squared", PENALTY)
+    output = torch.tensor([[-0.4]]).double()
+    features, response = features_of(problem, output)
+    h, lines = SATURATING[name], torch.linspace(0, 40, 400_001, dtype=torch.float64) / 0.7  # a kink at 1 / 0.7
+    most = float((h.function(0.7 * lines) / response.price(lines)).max())
+    found = gain.largest(response, lines[:1, None], math.inf, 1e-6)
+    assert found.upper == pytest.approx(0.4 * most, rel=2e-6)
+    flows, largest = features.table(0.02, found.upper, 2.0)
+    exact = 0.4 * h.function(flows * most)
+    assert bool((largest >= exact * (1 - 1e-12)).all())
+    # B_i comes in steps of RADIUS_STEP, h' in steps of 1/SLOPES: each moves h by less than that share of its size
+    share = two_layers.RADIUS_STEP - 1 + 1 / two_layers.SLOPES
+    assert bool((largest <= exact * (1 + share) + 1e-12).all())
+    for scale in (0.3, 1.0, 2.0):
+        exact_sup = float(((scale * exact) ** 2 / (4 * PENALTY.readout) - flows).max())
+        supremum = features.supremum(scale, (flows, largest))
+        assert exact_sup <= supremum
+        end = (scale * 0.4) ** 2 / (4 * PENALTY.readout)
+        assert supremum <= exact_sup + 3 * share * end
+
+
+@pytest.mark.parametrize("layers", [ROUGH, PLAIN])
+@pytest.mark.parametrize("norm", ["l2", "l1"])
+def test_no_feature_scores_more(layers, norm):
+    problem = problem_of(layers, outputs=2, channels=2, penalty=replace(PENALTY, kernel_norm=norm))
+    output, mu = 0.3 * normal((3, 2), 3), 0.02
+    features, response = features_of(problem, output)
+    found = gain.largest(response, normal((50, response.patches.shape[1]), 6), time.perf_counter() + 1, 1e-2)
+    table = features.table(mu, found.upper, 1.0)
+    shapes = problem.architecture.kernel_shapes([4, 1])
+    for size in (0.1, 1.0, 10.0):
+        kernels = tuple(normal((500, *shape), seed) * size for seed, shape in enumerate(shapes))
+        bias = normal((500, 4), 8) * size if layers[0].bias else None
+        some = Compositions(problem.architecture, kernels, (bias, None))
+        flow, gains = some.costs(problem, [mu]), some.responses(problem, output)
+        score = gains / (4 * PENALTY.readout) - flow
+        assert float(score.max()) <= features.supremum(1.0, table)
+        at = torch.searchsorted(table[0], flow).clamp_max(len(table[0]) - 1)
+        known = flow <= table[0][-1]
+        assert bool((gains.sqrt() <= table[1][at] * (1 + 1e-12))[known].all())
+
+
+def test_the_bound_is_below_every_network_and_above_what_boundedness_alone_gives():
+    problem = problem_of(
+        (mf.Conv((1, 2), activation="tanh"),) * 2, count=6, penalty=mf.Penalty(source=1e-2, readout=0.1, input=1e-2)
+    )
+    solved = mf.solve(problem, (12, 6), rounds=1, flow_steps=150)
+    found = two_layers.prove(problem, solved.multipliers.output, solved.network, seconds=1.0)
+    assert found.bound <= solved.value
+    assert found.bound > problem.penalty.readout / (1 + 2 * problem.penalty.readout)  # section 5, |f| <= 1
+    shifted = two_layers.prove(problem, solved.multipliers.output * 1.7, seconds=1.0)
+    assert shifted.bound == pytest.approx(found.bound, rel=2e-2)  # r has a scale of its own
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"layers": (mf.Conv(2, activation="tanh"),)}, "two layers, and there are 1"),
+        ({"layers": (mf.Conv(2, activation="tanh"), mf.Conv(2))}, "tanh, erf, hardtanh, and there is relu"),
+        ({"layers": (mf.Conv(1, activation="tanh", pooling="max"), PLAIN[1])}, "max pooling"),
+        ({"layers": (PLAIN[0], mf.Conv(2, activation="tanh", bias=True))}, "biases of the second layer cost nothing"),
+        ({"penalty": replace(PENALTY, power=3.0)}, "power 2"),
+        ({"penalty": replace(PENALTY, source=0.0)}, "all three penalties"),
+    ],
+)
+def test_where_there_is_no_bound(change, words):
+    problem = problem_of(**{"layers": PLAIN, **change})
+    with pytest.raises(ValueError, match=words):
+        two_layers.prove(problem, normal((3, 1), 1))
