@@ -6,13 +6,17 @@ All three are one `Stopped`, a KeyboardInterrupt, so that whoever keeps work aft
 from __future__ import annotations
 
 import atexit
+import os
 import signal
+import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 ENDING = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
+AGAIN = 0.01  # seconds until a stop that Python ignored is sent once more
 
 
 class Stopped(KeyboardInterrupt):
@@ -44,13 +48,16 @@ def heard() -> Iterator[None]:
     known = {number: signal.getsignal(number) for number in ENDING}
     taken = [number for number in ENDING if number == signal.SIGINT or known[number] is not signal.SIG_IGN]
     _heard.number, _heard.unheeded, _heard.acted = int(signal.SIGINT), False, False
+    hook = sys.unraisablehook
     try:
+        sys.unraisablehook = partial(_sent_again, hook)
         for number in taken:
             signal.signal(number, _hear)
         yield
     finally:
         for number in taken:
             signal.signal(number, known[number])
+        sys.unraisablehook = hook
 
 
 @contextmanager
@@ -125,6 +132,16 @@ def _hear(number: int, frame: object) -> None:
     raises = again and not _heard.acted if _heard.waiting else True
     if raises and not _heard.held:
         _stop()
+
+
+def _sent_again(hook: Callable[[sys.UnraisableHookArgs], object], ignored: sys.UnraisableHookArgs) -> None:
+    """Python drops what is raised in a destructor or the callback of a weak reference, as the import of a module has
+    them: a stop that hit one comes again, when it is over.
+    """
+    if isinstance(ignored.exc_value, Stopped):
+        threading.Timer(AGAIN, os.kill, (os.getpid(), _heard.number)).start()
+    else:
+        hook(ignored)
 
 
 def _stop() -> None:

@@ -2,6 +2,8 @@
 
 import os
 import signal
+import time
+import weakref
 
 import pytest
 
@@ -79,3 +81,18 @@ def test_an_error_that_a_stop_ended_in_is_that_stop():
         broken_off()
     with signals.heard(), pytest.raises(RecursionError), signals.surely():
         raise RecursionError
+
+
+def test_one_that_python_ignores_comes_again():
+    """What is raised in the callback of a weak reference goes nowhere."""
+
+    class Gone:
+        pass
+
+    held = [Gone()]
+    reference = weakref.ref(held[0], lambda _: signal.raise_signal(signal.SIGTERM))
+    with signals.heard():
+        held.clear()
+        with pytest.raises(signals.Stopped, match="SIGTERM"):
+            time.sleep(20)
+    assert reference() is None
