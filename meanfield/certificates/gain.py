@@ -6,7 +6,7 @@ Around the middle m of a box |z_k - m_k| <= e_k, with J = dXi/dz there and u the
     |Xi(z)| <= |Xi(m)| + <J^T u, z - m> + |J (z - m)|^2 / (2 |Xi(m)|) + rest,    c(z) >= c(m) + <c'(m), z - m>,
 
 rest the second-order remainder of h, row by row; c is convex.  A box has no ratio above a level G where the first less
-G times the second is negative.  At the maximum the terms of first order cancel: boxes there need not be small.
+G times the second is nowhere positive.  At the maximum the terms of first order cancel: boxes there need not be small.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from meanfield.certificates.sphere.response import chunk
 
 BATCH = 1024  # boxes bounded at a time
 MAX_OPEN = 1_000_000
+BISECTIONS = 20  # of the level: a millionth of it
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,9 +98,7 @@ def largest(response: Response, tried: Tensor, deadline: float, tolerance: float
     uppers = middles.new_full((1,), math.inf)
     looked, closed, fresh = 0, 0.0, torch.arange(1)
     while True:
-        level = lower * (1 + tolerance)
-        found = _bounds(response, middles[fresh], halves[fresh], level)
-        uppers[fresh] = torch.minimum(uppers[fresh], found)
+        uppers[fresh] = torch.minimum(uppers[fresh], _bounds(response, middles[fresh], halves[fresh]))
         looked += len(fresh)
         reached = response.ratios(middles[fresh])
         if float(reached.max()) > lower:
@@ -139,29 +138,42 @@ def _halved(
     )
 
 
-def _bounds(response: Response, middles: Tensor, halves: Tensor, level: float) -> Tensor:
-    """Upper bounds of the ratio on boxes (b, d): the level itself where it is shown not to be exceeded."""
+def _bounds(response: Response, middles: Tensor, halves: Tensor) -> Tensor:
+    """Upper bounds of the ratio on boxes (b, d)."""
     size = chunk(len(response.patches))
     parts = zip(middles.split(size), halves.split(size))
-    return torch.cat([_bound(response, m, e, level) for m, e in parts])
+    return torch.cat([_bound(response, m, e) for m, e in parts])
 
 
-def _bound(response: Response, middles: Tensor, halves: Tensor, level: float) -> Tensor:
-    h, source, first = response.h, response.source, response.first
+def _bound(response: Response, middles: Tensor, halves: Tensor) -> Tensor:
+    h = response.h
     x, reach = middles @ response.patches.T, halves @ response.patches.abs().T
     values, slopes = h.function(x), h.derivative(x)
     xi = values @ response.weights
     jacobian = (slopes @ response.products).unflatten(1, (middles.shape[1], -1))  # (b, d, C)
-    # h and its tangent differ by no more than either of these on a row
-    rest = torch.minimum(0.5 * h.bend * reach.square(), (h.slope + slopes) * reach) @ response.sizes
+    least = (x.abs() - reach).clamp_min(0)  # of |x| on a row; h and its tangent differ by no more than either of these
+    bent = torch.where(reach > 0, 0.5 * h.bend(least) * reach.square(), 0.0)
+    rest = torch.minimum(bent, (h.derivative(least) + slopes) * reach) @ response.sizes
     length = xi.norm(dim=1)
     along = (jacobian * (xi / length.clamp_min(torch.finfo(xi.dtype).tiny)[:, None])[:, None, :]).sum(2)
     moved = (halves * jacobian.norm(dim=2)).sum(1)
-    centre = response.price(middles.norm(dim=1))
-    slope = 4 * source * first * middles / centre[:, None]
-    tilted = (halves * (along - level * slope).abs()).sum(1) + 0.5 * moved.square() / length
-    shown = length + tilted + rest + response.rounding <= level * centre
     nearest = (middles.abs() - halves).clamp_min(0).norm(dim=1)
     most = torch.minimum(length + moved + rest, response.sizes.sum()) + response.rounding
     crude = most / response.price(nearest)
-    return torch.where(shown, crude.clamp_max(level), crude)
+    flat = length + 0.5 * moved.square() / length + rest + response.rounding
+    return _least_level(response, middles, halves, along, flat, crude)
+
+
+def _least_level(
+    response: Response, middles: Tensor, halves: Tensor, along: Tensor, flat: Tensor, crude: Tensor
+) -> Tensor:
+    """The least level up to `crude` that is seen not to be exceeded.  Every `high` on the way is such a level."""
+    price = response.price(middles.norm(dim=1))
+    slope = 4 * response.source * response.first * middles / price[:, None]
+    low, high = torch.zeros_like(crude), crude
+    for _ in range(BISECTIONS):
+        level = 0.5 * (low + high)
+        most = flat + (halves * (along - level[:, None] * slope).abs()).sum(1)
+        holds = most <= level * price
+        low, high = torch.where(holds, low, level), torch.where(holds, level, high)
+    return high

@@ -14,15 +14,15 @@ from torch import Tensor
 class Saturating:
     """An odd h, concave on x >= 0, with |h| <= 1.
 
-    slope: h'(0), the largest.  derivative: h'.  touch: where h' falls to theta, 0 < theta <= slope.  bend: the largest
-    |h''|, inf for an h with a kink.
+    slope: h'(0), the largest.  derivative: h', which falls as |x| rises.  touch: where it falls to theta, 0 < theta <=
+    slope.  bend: the largest |h''| at |x| >= y, y >= 0; inf before a kink.
     """
 
     function: Callable[[Tensor], Tensor]
     slope: float
     derivative: Callable[[Tensor], Tensor]
     touch: Callable[[Tensor], Tensor]
-    bend: float
+    bend: Callable[[Tensor], Tensor]
 
     def apart(self, theta: Tensor, reach: Tensor) -> Tensor:
         """alpha(theta, T) = max_{|x| <= T} |h(x) - theta x|: h - theta x rises to its top and falls to where T ends."""
@@ -31,19 +31,36 @@ class Saturating:
         return torch.maximum(above, below).clamp_min(0)
 
 
+TANH_BEND, ERF_BEND = math.atanh(3**-0.5), 0.5**0.5  # where |h''| is largest
 ERF = 2 / math.sqrt(math.pi)
+
+
+def _tanh_bend(least: Tensor) -> Tensor:
+    h = least.clamp_min(TANH_BEND).tanh()
+    return 2 * h * (1 - h.square())
+
+
+def _erf_bend(least: Tensor) -> Tensor:
+    x = least.clamp_min(ERF_BEND)
+    return 2 * ERF * x * (-x.square()).exp()
+
+
+def _kink(least: Tensor) -> Tensor:
+    return torch.where(least < 1, math.inf, 0.0).to(least)
+
+
 SATURATING = {
     "tanh": Saturating(
-        torch.tanh, 1.0, lambda x: 1 - x.tanh().square(), lambda theta: (1 - theta).sqrt().atanh(), 4 / 3**1.5
+        torch.tanh, 1.0, lambda x: 1 - x.tanh().square(), lambda theta: (1 - theta).sqrt().atanh(), _tanh_bend
     ),
     "erf": Saturating(
         torch.erf,
         ERF,
         lambda x: ERF * (-x.square()).exp(),
         lambda theta: (-(theta / ERF).log()).clamp_min(0).sqrt(),
-        ERF * math.sqrt(2 / math.e),
+        _erf_bend,
     ),
     "hardtanh": Saturating(
-        torch.nn.functional.hardtanh, 1.0, lambda x: (x.abs() < 1).to(x.dtype), torch.ones_like, math.inf
+        torch.nn.functional.hardtanh, 1.0, lambda x: (x.abs() < 1).to(x.dtype), torch.ones_like, _kink
     ),
 }

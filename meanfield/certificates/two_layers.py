@@ -83,7 +83,7 @@ def prove(
     network: ParticleNetwork | None = None,
     *,
     seconds: float = 10.0,
-    tolerance: float = 1e-3,
+    tolerance: float = 1e-2,
 ) -> TwoLayerBound:
     """The bound at the output multipliers r = `output` (N, K), with their scale and mu chosen for it, in float64.
 
