@@ -19,39 +19,41 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import reduce
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
+from meanfield import limits
 from meanfield.architecture import Architecture
 from meanfield.certificates import concave, gain
 from meanfield.certificates.gain import Gain, Response
 from meanfield.certificates.saturating import SATURATING, Saturating
+from meanfield.certificates.sphere.response import unit
 from meanfield.losses import Loss
 from meanfield.network import ParticleNetwork
-from meanfield.outer import Outer
 from meanfield.problem import Problem
 
-SLOPES = 64  # lines theta that S(t) chooses from
-GROUPS = 48  # of rows with nearly the same B_i: the largest counts for all
+FLOWS, SLOPES, GROUPS = 2000, 64, 48  # t at which S is tabulated, lines theta to choose from, groups of rows by B_i
+COARSE = (250, 32, 24)  # of them, while mu and r are chosen
+LEAST_FLOW = 1e-6  # the first t above 0, relative to the last
 LEAST_RADIUS, RADIUS_STEP, RADII = 1e-3, 1.03, 500  # lengths of kernels between which B_i is bounded
-FLOWS, LEAST_FLOW = 2000, 1e-6  # t at which S is tabulated, the first one above 0 relative to the last
 ASCENTS, ASCENT_STEPS, RATE = 256, 100, 0.1
+ROUNDS, STEP, DECAY = 2, 0.05, 0.02  # of the choice of r: the first step, relative to |r|, and what is left of it
 PRICES = (1e-3, 30.0, 16)  # of mu: the least and the largest, over lambda_s, and how many are tried
 
 
 @dataclass(frozen=True, eq=False)
 class TwoLayerBound:
-    """No network has a J below `bound`, which is attained at the multipliers scale * r and mu.
+    """No network has a J below `bound`, which is attained at the multipliers `output` (N, K) and mu.
 
-    gain: of one kernel, at the unscaled r.
+    gain: of one kernel, before the last scaling of the multipliers.
     """
 
     bound: float
-    scale: float
+    output: Tensor
     mu: float
     gain: Gain
     seconds: float
@@ -84,8 +86,9 @@ def prove(
     *,
     seconds: float = 10.0,
     tolerance: float = 1e-2,
+    steps: int = 300,
 ) -> TwoLayerBound:
-    """The bound at the output multipliers r = `output` (N, K), with their scale and mu chosen for it, in float64.
+    """The bound at multipliers chosen for it in `steps` steps from r = `output` (N, K), in float64.
 
     seconds: for G, whose branch and bound ends earlier within `tolerance` of it; the bound holds either way.  network:
     one whose kernels are tried first.  Raises ValueError where `unfit` says why there is no such bound.
@@ -94,124 +97,207 @@ def prove(
     if reason := unfit(problem):
         raise ValueError(f"no proven bound for two layers: {reason}")
     problem = problem.to(dtype=torch.float64)
-    output = problem.loss.feasible(len(output) * output.to(problem.inputs), problem.targets) / len(output)
-    features = Features.of(problem, output)
-    response = Response(*features.first_layer, problem.penalty.source, problem.penalty.input, problem.penalty.source)
-    tried = _ascended(response, network)
+    features = Features.of(problem)
+    output = _feasible(problem, output.to(problem.inputs))
+    output, mu = _start(features, output, network)
+    for _ in range(ROUNDS if steps else 0):  # the second one with the kernels that matter now
+        output = _chosen(features.dual(mu, output, COARSE), output, features.kernels(output, mu, network), steps)
+    tried = features.kernels(output, mu, network)
+    found = gain.largest(features.response(output, mu), tried, time.perf_counter() + seconds, tolerance)
+    scale, bound = features.dual(mu, output).best_scale(output, found.upper)
+    return TwoLayerBound(bound, scale * output, mu, found, time.perf_counter() - began)
+
+
+def _feasible(problem: Problem, output: Tensor) -> Tensor:
+    return problem.loss.feasible(len(output) * output, problem.targets) / len(output)
+
+
+def _start(features: Features, output: Tensor, network: ParticleNetwork | None) -> tuple[Tensor, float]:
+    """The factor on r and the mu, among a few, that promise most."""
+    source = features.problem.penalty.source
     least, most, count = PRICES
-    prices = [problem.penalty.source * least * (most / least) ** (i / (count - 1)) for i in range(count)]
-    hoped = [_best(problem, output, features, mu, float(at(response, mu).ratios(tried).max())) for mu in prices]
-    mu = prices[max(range(count), key=lambda i: hoped[i][1])]
-    found = gain.largest(at(response, mu), tried, time.perf_counter() + seconds, tolerance)
-    scale, bound = _best(problem, output, features, mu, found.upper)
-    return TwoLayerBound(bound, scale, mu, found, time.perf_counter() - began)
+    best = (-math.inf, output, source)
+    kernels = features.kernels(output, source, network)
+    for mu in (source * least * (most / least) ** (i / (count - 1)) for i in range(count)):
+        reached = float(features.response(output, mu).ratios(kernels).max())
+        scale, bound = features.dual(mu, output, COARSE).best_scale(output, reached)
+        best = max(best, (bound, scale * output, mu), key=lambda each: each[0])
+    return best[1:]
 
 
-def at(response: Response, mu: float) -> Response:
-    """The same kernels at another price."""
-    return replace(response, mu=mu)
+def _chosen(dual: Dual, output: Tensor, kernels: Tensor, steps: int) -> Tensor:
+    """Multipliers near `output` with a larger bound, G taken for the largest ratio of these kernels."""
+    read = dual.features.read_of(kernels, dual.mu)  # (b, N, S)
+    leaf = output.clone().requires_grad_()
+    optimiser = torch.optim.Adam([leaf], lr=STEP * float(output.abs().mean()))
+    schedule = torch.optim.lr_scheduler.ExponentialLR(optimiser, DECAY ** (1 / steps))
+    best = (-math.inf, output)
+    for _ in range(steps):
+        limits.look()
+        reached = torch.einsum("bns,nk->bks", read, leaf).flatten(1).norm(dim=1).max()
+        bound = dual.value(leaf, reached)
+        best = max(best, (float(bound.detach()), leaf.detach().clone()), key=lambda each: each[0])
+        optimiser.zero_grad()
+        (-bound).backward()
+        optimiser.step()
+        schedule.step()
+        with torch.no_grad():
+            leaf.copy_(_feasible(dual.features.problem, leaf))
+    return best[1]
 
 
-def _best(problem: Problem, output: Tensor, features: Features, mu: float, gain: float) -> tuple[float, float]:
-    """The factor on r that gives the best bound, which is concave in it, and that bound."""
-    count, limit = len(output), _largest_scale(problem.loss)
-    table = features.table(mu, gain, limit)
+@dataclass(frozen=True, eq=False)
+class Features:
+    """What the two layers make of the images.
 
-    def value(scale: float) -> float:
-        conjugate = float(problem.loss.conjugate(count * scale * output, problem.targets).mean())
-        return -conjugate - mu - features.supremum(scale, table)
+    patches (N, P_1, d) of the first layer, a column of ones for its bias included.  seen (S, P_1): what the average
+    readout adds up of the first layer's values through a kernel of the second with a single entry; read (P_2,): of the
+    second layer's values.
+    """
 
-    return concave.maximum(value, limit)
+    problem: Problem
+    patches: Tensor
+    seen: Tensor
+    read: Tensor
+
+    @classmethod
+    def of(cls, problem: Problem) -> Features:
+        below = problem.architecture.layers[0]
+        patches = below.patches(problem.inputs) / problem.architecture.input_shape[0]
+        if below.bias:
+            patches = torch.cat([patches, torch.ones_like(patches[..., :1])], 2)
+        seen, read = (each.to(patches) for each in _adjoints(problem.architecture))
+        return cls(problem, patches, seen, read)
+
+    @property
+    def _first(self) -> Saturating:
+        return SATURATING[self.problem.architecture.layers[0].h.name]
+
+    def response(self, output: Tensor, mu: float) -> Response:
+        """Xi at these multipliers; equal patches are one, and those that are zero none."""
+        weights = torch.einsum("nk,sq->nqks", output, self.seen).flatten(0, 1).flatten(1)
+        patches, penalty = self.patches.flatten(0, 1), self.problem.penalty
+        alive = patches.any(1)
+        rows, group = torch.unique(patches[alive], dim=0, return_inverse=True)
+        merged = weights.new_zeros(len(rows), weights.shape[1]).index_add(0, group, weights[alive])
+        return Response(self._first, rows, merged, penalty.source, penalty.input, mu)
+
+    def read_of(self, kernels: Tensor, mu: float) -> Tensor:
+        """What every image adds to Xi / c of kernels (b, d), at multipliers one: (b, N, S)."""
+        values = self._first.function(torch.einsum("bd,nqd->bnq", kernels, self.patches))
+        return (values @ self.seen.T) / self.price(mu, kernels.norm(dim=1))[:, None, None]
+
+    def price(self, mu: float, lengths: Tensor) -> Tensor:
+        """c of kernels of these lengths."""
+        penalty = self.problem.penalty
+        return 2 * (penalty.source * (mu + penalty.input * lengths.square())).sqrt()
+
+    def reaches(self, mu: float) -> Tensor:
+        """B_i, (N, P_2), between lengths of kernels in steps of RADIUS_STEP."""
+        below, above = self.problem.architecture.layers
+        lengths = self.patches.norm(dim=2).unflatten(1, (1, *self.problem.architecture.geometry[0].output))
+
+        def seen(radius: float) -> Tensor:
+            values = torch.where(lengths > 0, (self._first.slope * radius) * lengths, 0.0).clamp_max(1)
+            return above.patches(below.pool(values)).norm(dim=2)
+
+        radii = [0.0, *(LEAST_RADIUS * RADIUS_STEP**step for step in range(RADII)), math.inf]
+        return reduce(torch.maximum, (seen(b) / self.price(mu, lengths.new_tensor(a)) for a, b in pairwise(radii)))
+
+    def dual(self, mu: float, output: Tensor, sizes: tuple[int, int, int] = (FLOWS, SLOPES, GROUPS)) -> Dual:
+        """The bound at mu, for multipliers about as large as `output`, in tables of these sizes."""
+        return Dual.of(self, mu, output, sizes)
+
+    def kernels(self, output: Tensor, mu: float, network: ParticleNetwork | None) -> Tensor:
+        """Kernels of large ratios, (b, d): random ones and those of the network, and where gradients take them."""
+        response = self.response(output, mu)
+        generator = torch.Generator().manual_seed(0)
+        drawn = torch.randn(ASCENTS, self.patches.shape[2], generator=generator, dtype=torch.float64)
+        drawn = (unit(drawn) * torch.logspace(-1, 1.5, ASCENTS, dtype=torch.float64)[:, None]).to(self.patches)
+        if network is not None:
+            own = network.kernels[0].flatten(1)
+            own = own if network.biases[0] is None else torch.cat([own, network.biases[0][:, None]], 1)
+            drawn = torch.cat([drawn, own.to(drawn)])
+        leaf = drawn.clone().requires_grad_()
+        optimiser = torch.optim.Adam([leaf], lr=RATE)
+        for _ in range(ASCENT_STEPS):
+            limits.look()
+            optimiser.zero_grad()
+            (-response.ratios(leaf).clamp_min(torch.finfo(leaf.dtype).tiny).log().sum()).backward()
+            optimiser.step()
+        return torch.cat([drawn, leaf.detach()])
+
+
+@dataclass(frozen=True, eq=False)
+class Dual:
+    """The bound as a function of r and G, at one mu.
+
+    flows (T,): t, rising from 0; slopes (s,): theta; apart (T, s, groups): alpha(theta, t B_i) of groups of
+    positions with nearly the same B_i, the largest of which counts; spread (groups, N): what |r_n| adds to their |w_i|.
+    """
+
+    features: Features
+    mu: float
+    flows: Tensor
+    slopes: Tensor
+    apart: Tensor
+    spread: Tensor
+
+    @classmethod
+    def of(cls, features: Features, mu: float, output: Tensor, sizes: tuple[int, int, int]) -> Dual:
+        h = SATURATING[features.problem.architecture.layers[1].h.name]
+        reaches, count = features.reaches(mu), len(features.patches)
+        groups = [few for few in reaches.flatten().argsort().tensor_split(sizes[2]) if len(few)]
+        largest = torch.stack([reaches.flatten()[few].max() for few in groups])
+        spread = reaches.new_zeros(len(groups), count)
+        for row, few in zip(spread, groups):
+            row.index_add_(0, few // len(features.read), features.read[few % len(features.read)])
+        most = _largest_scale(features.problem.loss) * output.norm(dim=1).sum() * features.read.sum()
+        end = float(features.problem.penalty.outer.conjugate(most, features.problem.penalty.readout))
+        flows = torch.logspace(math.log10(LEAST_FLOW), 0, sizes[0] - 1, dtype=reaches.dtype).to(reaches) * end
+        flows = torch.cat([flows.new_zeros(1), flows])
+        slopes = h.slope * (1 - (1 - torch.linspace(0, 1, sizes[1] + 1, dtype=reaches.dtype).to(reaches)[1:]).square())
+        apart = torch.cat([h.apart(slopes[:, None], few[:, None, None] * largest) for few in flows.split(64)])
+        return cls(features, mu, flows, slopes, apart, spread)
+
+    def largest_q(self, output: Tensor, gain: Tensor | float) -> Tensor:
+        """S at every flow, (T,)."""
+        sizes = self.spread @ output.norm(dim=1)
+        lines = self.apart @ sizes + self.slopes * self.flows[:, None] * gain
+        return torch.minimum(lines.amin(1), sizes.sum())
+
+    def supremum(self, largest: Tensor, most: Tensor | float) -> Tensor:
+        """No feature has a larger r*_u(|q(h(g))|) - gamma(g): between two flows it gains no more than at the second and
+        costs no less than at the first; beyond the last one it gains no more than at `most` = sum_i |w_i|.
+        """
+        penalty = self.features.problem.penalty
+        gains = penalty.outer.conjugate(torch.cat([largest[1:], largest.new_ones(1) * most]), penalty.readout)
+        return (gains - self.flows).max().clamp_min(0)
+
+    def value(self, output: Tensor, gain: Tensor | float) -> Tensor:
+        """The bound at multipliers r = `output`, whose G is `gain`."""
+        problem, most = self.features.problem, (self.spread @ output.norm(dim=1)).sum()
+        conjugate = problem.loss.conjugate(len(output) * output, problem.targets).mean()
+        return -conjugate - self.mu - self.supremum(self.largest_q(output, gain), most)
+
+    def best_scale(self, output: Tensor, gain: float) -> tuple[float, float]:
+        """The factor on r that gives the best bound, which is concave in it, and that bound."""
+        problem, largest = self.features.problem, self.largest_q(output, gain)
+        most = float((self.spread @ output.norm(dim=1)).sum())
+
+        def value(scale: float) -> float:
+            conjugate = problem.loss.conjugate(len(output) * scale * output, problem.targets).mean()
+            return float(-conjugate - self.mu - self.supremum(scale * largest, scale * most))
+
+        return concave.maximum(value, _largest_scale(problem.loss))
 
 
 def _largest_scale(loss: Loss) -> float:
     return 2.0 if loss.supercoercive else 1.0
 
 
-@dataclass(frozen=True, eq=False)
-class Features:
-    """What S(t) needs of images and multipliers, at r itself.
-
-    first_layer: h_1, its patches (n, d), a column of ones for the bias included, and the weights (n, K S) with which
-    they add up to Xi.  sizes (N P_2,): |w_i| of the second layer's positions; lengths (N, 1, H, W): |x| of the first
-    layer's patches where they are; strengths: lambda_s, lambda_1.
-    """
-
-    architecture: Architecture
-    outer: Outer
-    readout: float
-    strengths: tuple[float, float]
-    first_layer: tuple[Saturating, Tensor, Tensor]
-    second: Saturating
-    sizes: Tensor
-    lengths: Tensor
-
-    @classmethod
-    def of(cls, problem: Problem, output: Tensor) -> Features:
-        arch, penalty = problem.architecture, problem.penalty
-        below, above = arch.layers
-        patches = below.patches(problem.inputs) / arch.input_shape[0]  # (N, P_1, d)
-        if below.bias:
-            patches = torch.cat([patches, torch.ones_like(patches[..., :1])], 2)
-        lengths = patches.norm(dim=2).unflatten(1, (1, *arch.geometry[0].output))
-        seen, read = _adjoints(arch)
-        weights = torch.einsum("nk,sq->nqks", output, seen.to(output)).flatten(0, 1).flatten(1)
-        first = (SATURATING[below.h.name], *_merged(patches.flatten(0, 1), weights))
-        return cls(
-            arch,
-            penalty.outer,
-            penalty.readout,
-            (penalty.source, penalty.input),
-            first,
-            SATURATING[above.h.name],
-            (output.norm(dim=1)[:, None] * read.to(output)).flatten(),
-            lengths,
-        )
-
-    def table(self, mu: float, gain: float, limit: float) -> tuple[Tensor, Tensor]:
-        """Flows t (FLOWS,), rising from 0 to where no more counts at multipliers up to limit * r, and S at each."""
-        reaches, sizes = self._groups(mu)
-        end = float(self.outer.conjugate(limit * self.sizes.sum(), self.readout))
-        flows = torch.logspace(math.log10(LEAST_FLOW), 0, FLOWS - 1, dtype=sizes.dtype).to(sizes) * end
-        flows = torch.cat([flows.new_zeros(1), flows])
-        steps = torch.linspace(0, 1, SLOPES + 1, dtype=sizes.dtype).to(sizes)[1:]
-        theta = self.second.slope * (1 - (1 - steps).square())
-        apart = torch.cat([self._apart(theta, few, reaches) @ sizes for few in flows.split(64)])
-        return flows, (apart + theta * flows[:, None] * gain).amin(1).clamp_max(float(self.sizes.sum()))
-
-    def _apart(self, theta: Tensor, flows: Tensor, reaches: Tensor) -> Tensor:
-        return self.second.apart(theta[:, None], flows[:, None, None] * reaches)
-
-    def supremum(self, scale: float, table: tuple[Tensor, Tensor]) -> float:
-        """No feature g has a larger r*_u(|q(h(g))|) - gamma(g), at the multipliers scale * r and what the table is of:
-        between two flows the gain is no more than at the second, the cost no less than at the first.
-        """
-        flows, largest = table
-        return max(0.0, float((self.outer.conjugate(scale * largest[1:], self.readout) - flows[:-1]).max()))
-
-    def _groups(self, mu: float) -> tuple[Tensor, Tensor]:
-        """B_i and |w_i| of at most GROUPS groups of positions with nearly the same B_i."""
-        source, first = self.strengths
-        price = lambda radius: 2 * math.sqrt(source * (mu + first * radius**2))  # noqa: E731
-        radii = [0.0, *(LEAST_RADIUS * RADIUS_STEP**step for step in range(RADII)), math.inf]
-        ratios = (self._seen(high) / price(low) for low, high in pairwise(radii))
-        largest = reduce(torch.maximum, ratios)
-        groups = [few for few in largest.argsort().tensor_split(GROUPS) if len(few)]
-        return torch.stack([largest[few].max() for few in groups]), torch.stack(
-            [self.sizes[few].sum() for few in groups]
-        )
-
-    def _seen(self, radius: float) -> Tensor:
-        """No kernel of that length lets a kernel of the second layer see more than this, (N P_2,)."""
-        below, above = self.architecture.layers
-        values = torch.where(self.lengths > 0, (self.first_layer[0].slope * radius) * self.lengths, 0.0).clamp_max(1)
-        return above.patches(below.pool(values)).norm(dim=2).flatten()
-
-
 def _adjoints(arch: Architecture) -> tuple[Tensor, Tensor]:
-    """What the average readout adds up of a linear second layer: weights (S, P_1) of the values h_1 of the first layer
-    through a kernel of a single entry, and (P_2,) of the second layer's values.
-    """
+    """`seen` and `read` of `Features`."""
     below, above = arch.layers
     units = torch.eye(above.offsets, dtype=torch.float64).view(above.offsets, 1, *above.kernel)
 
@@ -224,31 +310,3 @@ def _adjoints(arch: Architecture) -> tuple[Tensor, Tensor]:
     zeros = [torch.zeros(1, 1, *size.output, dtype=torch.float64) for size in arch.geometry]
     seen, last = (torch.autograd.functional.jacobian(*pair) for pair in zip((through, read), zeros))
     return seen.flatten(1), last.flatten()
-
-
-def _merged(patches: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-    """Equal patches as one, without those that are zero."""
-    alive = patches.any(1)
-    rows, group = torch.unique(patches[alive], dim=0, return_inverse=True)
-    return rows, weights.new_zeros(len(rows), weights.shape[1]).index_add(0, group, weights[alive])
-
-
-def _ascended(response: Response, network: ParticleNetwork | None) -> Tensor:
-    """Kernels of large ratios: random ones and those of the network, and where gradients take them."""
-    dimension = response.patches.shape[1]
-    generator = torch.Generator().manual_seed(0)
-    drawn = torch.randn(ASCENTS, dimension, generator=generator, dtype=torch.float64).to(response.patches)
-    scales = torch.logspace(-1, 1.5, ASCENTS, dtype=torch.float64).to(drawn)[:, None]
-    starts = [drawn / drawn.norm(dim=1, keepdim=True) * scales]
-    if network is not None:
-        own = network.kernels[0].flatten(1)
-        own = own if network.biases[0] is None else torch.cat([own, network.biases[0][:, None]], 1)
-        starts.append(own.to(drawn))
-    kernels = torch.cat(starts)
-    leaf = kernels.clone().requires_grad_()
-    optimiser = torch.optim.Adam([leaf], lr=RATE)
-    for _ in range(ASCENT_STEPS):
-        optimiser.zero_grad()
-        (-response.ratios(leaf).clamp_min(1e-300).log().sum()).backward()
-        optimiser.step()
-    return torch.cat([kernels, leaf.detach()])

@@ -29,8 +29,8 @@ def problem_of(layers, outputs=1, count=3, seed=0, penalty=PENALTY, channels=1):
 
 
 def features_of(problem, output):
-    features = two_layers.Features.of(problem, output)
-    return features, gain.Response(*features.first_layer, problem.penalty.source, problem.penalty.input, mu=0.02)
+    features = two_layers.Features.of(problem)
+    return features, features.response(output, 0.02)
 
 
 @pytest.mark.parametrize("name", H)
@@ -81,8 +81,10 @@ def test_the_response_of_a_kernel_is_what_a_linear_second_layer_reads(layers):
     features, response = features_of(problem, output)
     flat = kernel.flatten() if bias is None else torch.cat([kernel.flatten(), bias])
     torch.testing.assert_close(response(flat[None])[0], torch.stack(sought).norm())
-    values = arch.layers[0].h.function(features.first_layer[1] @ flat)
-    torch.testing.assert_close((values @ features.first_layer[2]).view(2, -1), torch.stack(sought, 1))
+    values = arch.layers[0].h.function(response.patches @ flat)
+    torch.testing.assert_close((values @ response.weights).view(2, -1), torch.stack(sought, 1))
+    each = features.read_of(flat[None], 0.02)[0] * response.price(flat.norm())
+    torch.testing.assert_close(output.T @ each, torch.stack(sought, 1))
 
 
 @pytest.mark.parametrize("name", H)
@@ -113,11 +115,27 @@ def test_boxes_bound_the_kernels_inside(name):
         assert bool((most <= gain._bounds(response, middles, halves)).all())
 
 
-def test_an_interrupted_gain_holds():
+def test_an_interrupted_gain_holds(monkeypatch):
+    """Stopped after every batch: no kernel of a search has more than what was proven then."""
     response = gain.Response(SATURATING["tanh"], normal((30, 4), 1), normal((30, 1), 2), 0.01, 0.02, 0.03)
     tried = normal((500, 4), 3)
-    found = gain.largest(response, tried, time.perf_counter(), 1e-3)
-    assert float(response.ratios(5 * tried).max()) < found.upper < math.inf
+    most = max(float(response.ratios(size * tried).max()) for size in (1, 3, 10))
+    monkeypatch.setattr(gain, "BATCH", 64)
+    for stop in range(1, 12):
+        clock = iter([0.0] * (stop - 1) + [1.0])
+        monkeypatch.setattr(gain.time, "perf_counter", lambda clock=clock: next(clock))
+        found = gain.largest(response, tried[:1] * 0, 1.0, 1e-3)
+        assert most <= found.upper < math.inf
+
+
+def test_no_kernel_is_out_of_sight():
+    """Beyond the radius |Xi| <= sum |weights_i| is what the price times the level is; the box holds a half of it."""
+    response = gain.Response(SATURATING["erf"], normal((9, 3), 1), normal((9, 2), 2), 0.01, 0.02, 0.03)
+    radius = response.radius(0.5)
+    assert 0.5 * float(response.price(torch.tensor(radius).double())) == pytest.approx(float(response.sizes.sum()))
+    middles, halves = gain._whole(response, 0.5)
+    torch.testing.assert_close(middles + halves, torch.full((1, 3), radius).double())
+    torch.testing.assert_close(middles - halves, torch.tensor([[0.0, -radius, -radius]]).double())
 
 
 @pytest.mark.parametrize("name", H)
@@ -131,7 +149,8 @@ def test_one_pixel_in_closed_form(name):
     most = float((h.function(0.7 * lines) / response.price(lines)).max())
     found = gain.largest(response, lines[:1, None], math.inf, 1e-6)
     assert found.upper == pytest.approx(0.4 * most, rel=2e-6)
-    flows, largest = features.table(0.02, found.upper, 2.0)
+    dual = features.dual(0.02, output)
+    flows, largest = dual.flows, dual.largest_q(output, found.upper)
     exact = 0.4 * h.function(flows * most)
     assert bool((largest >= exact * (1 - 1e-12)).all())
     # B_i comes in steps of RADIUS_STEP, h' in steps of 1/SLOPES: each moves h by less than that share of its size
@@ -139,7 +158,7 @@ def test_one_pixel_in_closed_form(name):
     assert bool((largest <= exact * (1 + share) + 1e-12).all())
     for scale in (0.3, 1.0, 2.0):
         exact_sup = float(((scale * exact) ** 2 / (4 * PENALTY.readout) - flows).max())
-        supremum = features.supremum(scale, (flows, largest))
+        supremum = float(dual.supremum(scale * largest, scale * 0.4))
         assert exact_sup <= supremum
         end = (scale * 0.4) ** 2 / (4 * PENALTY.readout)
         assert supremum <= exact_sup + 3 * share * end
@@ -152,7 +171,8 @@ def test_no_feature_scores_more(layers, norm):
     output, mu = 0.3 * normal((3, 2), 3), 0.02
     features, response = features_of(problem, output)
     found = gain.largest(response, normal((50, response.patches.shape[1]), 6), time.perf_counter() + 1, 1e-2)
-    table = features.table(mu, found.upper, 1.0)
+    dual = features.dual(mu, output)
+    largest = dual.largest_q(output, found.upper)
     shapes = problem.architecture.kernel_shapes([4, 1])
     for size in (0.1, 1.0, 10.0):
         kernels = tuple(normal((500, *shape), seed) * size for seed, shape in enumerate(shapes))
@@ -160,22 +180,35 @@ def test_no_feature_scores_more(layers, norm):
         some = Compositions(problem.architecture, kernels, (bias, None))
         flow, gains = some.costs(problem, [mu]), some.responses(problem, output)
         score = gains / (4 * PENALTY.readout) - flow
-        assert float(score.max()) <= features.supremum(1.0, table)
-        at = torch.searchsorted(table[0], flow).clamp_max(len(table[0]) - 1)
-        known = flow <= table[0][-1]
-        assert bool((gains.sqrt() <= table[1][at] * (1 + 1e-12))[known].all())
+        assert float(score.max()) <= float(dual.supremum(largest, largest[-1]))
+        assert largest[-1] == pytest.approx(float(dual.spread.sum(0) @ output.norm(dim=1)))  # all rows saturate there
+        at = torch.searchsorted(dual.flows, flow)
+        known = flow <= dual.flows[-1]
+        assert bool((gains.sqrt()[known] <= largest[at[known]] * (1 + 1e-12)).all())
 
 
 def test_the_bound_is_below_every_network_and_above_what_boundedness_alone_gives():
     problem = problem_of(
-        (mf.Conv((1, 2), activation="tanh"),) * 2, count=6, penalty=mf.Penalty(source=1e-2, readout=0.1, input=1e-2)
+        (mf.Conv((1, 2), activation="tanh"),) * 2, penalty=mf.Penalty(source=0.01, readout=0.1, input=0.01)
     )
-    solved = mf.solve(problem, (12, 6), rounds=1, flow_steps=150)
-    found = two_layers.prove(problem, solved.multipliers.output, solved.network, seconds=1.0)
-    assert found.bound <= solved.value
-    assert found.bound > problem.penalty.readout / (1 + 2 * problem.penalty.readout)  # section 5, |f| <= 1
-    shifted = two_layers.prove(problem, solved.multipliers.output * 1.7, seconds=1.0)
-    assert shifted.bound == pytest.approx(found.bound, rel=2e-2)  # r has a scale of its own
+    solved = mf.solve(problem, (8, 4), rounds=1, flow_steps=100)
+    output = solved.multipliers.output
+    given = two_layers.prove(problem, output, solved.network, seconds=0.5, steps=0)
+    chosen = two_layers.prove(problem, output, solved.network, seconds=0.5, steps=60)
+    assert problem.penalty.readout / (1 + 2 * problem.penalty.readout) < given.bound  # section 5, |f| <= 1
+    assert given.bound < chosen.bound < solved.value
+    again = features_of(problem, chosen.output)[0].dual(chosen.mu, chosen.output)
+    ratios = again.features.response(chosen.output, chosen.mu).ratios(chosen.gain.argmax[None])
+    assert float(again.value(chosen.output, float(ratios) * 1.02)) == pytest.approx(chosen.bound, rel=0.02)
+
+
+def test_beyond_its_last_flow_a_feature_gains_what_all_rows_give():
+    problem = problem_of(PLAIN)
+    dual = features_of(problem, normal((3, 1), 3))[0].dual(0.02, 1e-3 * normal((3, 1), 3))
+    most = torch.tensor(5.0).double()
+    assert float(dual.supremum(0 * dual.flows, most)) == pytest.approx(
+        25 / (4 * PENALTY.readout) - float(dual.flows[-1])
+    )
 
 
 @pytest.mark.parametrize(
