@@ -202,6 +202,31 @@ def test_the_bound_is_below_every_network_and_above_what_boundedness_alone_gives
     assert float(again.value(chosen.output, float(ratios) * 1.02)) == pytest.approx(chosen.bound, rel=0.02)
 
 
+def test_s_is_no_less_than_its_sums_row_by_row():
+    given = problem_of(ROUGH, outputs=2, channels=2)
+    inputs = given.inputs * torch.tensor([0.02, 1.0, 9.0]).view(3, 1, 1, 1)
+    problem = mf.Problem(given.architecture, inputs, given.targets, "squared", PENALTY)
+    output = normal((3, 2), 3)
+    features = two_layers.Features.of(problem)
+    for sizes in ((20, 5, 7), (20, 5, 1000)):
+        dual = features.dual(0.02, output, sizes)
+        reaches, lines = features.reaches(0.02), []
+        for theta in dual.slopes:
+            rows = sum(
+                SATURATING["erf"].apart(theta, dual.flows * reaches[n, i]) * output[n].norm() * features.read[i]
+                for n in range(3)
+                for i in range(len(features.read))
+            )
+            lines.append(rows + theta * dual.flows * 0.3)
+        exact = torch.minimum(torch.stack(lines).amin(0), output.norm(dim=1).sum())
+        largest = dual.largest_q(output, 0.3)
+        assert bool((largest >= exact * (1 - 1e-12)).all())
+    torch.testing.assert_close(largest, exact)  # a group for every row
+    gains = (largest / (4 * problem.penalty.readout) * largest).tolist()
+    expected = max(gain - flow for gain, flow in zip(gains[1:], dual.flows.tolist()))
+    assert float(dual.supremum(largest, 0.0)) == pytest.approx(expected)
+
+
 def test_beyond_its_last_flow_a_feature_gains_what_all_rows_give():
     problem = problem_of(PLAIN)
     dual = features_of(problem, normal((3, 1), 3))[0].dual(0.02, 1e-3 * normal((3, 1), 3))
