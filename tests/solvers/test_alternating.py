@@ -10,8 +10,8 @@ from stored_optima import EXACT_ONE_LAYER, one_layer_problem
 from strategies import seeded
 
 import meanfield as mf
-from meanfield import certificates, limits, starts
-from meanfield.certificates import UnseenFeatures
+from meanfield import limits, starts
+from meanfield.certificates import UnseenFeatures, search
 from meanfield.solvers import alternating
 from meanfield.solvers.solution import STATUS_TEXTS
 
@@ -231,12 +231,15 @@ def test_a_bound_above_the_value_raises_an_alarm_and_ends_no_run(monkeypatch):
     """A search that missed everything: its bound is twice J."""
     problem, network = tiny()
     value = problem.value(network).item()
-    blind = UnseenFeatures(2 * value, 7)
-    monkeypatch.setattr(certificates, "search_features", lambda *_, **__: blind)
+    monkeypatch.setattr(search._Search, "run", lambda *_: UnseenFeatures(2 * value, 7))
     solution = alternating.solve(problem, network, grow=2, **{**OPTIONS, "tolerance": 1e-2})
     assert solution.status == "max_rounds"
     assert len(solution.history) == OPTIONS["rounds"]
-    assert all(row["search_bound"] == 2 * value for row in solution.history)  # not clamped
+    assert all(row["refuted_bound"] == 2 * value for row in solution.history)
+    assert all(solution.value == row["search_bound"] for row in solution.history)
+    assert "7 starts" in solution.message
+    assert "refuted by J" in solution.message
+    assert "for every network" not in solution.message
     assert f"WARNING: 3 of 3 searches gave bounds above this value, up to {2 * value:.8g}" in solution.message
 
 
