@@ -50,7 +50,7 @@ def drawn(seed: int) -> tuple[mf.Problem, mf.ParticleNetwork]:
         return choices[int(torch.randint(len(choices), (1,), generator=generator))]
 
     inputs, targets = digits(one(IMAGES), 4)
-    architecture = mf.Architecture(tuple(inputs.shape[1:]), (mf.Conv(2, activation="tanh"),) * 2)
+    architecture = mf.Architecture((1, 4, 4), (mf.Conv(2, activation="tanh"),) * 2)
     source, widths = one(SOURCE), one(WIDTHS)
     penalty = mf.Penalty(source=source, readout=one(READOUT), input=source)
     network = starts.start(architecture, widths, inputs, generator)
@@ -96,7 +96,7 @@ def _searched(
 
 
 def figures(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """How often and how much, beside what was said; at_rank: lowered by more than the start of that rank falls short."""
+    """How often and how much, beside what was said; at_rank: by more than the start of that rank falls short."""
     return {
         "problems": len(rows),
         "more_than_said": sum(row["lowered"] > row["said"] for row in rows),

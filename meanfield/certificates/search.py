@@ -336,7 +336,9 @@ class _Search:
     def _limits(self, responses: Tensor) -> Tensor:
         """Largest scales of r for which unit kernels of these responses |q|^2 gain no more than they cost."""
         price = 2 * math.sqrt(self.problem.penalty.input * self.problem.penalty.readout)
-        return (price / responses.sqrt()).nan_to_num(nan=math.inf).clamp_max(self.scale_limit)  # 0 / 0: no price, no gain
+        return (
+            (price / responses.sqrt()).nan_to_num(nan=math.inf).clamp_max(self.scale_limit)
+        )  # 0 / 0: no price, no gain
 
     def _best_multipliers(self, scale: float, mu: Sequence[float]) -> tuple[float, list[float], float]:
         if self.depth == 1:
