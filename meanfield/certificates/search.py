@@ -10,8 +10,8 @@ For any output multipliers r in the domain of the loss conjugate and any mu_l >=
 because lambda_s s^q + gamma + mu >= c s at every feature, layer by layer; r* is the conjugate of lambda t^q, for q = 2
 x^2 / (4 lambda), so that c = 2 sqrt(lambda_s (mu + gamma)).  The sup runs over compositional features: a
 small network of its own, kernels of all layers jointly.  A search from K starts finds it from below, so its bound may
-be too high: it is called the best of K starts and proves nothing; `unseen` estimates what more starts would do.  For one ReLU layer the sup is a maximum over the
-unit sphere, which `sphere` bounds from above: that bound is rigorous.
+be too high: it is called the best of K starts and proves nothing; `unseen` estimates what more starts would do.  For
+one ReLU layer the sup is a maximum over the unit sphere, which `sphere` bounds from above: that bound is rigorous.
 """
 
 from __future__ import annotations
@@ -122,8 +122,8 @@ class UnseenFeatures:
             text = f"no bound over all measures: {self.reason}"
         elif self.refuted is not None:
             text = (
-                f"the best of {self.starts} starts gives the bound {self.refuted:.8g}, refuted by J = {self.bound:.8g}, "
-                "which was reached: it missed a feature and bounds nothing"
+                f"the best of {self.starts} starts gives the bound {self.refuted:.8g}, refuted by J = {self.bound:.8g} "
+                "that was reached: it missed a feature and bounds nothing"
             )
         else:
             text = f"J >= {self.bound:.8g} for every network, unless the best of {self.starts} starts missed a feature"
@@ -135,8 +135,8 @@ class UnseenFeatures:
     def _outlook(self) -> str:
         return (
             f"{self.reached} of {self.fresh} fresh starts led to the best; estimated: as many again lower the bound "
-            f"with a chance of at most {self.unseen_chance:.0%}, and by more than {self.unseen_lowering:.2g} with one of "
-            f"at most {unseen.LEVEL:.0%}"
+            f"with a chance of at most {self.unseen_chance:.0%}, with one of {unseen.LEVEL:.0%} by more than "
+            f"{self.unseen_lowering:.2g}"
         )
 
 
@@ -336,9 +336,8 @@ class _Search:
     def _limits(self, responses: Tensor) -> Tensor:
         """Largest scales of r for which unit kernels of these responses |q|^2 gain no more than they cost."""
         price = 2 * math.sqrt(self.problem.penalty.input * self.problem.penalty.readout)
-        return (
-            (price / responses.sqrt()).nan_to_num(nan=math.inf).clamp_max(self.scale_limit)
-        )  # 0 / 0: no price, no gain
+        largest = (price / responses.sqrt()).nan_to_num(nan=math.inf)  # 0 / 0: no price, but no gain either
+        return largest.clamp_max(self.scale_limit)
 
     def _best_multipliers(self, scale: float, mu: Sequence[float]) -> tuple[float, list[float], float]:
         if self.depth == 1:
