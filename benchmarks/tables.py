@@ -353,6 +353,19 @@ def peers(found: dict[str, Any]) -> list[Table]:
     return [table]
 
 
+def unseen(found: dict[str, Any]) -> list[Table]:
+    """How often twice the starts lower the bound by more than a start falls short, beside the chance that was said."""
+    each = found["figures"]
+    title = (
+        f"{each['problems']} problems; twice the starts lowered {each['more_than_said']} bounds by more than was said "
+        f"(at most {found['level']:.0%}), {each['lowered']} at all (said: at most {each['lowered_expected']:.1f})"
+    )
+    table = Table("by more than start", "said, at most", "share", "at the first multipliers", title=title)
+    for rank, at in each["at_rank"].items():
+        table.add_row(str(rank), f"{at['said']:.1%}", f"{at['share']:.1%}", f"{at['share_there']:.1%}")
+    return [table]
+
+
 def _scientific(number: float | None) -> str:
     return "" if number is None else f"{number:.1e}"
 

@@ -122,7 +122,7 @@ def audit(
     _require_memory(problem, network, count if search else 0, starts)
     program = ConvexProgram.freeze(problem, network)
     solved = splitting.solve(program, tolerance, **options)
-    unseen = None
+    unseen, bounded = None, problem
     if search and solved.multipliers is not None:
         bounded, output = posed(_bounded(problem, network, solved.network)), solved.multipliers.output
         try:
@@ -136,6 +136,8 @@ def audit(
     if unseen is not None and unseen.features is not None:
         wider = ConvexProgram.with_candidates(problem, network, unseen.features)
         grown = splitting.solve(wider, tolerance, **options)
+        if bounded.penalty == problem.penalty:  # one problem: what it reaches is no lower than a bound that holds
+            unseen = unseen.below(grown.value, problem, grown.network.widths)
     value = float(problem.value(network))
     dual = solved.value - solved.gap
     found = Audit(value, dual, network, problem, program, solved, unseen, grown)

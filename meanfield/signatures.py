@@ -39,6 +39,7 @@ R = TypeVar("R")
 Count = Annotated[int, at_least(1)]
 Natural = Annotated[int, at_least(0)]
 Seed = Annotated[int, seed]
+Number = Annotated[float, number]
 Positive = Annotated[float, positive]
 Nonnegative = Annotated[float, nonnegative]
 Seconds = Annotated[float, seconds]

@@ -151,7 +151,12 @@ def _grown_wider(setting: Setting) -> list[tuple[mf.Solution, float]]:
         )
         found.append(solved)
     lowest = min(solved.value for solved in found)
-    return [(solved, _unrefuted([row["search_bound"] for row in solved.history], lowest)) for solved in found]
+    return [(solved, _unrefuted(_bounds(solved), lowest)) for solved in found]
+
+
+def _bounds(solved: mf.Solution) -> list[float]:
+    """Those of its searches that its own J does not refute."""
+    return [row["search_bound"] for row in solved.history if row["refuted_bound"] is None]
 
 
 def _unrefuted(bounds: list[float], lowest: float) -> float:

@@ -10,8 +10,8 @@ For any output multipliers r in the domain of the loss conjugate and any mu_l >=
 because lambda_s s^q + gamma + mu >= c s at every feature, layer by layer; r* is the conjugate of lambda t^q, for q = 2
 x^2 / (4 lambda), so that c = 2 sqrt(lambda_s (mu + gamma)).  The sup runs over compositional features: a
 small network of its own, kernels of all layers jointly.  A search from K starts finds it from below, so its bound may
-be too high: it is called the best of K starts and proves nothing.  For one ReLU layer the sup is a maximum over the
-unit sphere, which `sphere` bounds from above: that bound is rigorous.
+be too high: it is called the best of K starts and proves nothing; `unseen` estimates what more starts would do.  For
+one ReLU layer the sup is a maximum over the unit sphere, which `sphere` bounds from above: that bound is rigorous.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from torch import Tensor
 from meanfield import limits, validation
 from meanfield.activations import ACTIVATIONS, Activation
 from meanfield.architecture import Architecture
-from meanfield.certificates import concave, sphere
+from meanfield.certificates import concave, sphere, unseen
 from meanfield.certificates.compositions import (
     Compositions,
     OwnFeatures,
@@ -45,7 +45,7 @@ from meanfield.certificates.sphere.response import unit
 from meanfield.losses import Loss
 from meanfield.network import ParticleNetwork, along_axis
 from meanfield.problem import Problem
-from meanfield.signatures import Count, Nonnegative, Seed, checked
+from meanfield.signatures import Count, Nonnegative, Number, Seed, checked
 from meanfield.starts import normal
 from meanfield.storage import states
 
@@ -55,7 +55,7 @@ UNIT_RATE, KERNEL_RATE, FLOW_RATE = 0.05, 0.2, 0.02  # of Adam: unit kernels, fi
 STEPS = {True: 60, False: 300}  # for one layer, for more
 ROUNDS, LEAST_ROUNDS = 4, 3
 RADII = (-2.0, 1.0)  # logarithms of the factors on the network's own |z|: sources of one feature differ that much
-AGREEMENT = 1e-4  # relative to the bound: the search finds no more than the pool knew
+AGREEMENT = 1e-4  # relative to the bound: the search finds no more than the pool knew, a start has reached the best
 SAME_FEATURE = 0.99  # cosine of two features on the training inputs
 
 
@@ -67,6 +67,12 @@ class UnseenFeatures:
     `rigorous_kind`; None where no method applies or no time was given for it.  scale, mu: multipliers r times scale,
     and mu_1..mu_{L-1}, at which the bound is attained.  features: the best features as the last layer of a network of
     their own (None if there is none), scores (F,) their r*_u(|q|) - gamma_L at the unscaled r.
+
+    fresh: starts that were drawn, and did not begin at features known before; reached: how many of them led to the best
+    feature known, to AGREEMENT of the bound.  unseen_chance: at most how probably as many fresh starts again lower the
+    bound by more than AGREEMENT of it (1 says nothing); unseen_lowering: what they lower it by at most, but for a
+    chance of `unseen.LEVEL`.  Both are estimates (docs/theory.md, section 5).
+    refuted: what the search gave as its bound where that lies above an attained J, which `bound` is then; else None.
     """
 
     bound: float
@@ -78,6 +84,11 @@ class UnseenFeatures:
     mu: tuple[float, ...] = ()
     features: ParticleNetwork | None = None
     scores: Tensor | None = None
+    fresh: int = 0
+    reached: int = 0
+    unseen_chance: float = 1.0
+    unseen_lowering: float = math.inf
+    refuted: float | None = None
     seconds: float = 0.0
 
     def state(self) -> dict[str, Any]:
@@ -95,15 +106,38 @@ class UnseenFeatures:
             entries = {**entries, "architecture": Architecture.from_dict(entries["architecture"], used)}
         return cls(**{**state, "mu": tuple(state["mu"]), "features": entries and ParticleNetwork(**entries)})
 
+    def below(self, attained: float, problem: Problem, widths: Sequence[int]) -> UnseenFeatures:
+        """The same once some network of these widths attains a J: a bound above it, by more than rounding of J, is
+        refuted.
+        """
+        if self.bound <= attained:
+            return self
+        rounding = (problem.count + sum(widths)) * torch.finfo(problem.inputs.dtype).eps * abs(attained)
+        refuted = self.bound if self.refuted is None and self.bound > attained + rounding else self.refuted
+        return replace(self, bound=attained, refuted=refuted)
+
     def summary(self) -> str:
         """One line that claims no more than what was shown."""
         if self.bound == -math.inf:
             text = f"no bound over all measures: {self.reason}"
+        elif self.refuted is not None:
+            text = (
+                f"the best of {self.starts} starts gives the bound {self.refuted:.8g}, refuted by J = {self.bound:.8g} "
+                "that was reached: it missed a feature and bounds nothing"
+            )
         else:
             text = f"J >= {self.bound:.8g} for every network, unless the best of {self.starts} starts missed a feature"
+            text += f" ({self._outlook()})" if self.fresh else ""
         if self.rigorous_bound is not None:
             text += f"; J >= {self.rigorous_bound:.8g} for every network, proven ({self.rigorous_kind})"
         return text
+
+    def _outlook(self) -> str:
+        return (
+            f"{self.reached} of {self.fresh} fresh starts led to the best; estimated: as many again lower the bound "
+            f"with a chance of at most {self.unseen_chance:.0%}, with one of {unseen.LEVEL:.0%} by more than "
+            f"{self.unseen_lowering:.2g}"
+        )
 
 
 @checked
@@ -119,6 +153,7 @@ def search_features(
     count: Count = 8,
     seed: Seed = 0,
     rigorous_seconds: Nonnegative = 0.0,
+    attained: Number | None = None,
 ) -> UnseenFeatures:
     """The bound over all measures at the output multipliers r = `output` (N, K), and the features that violate it most.
 
@@ -128,13 +163,14 @@ def search_features(
     program of a support that holds the found features gives the next one.  count: features to return.
     rigorous_seconds: time for the proven bound of one ReLU layer with average readout and power 2; up to three kernel
     entries it is always computed, being quick.
+    attained: the lowest J that any run of the same problem has reached.  A bound above it is refuted, and so reported.
     """
     began = time.perf_counter()
     problem.require_whole("search_features")
     problem.penalty.require_certifiable("a bound over all measures")
     steps = STEPS[problem.architecture.depth == 1] if steps is None else steps
     validation.shaped(output, (len(problem.inputs), problem.architecture.outputs), "output")
-    problem = problem.to(dtype=torch.float64)
+    posed, problem = problem, problem.to(dtype=torch.float64)
     output = output.to(problem.inputs)
     network = None if network is None else network.to(dtype=torch.float64)
     reason = _no_bound(problem)
@@ -144,6 +180,8 @@ def search_features(
     search = _Search(problem, output, network, torch.Generator().manual_seed(seed), starts, steps)
     found = search.run(rounds, count)
     found = replace(found, **_rigorous(problem, output, network, rigorous_seconds))
+    if attained is not None:
+        found = found.below(attained, posed, () if network is None else network.widths)
     return replace(found, seconds=time.perf_counter() - began)
 
 
@@ -187,12 +225,16 @@ class _Search:
         # where long kernels gain as fast as they cost: slower for larger powers, and for smaller ones there is no bound
         free = self.depth == 1 and problem.penalty.input_bound is None and problem.penalty.power == 2
         self.homogeneous = free and only.h.homogeneous
+        self.fresh = 0  # starts drawn so far
+        self.searched: list[tuple[float, list[float]]] = []  # the multipliers of the searches
         self.scale_limit = _largest_scale(problem.loss)
         self.tried = 0
         # the network's own features count as they are, all of them: no bound comes out above its value
         self.own = [] if network is None or self.homogeneous else [OwnFeatures(network.detach())]
         # what searches start from; in the homogeneous case unit kernels, and nothing else
         self.pool = [] if network is None else [self._retracted(own_features(problem, network, self._width()))]
+        # of every feature of the pool the fresh start that it descends from, -1 where that is a feature of the network
+        self.origins = [torch.full((len(part),), -1, device=problem.inputs.device) for part in self.pool]
         recession = only.h.recession
         if free and recession is not None:
             self.scale_limit = min(self.scale_limit, self._recession_limit(ACTIVATIONS[recession]))
@@ -201,19 +243,46 @@ class _Search:
 
     def run(self, rounds: int, count: int) -> UnseenFeatures:
         """Search and choose multipliers in turn; only multipliers at which a search was made can give the bound."""
-        scale, mu, searched = min(1.0, self.scale_limit), self._first_mu(), []
+        scale, mu = min(1.0, self.scale_limit), self._first_mu()
         # what is sought in the homogeneous case depends on no multiplier
         for index in range(1 if self.homogeneous else rounds):
             self.pool.append(self._ascend(self._starts(scale, mu), scale, mu))
-            searched.append((scale, mu))
+            self.searched.append((scale, mu))
             bound = self._bound(scale, mu)
             scale, mu, hoped = self._best_multipliers(scale, mu)
             if index + 1 >= LEAST_ROUNDS and hoped - bound <= AGREEMENT * abs(hoped):
                 break
         if self.homogeneous:  # here the scale follows from the largest response, whatever multipliers it was sought at
-            searched.append((scale, mu))
-        scale, mu = max(searched, key=lambda each: self._bound(*each))
+            self.searched.append((scale, mu))
+        scale, mu = max(self.searched, key=lambda each: self._bound(*each))
         return self._result(scale, mu, self._bound(scale, mu), count)
+
+    def _outlook(self, scale: float, mu: list[float], bound: float) -> dict[str, Any]:
+        """What more fresh starts would find, by what was made of those of this search."""
+        shortfalls = self._shortfalls(scale, mu, bound)
+        count = unseen.reached(shortfalls, AGREEMENT * abs(bound))
+        return {
+            "fresh": self.fresh,
+            "reached": count,
+            "unseen_chance": unseen.chance(count),
+            "unseen_lowering": unseen.lowering(shortfalls),
+        }
+
+    def _shortfalls(self, scale: float, mu: list[float], bound: float) -> Tensor:
+        """By how much higher the bound would be with the best that descends from one fresh start alone, (fresh,)."""
+        if not self.homogeneous:
+            best = self._best_of_lines(self._scores(self.pool, scale, mu))
+            return self._worst(scale, mu) - best.clamp_min(self._nothing(scale))
+        responses = torch.cat([part.responses(self.problem, self.output) for part in self.pool])
+        allowed = self._limits(self._best_of_lines(responses))
+        peak, _ = concave.maximum(lambda s: -self._conjugate(s), self.scale_limit)
+        alone = [-self._conjugate(each) for each in allowed.clamp_max(peak).tolist()]
+        return (allowed.new_tensor(alone) - bound).clamp_min(0)
+
+    def _best_of_lines(self, figures: Tensor) -> Tensor:
+        """The largest figure, of those of all features of the pool, that descends from each fresh start, (fresh,)."""
+        lowest = figures.new_full((self.fresh + 1,), -math.inf)  # the first one for the network's own
+        return lowest.scatter_reduce(0, torch.cat(self.origins) + 1, figures, "amax")[1:]
 
     def _first_mu(self) -> list[float]:
         """mu_l = (q - 1) lambda_s sum_i p_i s_i^q, which complementary slackness makes the right size."""
@@ -262,9 +331,13 @@ class _Search:
     def _homogeneous_limit(self) -> float:
         """Largest scale of r for which no unit kernel of the pool gains more than it costs."""
         # the pool holds unit kernels
-        largest = max(float(part.responses(self.problem, self.output).max().sqrt()) for part in self.pool)
+        return float(self._limits(torch.stack([p.responses(self.problem, self.output).max() for p in self.pool])).min())
+
+    def _limits(self, responses: Tensor) -> Tensor:
+        """Largest scales of r for which unit kernels of these responses |q|^2 gain no more than they cost."""
         price = 2 * math.sqrt(self.problem.penalty.input * self.problem.penalty.readout)
-        return min(self.scale_limit, price / largest) if largest > 0 else self.scale_limit
+        largest = (price / responses.sqrt()).nan_to_num(nan=math.inf)  # 0 / 0: no price, but no gain either
+        return largest.clamp_max(self.scale_limit)
 
     def _best_multipliers(self, scale: float, mu: Sequence[float]) -> tuple[float, list[float], float]:
         if self.depth == 1:
@@ -310,12 +383,16 @@ class _Search:
 
     def _starts(self, scale: float, mu: Sequence[float]) -> Compositions:
         """Half from the best features so far, the network's own at first; the rest from data patches and at random."""
-        parts = []
+        parts, origins = [], []
         if self.pool:
             pool = Compositions(self.problem.architecture, *joined(self.pool))
-            order = self._scores(self.pool, scale, mu).argsort(descending=True)
-            parts.append(pool[order[: self.starts // 2]])
+            order = self._scores(self.pool, scale, mu).argsort(descending=True)[: self.starts // 2]
+            parts.append(pool[order])
+            origins.append(torch.cat(self.origins)[order])
         left = self.starts - sum(map(len, parts))
+        origins.append(torch.arange(self.fresh, self.fresh + left, device=self.problem.inputs.device))
+        self.fresh += left
+        self.origins.append(torch.cat(origins))
         parts.append(self._drawn(left // 2, patches=True))
         parts.append(self._drawn(left - left // 2, patches=False))
         return Compositions(self.problem.architecture, *joined(parts))
@@ -452,7 +529,8 @@ class _Search:
                 biases=(None if bias is None else bias * self._radius(),),
             )
         features = best.network(self.problem) if len(chosen) else None
-        return UnseenFeatures(bound, self.tried, "", None, "", scale, tuple(mu), features, scores[chosen])
+        outlook = self._outlook(scale, mu, bound)
+        return UnseenFeatures(bound, self.tried, "", None, "", scale, tuple(mu), features, scores[chosen], **outlook)
 
     def _distinct(self, everything: Compositions, scores: Tensor, count: int) -> Tensor:
         """The best features with a positive score, no two alike on the training inputs."""

@@ -30,7 +30,16 @@ from meanfield.validation import Misuse, path
 
 RATE, RATE_DECAY, RATE_CUT, LEAST_RATE = 0.1, 0.7, 0.25, 1e-3
 CLONE_NOISE = 0.3
-NO_GROWTH = {"search_bound": -math.inf, "search_starts": 0, "proven_bound": None, "added": 0, "kept": []}
+NO_SEARCH = {
+    "search_bound": -math.inf,
+    "search_starts": 0,
+    "search_reached": 0,
+    "unseen_chance": 1.0,
+    "unseen_lowering": math.inf,
+    "refuted_bound": None,
+    "proven_bound": None,
+}
+NO_GROWTH = {**NO_SEARCH, "added": 0, "kept": []}
 STARTS, CONFIRMING_STARTS = 64, 256  # of a search for new features
 
 
@@ -62,7 +71,7 @@ def solve(
     as candidates of zero mass for the next one (column generation).  Then the loop ends when J is within `tolerance` of
     the search's lower bound over all measures (best of its starts; the message says what is left otherwise), and
     `Solution.lower_bound` is set only where a bound is proven.  A bound above J is refuted by the network in hand: its
-    search missed features; it ends no run, and the message warns of it.
+    search missed features; J stands in its place, it ends no run, and the message warns of it.
 
     flow_steps: steps of the first round's flow; later rounds take later_steps (default: half) at rates that decay by
     RATE_DECAY a round.  batch_size: images per step of the flows (default: all); J is always that of all.  A flow that
@@ -84,8 +93,10 @@ def solve(
 
     History rows, one per round: round, seconds, rate, flow_value, flow_drop (what the flow took off J), flow_speed (its
     metric speed at the end), flow_gap, value, dual_value, gap, violation, widths, accepted, flow_steps,
-    program_iterations; with grow also search_bound (best of search_starts starts), proven_bound, added (how many
-    features entered this program), kept (which particles of the network after it they are, where they have mass).
+    program_iterations; with grow also search_bound (best of search_starts starts), search_reached, unseen_chance and
+    unseen_lowering (as in `UnseenFeatures`), refuted_bound (what the search gave where J refutes it; else None),
+    proven_bound, added (how many features entered this program), kept (which particles of the network after it they
+    are, where they have mass).
     callback receives every row of the inner histories, marked with "round" and "phase" ("flow", "program"), and each
     round's own row (phase "round").
     """
@@ -327,6 +338,7 @@ class _Run:
 
     def _growth(self, program: ConvexProgram, solved: Solution) -> dict[str, Any]:
         """Search for the next features with this program's multipliers; what became of the last ones."""
+        assert self.best is not None
         assert solved.multipliers is not None
         added = 0 if self.found is None or self.found.features is None else self.found.features.widths[-1]
         alive = torch.nonzero(solved.point.masses[-1] > 0).flatten()  # the particles of solved.network, in order
@@ -339,27 +351,35 @@ class _Run:
                 starts=starts,
                 count=self.grow,
                 seed=self.seed + len(self.history),
+                attained=min(self.best.value, solved.value),
             )
             if solved.value - self.found.bound > self.tolerance * abs(solved.value):
                 break
+        found = self.found
         figures = {
-            "search_bound": self.found.bound,
-            "search_starts": self.found.starts,
-            "proven_bound": self.found.rigorous_bound,
+            "search_bound": found.bound,
+            "search_starts": found.starts,
+            "search_reached": found.reached,
+            "unseen_chance": found.unseen_chance,
+            "unseen_lowering": found.unseen_lowering,
+            "refuted_bound": found.refuted,
+            "proven_bound": found.rigorous_bound,
         }
         return {**figures, "added": added, "kept": kept}
 
     def _search_converged(self, row: dict[str, Any]) -> bool:
-        if not self.grow or self.refuted(row):
+        if not self.grow or row["refuted_bound"] is not None:
             return False
         return row["value"] - row["search_bound"] <= self.tolerance * abs(row["value"])
 
-    def refuted(self, row: dict[str, Any]) -> bool:
-        """Whether the best network is below the bound of this row's search by more than rounding of J."""
+    def _judged(self, row: dict[str, Any]) -> dict[str, Any]:
+        """A row whose bound has met the best J of the whole run."""
         assert self.best is not None
-        terms = self.problem.count + sum(self.network.widths)
-        rounding = terms * torch.finfo(self.problem.inputs.dtype).eps * abs(self.best.value)
-        return row["search_bound"] > self.best.value + rounding
+        if not self.grow:
+            return row
+        found = UnseenFeatures(row["search_bound"], row["search_starts"], refuted=row["refuted_bound"])
+        found = found.below(self.best.value, self.problem, self.network.widths)
+        return {**row, "search_bound": found.bound, "refuted_bound": found.refuted}
 
     def _relay(self, phase: str) -> Callable[[dict[str, Any]], None] | None:
         callback, index = self.callback, self.index
@@ -376,20 +396,22 @@ class _Run:
     def solution(self, status: str) -> Solution:
         best = self.best
         assert best is not None
-        bounds = [row["proven_bound"] for row in self.history if row.get("proven_bound") is not None]
+        history = [self._judged(row) for row in self.history]
+        bounds = [row["proven_bound"] for row in history if row.get("proven_bound") is not None]
         detail = f"{len(self.history)} rounds, value {best.value:.8g}"
         detail += f", gap {best.gap:.2g} on this support" if best.certificate is not None else ""
         if self.history:
             detail += f", last flow within {self.history[-1]['flow_gap']:.2g} of its program's dual value"
         if self.found is not None:
-            detail += f"; {self.found.summary()}"
+            last = self.found.below(best.value, self.problem, self.network.widths)
+            detail += f"; {last.summary()}"
             added, kept = sum(row["added"] for row in self.history), sum(len(row["kept"]) for row in self.history)
             detail += f"; {added} features were added, {kept} of them kept mass"
-            refuted = [row["search_bound"] for row in self.history if self.refuted(row)]
-            if refuted:
+            above = [row["refuted_bound"] for row in history if row["refuted_bound"] is not None]
+            if above:
                 detail += (
-                    f"; WARNING: {len(refuted)} of {len(self.history)} searches gave bounds above this value, up to "
-                    f"{max(refuted):.8g}: they missed features and bound nothing"
+                    f"; WARNING: {len(above)} of {len(history)} searches gave bounds above this value, up to "
+                    f"{max(above):.8g}: they missed features and bound nothing"
                 )
         return Solution(
             value=best.value,
@@ -399,7 +421,7 @@ class _Run:
             network=best.network,
             point=best.point,
             lower_bound=max(bounds, default=None),
-            history=self.history,
+            history=history,
             certificate=best.certificate,
             multipliers=best.multipliers,
             seconds=time.perf_counter() - self.began,

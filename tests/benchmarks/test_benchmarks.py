@@ -315,6 +315,19 @@ def test_optima_command(tmp_path, monkeypatch):
     assert "cvxpy on the final program" in ended.stdout
 
 
+def test_unseen_command(tmp_path):
+    found, ended = measured("unseen", "--quick", out=tmp_path)
+    assert found["figures"]["problems"] == len(found["rows"]) == 2
+    for row in found["rows"]:
+        assert row["lowered"] <= row["lowered_there"]  # other multipliers can only give the bound back
+        assert row["lowered_there"] >= 0
+        assert row["shortfalls"] == sorted(row["shortfalls"])
+        assert row["said"] == row["shortfalls"][5]
+    exceeded = [at["share"] for at in found["figures"]["at_rank"].values()]
+    assert exceeded == sorted(exceeded, reverse=True)
+    assert "at the first multipliers" in ended.stdout
+
+
 TWO_LAYERS = {
     "value": 0.1,
     "gap": 1e-9,

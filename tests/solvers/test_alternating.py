@@ -10,8 +10,8 @@ from stored_optima import EXACT_ONE_LAYER, one_layer_problem
 from strategies import seeded
 
 import meanfield as mf
-from meanfield import certificates, limits, starts
-from meanfield.certificates import UnseenFeatures
+from meanfield import limits, starts
+from meanfield.certificates import UnseenFeatures, search
 from meanfield.solvers import alternating
 from meanfield.solvers.solution import STATUS_TEXTS
 
@@ -221,6 +221,8 @@ def test_growth_takes_a_poor_support_to_the_exact_optimum_and_claims_only_what_i
     assert solution.lower_bound == max(row["proven_bound"] for row in solution.history) <= exact + 1e-9
     for row in solution.history:
         assert row["search_bound"] >= row["proven_bound"] - 1e-12
+        assert row["unseen_chance"] == min(1, 2.0 ** (1 - row["search_reached"]))
+        assert 0 <= row["unseen_lowering"] < math.inf
         assert len(row["kept"]) <= row["added"] <= 4
         assert all(0 <= index < row["widths"][-1] for index in row["kept"] if row["accepted"])
     assert solution.history[0]["added"] == 0
@@ -231,13 +233,32 @@ def test_a_bound_above_the_value_raises_an_alarm_and_ends_no_run(monkeypatch):
     """A search that missed everything: its bound is twice J."""
     problem, network = tiny()
     value = problem.value(network).item()
-    blind = UnseenFeatures(2 * value, 7)
-    monkeypatch.setattr(certificates, "search_features", lambda *_, **__: blind)
+    monkeypatch.setattr(search._Search, "run", lambda *_: UnseenFeatures(2 * value, 7))
     solution = alternating.solve(problem, network, grow=2, **{**OPTIONS, "tolerance": 1e-2})
     assert solution.status == "max_rounds"
     assert len(solution.history) == OPTIONS["rounds"]
-    assert all(row["search_bound"] == 2 * value for row in solution.history)  # not clamped
+    assert all(row["refuted_bound"] == 2 * value for row in solution.history)
+    assert all(solution.value == row["search_bound"] for row in solution.history)
+    assert "7 starts" in solution.message
+    assert "refuted by J" in solution.message
+    assert "for every network" not in solution.message
     assert f"WARNING: 3 of 3 searches gave bounds above this value, up to {2 * value:.8g}" in solution.message
+
+
+def test_a_bound_that_a_later_round_goes_below_is_refuted_in_its_row(monkeypatch):
+    problem, network = tiny()
+    close = lambda made, *_: UnseenFeatures(float(problem.value(made.network)) * (1 - 1e-5), 7)  # noqa: E731
+    monkeypatch.setattr(search._Search, "run", close)
+    shown = []
+    solution = alternating.solve(
+        problem, network, **{**OPTIONS, "rounds": 2, "tolerance": 1e-9}, grow=2, callback=shown.append
+    )
+    (before, _), (first, last) = [row for row in shown if row["phase"] == "round"], solution.history
+    assert before["refuted_bound"] is None
+    assert before["search_bound"] > solution.value
+    assert (first["search_bound"], first["refuted_bound"]) == (solution.value, before["search_bound"])
+    assert last["refuted_bound"] is None
+    assert "WARNING: 1 of 2 searches" in solution.message
 
 
 class TestResume:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -10,6 +11,7 @@ import numpy as np
 from markupsafe import Markup
 
 from meanfield import storage
+from meanfield.certificates.unseen import LEVEL
 from meanfield.pages import html, plotting
 from meanfield.pages.html import Details, Figure, Note, Page, Results, Section, Table
 from meanfield.pages.words import by, capital, count, number, scientific
@@ -150,8 +152,29 @@ def _terms(results: Results) -> Table:
         ["dual bound (on this support)", number(answer["dual_value"])],
         ["largest violated constraint (relative)", scientific(answer["violation"])],
         ["lower bound over all measures", "none proven" if lower is None else number(lower)],
+        *_unproven(results["rounds"]),
     ]
     return Table(["at the answer", "value (units of J)"], rows)
+
+
+def _unproven(rows: list[Results]) -> list[list[str]]:
+    """The bound of the last search, and how far it can be trusted."""
+    last = rows[-1] if rows else {}
+    if not _given(last.get("search_bound")):
+        return []
+    if last["refuted_bound"] is not None:
+        return [["bound of the last search, refuted by J", number(last["refuted_bound"])]]
+    named = f"best of {last['search_starts']:,} starts, not proven"
+    found = [[named, number(last["search_bound"])]]
+    found.append(["chance that as many lower it, estimated", f"at most {last['unseen_chance']:.0%}"])
+    if _given(last["unseen_lowering"]):
+        found.append([f"with a chance of {LEVEL:.0%} by more than", scientific(last["unseen_lowering"])])
+    return found
+
+
+def _given(figure: float | None) -> bool:
+    """Whether there is one: stored, what is infinite is None."""
+    return figure is not None and math.isfinite(figure)
 
 
 def _rounds(results: Results) -> Section:

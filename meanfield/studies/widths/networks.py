@@ -153,7 +153,8 @@ def limit(cell: Cell) -> list[Row]:
         program_tolerance=1e-3,
         program_iterations=500,
     )
-    bounds = [row["search_bound"] for row in solved.history if math.isfinite(row["search_bound"])]
+    said = [row["search_bound"] if row["refuted_bound"] is None else row["refuted_bound"] for row in solved.history]
+    bounds = [bound for bound in said if math.isfinite(bound)]
     proven = [row["proven_bound"] for row in solved.history if row["proven_bound"] is not None]
     found = {"value": solved.value, "bound": max(bounds, default=None), "proven_bound": max(proven, default=None)}
     return [

@@ -121,3 +121,15 @@ def test_names_of_classes_are_shown_as_they_are(directory):
     ticks = [label.get_text() for label in drawn["predictions"].axes[0].get_xticklabels()]
     assert ticks == [r"cost \$\frac\$", "zebra"]
     assert "digits: 6 images of 1 x 4 x 4" in (directory / "report.html").read_text()
+
+
+def test_the_bound_of_a_search_stands_beside_what_more_starts_would_do():
+    row = {"search_bound": 0.25, "search_starts": 256, "unseen_chance": 0.125, "unseen_lowering": 0.0}
+    told = dict(page._unproven([row | {"refuted_bound": None}]))
+    assert told["best of 256 starts, not proven"] == "0.25"
+    assert told["chance that as many lower it, estimated"] == "at most 12%"
+    assert "with a chance of 5% by more than" in told
+    few = page._unproven([row | {"refuted_bound": None, "unseen_lowering": None}])
+    assert len(few) == 2
+    assert page._unproven([row | {"refuted_bound": 0.5}]) == [["bound of the last search, refuted by J", "0.5"]]
+    assert page._unproven([{}]) == page._unproven([]) == page._unproven([row | {"search_bound": None}]) == []
