@@ -141,7 +141,7 @@ def ascend(response: Response, directions: Tensor) -> tuple[float, Tensor]:
     return best, where
 
 
-def improve(response: Response, candidates: Tensor, lower: float) -> tuple[float, Tensor]:
+def improve(response: Response, candidates: Tensor) -> tuple[float, Tensor]:
     """The best of some candidate directions (b, r)."""
     values = response(candidates).norm(dim=1)
     best = int(values.argmax())
