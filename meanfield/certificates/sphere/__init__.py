@@ -61,7 +61,7 @@ def maximise(
     began = time.perf_counter()
     A, W, starts = _checked(A, W, start)
     deadline = began + max_seconds
-    response = reduced(A.double(), W.double())
+    response = reduced(A.detach().double(), W.detach().double())
     dimension = response.linear.shape[0]
     found = _found(response, starts @ response.basis, deadline, tolerance)
     argmax = (

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -13,7 +15,7 @@ from meanfield.certificates.sphere.cones import Cones, cone_maxima
 from meanfield.certificates.sphere.pairs import Above, Pairs
 from meanfield.certificates.sphere.response import Found, Response, ascend, chunk, improve, start_directions, unit
 
-BATCH_ENTRIES = 1 << 22  # of all rows over all cells of a batch: the time limit is looked at in between
+BATCH_ENTRIES = 1 << 24  # of all rows over all cells of a batch: the time limit is looked at in between
 MAX_BATCH = 4096
 CHUNK = 256  # cells of one output that are bounded at once
 # Of the open cells, one of so many is halved, those of the largest bounds, before all are ordered anew.
@@ -34,11 +36,12 @@ class Branching:
         """leaves: cells that hold all directions, to begin with; they are bounded anew."""
         self._begin(response)
         began = time.perf_counter()
-        self.lower, self.argmax = ascend(response, start_directions(response, starts))
         roots = Cones.roots(response) if leaves is None else leaves.unbounded()
         self._table, self._count = roots.table(), len(roots)
-        for part in torch.arange(len(roots), device=self._table.device).split(self._batch):
-            self._table[part] = self._bounded(Cones.of_table(self._table[part])).table()
+        with _pool() as pool:
+            self.lower, self.argmax = ascend(response, start_directions(response, starts))
+            for part in torch.arange(len(roots), device=self._table.device).split(self._batch):
+                self._table[part] = self._bounded(Cones.of_table(self._table[part]), pool).table()
         self._note(began)
 
     def _begin(self, response: Response) -> None:
@@ -63,15 +66,16 @@ class Branching:
         """Halve the cells of the largest bounds until `time.perf_counter()` meets the deadline, or upper <= (1 +
         tolerance) lower up to rounding, or MAX_CELLS are open.  An exception on the way leaves a search that goes on.
         """
-        while len(chosen := self._largest(tolerance)) and time.perf_counter() < deadline:
-            began = time.perf_counter()
-            try:
-                for part in chosen.split(self._batch):
-                    if time.perf_counter() >= deadline:
-                        break
-                    self._halve(part)
-            finally:
-                self._note(began)
+        with _pool() as pool:
+            while time.perf_counter() < deadline and len(chosen := self._largest(tolerance)):
+                began = time.perf_counter()
+                try:
+                    for part in chosen.split(self._batch):
+                        self._halve(part, pool)
+                        if time.perf_counter() >= deadline:
+                            break
+                finally:
+                    self._note(began)
 
     def state(self) -> dict[str, Any]:
         """What `restored` goes on from, for a `storage.states.StateFile`."""
@@ -113,9 +117,9 @@ class Branching:
         size = min(size, max(64, size // ORDERED), max(0, MAX_CELLS - self._count))
         return uppers.topk(size).indices
 
-    def _halve(self, chosen: Tensor) -> None:
+    def _halve(self, chosen: Tensor, pool: Executor) -> None:
         """Replace cells by their halves: a table that is always one of cells that hold all directions."""
-        halves = self._bounded(Cones.of_table(self._table[chosen]).halved()).table()
+        halves = self._bounded(Cones.of_table(self._table[chosen]).halved(), pool).table()
         first, second = halves.chunk(2)
         end = self._count + len(second)
         if end > len(self._table):
@@ -124,9 +128,9 @@ class Branching:
         self._count = end
         self._table[chosen] = first
 
-    def _bounded(self, cells: Cones) -> Cones:
+    def _bounded(self, cells: Cones, pool: Executor) -> Cones:
         """With their bounds; the largest response at their tops counts."""
-        bounded, tops = self._bounds(cells, float(cells.uppers.min()) - self.lower)
+        bounded, tops = self._bounds(cells, float(cells.uppers.min()) - self.lower, pool)
         self.looked += len(cells)
         reached, where = improve(self.response, tops[bounded.uppers.topk(min(len(cells), TRIED)).indices])
         if reached > self.lower:
@@ -150,9 +154,24 @@ def maximise_branching(response: Response, starts: Tensor, deadline: float, tole
 def bounded_cones(response: Response, halvings: int, gap: float = 0.0) -> Cones:
     """Cones that cover all directions, every one halved so often, with their bounds."""
     bounds, cells = Bounds(response), Cones.roots(response)
-    for _ in range(halvings):
-        cells = bounds(cells, gap)[0].halved()
-    return bounds(cells, gap)[0]
+    with _pool() as pool:
+        for _ in range(halvings):
+            cells = bounds(cells, gap, pool)[0].halved()
+        return bounds(cells, gap, pool)[0]
+
+
+@contextmanager
+def _pool() -> Iterator[Executor]:
+    """As many threads as torch has, each of which runs alone: threads within an operation wait for each other after
+    every one, which on a machine that is shared can take a hundred times the work.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(threads) as pool:
+            yield pool
+    finally:
+        torch.set_num_threads(threads)
 
 
 class Bounds:
@@ -162,7 +181,7 @@ class Bounds:
         self._response = response
         self._pairs = Pairs.of(response) if response.linear.shape[1] == 1 else None
 
-    def __call__(self, cells: Cones, gap: float) -> tuple[Cones, Tensor]:
+    def __call__(self, cells: Cones, gap: float, pool: Executor) -> tuple[Cones, Tensor]:
         """Cells with bounds and split axes, and the directions (b, r) at which their relaxations are largest.
 
         gap: a small share of it may be lost to rounding.
@@ -170,21 +189,21 @@ class Bounds:
         if self._pairs is None:
             size = chunk(2 * self._response.weights.numel())
             places = torch.arange(len(cells), device=cells.facets.device)
-            found = [_bound_vector(self._response, cells[part]) for part in places.split(size)]
+            found = pool.map(lambda part: _bound_vector(self._response, cells[part]), places.split(size))
             uppers, scores, tops = (torch.cat(column) for column in zip(*found))
         else:
-            uppers, scores, tops = _maxima(_above_one(self._pairs, cells, self._pairs.precision(gap)), cells)
+            uppers, scores, tops = _maxima(_above_one(self._pairs, cells, self._pairs.precision(gap), pool), cells)
         # a child lies in its parent: the parent's bound holds for it
         return cells.bounded(torch.minimum(uppers, cells.uppers), scores.argmax(1)), tops
 
 
-def _above_one(pairs: Pairs, cells: Cones, precision: torch.dtype) -> Above:
+def _above_one(pairs: Pairs, cells: Cones, precision: torch.dtype, pool: Executor) -> Above:
     """Cells of one sign share a chunk."""
     order = cells.signs.argsort(stable=True)
     below = int((cells.signs < 0).sum())
     signed = ((-1.0, order[:below]), (1.0, order[below:]))
     parts = [(sign, part) for sign, places in signed if len(places) for part in places.split(CHUNK)]
-    found = [pairs.above(cells[part], sign, precision) for sign, part in parts]
+    found = pool.map(lambda each: pairs.above(cells[each[1]], each[0], precision), parts)
     back = order.argsort()
     return Above(*(torch.cat(column)[back] for column in zip(*(vars(each).values() for each in found))))
 
