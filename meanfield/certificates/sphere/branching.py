@@ -34,12 +34,14 @@ class Branching:
 
     def __init__(self, response: Response, starts: Tensor, leaves: Cones | None = None) -> None:
         """leaves: cells that hold all directions, to begin with; they are bounded anew."""
-        self._begin(response)
         began = time.perf_counter()
-        roots = Cones.roots(response) if leaves is None else leaves.unbounded()
-        self._table, self._count = roots.table(), len(roots)
         with _pool() as pool:
+            self._begin(response)
+            if not len(self.argmax):
+                return
             self.lower, self.argmax = ascend(response, start_directions(response, starts))
+            roots = Cones.roots(response) if leaves is None else leaves.unbounded()
+            self._table, self._count = roots.table(), len(roots)
             for part in torch.arange(len(roots), device=self._table.device).split(self._batch):
                 self._table[part] = self._bounded(Cones.of_table(self._table[part]), pool).table()
         self._note(began)
@@ -47,6 +49,8 @@ class Branching:
     def _begin(self, response: Response) -> None:
         self.response, self._bounds = response, Bounds(response)
         self._batch = max(64, min(MAX_BATCH, BATCH_ENTRIES // max(1, len(response.rows))))
+        self.lower, self.argmax = 0.0, response.linear.new_zeros(len(response.linear))
+        self._table, self._count = Cones.roots(response).table()[:0], 0
         self.looked, self.seconds, self._dropped = 0, 0.0, 0.0
         self.curve: list[tuple[float, float]] = []
 
@@ -91,7 +95,8 @@ class Branching:
     def restored(cls, response: Response, state: Mapping[str, Any]) -> Branching:
         """The search of `state`; the response is the same one, reduced in the basis kept there."""
         search = cls.__new__(cls)
-        search._begin(response)
+        with _pool():
+            search._begin(response)
         search._table, search.argmax = state["cells"].clone(), state["argmax"]
         search._count = len(search._table)
         search.lower, search._dropped, search.looked, search.seconds = state["figures"]
@@ -112,7 +117,7 @@ class Branching:
         if self._count + max(64, size // ORDERED) > MAX_CELLS:
             kept = uppers > least
             self._dropped = max(self._dropped, float(uppers.masked_fill(kept, 0.0).max()))
-            self._table = self._table[: self._count][kept]
+            self._table[:size] = self._table[: self._count][kept]
             self._count, uppers = size, uppers[kept]
         size = min(size, max(64, size // ORDERED), max(0, MAX_CELLS - self._count))
         return uppers.topk(size).indices
@@ -153,8 +158,9 @@ def maximise_branching(response: Response, starts: Tensor, deadline: float, tole
 
 def bounded_cones(response: Response, halvings: int, gap: float = 0.0) -> Cones:
     """Cones that cover all directions, every one halved so often, with their bounds."""
-    bounds, cells = Bounds(response), Cones.roots(response)
+    cells = Cones.roots(response)
     with _pool() as pool:
+        bounds = Bounds(response)
         for _ in range(halvings):
             cells = bounds(cells, gap, pool)[0].halved()
         return bounds(cells, gap, pool)[0]
