@@ -60,7 +60,7 @@ def excess(seed, count, seconds, monkeypatch):
 
 @pytest.mark.slow
 def test_no_attained_value_lies_above_a_bound(monkeypatch):
-    assert max(excess(seed, 500, 1e-6, monkeypatch) for seed in range(100)) <= 0
+    assert max(excess(seed, 500, 1e-6, monkeypatch) for seed in range(40)) <= 0
 
 
 def cells_of(A, W, halvings, gap=0.0):
@@ -89,7 +89,7 @@ def test_no_direction_lies_above_the_bound_of_its_cone(precision, near):
         assert float((values.amax(1) - cells.uppers).max()) <= response.rounding
 
 
-def twin(pairs, middle, half, sign):
+def twin(pairs, middle, half, sign, allowed):
     """Slope, offset and slack above sign q on one box, pair by pair, as the page of `pairs` says."""
     size = middle.norm()
     slope, offset, count, moment = sign * pairs.linear.clone(), 0.0, 0.0, 0.0
@@ -108,7 +108,10 @@ def twin(pairs, middle, half, sign):
             slope += 0.5 * flow * (chord * a - math.copysign(1, y) * b)
             offset += 0.5 * flow * (abs(low) - chord * low)
     largest = torch.linalg.eigvalsh(moment)[-1] if count else 0.0
-    return slope, offset, 0.5 * (count * largest) ** 0.5
+    exact = 0.5 * float(count * largest) ** 0.5
+    together = 0.5 * float(count * (1 + allowed) * (largest + allowed * count)) ** 0.5
+    rounded = 0.5 * float(pairs.flows.sum()) * allowed * float(size + 2 * half.norm() + 1)
+    return slope, offset, exact, together + rounded
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -120,17 +123,16 @@ def test_sums_over_pairs_are_what_a_loop_gives(precision, sign, near):
     pairs = Pairs.of(response)
     assert len(pairs.flows) > 2 * 256
     cells = bounded_cones(response, 6)
-    cells = cells[(cells.signs == sign).nonzero()[::97, 0]]
+    cells = cells[(cells.signs == sign).nonzero()[::61, 0]]
     above = pairs.above(cells, sign, precision)
     eps, total = torch.finfo(precision).eps, float(pairs.flows.sum())
     allowed = (256 + 2 * 4 + 9) * eps
     for index in range(len(cells)):
-        slope, offset, slack = twin(pairs, cells.middles[index], cells.halves[index], sign)
-        rounded = 0.5 * total * allowed * float(cells.middles[index].norm() + 2 * cells.halves[index].norm() + 1)
+        slope, offset, exact, slack = twin(pairs, cells.middles[index], cells.halves[index], sign, allowed)
         torch.testing.assert_close(above.linear[index], slope, rtol=0, atol=20 * eps * total)
         assert float(above.offset[index]) == pytest.approx(float(offset), abs=20 * eps * total)
-        assert float(above.slack[index]) == pytest.approx(float(slack) + rounded, rel=2 * allowed, abs=eps * total)
-        assert float(above.slack[index]) >= float(slack) + rounded
+        assert float(above.slack[index]) == pytest.approx(slack, abs=5 * eps * total)
+        assert float(above.slack[index]) > exact + 10 * eps * total
 
 
 def test_what_pairs_say_is_the_response():
@@ -153,7 +155,9 @@ def test_rounding_of_single_precision_enters_where_all_rows_keep_their_sign():
     values = response(unit(tight.middles))[:, 0] * tight.signs
     assert bool((single >= values).all())
     assert bool((double >= values - response.rounding).all())
-    assert float((double - values).abs().max()) < 1e-9 * float(w.abs().sum())
+    up = values > 0  # no bound is below 0
+    assert float((double - values)[up].max()) < 1e-9 * float(w.abs().sum())
+    assert 0 < float((single - values)[up].min())
 
 
 def test_single_precision_only_where_products_have_it(monkeypatch):
@@ -188,8 +192,8 @@ def test_a_search_goes_on_and_its_curve_falls():
 def test_a_search_survives_in_a_file(tmp_path):
     search = Search(A, W)
     kept = search.refine(0.05)
-    StateFile(tmp_path / "search", {"run": 1}).save(search.state())
-    again = Search.restored(A, W, StateFile(tmp_path / "search", {"run": 1}).load())
+    StateFile(tmp_path / "search.safetensors", {"run": 1}).save(search.state())
+    again = Search.restored(A, W, StateFile(tmp_path / "search.safetensors", {"run": 1}).load())
     same = again.maximum
     assert (same.lower, same.upper, same.cells, same.seconds) == (kept.lower, kept.upper, kept.cells, kept.seconds)
     assert again.curve == search.curve
@@ -247,11 +251,11 @@ def test_other_weights_begin_with_the_leaves():
 
 
 def test_without_room_what_cannot_matter_is_dropped(monkeypatch):
-    monkeypatch.setattr(branching, "MAX_CELLS", 400)
+    monkeypatch.setattr(branching, "MAX_CELLS", 200)
     search = Search(A[:, :3], W)
     found = search.refine(2.0)
     assert found.upper == pytest.approx(found.lower, rel=1e-6)
-    assert found.cells > 800
+    assert found.cells > 400
     assert search._branching.leaves is None
     assert search.moved(A[:, :3], -W).maximum.upper >= found.lower
     assert best_seen(A[:, :3], W) <= found.upper
