@@ -157,7 +157,7 @@ def test_rounding_of_single_precision_enters_where_all_rows_keep_their_sign():
     assert bool((double >= values - response.rounding).all())
     up = values > 0  # no bound is below 0
     assert float((double - values)[up].max()) < 1e-9 * float(w.abs().sum())
-    assert 0 < float((single - values)[up].min())
+    assert float((single - values)[up].min()) > 0
 
 
 def test_single_precision_only_where_products_have_it(monkeypatch):
