@@ -12,7 +12,8 @@ branch and bound: cones over boxes on the facets of the cube cover all direction
 linear, a row of both signs lies under its chord where it counts positively and over any of its supporting planes where
 it counts negatively (McCormick, Math. Program. 10, 1976); the linear function that results is maximised exactly over
 the unit vectors of the cone, by projection on it.  Where positive and negative rows nearly cancel, as for the residuals
-of a trained network, they are bounded in pairs by how far apart they are.
+of a trained network, they are bounded in pairs by how far apart they are (`pairs`).  A `Search` goes on where it
+stopped, is kept in a file and begins with other weights where it was.
 """
 
 from __future__ import annotations
