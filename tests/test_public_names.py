@@ -45,7 +45,7 @@ MODULES = {
     "meanfield.activations": "ACTIVATIONS Activation",
     "meanfield.certificates.duality": "Certificate Multipliers certify dual_value stationary_multipliers",
     "meanfield.certificates.search": "UnseenFeatures search_features",
-    "meanfield.certificates.sphere": "SphereMaximum maximise",
+    "meanfield.certificates.sphere": "Search SphereMaximum maximise",
     "meanfield.data": "Dataset load",
     "meanfield.landscape.curvature": "Eigenpair Estimate Extremes Operator extremes trace",
     "meanfield.limits": "memory within",

@@ -17,7 +17,7 @@ import torch
 from meanfield import losses, measures
 from meanfield.architecture import Architecture, Conv
 from meanfield.certificates import compositions, duality
-from meanfield.certificates.sphere import branching
+from meanfield.certificates.sphere.pairs import Pairs
 from meanfield.convex import repopulation
 from meanfield.convex.program import ConvexProgram
 from meanfield.finite import kernel
@@ -51,7 +51,7 @@ KEPT = {
     "own_costs": compositions.OwnFeatures.costs,
     "least_kappa": duality._PricedFeatures._least_kappa,
     "price_layer": duality._price_layer,
-    "pair_bound": branching._pair_bound,
+    "above_pairs": Pairs.above,
     "row_prox": splitting.row_prox,
     "pair_kernel": kernel._pair_kernel,
     "linear": finite_network._linear,
@@ -273,11 +273,11 @@ def flattened_readout_not_divided(patch):
 
 
 def slack_of_the_sphere_halved(patch):
-    def pair_bound(*given):
-        above = KEPT["pair_bound"](*given)
-        return replace(above, slack=above.slack / 2)
+    def above(*given):
+        found = KEPT["above_pairs"](*given)
+        return replace(found, slack=found.slack / 2)
 
-    patch.setattr(branching, "_pair_bound", pair_bound)
+    patch.setattr(Pairs, "above", above)
 
 
 # --- more, over all modules of the mathematics ----------------------------------------------------------------------

@@ -12,22 +12,28 @@ branch and bound: cones over boxes on the facets of the cube cover all direction
 linear, a row of both signs lies under its chord where it counts positively and over any of its supporting planes where
 it counts negatively (McCormick, Math. Program. 10, 1976); the linear function that results is maximised exactly over
 the unit vectors of the cone, by projection on it.  Where positive and negative rows nearly cancel, as for the residuals
-of a trained network, they are bounded in pairs by how far apart they are.
+of a trained network, they are bounded in pairs by how far apart they are (`pairs`).  A `Search` goes on where it
+stopped, is kept in a file and begins with other weights where it was.
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from meanfield.certificates.sphere.arrangement import listable, maximise_arrangement, maximise_line
-from meanfield.certificates.sphere.branching import maximise_branching
+from meanfield.certificates.sphere.branching import Branching, maximise_branching
 from meanfield.certificates.sphere.response import Found, Response, reduced
 from meanfield.signatures import Nonnegative, Positive, checked
 from meanfield.validation import finite, shaped
+
+# Distance of row spaces, which enters the bound, up to which two are one.
+SAME_SPACE = 1e-12
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,16 +67,76 @@ def maximise(
     began = time.perf_counter()
     A, W, starts = _checked(A, W, start)
     deadline = began + max_seconds
-    response = reduced(A.double(), W.double())
-    dimension = response.linear.shape[0]
+    response = reduced(A.detach().double(), W.detach().double())
     found = _found(response, starts @ response.basis, deadline, tolerance)
-    argmax = (
-        response.basis @ found.argmax
-        if dimension
-        else torch.eye(1, A.shape[1], dtype=torch.float64, device=A.device)[0]
-    )
+    return _maximum(response, found, time.perf_counter() - began)
+
+
+class Search:
+    """Bounds of max_{|z| = 1} |W^T relu(A z)| by branch and bound that go on where they stopped, as `maximise` gives
+    them.
+
+    maximum: what is known so far.  curve: pairs (seconds of work, upper) as the upper bound fell.
+    """
+
+    @checked
+    def __init__(self, A: Tensor, W: Tensor, *, start: Tensor | None = None) -> None:
+        """The arguments of `maximise`."""
+        A, W, starts = _checked(A, W, start)
+        response = reduced(A.detach().double(), W.detach().double())
+        self._branching = Branching(response, starts @ response.basis)
+
+    @property
+    def maximum(self) -> SphereMaximum:
+        return _maximum(self._branching.response, self._branching.found(), self._branching.seconds)
+
+    @property
+    def curve(self) -> list[tuple[float, float]]:
+        return [(seconds, upper + self._branching.response.rounding) for seconds, upper in self._branching.curve]
+
+    @checked
+    def refine(self, max_seconds: Positive, *, tolerance: Nonnegative = 1e-9) -> SphereMaximum:
+        """Go on until upper <= (1 + tolerance) lower up to rounding or so many seconds have passed.  An interrupt
+        leaves a search that goes on.
+        """
+        self._branching.refine(time.perf_counter() + max_seconds, tolerance)
+        return self.maximum
+
+    def state(self) -> dict[str, Any]:
+        """Tensors and plain values from which `restored` goes on, for a `storage.states.StateFile`."""
+        return self._branching.state()
+
+    @classmethod
+    def restored(cls, A: Tensor, W: Tensor, state: Mapping[str, Any]) -> Search:
+        """The search of `state`, for the same A and W."""
+        A, W, _ = _checked(A, W, None)
+        search = cls.__new__(cls)
+        search._branching = Branching.restored(reduced(A.detach().double(), W.detach().double(), state["basis"]), state)
+        return search
+
+    def moved(self, A: Tensor, W: Tensor, *, start: Tensor | None = None) -> Search:
+        """A search for other weights of the same patches, which begins with this one's cells: bounding them anew takes
+        as long as bounding them did.  Where A and W have another row space, or cells were dropped for want of room, it
+        begins anew.
+        """
+        A, W, starts = _checked(A, W, start)
+        A, W, basis = A.detach().double(), W.detach().double(), self._branching.response.basis
+        fresh = reduced(A, W).basis
+        apart = float((fresh - basis @ (basis.T @ fresh)).norm())
+        outputs = self._branching.response.linear.shape[1]
+        if self._branching.leaves is None or apart > SAME_SPACE or outputs != W.shape[1] or not fresh.shape[1]:
+            return Search(A, W, start=start)
+        search = Search.__new__(Search)
+        search._branching = Branching(reduced(A, W, basis), starts @ basis, self._branching.leaves)
+        return search
+
+
+def _maximum(response: Response, found: Found, seconds: float) -> SphereMaximum:
+    """In the coordinates of the patches, with rounding."""
+    space = response.basis
+    argmax = space @ found.argmax if space.shape[1] else torch.eye(1, len(space)).to(space)[0]
     upper = max(found.upper, found.lower) + response.rounding
-    return SphereMaximum(found.lower, upper, argmax, found.method, found.cells, time.perf_counter() - began)
+    return SphereMaximum(found.lower, upper, argmax, found.method, found.cells, seconds)
 
 
 def _found(response: Response, starts: Tensor, deadline: float, tolerance: float) -> Found:

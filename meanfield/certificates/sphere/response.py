@@ -62,11 +62,15 @@ def chunk(entries: int) -> int:
     return max(1, CHUNK // max(1, entries))
 
 
-def reduced(A: Tensor, W: Tensor) -> Response:
-    """Drop rows that do not count, go to the row space, merge parallel rows; what that moves q by enters `rounding`."""
+def reduced(A: Tensor, W: Tensor, basis: Tensor | None = None) -> Response:
+    """Drop rows that do not count, go to the row space, merge parallel rows; what that moves q by enters `rounding`.
+
+    basis (d, r): orthonormal coordinates to take in place of those of the row space.
+    """
     sizes = A.norm(dim=1) * W.norm(dim=1)
     A, W, sizes = A[sizes > 0], W[sizes > 0], sizes[sizes > 0]
-    basis = _row_space(A / A.norm(dim=1, keepdim=True) * sizes[:, None])
+    if basis is None:
+        basis = _row_space(A / A.norm(dim=1, keepdim=True) * sizes[:, None])
     rows = A @ basis
     dropped = float(((A - rows @ basis.T).norm(dim=1) * W.norm(dim=1)).sum())
     lengths = rows.norm(dim=1, keepdim=True).clamp_min(torch.finfo(A.dtype).tiny)
@@ -141,7 +145,7 @@ def ascend(response: Response, directions: Tensor) -> tuple[float, Tensor]:
     return best, where
 
 
-def improve(response: Response, candidates: Tensor, lower: float) -> tuple[float, Tensor]:
+def improve(response: Response, candidates: Tensor) -> tuple[float, Tensor]:
     """The best of some candidate directions (b, r)."""
     values = response(candidates).norm(dim=1)
     best = int(values.argmax())

@@ -92,6 +92,6 @@ def test_the_ascent_finds_what_sampling_finds_and_says_where(outputs):
     assert float(where.norm()) == pytest.approx(1)
     assert float(found(where[None]).norm()) == pytest.approx(best, rel=1e-12)
     candidates = response.unit(normal((5, 3), 5))
-    value, at = response.improve(found, candidates, 0.0)
+    value, at = response.improve(found, candidates)
     assert value == float(found(candidates).norm(dim=1).max())
     assert float(found(at[None]).norm()) == pytest.approx(value, rel=1e-12)
