@@ -8,7 +8,7 @@ concave: the maximum of a concave function of one number.
 """
 
 from meanfield.certificates.duality import Certificate, Multipliers, certify, dual_value, stationary_multipliers
-from meanfield.certificates.proving import ProvenBound, prove
+from meanfield.certificates.proving import ProvenBound, no_method, prove
 from meanfield.certificates.search import UnseenFeatures, search_features
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "UnseenFeatures",
     "certify",
     "dual_value",
+    "no_method",
     "prove",
     "search_features",
     "stationary_multipliers",

@@ -317,7 +317,7 @@ class _Proof:
         self.problem, self.seconds, self.callback = problem, seconds, callback
         self.features = Features.of(problem)
         self.value = float(problem.value(network))
-        self.best = before or ProvenBound(-math.inf)
+        self.best = ProvenBound(-math.inf) if before is None else replace(before, share=before.value / self.value)
         self.began = time.perf_counter() - self.best.seconds
         own = unit(self.features.kernels(network))
         lacked = own[:0] if self.best.kernels is None else self.best.kernels.to(own)
@@ -328,8 +328,8 @@ class _Proof:
         return time.perf_counter() - self.began
 
     def run(self, output: Tensor) -> None:
-        if self.best.output is not None:
-            output = self.best.output.to(output)
+        if self.best.curve:  # the bound at r is known
+            output = self.program.solve(output)
         while self.elapsed() < self.seconds:
             maximum = self._bounded(output)
             proposed = self._next(output, maximum)

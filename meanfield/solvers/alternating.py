@@ -17,11 +17,11 @@ from typing import Annotated, Any, NamedTuple
 import torch
 
 from meanfield import certificates, limits, measures, validation
-from meanfield.certificates import UnseenFeatures
+from meanfield.certificates import ProvenBound, UnseenFeatures
 from meanfield.convex.program import ConvexProgram
 from meanfield.network import ParticleNetwork
 from meanfield.problem import Problem
-from meanfield.signatures import Count, Gibibytes, Natural, Positive, Seconds, Seed, checked
+from meanfield.signatures import Count, Gibibytes, Natural, Nonnegative, Positive, Seconds, Seed, checked
 from meanfield.solvers import flow, memory, splitting
 from meanfield.solvers.solution import ENDED_EARLY, Solution, message
 from meanfield.storage import states
@@ -51,6 +51,7 @@ def solve(
     grow: Natural = 0,
     seed: Seed = 0,
     max_seconds: Seconds = math.inf,
+    prove: Nonnegative = 0.0,
     max_memory: Gibibytes = math.inf,
     state: Annotated[str | Path, path] | None = None,
     state_seconds: Seconds = flow.STATE_SECONDS,
@@ -64,6 +65,11 @@ def solve(
     `Solution.lower_bound` is set only where a bound is proven.  A bound above J is refuted by the network in hand: its
     search missed features; it ends no run, and the message warns of it.
 
+    prove: seconds after the solve, on top of max_seconds, for a lower bound of J over all measures that is proven
+    (`certificates.prove`: one ReLU layer, average readout); it is in `Solution.proven`, the best one of the run in
+    `Solution.lower_bound`.  Where there is no method, a warning says why before the run starts.  A run that was stopped
+    by the user or for want of memory is not proven of; a stop of the proof keeps what is proven.
+
     flow_steps: steps of the first round's flow; later rounds take later_steps (default: half) at rates that decay by
     RATE_DECAY a round.  batch_size: images per step of the flows (default: all); J is always that of all.  A flow that
     does not lower J proves nothing, as its program was solved a round before: the next one runs at RATE_CUT of its
@@ -74,7 +80,7 @@ def solve(
 
     state: file (.safetensors) to which the state of the alternation is written after every flow and every program, with
     one beside it (.flow.safetensors) that the flow writes every `state_seconds` seconds.  A call with the same
-    arguments, of which `rounds` and `max_seconds` may be others, continues from there and ends, on the same machine and
+    arguments, of which `rounds`, `max_seconds` and `prove` may be others, continues from there and ends, on the same machine and
     as many threads, with the same bits as a run without a pause (seconds excepted); a program that was broken off is
     solved anew.  A run that has ended leaves the file, from which the answer comes at once, for the caller to remove.
     A file that is damaged or of other arguments or data is refused (ValueError).
@@ -86,8 +92,8 @@ def solve(
     metric speed at the end), flow_gap, value, dual_value, gap, violation, widths, accepted, flow_steps,
     program_iterations; with grow also search_bound (best of search_starts starts), proven_bound, added (how many
     features entered this program), kept (which particles of the network after it they are, where they have mass).
-    callback receives every row of the inner histories, marked with "round" and "phase" ("flow", "program"), and each
-    round's own row (phase "round").
+    callback receives every row of the inner histories, marked with "round" and "phase" ("flow", "program"), each
+    round's own row (phase "round"), and those of the proof (phase "proof").
     """
     problem.penalty.require_certifiable("solve")
     if grow and problem.ranks.count > 1:
@@ -124,9 +130,14 @@ def solve(
     if file is not None and (found := file.load(problem.inputs.device)) is not None:
         run.restore(found)
     flow.warn_unattained(problem)
+    if prove and (reason := certificates.no_method(problem)):
+        warnings.warn(f"nothing will be proven over all measures: {reason}", UserWarning, stacklevel=4)
     with limits.within(max_seconds), limits.memory(max_memory):
         memory.require(problem, network.widths, batch=batch_size, clones=clones, grow=grow, starts=CONFIRMING_STARTS)
-        return run.solution(run.alternate(rounds, flow_steps, later))
+        status = run.alternate(rounds, flow_steps, later)
+        if prove:
+            run.prove(prove, status)
+        return run.solution(status)
 
 
 def flow_state(state: Path) -> Path:
@@ -164,6 +175,7 @@ class _Run:
     history: list[dict[str, Any]] = field(default_factory=list)
     best: Solution | None = None
     found: UnseenFeatures | None = None
+    proven: ProvenBound | None = None
     began: float = field(default_factory=time.perf_counter)
 
     def alternate(self, rounds: int, first: int, later: int) -> str:
@@ -250,6 +262,7 @@ class _Run:
                     "network": states.entries(self.network),
                     "best": None if self.best is None else self.best.state(),
                     "found": None if self.found is None else self.found.state(),
+                    "proven": None if self.proven is None else self.proven.state(),
                     "seconds": time.perf_counter() - self.began,
                 }
             )
@@ -264,6 +277,7 @@ class _Run:
         self.network = ParticleNetwork(architecture, **state["network"])
         self.best = None if state["best"] is None else Solution.restored(state["best"], architecture)
         self.found = None if state["found"] is None else UnseenFeatures.restored(state["found"], architecture)
+        self.proven = None if state["proven"] is None else ProvenBound.restored(state["proven"])
         self.began -= state["seconds"]
 
     def _close(self, program: ConvexProgram, solved: Solution, growth: dict[str, Any]) -> None:
@@ -361,6 +375,25 @@ class _Run:
         rounding = terms * torch.finfo(self.problem.inputs.dtype).eps * abs(self.best.value)
         return row["search_bound"] > self.best.value + rounding
 
+    def prove(self, seconds: float, status: str) -> None:
+        """Spend so many seconds on the proven bound, those of the run before a pause included."""
+        assert self.best is not None
+        if self.best.multipliers is None or status in ("interrupted", "out_of_memory"):
+            return
+        try:
+            with limits.grace(math.inf):
+                self.proven = certificates.prove(
+                    self.problem,
+                    self.best.multipliers.output,
+                    self.best.network,
+                    seconds,
+                    self._relay("proof"),
+                    before=self.proven,
+                )
+        except limits.STOPS as stop:  # before anything was proven: the answer is kept
+            limits.status(stop)
+        self.save()
+
     def _relay(self, phase: str) -> Callable[[dict[str, Any]], None] | None:
         callback, index = self.callback, self.index
         if callback is None:
@@ -377,6 +410,8 @@ class _Run:
         best = self.best
         assert best is not None
         bounds = [row["proven_bound"] for row in self.history if row.get("proven_bound") is not None]
+        if self.proven is not None and not self.proven.reason:
+            bounds.append(self.proven.value)
         detail = f"{len(self.history)} rounds, value {best.value:.8g}"
         detail += f", gap {best.gap:.2g} on this support" if best.certificate is not None else ""
         if self.history:
@@ -391,6 +426,8 @@ class _Run:
                     f"; WARNING: {len(refuted)} of {len(self.history)} searches gave bounds above this value, up to "
                     f"{max(refuted):.8g}: they missed features and bound nothing"
                 )
+        if self.proven is not None:
+            detail += f"; {self.proven.summary()}"
         return Solution(
             value=best.value,
             gap=best.gap,
@@ -399,6 +436,7 @@ class _Run:
             network=best.network,
             point=best.point,
             lower_bound=max(bounds, default=None),
+            proven=self.proven,
             history=self.history,
             certificate=best.certificate,
             multipliers=best.multipliers,

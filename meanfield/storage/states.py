@@ -20,7 +20,7 @@ from meanfield.storage import files, tensors
 from meanfield.validation import Misuse
 
 OURS = frozenset(ACTIVATIONS.values())
-KIND = "meanfield state 3"
+KIND = "meanfield state 4"
 PLACE = "<tensor>"  # the only key of what stands for a tensor among plain values
 DIGITS = 16  # of a digest, hexadecimal: enough to tell data apart, few enough to be shown
 

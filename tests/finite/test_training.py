@@ -529,7 +529,7 @@ class TestResume:
             last, steps = bytes([content[-1] ^ 1]), content.replace(b'\\"steps\\": 14', b'\\"steps\\": 15')
             path.write_bytes({"cut": content[:-10], "flip": content[:-1] + last, "figure": steps}[damage])
             assert path.read_bytes() != content
-        message = {"cut": "cannot be used: .*truncated", "other": "is no 'meanfield state 3'"}.get(
+        message = {"cut": "cannot be used: .*truncated", "other": "is no 'meanfield state 4'"}.get(
             damage, "cannot be used: .* is damaged: its checksum"
         )
         with pytest.raises(ValueError, match=f"run.safetensors' {message}"):

@@ -114,7 +114,7 @@ def test_other_files_of_tensors_and_other_formats_are_refused(state):
     """States of the first format, whose checksum lay elsewhere, among them."""
     storage.save_tensors(TENSORS, state.path)
     for _ in range(2):
-        with pytest.raises(ValueError, match="is no 'meanfield state 3'; give another path, or delete it"):
+        with pytest.raises(ValueError, match="is no 'meanfield state 4'; give another path, or delete it"):
             state.load()
         save_file(TENSORS, state.path, {"body": "{}", "sha256": "0"})
 
