@@ -16,6 +16,7 @@ proven, and the best is kept.
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 from collections.abc import Callable
@@ -31,6 +32,7 @@ from torch import Tensor
 from meanfield import limits, validation
 from meanfield.architecture import Architecture
 from meanfield.certificates import concave, sphere
+from meanfield.certificates.relaxing import Partition
 from meanfield.certificates.sphere.response import reduced, start_directions, unit
 from meanfield.losses import Loss
 from meanfield.network import ParticleNetwork
@@ -47,6 +49,11 @@ PASSES = 24  # of cuts between two bounds
 STEPS = 40  # of the ascents that look for cuts, from ASCENTS kernels
 ASCENTS = 256
 APART = 0.05  # between unit kernels that are added at once
+OPEN = 1.5  # times the largest response met: bounds above it ask for multipliers of which more can be proven
+RELAXED_PASSES, RELAXED_CELLS = 16, 1000
+RELAXED_SHARE = 0.3  # of the time left
+STAY = 0.7  # of a step from the best multipliers towards those of the program
+MOST_ENTRIES = 1 << 26  # of the patches by images
 ITERATIONS = 100  # of L-BFGS-B
 NEWTON_STEPS, NEWTON_HALVINGS, NEWTON_TOLERANCE, RIDGE = 20, 20, 1e-10, 1e-13
 
@@ -275,14 +282,18 @@ class _Program:
         lengths = q.norm(dim=1)
         over = (lengths > level).nonzero()[:, 0]
         directions = q[over] / lengths[over, None]
-        self.cuts = torch.cat([self.cuts, self.phi[over, :, None] * directions[:, None, :]])
-        self.amounts = np.concatenate([self.amounts, np.zeros(len(over))])
+        self.extend(self.phi[over, :, None] * directions[:, None, :])
         return len(over) > 0
 
     def _forget(self, output: Tensor, level: float) -> None:
         """Drop the cuts that count for nothing and are not near."""
         kept = (self.amounts > 0) | (torch.tensordot(self.cuts, output, 2).numpy(force=True) > level)
         self.cuts, self.amounts = self.cuts[torch.from_numpy(kept).to(self.cuts.device)], self.amounts[kept]
+
+    def extend(self, cuts: Tensor) -> None:
+        """Add cuts (c, N, K)."""
+        self.cuts = torch.cat([self.cuts, cuts])
+        self.amounts = np.concatenate([self.amounts, np.zeros(len(cuts))])
 
     def solve(self, output: Tensor) -> Tensor:
         """The multipliers (N, K) that are best for the known kernels, from `output` on."""
@@ -365,6 +376,27 @@ class _Program:
         return (weighted.flatten(1) @ cuts.flatten(1).T).numpy(force=True) / self.problem.count
 
 
+def _relaxed(program: _Program, output: Tensor, passes: int, cells: int, deadline: float) -> Tensor:
+    """Multipliers near the best on a partition: steps from the best so far towards those of the program with the
+    relaxed features of all passes.
+    """
+    problem, price, features = program.problem, _price(program.problem), program.features
+    program, best = copy.copy(program), (-math.inf, output)
+    partition = Partition.refined(features.patches, features.weights, output, cells)
+    for _ in range(passes):
+        limits.look()
+        upper, relaxed = partition.bound(output)
+        scale, value = concave.maximum(
+            lambda s, r=output: _dual(problem, s * r), min(price / upper, largest_scale(problem.loss))
+        )
+        best = max(best, (value, scale * output), key=lambda each: each[0])
+        if time.perf_counter() > deadline:
+            break
+        program.extend(relaxed)
+        output = STAY * best[1] + (1 - STAY) * program.solve(output)
+    return best[1]
+
+
 class _Proof:
     """The best bound so far, and what leads to the next."""
 
@@ -394,10 +426,20 @@ class _Proof:
             output = self.program.solve(output)
         while self.elapsed() < self.seconds:
             maximum = self._bounded(output)
+            if self.elapsed() >= self.seconds:
+                break
             proposed = self._next(output, maximum)
             if self.best.value >= self.program.value * (1 - CLOSED):
                 break
-            output = proposed
+            output = self._provable(proposed, maximum)
+
+    def _provable(self, output: Tensor, maximum: sphere.SphereMaximum) -> Tensor:
+        """The optimal multipliers, or where much is left open those of which more can be proven."""
+        large = len(output) * self.features.patches.shape[0] > MOST_ENTRIES
+        if maximum.upper <= OPEN * maximum.lower or output.shape[1] > 1 or large:
+            return output
+        deadline = time.perf_counter() + RELAXED_SHARE * (self.seconds - self.elapsed())
+        return _relaxed(self.program, output, RELAXED_PASSES, RELAXED_CELLS, deadline)
 
     def _bounded(self, output: Tensor) -> sphere.SphereMaximum:
         """Bound at some multipliers, and keep it if it is the best."""
