@@ -17,7 +17,8 @@ PACKAGES = {
         "measures save_network solve solvers starts studies transfer"
     ),
     "meanfield.certificates": (
-        "Certificate Multipliers ProvenBound UnseenFeatures certify dual_value no_method prove search_features stationary_multipliers"
+        "Certificate Multipliers ProvenBound UnseenFeatures certify dual_value no_method prove search_features "
+        "stationary_multipliers"
     ),
     "meanfield.finite": (
         "AUTHORS_DROPOUT FiniteCNN Fitted L12_STRENGTHS L2_STRENGTHS Recipe Replayed Scaling Score Step Training cnn "

@@ -338,9 +338,9 @@ class _Program:
         return loss + price * float(amounts.sum()), price - slopes.numpy(force=True)
 
     def _polish(self) -> None:
-        """Newton steps, each a least-squares problem over a >= 0 (Lawson and Hanson, 1974): cuts are nearly parallel, and
-        the first order leaves r short of what proves the last thousandth.  Without curvature, as of a hinge, there are
-        none.
+        """Newton steps, each a least-squares problem over a >= 0 (Lawson and Hanson, 1974): cuts are nearly parallel,
+        and the first order leaves r short of what proves the last thousandth.  Without curvature, as of a hinge, there
+        are none.
         """
         value, slopes = self._value(self.amounts)
         for _ in range(NEWTON_STEPS):
@@ -369,9 +369,7 @@ class _Program:
         (slopes,) = torch.autograd.grad(self.problem.loss.value(F, self.problem.targets).sum(), F, create_graph=True)
         if not slopes.requires_grad:
             return np.zeros((len(cuts), len(cuts)))
-        rows = [
-            torch.autograd.grad(each.sum(), F, retain_graph=True, materialize_grads=True)[0] for each in slopes.unbind(1)
-        ]
+        rows = [torch.autograd.grad(each, F, retain_graph=True, materialize_grads=True)[0] for each in slopes.sum(0)]
         weighted = torch.einsum("cnk,nkl->cnl", cuts, torch.stack(rows, 1))
         return (weighted.flatten(1) @ cuts.flatten(1).T).numpy(force=True) / self.problem.count
 

@@ -80,9 +80,9 @@ def solve(
 
     state: file (.safetensors) to which the state of the alternation is written after every flow and every program, with
     one beside it (.flow.safetensors) that the flow writes every `state_seconds` seconds.  A call with the same
-    arguments, of which `rounds`, `max_seconds` and `prove` may be others, continues from there and ends, on the same machine and
-    as many threads, with the same bits as a run without a pause (seconds excepted); a program that was broken off is
-    solved anew.  A run that has ended leaves the file, from which the answer comes at once, for the caller to remove.
+    arguments, of which `rounds`, `max_seconds` and `prove` may be others, continues from there and ends, on the same
+    machine and as many threads, with the same bits as a run without a pause (seconds and what is proven in them
+    excepted); a program that was broken off is solved anew.  A run that has ended leaves the file, from which the answer comes at once, for the caller to remove.
     A file that is damaged or of other arguments or data is refused (ValueError).
 
     max_memory: what this process may hold, as in `limits.memory` (GiB, or "500MiB"; default: limits.FREE_SHARE of what

@@ -7,7 +7,6 @@ from dataclasses import replace
 import pytest
 import torch
 from command_line import run, tiny
-
 from stops import interrupt_at
 from stored_optima import EXACT_ONE_LAYER, one_layer_problem
 from strategies import normal, random_inputs, seeded
@@ -15,7 +14,9 @@ from strategies import normal, random_inputs, seeded
 import meanfield as mf
 from meanfield import limits, starts
 from meanfield.certificates import ProvenBound, prove, proving
+from meanfield.pages import plotting
 from meanfield.solvers import arrangements, flow
+from meanfield.studies.solve import page
 
 
 def gradient(problem, network):
@@ -67,15 +68,16 @@ def test_a_poor_network_is_led_to_the_optimum():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("loss", "outputs"), [("squared", 1), ("squared", 2), ("softmax", 3), ("hinge", 1)])
-def test_no_network_lies_below_the_bound_and_it_comes_near(loss, outputs):
+@pytest.mark.parametrize(
+    ("loss", "outputs", "share"), [("squared", 1, 0.99), ("squared", 2, 0.9), ("softmax", 3, 0.9), ("hinge", 1, 0.9)]
+)
+def test_no_network_lies_below_the_bound_and_it_comes_near(loss, outputs, share):
     problem = with_larger_kernels(loss, outputs)
-    solved = mf.solve(problem, (20,), rounds=4, grow=4, flow_steps=150, tolerance=1e-5)
+    solved = mf.solve(problem, (20,), rounds=1, flow_steps=100)
     proven = prove(problem, solved.multipliers.output, solved.network, 1.5)
-    assert proven.value <= solved.value * (1 + 1e-9)
-    for width in (1, 3, 30):
-        assert proven.value <= float(problem.value(poor(problem, width)[0]))
-    assert proven.share >= (0.97 if outputs == 1 else 0.5)
+    for network in (solved.network, *(poor(problem, width)[0] for width in (1, 3, 30))):
+        assert proven.value <= float(problem.value(network)) * (1 + 1e-9)
+    assert proven.share >= share
 
 
 @pytest.mark.parametrize(
@@ -158,21 +160,22 @@ def test_two_layers_are_told_of_before_the_solve():
     assert "more than one layer" in solution.proven.reason
 
 
-@pytest.mark.slow
-def test_the_command_proves_draws_and_tells(tmp_path):
-    ended = run(*tiny(*ONE_LAYER, "--out", tmp_path))
+def test_the_command_proves_and_tells():
+    ended = run(*tiny(*ONE_LAYER, "--json"))
     assert ended.exit_code == 0, ended.stderr
     assert "proof: J >= " in ended.stderr
-    assert "proven: no network lies below" in ended.stdout
-    answer = json.loads((tmp_path / "results.json").read_text())["solution"]
+    answer = json.loads(ended.stdout)["solution"]
     assert 0 < answer["proven"]["share"] <= 1
     assert answer["lower_bound"] == answer["proven"]["value"] == answer["proven"]["curve"][-1][1]
-    page = (tmp_path / "report.html").read_text()
-    assert "of the J reached is proven" in page
-    assert (tmp_path / "proof.png").stat().st_size > 1000
+    (section,) = page._proof({"solution": answer})
+    assert f"{answer['proven']['share']:.2%} of the J reached is proven" in section.items[0]
+    assert plotting.png(plotting.proof(*zip(*answer["proven"]["curve"]))).startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_the_command_says_why_nothing_is_proven():
     ended = run(*tiny("--prove=1", "--quiet"))
     assert ended.exit_code == 0
     assert ended.stderr == "warning: --prove proves nothing here: there is no method for more than one layer\n"
+    nothing = ProvenBound(-math.inf, reason="of no use").figures()
+    assert page._proof({"solution": {"proven": nothing}})[0].items == ["Nothing: of no use."]

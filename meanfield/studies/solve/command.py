@@ -207,8 +207,8 @@ def command(options: Options) -> None:
     --max-seconds is for the solve; measurements of the report that take longer than what it leaves, or a quarter more,
     are cut short or left out.
 
-    Ctrl-C, SIGTERM and SIGHUP stop the solve, keep the best network so far, and what is proven, and say where it is. An earlier report in
-    the same directory is replaced as a whole. With --out a solve can go on, also after a kill: --resume ends at the
+    Ctrl-C, SIGTERM and SIGHUP stop the solve, keep the best network so far and what is proven, and say where it is. An
+    earlier report in the same directory is replaced as a whole. With --out a solve can go on, also after a kill: --resume ends at the
     same network, to the last bit on one machine, as if nothing had happened.
 
     torchrun --nproc-per-node 2 -m meanfield solve ... shares the images among processes, on one machine or many; the

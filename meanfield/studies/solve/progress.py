@@ -60,7 +60,11 @@ class Progress:
 
     def __call__(self, row: dict[str, Any]) -> None:
         if row["phase"] == "proof":
-            return self._prove(row)
+            self._prove(row)
+        else:
+            self._solve(row)
+
+    def _solve(self, row: dict[str, Any]) -> None:
         self.value, self.gap = row.get("value", self.value), row.get("gap", self.gap)
         self._measure(row)
         where = f"round {row['round'] + 1} of at most {self.rounds}"
