@@ -208,8 +208,8 @@ def command(options: Options) -> None:
     are cut short or left out.
 
     Ctrl-C, SIGTERM and SIGHUP stop the solve, keep the best network so far and what is proven, and say where it is. An
-    earlier report in the same directory is replaced as a whole. With --out a solve can go on, also after a kill: --resume ends at the
-    same network, to the last bit on one machine, as if nothing had happened.
+    earlier report in the same directory is replaced as a whole. With --out a solve can go on, also after a kill:
+    --resume ends at the same network, to the last bit on one machine, as if nothing had happened.
 
     torchrun --nproc-per-node 2 -m meanfield solve ... shares the images among processes, on one machine or many; the
     first one prints, writes and measures the report. With --device cuda each has a card of its own.
