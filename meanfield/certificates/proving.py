@@ -53,7 +53,7 @@ OPEN = 1.5  # times the largest response met: bounds above it ask for multiplier
 RELAXED_PASSES, RELAXED_CELLS = 16, 1000
 RELAXED_SHARE = 0.3  # of the time left
 STAY = 0.7  # of a step from the best multipliers towards those of the program
-MOST_ENTRIES = 1 << 26  # of the patches by images
+MOST_ENTRIES = 1 << 24  # of the patches by images
 ITERATIONS = 100  # of L-BFGS-B
 NEWTON_STEPS, NEWTON_HALVINGS, NEWTON_TOLERANCE, RIDGE = 20, 20, 1e-10, 1e-13
 

@@ -83,7 +83,8 @@ def solve(
     arguments, of which `rounds`, `max_seconds` and `prove` may be others, continues from there and ends, on the same
     machine and as many threads, with the same bits as a run without a pause (seconds and what is proven in them
     excepted); a program that was broken off is solved anew.  A run that has ended leaves the file, from which the
-    answer comes at once, for the caller to remove.  A file that is damaged or of other arguments or data is refused (ValueError).
+    answer comes at once, for the caller to remove.  A file that is damaged or of other arguments or data is refused
+    (ValueError).
 
     max_memory: what this process may hold, as in `limits.memory` (GiB, or "500MiB"; default: limits.FREE_SHARE of what
     is free on top of what it holds).  A run that will need more is refused before it starts, with what would fit.
