@@ -41,7 +41,7 @@ from meanfield.signatures import Nonnegative, checked
 
 EXACT_ENTRIES = 3  # of a kernel, up to which the maximum is exact and takes little time
 LEAST_SECONDS = 2.0  # of one bound
-SLICE = 1.0  # seconds of the first bound of `prove`; each later one takes as long as everything before it
+FIRST = 1 / 12  # of the time is for the first bound of `prove`; each later one takes twice as long as all before it
 VIOLATED = 1e-6  # relative to the price: what a cut is added for
 CLOSED = 3e-7  # relative to the program's value: what the bound need not rise any more
 NEAR = 0.9  # of the price: what is cut beforehand
@@ -49,7 +49,8 @@ PASSES = 24  # of cuts between two bounds
 STEPS = 40  # of the ascents that look for cuts, from ASCENTS kernels
 ASCENTS = 256
 APART = 0.05  # between unit kernels that are added at once
-OPEN = 1.5  # times the largest response met: bounds above it ask for multipliers of which more can be proven
+WIDE = 1.1  # times the largest response met: a bound above it is given all the time that is left
+OPEN = 2.0  # times the largest response met: bounds above it ask for multipliers of which more can be proven
 RELAXED_PASSES, RELAXED_CELLS = 16, 1000
 RELAXED_SHARE = 0.3  # of the time left
 STAY = 0.7  # of a step from the best multipliers towards those of the program
@@ -131,9 +132,10 @@ def prove(
     """The best lower bound of J over all measures that `seconds` prove, from the multipliers r = `output` (N, K) on.
 
     network: its features are the first of the small program, its J that of the share.  The first bound is at r; then
-    features that r undercharges, the next r, its bound, in turn, each bound with as much time as has gone.  It ends
-    early where the bound reaches the program's value.  Ctrl-C and a limit of time (`limits.within`) end it with what is
-    proven by then.  before: an earlier answer, to go on from; its seconds count.
+    features that r undercharges, the next r, its bound, in turn, each bound with twice the time that has gone, or with
+    all that is left where the one before is far from closed.  It ends early where the bound reaches the program's
+    value.  Ctrl-C and a limit of time (`limits.within`) end it with what is proven by then.  before: an earlier answer,
+    to go on from; its seconds count.
     callback: hears {"phase": "proof", "seconds", "bound", "share"} after every bound.
     """
     problem.require_whole("prove")
@@ -413,7 +415,7 @@ class _Proof:
         self.began = time.perf_counter() - self.best.seconds
         own = unit(self.features.kernels(network))
         lacked = own[:0] if self.best.kernels is None else self.best.kernels.to(own)
-        self.own = len(own)
+        self.own, self.ratio = len(own), 1.0
         self.program = _Program(problem, self.features, torch.cat([own, lacked]))
 
     def elapsed(self) -> float:
@@ -441,12 +443,14 @@ class _Proof:
 
     def _bounded(self, output: Tensor) -> sphere.SphereMaximum:
         """Bound at some multipliers, and keep it if it is the best."""
-        left, slice_ = self.seconds - self.elapsed(), max(SLICE, self.elapsed())
-        # a bound that is begun anew with less time than the last one would hardly be better
-        given = left if left < 3 * slice_ else slice_
+        left = self.seconds - self.elapsed()
+        slice_ = 2 * self.elapsed() if self.best.curve else FIRST * self.seconds
+        # begun anew with less time than the last it would hardly be better; far from closed it is time that it lacks
+        given = left if self.best.curve and (left < 3 * slice_ or self.ratio > WIDE) else min(left, slice_)
         with limits.grace(given):
             limits.look()
             found = _bound(self.problem, self.features, output, self.program.kernels, max(given, 0.1))
+        self.ratio = found.maximum.upper / max(found.maximum.lower, np.finfo(float).tiny)
         if found.value > self.best.value:
             self.best = replace(
                 self.best,
