@@ -190,7 +190,7 @@ def test_warning_of_attainment_is_one_line():
 def test_help_states_every_default():
     text = run("solve", "--help").stdout
     options = re.findall(r"(?m)^│ (--[a-z-]+)", text)
-    assert len(options) == 34
+    assert len(options) == 35
     bounds = {"--amplitude-bound", "--input-bound", "--max-seconds", "--max-memory"}
     silent = {"--samples", "--split", "--readout-penalty", "--pair"} | bounds  # "Without it: ..."
     flags = {"--out", "--resume", "--overwrite", "--json", "--quiet"}

@@ -17,7 +17,8 @@ PACKAGES = {
         "measures save_network solve solvers starts studies transfer"
     ),
     "meanfield.certificates": (
-        "Certificate Multipliers UnseenFeatures certify dual_value search_features stationary_multipliers"
+        "Certificate Multipliers ProvenBound UnseenFeatures certify dual_value no_method prove search_features "
+        "stationary_multipliers"
     ),
     "meanfield.finite": (
         "AUTHORS_DROPOUT FiniteCNN Fitted L12_STRENGTHS L2_STRENGTHS Recipe Replayed Scaling Score Step Training cnn "
@@ -44,6 +45,7 @@ PACKAGES = {
 MODULES = {
     "meanfield.activations": "ACTIVATIONS Activation",
     "meanfield.certificates.duality": "Certificate Multipliers certify dual_value stationary_multipliers",
+    "meanfield.certificates.proving": "ProvenBound no_method prove",
     "meanfield.certificates.search": "UnseenFeatures search_features",
     "meanfield.certificates.sphere": "Search SphereMaximum maximise",
     "meanfield.data": "Dataset load",

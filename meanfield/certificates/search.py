@@ -32,7 +32,7 @@ from torch import Tensor
 from meanfield import limits, validation
 from meanfield.activations import ACTIVATIONS, Activation
 from meanfield.architecture import Architecture
-from meanfield.certificates import concave, sphere, unseen
+from meanfield.certificates import concave, proving, unseen
 from meanfield.certificates.compositions import (
     Compositions,
     OwnFeatures,
@@ -41,8 +41,8 @@ from meanfield.certificates.compositions import (
     with_tensors,
     zeros_like,
 )
+from meanfield.certificates.proving import largest_scale
 from meanfield.certificates.sphere.response import unit
-from meanfield.losses import Loss
 from meanfield.network import ParticleNetwork, along_axis
 from meanfield.problem import Problem
 from meanfield.signatures import Count, Nonnegative, Number, Seed, checked
@@ -179,7 +179,7 @@ def search_features(
     output = problem.loss.feasible(len(output) * output, problem.targets) / len(output)
     search = _Search(problem, output, network, torch.Generator().manual_seed(seed), starts, steps)
     found = search.run(rounds, count)
-    found = replace(found, **_rigorous(problem, output, network, rigorous_seconds))
+    found = replace(found, **proving.at_multipliers(problem, output, network, rigorous_seconds))
     if attained is not None:
         found = found.below(attained, posed, () if network is None else network.widths)
     return replace(found, seconds=time.perf_counter() - began)
@@ -227,7 +227,7 @@ class _Search:
         self.homogeneous = free and only.h.homogeneous
         self.fresh = 0  # starts drawn so far
         self.searched: list[tuple[float, list[float]]] = []  # the multipliers of the searches
-        self.scale_limit = _largest_scale(problem.loss)
+        self.scale_limit = largest_scale(problem.loss)
         self.tried = 0
         # the network's own features count as they are, all of them: no bound comes out above its value
         self.own = [] if network is None or self.homogeneous else [OwnFeatures(network.detach())]
@@ -553,58 +553,3 @@ class _Search:
             if len(kept) < count and all(alike[index][other] < SAME_FEATURE for other in kept):
                 kept.append(index)
         return order[kept]
-
-
-def _largest_scale(loss: Loss) -> float:
-    """Up to which factor r is scaled: up to 1 it stays in the domain of any conjugate, which is convex and holds 0.
-
-    Where the domain has no end, 2 leaves room enough above an r that is nearly optimal.
-    """
-    return 2.0 if loss.supercoercive else 1.0
-
-
-def _rigorous(
-    problem: Problem, output: Tensor, network: ParticleNetwork | None, seconds: float
-) -> dict[str, float | str | None]:
-    """The proven bound of one ReLU layer with average readout and power 2: r scaled by 2 sqrt(lambda_1 lambda_u) over
-    an upper bound of max |q|.
-    """
-    arch, penalty = problem.architecture, problem.penalty
-    conv = arch.layers[0]
-    if (
-        arch.depth > 1
-        or conv.h.name != "relu"
-        or conv.pooling == "max"
-        or arch.readout != "average"
-        or penalty.input_bound is not None
-        or penalty.power != 2
-    ):
-        return {}
-    entries = arch.input_shape[0] * conv.offsets + conv.bias
-    if entries > 3 and seconds <= 0:
-        return {}
-    patches = conv.patches(problem.inputs).flatten(0, 1) / arch.input_shape[0]  # (N P, d)
-    if conv.bias:
-        patches = torch.cat([patches, patches.new_ones(len(patches), 1)], 1)
-    weights = (output[:, None] * _position_weights(arch).to(output)[None, :, None]).flatten(0, 1)  # (N P, K)
-    own = None
-    if network is not None:
-        own = network.kernels[0].flatten(1)
-        own = own if network.biases[0] is None else torch.cat([own, network.biases[0][:, None]], 1)
-    found = sphere.maximise(patches, weights, max_seconds=max(seconds, 2.0), start=own)
-    limit = 2 * math.sqrt(penalty.input * penalty.readout) / found.upper if found.upper > 0 else math.inf
-    count = len(output)
-    value = lambda s: -float(problem.loss.conjugate(count * s * output, problem.targets).mean())  # noqa: E731
-    best = concave.maximum(value, min(limit, _largest_scale(problem.loss)))
-    return {
-        "rigorous_bound": best[1],
-        "rigorous_kind": f"{found.method}, max |q| between {found.lower:.6g} and {found.upper:.6g}",
-    }
-
-
-def _position_weights(arch: Architecture) -> Tensor:
-    """Weight of every position before pooling in the average readout, (P,)."""
-    height, width = arch.geometry[0].output
-    features = torch.zeros(1, 1, height, width, dtype=torch.float64, requires_grad=True)
-    pooled = arch.layers[0].pool(features)
-    return torch.autograd.grad(arch.readout_features(pooled).sum(), features)[0].flatten()

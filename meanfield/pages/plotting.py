@@ -81,6 +81,16 @@ def gaps(rows: Sequence[Row], tolerance: float) -> Figure:
     return _finish(figure, axes, "round of the alternation", "duality gap, in units of J", rounds=True)
 
 
+def proof(seconds: Sequence[float], shares: Sequence[float]) -> Figure:
+    """The share of J that is proven by so many seconds, a staircase below the line at 1."""
+    figure, axes = _single()
+    axes.step(seconds, shares, "o-", where="post", color=GREEN, label="proven lower bound over all measures")
+    axes.axhline(1.0, color=GREY, ls=":", label="J of the network")
+    axes.set_xlim(left=0)
+    axes.set_ylim(0, 1.05)
+    return _finish(figure, axes, "seconds of the proof", "share of J")
+
+
 def populations(before: Sequence[Sequence[float]], after: Sequence[Sequence[float]]) -> Figure:
     """Masses per layer, heaviest first: of the start, and of the answer (missing particles have died)."""
     figure, grid = _panels(len(after), 5.2)

@@ -17,11 +17,11 @@ from typing import Annotated, Any, NamedTuple
 import torch
 
 from meanfield import certificates, limits, measures, validation
-from meanfield.certificates import UnseenFeatures
+from meanfield.certificates import ProvenBound, UnseenFeatures
 from meanfield.convex.program import ConvexProgram
 from meanfield.network import ParticleNetwork
 from meanfield.problem import Problem
-from meanfield.signatures import Count, Gibibytes, Natural, Positive, Seconds, Seed, checked
+from meanfield.signatures import Count, Gibibytes, Natural, Nonnegative, Positive, Seconds, Seed, checked
 from meanfield.solvers import flow, memory, splitting
 from meanfield.solvers.solution import ENDED_EARLY, Solution, message
 from meanfield.storage import states
@@ -60,6 +60,7 @@ def solve(
     grow: Natural = 0,
     seed: Seed = 0,
     max_seconds: Seconds = math.inf,
+    prove: Nonnegative = 0.0,
     max_memory: Gibibytes = math.inf,
     state: Annotated[str | Path, path] | None = None,
     state_seconds: Seconds = flow.STATE_SECONDS,
@@ -73,6 +74,11 @@ def solve(
     `Solution.lower_bound` is set only where a bound is proven.  A bound above J is refuted by the network in hand: its
     search missed features; J stands in its place, it ends no run, and the message warns of it.
 
+    prove: seconds after the solve, on top of max_seconds, for a lower bound of J over all measures that is proven
+    (`certificates.prove`: one ReLU layer, average readout); it is in `Solution.proven`, the best one of the run in
+    `Solution.lower_bound`.  Where there is no method, a warning says why before the run starts.  A run that was stopped
+    by the user or for want of memory is not proven of; a stop of the proof keeps what is proven.
+
     flow_steps: steps of the first round's flow; later rounds take later_steps (default: half) at rates that decay by
     RATE_DECAY a round.  batch_size: images per step of the flows (default: all); J is always that of all.  A flow that
     does not lower J proves nothing, as its program was solved a round before: the next one runs at RATE_CUT of its
@@ -83,10 +89,11 @@ def solve(
 
     state: file (.safetensors) to which the state of the alternation is written after every flow and every program, with
     one beside it (.flow.safetensors) that the flow writes every `state_seconds` seconds.  A call with the same
-    arguments, of which `rounds` and `max_seconds` may be others, continues from there and ends, on the same machine and
-    as many threads, with the same bits as a run without a pause (seconds excepted); a program that was broken off is
-    solved anew.  A run that has ended leaves the file, from which the answer comes at once, for the caller to remove.
-    A file that is damaged or of other arguments or data is refused (ValueError).
+    arguments, of which `rounds`, `max_seconds` and `prove` may be others, continues from there and ends, on the same
+    machine and as many threads, with the same bits as a run without a pause (seconds and what is proven in them
+    excepted); a program that was broken off is solved anew.  A run that has ended leaves the file, from which the
+    answer comes at once, for the caller to remove.  A file that is damaged or of other arguments or data is refused
+    (ValueError).
 
     max_memory: what this process may hold, as in `limits.memory` (GiB, or "500MiB"; default: limits.FREE_SHARE of what
     is free on top of what it holds).  A run that will need more is refused before it starts, with what would fit.
@@ -97,8 +104,8 @@ def solve(
     unseen_lowering (as in `UnseenFeatures`), refuted_bound (what the search gave where J refutes it; else None),
     proven_bound, added (how many features entered this program), kept (which particles of the network after it they
     are, where they have mass).
-    callback receives every row of the inner histories, marked with "round" and "phase" ("flow", "program"), and each
-    round's own row (phase "round").
+    callback receives every row of the inner histories, marked with "round" and "phase" ("flow", "program"), each
+    round's own row (phase "round"), and those of the proof (phase "proof").
     """
     problem.penalty.require_certifiable("solve")
     if grow and problem.ranks.count > 1:
@@ -135,9 +142,14 @@ def solve(
     if file is not None and (found := file.load(problem.inputs.device)) is not None:
         run.restore(found)
     flow.warn_unattained(problem)
+    if prove and (reason := certificates.no_method(problem)):
+        warnings.warn(f"nothing will be proven over all measures: {reason}", UserWarning, stacklevel=4)
     with limits.within(max_seconds), limits.memory(max_memory):
         memory.require(problem, network.widths, batch=batch_size, clones=clones, grow=grow, starts=CONFIRMING_STARTS)
-        return run.solution(run.alternate(rounds, flow_steps, later))
+        status = run.alternate(rounds, flow_steps, later)
+        if prove:
+            run.prove(prove, status)
+        return run.solution(status)
 
 
 def flow_state(state: Path) -> Path:
@@ -175,6 +187,7 @@ class _Run:
     history: list[dict[str, Any]] = field(default_factory=list)
     best: Solution | None = None
     found: UnseenFeatures | None = None
+    proven: ProvenBound | None = None
     began: float = field(default_factory=time.perf_counter)
 
     def alternate(self, rounds: int, first: int, later: int) -> str:
@@ -261,6 +274,7 @@ class _Run:
                     "network": states.entries(self.network),
                     "best": None if self.best is None else self.best.state(),
                     "found": None if self.found is None else self.found.state(),
+                    "proven": None if self.proven is None else self.proven.state(),
                     "seconds": time.perf_counter() - self.began,
                 }
             )
@@ -275,6 +289,7 @@ class _Run:
         self.network = ParticleNetwork(architecture, **state["network"])
         self.best = None if state["best"] is None else Solution.restored(state["best"], architecture)
         self.found = None if state["found"] is None else UnseenFeatures.restored(state["found"], architecture)
+        self.proven = None if state["proven"] is None else ProvenBound.restored(state["proven"])
         self.began -= state["seconds"]
 
     def _close(self, program: ConvexProgram, solved: Solution, growth: dict[str, Any]) -> None:
@@ -381,6 +396,25 @@ class _Run:
         found = found.below(self.best.value, self.problem, self.network.widths)
         return {**row, "search_bound": found.bound, "refuted_bound": found.refuted}
 
+    def prove(self, seconds: float, status: str) -> None:
+        """Spend so many seconds on the proven bound, those of the run before a pause included."""
+        assert self.best is not None
+        if self.best.multipliers is None or status in ("interrupted", "out_of_memory"):
+            return
+        try:
+            with limits.grace(math.inf):
+                self.proven = certificates.prove(
+                    self.problem,
+                    self.best.multipliers.output,
+                    self.best.network,
+                    seconds,
+                    self._relay("proof"),
+                    before=self.proven,
+                )
+        except limits.STOPS as stop:  # before anything was proven: the answer is kept
+            limits.status(stop)
+        self.save()
+
     def _relay(self, phase: str) -> Callable[[dict[str, Any]], None] | None:
         callback, index = self.callback, self.index
         if callback is None:
@@ -398,6 +432,8 @@ class _Run:
         assert best is not None
         history = [self._judged(row) for row in self.history]
         bounds = [row["proven_bound"] for row in history if row.get("proven_bound") is not None]
+        if self.proven is not None and not self.proven.reason:
+            bounds.append(self.proven.value)
         detail = f"{len(self.history)} rounds, value {best.value:.8g}"
         detail += f", gap {best.gap:.2g} on this support" if best.certificate is not None else ""
         if self.history:
@@ -413,6 +449,8 @@ class _Run:
                     f"; WARNING: {len(above)} of {len(history)} searches gave bounds above this value, up to "
                     f"{max(above):.8g}: they missed features and bound nothing"
                 )
+        if self.proven is not None:
+            detail += f"; {self.proven.summary()}"
         return Solution(
             value=best.value,
             gap=best.gap,
@@ -421,6 +459,7 @@ class _Run:
             network=best.network,
             point=best.point,
             lower_bound=max(bounds, default=None),
+            proven=self.proven,
             history=history,
             certificate=best.certificate,
             multipliers=best.multipliers,

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from meanfield.architecture import Architecture
-from meanfield.certificates import Certificate, Multipliers
+from meanfield.certificates import Certificate, Multipliers, ProvenBound
 from meanfield.convex.repopulation import ProgramPoint
 from meanfield.network import ParticleNetwork
 from meanfield.storage import states
@@ -39,7 +39,8 @@ class Solution:
     value: the objective at the answer.  gap: value minus the dual value of the convex program on this support;
     infinite, with no certificate and no multipliers, where a run was stopped and left no time to prove anything, or the
     penalty has an `uncertified` term.
-    lower_bound: valid for the problem over ALL measures; None until one is proven.  status: a key of STATUS_TEXTS.
+    lower_bound: valid for the problem over ALL measures; None until one is proven.  proven: how that of
+    `solve(..., prove=seconds)` came about, None without.  status: a key of STATUS_TEXTS.
     history: one dict of figures per recorded iteration.  network, point: the answer in both forms.
     """
 
@@ -50,6 +51,7 @@ class Solution:
     network: ParticleNetwork
     point: ProgramPoint
     lower_bound: float | None = None
+    proven: ProvenBound | None = field(default=None, repr=False)
     history: list[dict[str, Any]] = field(default_factory=list, repr=False)
     certificate: Certificate | None = field(default=None, repr=False)
     multipliers: Multipliers | None = field(default=None, repr=False)

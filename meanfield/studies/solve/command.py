@@ -12,7 +12,7 @@ from typing import Annotated, Any, NoReturn
 
 import torch
 
-from meanfield import limits, ranks, starts, storage
+from meanfield import certificates, limits, ranks, starts, storage
 from meanfield.bench import reading, signals
 from meanfield.bench.command import SHORT, say_data, stop
 from meanfield.bench.options import (
@@ -117,6 +117,15 @@ class Options(Learning):
         ),
         at_least(0),
     ] = 0
+    prove: Annotated[
+        float,
+        option(
+            "After the solve, and beyond --max-seconds, spend so many seconds on a lower bound over all measures that "
+            "is proven, for one ReLU layer with average readout. 0: none.",
+            WORK,
+        ),
+        nonnegative,
+    ] = 0.0
     max_seconds: MaxSeconds = None
     max_memory: MaxMemory = None
     pair: Annotated[
@@ -133,7 +142,7 @@ class Options(Learning):
         bool,
         flag(
             "Go on from where a solve with the same options in --out was broken off: by a kill, a signal or a limit, "
-            "of which --rounds and --max-seconds may have other values now. Without it, or where there is "
+            "of which --rounds, --prove and --max-seconds may have other values now. Without it, or where there is "
             "nothing to go on from, a solve starts anew.",
             OUTPUT,
         ),
@@ -193,12 +202,14 @@ def command(options: Options) -> None:
     only a small program allows (the same program in cvxpy, lines between solutions, finite networks of many widths) is
     measured of the same program where it is small, and otherwise of 16 images of two classes, averaged down to 4x4.
 
+    --prove is for a lower bound that no network of any width can pass, after the solve; the report draws how it rose.
+
     --max-seconds is for the solve; measurements of the report that take longer than what it leaves, or a quarter more,
     are cut short or left out.
 
-    Ctrl-C, SIGTERM and SIGHUP stop the solve, keep the best network so far and say where it is. An earlier report in
-    the same directory is replaced as a whole. With --out a solve can go on, also after a kill: --resume ends at the
-    same network, to the last bit on one machine, as if nothing had happened.
+    Ctrl-C, SIGTERM and SIGHUP stop the solve, keep the best network so far and what is proven, and say where it is. An
+    earlier report in the same directory is replaced as a whole. With --out a solve can go on, also after a kill:
+    --resume ends at the same network, to the last bit on one machine, as if nothing had happened.
 
     torchrun --nproc-per-node 2 -m meanfield solve ... shares the images among processes, on one machine or many; the
     first one prints, writes and measures the report. With --device cuda each has a card of its own.
@@ -224,7 +235,7 @@ def command(options: Options) -> None:
             problem, options.widths, batch=options.batch_size, grow=options.grow, starts=alternating.CONFIRMING_STARTS
         )
         say_data(images.summary, options.quiet)
-        said = _warn(problem)
+        said = _warn(problem, options.prove)
         if result is not None:  # nothing is refused from here on
             _prepare(state, options)
         watch = stack.enter_context(
@@ -299,18 +310,28 @@ def _ended(
     stop(f"{why or f'stopped by {signals.last()}'}: {best}", signals.exit_code() if code is None else code)
 
 
-def _warn(problem: Problem) -> list[str]:
-    """Say once, as a line, why a minimum may not exist."""
+def _warn(problem: Problem, prove: float) -> list[str]:
+    """Say once, each as a line, why a minimum may not exist and why nothing will be proven."""
+    said = [text for text in (_unattained(problem), _unproven(problem, prove)) if text and ranks.first()]
+    for text in said:
+        print(f"warning: {text}", file=sys.stderr)
+    return said
+
+
+def _unproven(problem: Problem, prove: float) -> str:
+    reason = certificates.no_method(problem) if prove else ""
+    return reason and f"--prove proves nothing here: {reason}"
+
+
+def _unattained(problem: Problem) -> str:
     missing = problem.missing_bounds()
-    if not missing or not ranks.first():
-        return []
+    if not missing:
+        return ""
     wanted = " and ".join("--" + name.replace("_", "-") if name.isidentifier() else name for name in missing)
-    text = (
+    return (
         f"the infimum over all measures may not be attained: set {wanted}; otherwise the value may keep falling while "
         "mass concentrates"
     )
-    print(f"warning: {text}", file=sys.stderr)
-    return [text]
 
 
 def _solve(
@@ -328,7 +349,8 @@ def _solve(
     training, held_out = images.split() if images.rest is not None else (images, None)
     start = starts.draw(problem, options.widths, torch.Generator().manual_seed(options.seed), "low_rank")
     with warnings.catch_warnings(), limits.watched(signals.look), ranks.together() as group:
-        warnings.filterwarnings("ignore", message="the infimum over all measures")
+        for text in ("the infimum over all measures", "nothing will be proven"):
+            warnings.filterwarnings("ignore", message=text)
         solution = alternating.solve(
             problem.sharded(group),
             start.map(group.agreed),
@@ -339,6 +361,7 @@ def _solve(
             batch_size=options.batch_size if options.batch_size < len(training) else None,
             grow=options.grow,
             max_seconds=options.max_seconds or math.inf,
+            prove=options.prove,
             state=state,
             callback=watch,
         )
@@ -375,6 +398,8 @@ def _summarise(figures: dict[str, Any], options: Options) -> None:
     answer, judged = figures["solution"], figures["predictions"]
     particles = " x ".join(map(str, answer["widths"]))
     print(f"J = {answer['value']:.8g}   duality gap {answer['gap']:.2g} on this support   particles {particles}")
+    if answer["proven"] and not answer["proven"]["reason"]:
+        print(f"proven: no network lies below {answer['proven']['value']:.8g}, {answer['proven']['share']:.2%} of J")
     print(f"right: {_right(judged)}")
     if "value" in figures.get("peer", {}):
         peer = figures["peer"]

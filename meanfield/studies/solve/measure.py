@@ -93,6 +93,7 @@ def solution_figures(problem: Problem, solution: Solution) -> dict[str, Any]:
         "relative_gap": solution.relative_gap,
         "dual_value": solution.value - solution.gap,
         "lower_bound": solution.lower_bound,
+        "proven": solution.proven and solution.proven.figures(),
         "violation": certificate.violation if certificate else None,
         "status": solution.status,
         "message": solution.message,

@@ -49,7 +49,7 @@ def network_files(run: Run, results: Results) -> dict[str, bytes | str]:
 
 def page(results: Results) -> Page:
     answer = [_found, _predictions, _problem, _rounds, _populations]
-    sections = [*(section(results) for section in answer), *_close(results), _meaning(results)]
+    sections = [*(section(results) for section in answer), *_proof(results), *_close(results), _meaning(results)]
     remark = f"Solved in {results['solution']['seconds']:.1f} s. Every number is in results.json."
     made: Mapping[str, Any] = results["made"]
     return Page(_title(results), _claim(results), sections, made, remark)
@@ -203,6 +203,21 @@ def _rounds(results: Results) -> Section:
             Table(head, list(map(_round, rows))),
         ],
     )
+
+
+def _proof(results: Results) -> list[Section]:
+    """How far the bound over all measures came, where one was asked for."""
+    proven = results["solution"]["proven"]
+    if proven is None:
+        return []
+    if proven["reason"]:
+        return [Section("Proven over all measures", [f"Nothing: {proven['reason']}."])]
+    text = (
+        f"No network of any width, with any kernels, has a J below {number(proven['value'])}: {proven['share']:.2%} of "
+        f"the J reached is proven, after {proven['seconds']:.0f} s ({proven['kind']})."
+    )
+    caption = "The share of J that is proven, against the seconds spent on it; at 1 the answer would be the optimum."
+    return [Section("Proven over all measures", [text, Figure("proof", caption)])]
 
 
 def _round(row: Results) -> list[Any]:

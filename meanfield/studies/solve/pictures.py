@@ -9,7 +9,7 @@ import numpy as np
 from meanfield.pages import plotting
 from meanfield.pages.html import Results
 
-ANSWER = ("confusion", "values", "gaps", "images", "predictions")
+ANSWER = ("confusion", "values", "gaps", "proof", "images", "predictions")
 PARTICLES = ("populations", "kernels")
 CLOSE = ("finite", "segment")
 SMALL = "small_"  # in front of the names of the small program's particles
@@ -31,6 +31,11 @@ def _answer(results: Results) -> dict[str, Any]:
     if rows:
         found["values"] = plotting.values(rows)
         found["gaps"] = plotting.gaps(rows, results["made"]["settings"]["tolerance"])
+    proven = results["solution"]["proven"]
+    if proven and proven["curve"]:
+        seconds, bounds = zip(*proven["curve"])
+        shares = [bound / results["solution"]["value"] for bound in bounds]
+        found["proof"] = plotting.proof([*seconds, proven["seconds"]], [*shares, shares[-1]])
     return found | {"images": _image_strip(judged), "predictions": _prediction_scatter(judged)}
 
 

@@ -59,6 +59,12 @@ class Progress:
             print(f"report: {text}", file=sys.stderr)
 
     def __call__(self, row: dict[str, Any]) -> None:
+        if row["phase"] == "proof":
+            self._prove(row)
+        else:
+            self._solve(row)
+
+    def _solve(self, row: dict[str, Any]) -> None:
         self.value, self.gap = row.get("value", self.value), row.get("gap", self.gap)
         self._measure(row)
         where = f"round {row['round'] + 1} of at most {self.rounds}"
@@ -74,6 +80,13 @@ class Progress:
         elif self.lines and time.perf_counter() - self.said > LINE_SECONDS:
             self.said = time.perf_counter()
             print(f"{where}, {row['phase']}: {self._figures(row)}", file=sys.stderr)
+
+    def _prove(self, row: dict[str, Any]) -> None:
+        text = f"J >= {row['bound']:.6g}, {row['share']:.2%} of J"
+        if self.bar is not None and self.task is not None:
+            self.bar.update(self.task, description="proof", completed=None, total=None, figures=text)
+        elif self.lines:
+            print(f"proof: {text}, {row['seconds']:.0f} s", file=sys.stderr)
 
     def _measure(self, row: dict[str, Any]) -> None:
         """The pace of a flow, images per second, since the row before."""

@@ -1,0 +1,507 @@
+"""A proven lower bound of J over all measures for one ReLU layer, and output multipliers chosen for it.
+
+For multipliers r (N, K) in the domain of the loss conjugate and any upper bound U of max |q| over unit kernels,
+
+    q_z(r) = sum_n r_n phi_z(n),   phi_z(n) = mean over positions of relu(<z, patch>),
+
+every network has J >= D(s r) = -(1/N) sum_n loss*(N s r_n) for 0 <= s <= price / U, price = 2 sqrt(lambda_1 lambda_u)
+(`search`).  `sphere.maximise` finds U.  A kernel with |q| above the price is a feature that the support of r lacks.
+Written as the cut <r, phi_z u> <= price, u = q / |q|, it is one more column of a small convex program:
+
+    max D(r) over <r, G_c> <= price  =  min over a >= 0 of (1/N) sum_n loss(-sum_c a_c G_c(n)) + price sum_c a_c,
+
+whose residuals are the next r (Kelley's cutting planes, J. SIAM 8, 1960).  Whatever r is tried, the bound at it is
+proven, and the best is kept.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.linalg import solve_triangular
+from scipy.optimize import minimize, nnls
+from torch import Tensor
+
+from meanfield import limits, validation
+from meanfield.architecture import Architecture
+from meanfield.certificates import concave, sphere
+from meanfield.certificates.relaxing import Partition
+from meanfield.certificates.sphere.response import reduced, start_directions, unit
+from meanfield.losses import Loss
+from meanfield.network import ParticleNetwork
+from meanfield.problem import Problem
+from meanfield.signatures import Nonnegative, checked
+
+EXACT_ENTRIES = 3  # of a kernel, up to which the maximum is exact and takes little time
+LEAST_SECONDS = 2.0  # of one bound
+FIRST = 1 / 12  # of the time is for the first bound of `prove`; each later one takes twice as long as all before it
+VIOLATED = 1e-6  # relative to the price: what a cut is added for
+CLOSED = 3e-7  # relative to the program's value: what the bound need not rise any more
+NEAR = 0.9  # of the price: what is cut beforehand
+PASSES = 24  # of cuts between two bounds
+STEPS = 40  # of the ascents that look for cuts, from ASCENTS kernels
+ASCENTS = 256
+APART = 0.05  # between unit kernels that are added at once
+WIDE = 1.1  # times the largest response met: a bound above it is given all the time that is left
+OPEN = 2.0  # times the largest response met: bounds above it ask for multipliers of which more can be proven
+RELAXED_PASSES, RELAXED_CELLS = 16, 1000
+RELAXED_SHARE = 0.3  # of the time left
+STAY = 0.7  # of a step from the best multipliers towards those of the program
+MOST_ENTRIES = 1 << 24  # of the patches by images
+ITERATIONS = 100  # of L-BFGS-B
+NEWTON_STEPS, NEWTON_HALVINGS, NEWTON_TOLERANCE, RIDGE = 20, 20, 1e-10, 1e-13
+
+
+@dataclass(frozen=True, eq=False)
+class ProvenBound:
+    """J >= value for every network, proven.
+
+    share: value over the J of the network in hand.  curve: (seconds, value) whenever the bound rose, nondecreasing.
+    kind: the method, and what it knows of max |q|.  output (N, K): the multipliers that attain it, scaled.  kernels
+    (m, d): unit kernels, bias included, that the network lacked.  Where no method applies value is -inf and `reason`
+    says why.
+    """
+
+    value: float
+    share: float = 0.0
+    curve: tuple[tuple[float, float], ...] = ()
+    kind: str = ""
+    output: Tensor | None = None
+    kernels: Tensor | None = None
+    seconds: float = 0.0
+    reason: str = ""
+
+    def summary(self) -> str:
+        """One line."""
+        if self.reason:
+            return f"nothing is proven over all measures: {self.reason}"
+        return f"J >= {self.value:.8g} for every network, proven: {self.share:.2%} of J ({self.kind})"
+
+    def figures(self) -> dict[str, Any]:
+        """For JSON."""
+        kept = ("value", "share", "kind", "seconds", "reason")
+        curve = [list(point) for point in self.curve]
+        return {name: getattr(self, name) for name in kept if not self.reason} | {"curve": curve, "reason": self.reason}
+
+    def state(self) -> dict[str, Any]:
+        """For a `StateFile`."""
+        return dict(vars(self))
+
+    @classmethod
+    def restored(cls, state: dict[str, Any]) -> ProvenBound:
+        """What `state` described."""
+        return cls(**{**state, "curve": tuple((float(at), float(value)) for at, value in state["curve"])})
+
+
+def no_method(problem: Problem) -> str:
+    """Why `prove` has no method for a problem; empty where it has one."""
+    arch, penalty = problem.architecture, problem.penalty
+    conv = arch.layers[0]
+    reasons = {
+        "there is no method for more than one layer": arch.depth > 1,
+        f"there is a method for ReLU only, not for {conv.h.name}": conv.h.name != "relu",
+        "there is no method for maximum pooling": conv.pooling == "max",
+        "there is a method for the average readout only": arch.readout != "average",
+        "there is no method with an input bound": penalty.input_bound is not None,
+        "there is a method for power 2 only": penalty.power != 2,
+        "without penalties on input and readout features cost nothing": penalty.input * penalty.readout == 0,
+        "the penalty has a term that nothing is proven of": penalty.uncertified is not None,
+        "the images are shared among processes": problem.ranks.count > 1,
+    }
+    return next((reason for reason, applies in reasons.items() if applies), "")
+
+
+@checked
+@torch.inference_mode(False)
+def prove(
+    problem: Problem,
+    output: Tensor,
+    network: ParticleNetwork,
+    seconds: Nonnegative,
+    callback: Callable[[dict[str, Any]], None] | None = None,
+    *,
+    before: ProvenBound | None = None,
+) -> ProvenBound:
+    """The best lower bound of J over all measures that `seconds` prove, from the multipliers r = `output` (N, K) on.
+
+    network: its features are the first of the small program, its J that of the share.  The first bound is at r; then
+    features that r undercharges, the next r, its bound, in turn, each bound with twice the time that has gone, or with
+    all that is left where the one before is far from closed.  It ends early where the bound reaches the program's
+    value.  Ctrl-C and a limit of time (`limits.within`) end it with what is proven by then.  before: an earlier answer,
+    to go on from; its seconds count.
+    callback: hears {"phase": "proof", "seconds", "bound", "share"} after every bound.
+    """
+    problem.require_whole("prove")
+    validation.shaped(output, (len(problem.inputs), problem.architecture.outputs), "output")
+    reason = no_method(problem)
+    if reason:
+        return ProvenBound(-math.inf, reason=reason)
+    problem, network = problem.to(dtype=torch.float64), network.to(dtype=torch.float64)
+    output = problem.loss.feasible(problem.count * output.to(problem.inputs), problem.targets) / problem.count
+    proof = _Proof(problem, network, seconds, callback, before)
+    try:
+        proof.run(output)
+    except (KeyboardInterrupt, limits.TimeUp):
+        if not proof.best.curve:
+            raise
+    return replace(proof.best, seconds=proof.elapsed())
+
+
+def at_multipliers(
+    problem: Problem, output: Tensor, network: ParticleNetwork | None, seconds: float
+) -> dict[str, float | str | None]:
+    """The proven bound at r = `output`, scaled: what `search_features` reports of it; {} where no method applies, or
+    no time was given to one that needs it.
+    """
+    if no_method(problem) or (seconds <= 0 and _entries(problem.architecture) > EXACT_ENTRIES):
+        return {}
+    features = Features.of(problem)
+    start = None if network is None else features.kernels(network)
+    found = _bound(problem, features, output, start, max(seconds, LEAST_SECONDS))
+    return {"rigorous_bound": found.value, "rigorous_kind": found.kind}
+
+
+@dataclass(frozen=True, eq=False)
+class Features:
+    """phi_z(n) of all kernels: patches (N P, d) with 1 for a bias, weights (P,) of the positions in the readout."""
+
+    patches: Tensor
+    weights: Tensor
+
+    @classmethod
+    def of(cls, problem: Problem) -> Features:
+        arch = problem.architecture
+        conv = arch.layers[0]
+        patches = conv.patches(problem.inputs).flatten(0, 1) / arch.input_shape[0]
+        if conv.bias:
+            patches = torch.cat([patches, patches.new_ones(len(patches), 1)], 1)
+        return cls(patches, position_weights(arch).to(patches))
+
+    def __call__(self, kernels: Tensor) -> Tensor:
+        """phi (m, N) of kernels (m, d)."""
+        count = self.patches.shape[1]
+        size = max(1, limits.block_bytes() // (8 * len(self.patches)))
+        rows = [
+            (self.patches @ part.T).clamp_min_(0).view(-1, len(self.weights), len(part)) for part in kernels.split(size)
+        ]
+        found = [torch.einsum("npm,p->mn", row, self.weights) for row in rows]
+        return torch.cat(found) if found else self.patches.new_zeros(0, len(self.patches) // count)
+
+    def weighted(self, output: Tensor) -> Tensor:
+        """Weights (N P, K) of all patches in q at r = output (N, K)."""
+        return (output[:, None] * self.weights[None, :, None]).flatten(0, 1)
+
+    @staticmethod
+    def kernels(network: ParticleNetwork) -> Tensor:
+        """The network's own, with their biases, (M, d)."""
+        own, bias = network.kernels[0].flatten(1), network.biases[0]
+        return own if bias is None else torch.cat([own, bias[:, None]], 1)
+
+
+@dataclass(frozen=True, eq=False)
+class _Bounded:
+    """The bound at some multipliers: its value, and what is known of max |q|."""
+
+    value: float
+    kind: str
+    output: Tensor
+    maximum: sphere.SphereMaximum
+
+
+def _bound(problem: Problem, features: Features, output: Tensor, start: Tensor | None, seconds: float) -> _Bounded:
+    """r scaled by at most the price over an upper bound of max |q|, to the best of it."""
+    found = sphere.maximise(features.patches, features.weighted(output), max_seconds=seconds, start=start)
+    limit = min(_price(problem) / found.upper if found.upper > 0 else math.inf, largest_scale(problem.loss))
+    scale, value = concave.maximum(lambda s: _dual(problem, s * output), limit)
+    kind = f"{found.method}, max |q| between {found.lower:.6g} and {found.upper:.6g}"
+    return _Bounded(value, kind, scale * output, found)
+
+
+def _dual(problem: Problem, output: Tensor) -> float:
+    return -float(problem.loss.conjugate(problem.count * output, problem.targets).mean())
+
+
+def _price(problem: Problem) -> float:
+    """What a unit kernel of unit readout costs at the best masses and scales."""
+    return 2 * math.sqrt(problem.penalty.input * problem.penalty.readout)
+
+
+def _entries(architecture: Architecture) -> int:
+    conv = architecture.layers[0]
+    return architecture.input_shape[0] * conv.offsets + conv.bias
+
+
+def largest_scale(loss: Loss) -> float:
+    """Up to which factor r is scaled: up to 1 it stays in the domain of any conjugate, which is convex and holds 0.
+
+    Where the domain has no end, 2 leaves room enough above an r that is nearly optimal.
+    """
+    return 2.0 if loss.supercoercive else 1.0
+
+
+def position_weights(arch: Architecture) -> Tensor:
+    """Weight of every position before pooling in the average readout, (P,)."""
+    height, width = arch.geometry[0].output
+    features = torch.zeros(1, 1, height, width, dtype=torch.float64, requires_grad=True)
+    pooled = arch.layers[0].pool(features)
+    return torch.autograd.grad(arch.readout_features(pooled).sum(), features)[0].flatten()
+
+
+@dataclass
+class _Program:
+    """The convex program over known kernels, by cuts <r, phi u> <= price: kernels (m, d), cuts (C, N, K).
+
+    amounts (C,): a, of the last solution.  value: its value, which no bound over all measures exceeds.
+    """
+
+    problem: Problem
+    features: Features
+    kernels: Tensor
+    phi: Tensor = field(init=False)
+    cuts: Tensor = field(init=False)
+    amounts: np.ndarray = field(init=False)
+    value: float = math.inf
+
+    def __post_init__(self) -> None:
+        self.phi = self.features(self.kernels)
+        self.cuts = self.phi.new_zeros(0, len(self.problem.inputs), self.problem.architecture.outputs)
+        self.amounts = np.zeros(0)
+
+    def add(self, kernels: Tensor) -> None:
+        self.kernels = torch.cat([self.kernels, kernels])
+        self.phi = torch.cat([self.phi, self.features(kernels)])
+
+    def cut(self, output: Tensor, level: float) -> bool:
+        """Add the cuts of all known kernels with |q| above a level; whether there are any."""
+        q = self.phi @ output
+        lengths = q.norm(dim=1)
+        over = (lengths > level).nonzero()[:, 0]
+        directions = q[over] / lengths[over, None]
+        self.extend(self.phi[over, :, None] * directions[:, None, :])
+        return len(over) > 0
+
+    def _forget(self, output: Tensor, level: float) -> None:
+        """Drop the cuts that count for nothing and are not near."""
+        kept = (self.amounts > 0) | (torch.tensordot(self.cuts, output, 2).numpy(force=True) > level)
+        self.cuts, self.amounts = self.cuts[torch.from_numpy(kept).to(self.cuts.device)], self.amounts[kept]
+
+    def extend(self, cuts: Tensor) -> None:
+        """Add cuts (c, N, K)."""
+        self.cuts = torch.cat([self.cuts, cuts])
+        self.amounts = np.concatenate([self.amounts, np.zeros(len(cuts))])
+
+    def solve(self, output: Tensor) -> Tensor:
+        """The multipliers (N, K) that are best for the known kernels, from `output` on."""
+        price = _price(self.problem)
+        self._forget(output, NEAR * price)
+        self.cut(output, NEAR * price)
+        for _ in range(PASSES):
+            output = self._of_cuts()
+            if not self.cut(output, price * (1 + VIOLATED)):
+                break
+        return output
+
+    def _of_cuts(self) -> Tensor:
+        """Those of the cuts at hand: the residuals of the program over a >= 0."""
+        if len(self.amounts):
+            self._descend()
+            self._polish()
+        self.value = self._value(self.amounts)[0]
+        slopes = self.problem.loss.gradient(self._outputs(self.amounts), self.problem.targets)
+        return self.problem.loss.feasible(slopes, self.problem.targets) / self.problem.count
+
+    def _descend(self) -> None:
+        size = max(self._value(np.zeros(len(self.amounts)))[0], np.finfo(float).tiny)
+
+        def scaled(amounts: np.ndarray) -> tuple[float, np.ndarray]:
+            value, slopes = self._value(amounts)
+            return value / size, slopes / size
+
+        options = {"maxiter": ITERATIONS, "ftol": 1e-15, "gtol": 0.0, "maxcor": 30}
+        bounds = [(0.0, None)] * len(self.amounts)
+        self.amounts = minimize(scaled, self.amounts, jac=True, method="L-BFGS-B", bounds=bounds, options=options).x
+
+    def _outputs(self, amounts: np.ndarray) -> Tensor:
+        return -torch.tensordot(torch.from_numpy(amounts).to(self.cuts), self.cuts, 1)
+
+    def _value(self, amounts: np.ndarray) -> tuple[float, np.ndarray]:
+        """The program's value and its slopes (C,)."""
+        limits.look()
+        problem, price, F = self.problem, _price(self.problem), self._outputs(amounts)
+        loss = float(problem.loss.value(F, problem.targets).mean())
+        slopes = torch.tensordot(self.cuts, problem.loss.gradient(F, problem.targets), 2) / problem.count
+        return loss + price * float(amounts.sum()), price - slopes.numpy(force=True)
+
+    def _polish(self) -> None:
+        """Newton steps, each a least-squares problem over a >= 0 (Lawson and Hanson, 1974): cuts are nearly parallel,
+        and the first order leaves r short of what proves the last thousandth.  Without curvature, as of a hinge, there
+        are none.
+        """
+        value, slopes = self._value(self.amounts)
+        for _ in range(NEWTON_STEPS):
+            curved = self._curvature()
+            ridge = RIDGE * np.trace(curved)
+            if ridge == 0:
+                return
+            root = np.linalg.cholesky(curved + ridge * np.eye(len(curved)))
+            linear = slopes - curved @ self.amounts - ridge * self.amounts
+            step = nnls(root.T, -solve_triangular(root, linear, lower=True))[0] - self.amounts
+            if -float(slopes @ step) <= NEWTON_TOLERANCE * value:
+                return
+            for halving in range(NEWTON_HALVINGS):
+                amounts = self.amounts + 0.5**halving * step
+                reached, there = self._value(amounts)
+                if reached < value:
+                    break
+            else:
+                return
+            self.amounts, value, slopes = amounts, reached, there
+
+    def _curvature(self) -> np.ndarray:
+        """The second derivative of the mean loss in the amounts, (C, C)."""
+        cuts = self.cuts
+        F = self._outputs(self.amounts).requires_grad_()
+        (slopes,) = torch.autograd.grad(self.problem.loss.value(F, self.problem.targets).sum(), F, create_graph=True)
+        if not slopes.requires_grad:
+            return np.zeros((len(cuts), len(cuts)))
+        rows = [torch.autograd.grad(each, F, retain_graph=True, materialize_grads=True)[0] for each in slopes.sum(0)]
+        weighted = torch.einsum("cnk,nkl->cnl", cuts, torch.stack(rows, 1))
+        return (weighted.flatten(1) @ cuts.flatten(1).T).numpy(force=True) / self.problem.count
+
+
+def _relaxed(program: _Program, output: Tensor, passes: int, cells: int, deadline: float) -> Tensor:
+    """Multipliers near the best on a partition: steps from the best so far towards those of the program with the
+    relaxed features of all passes.
+    """
+    problem, price, features = program.problem, _price(program.problem), program.features
+    program, best = copy.copy(program), (-math.inf, output)
+    partition = Partition.refined(features.patches, features.weights, output, cells)
+    for _ in range(passes):
+        limits.look()
+        upper, relaxed = partition.bound(output)
+        scale, value = concave.maximum(
+            lambda s, r=output: _dual(problem, s * r), min(price / upper, largest_scale(problem.loss))
+        )
+        best = max(best, (value, scale * output), key=lambda each: each[0])
+        if time.perf_counter() > deadline:
+            break
+        program.extend(relaxed)
+        output = STAY * best[1] + (1 - STAY) * program.solve(output)
+    return best[1]
+
+
+class _Proof:
+    """The best bound so far, and what leads to the next."""
+
+    def __init__(
+        self,
+        problem: Problem,
+        network: ParticleNetwork,
+        seconds: float,
+        callback: Callable[[dict[str, Any]], None] | None,
+        before: ProvenBound | None,
+    ):
+        self.problem, self.seconds, self.callback = problem, seconds, callback
+        self.features = Features.of(problem)
+        self.value = float(problem.value(network))
+        self.best = ProvenBound(-math.inf) if before is None else replace(before, share=before.value / self.value)
+        self.began = time.perf_counter() - self.best.seconds
+        own = unit(self.features.kernels(network))
+        lacked = own[:0] if self.best.kernels is None else self.best.kernels.to(own)
+        self.own, self.ratio = len(own), 1.0
+        self.program = _Program(problem, self.features, torch.cat([own, lacked]))
+
+    def elapsed(self) -> float:
+        return time.perf_counter() - self.began
+
+    def run(self, output: Tensor) -> None:
+        if self.best.curve:  # the bound at r is known
+            output = self.program.solve(output)
+        while self.elapsed() < self.seconds:
+            maximum = self._bounded(output)
+            if self.elapsed() >= self.seconds:
+                break
+            proposed = self._next(output, maximum)
+            if self.best.value >= self.program.value * (1 - CLOSED):
+                break
+            output = self._provable(proposed, maximum)
+
+    def _provable(self, output: Tensor, maximum: sphere.SphereMaximum) -> Tensor:
+        """The optimal multipliers, or where much is left open those of which more can be proven."""
+        large = len(output) * self.features.patches.shape[0] > MOST_ENTRIES
+        if maximum.upper <= OPEN * maximum.lower or output.shape[1] > 1 or large:
+            return output
+        deadline = time.perf_counter() + RELAXED_SHARE * (self.seconds - self.elapsed())
+        return _relaxed(self.program, output, RELAXED_PASSES, RELAXED_CELLS, deadline)
+
+    def _bounded(self, output: Tensor) -> sphere.SphereMaximum:
+        """Bound at some multipliers, and keep it if it is the best."""
+        left = self.seconds - self.elapsed()
+        slice_ = 2 * self.elapsed() if self.best.curve else FIRST * self.seconds
+        # begun anew with less time than the last it would hardly be better; far from closed it is time that it lacks
+        given = left if self.best.curve and (left < 3 * slice_ or self.ratio > WIDE) else min(left, slice_)
+        with limits.grace(given):
+            limits.look()
+            found = _bound(self.problem, self.features, output, self.program.kernels, max(given, 0.1))
+        self.ratio = found.maximum.upper / max(found.maximum.lower, np.finfo(float).tiny)
+        if found.value > self.best.value:
+            self.best = replace(
+                self.best,
+                value=found.value,
+                share=found.value / self.value,
+                curve=(*self.best.curve, (self.elapsed(), found.value)),
+                kind=found.kind,
+                output=found.output,
+            )
+        if self.callback is not None:
+            figures = {"seconds": self.elapsed(), "bound": self.best.value, "share": self.best.share}
+            self.callback({"phase": "proof", **figures})
+        return found.maximum
+
+    def _next(self, output: Tensor, maximum: sphere.SphereMaximum) -> Tensor:
+        """The multipliers of the program with the features that those of before undercharge."""
+        self.program.add(maximum.argmax[None])
+        for _ in range(PASSES):
+            output = self.program.solve(output)
+            found = self._undercharged(output)
+            if not len(found) or self.elapsed() >= self.seconds:
+                break
+            self.program.add(found)
+        self.best = replace(self.best, kernels=self.program.kernels[self.own :])
+        return output
+
+    def _undercharged(self, output: Tensor) -> Tensor:
+        """Unit kernels (m, d) that gain more than the price, where ascents from several ones end; no two alike."""
+        limits.look()
+        price = _price(self.problem)
+        response = reduced(self.features.patches, self.features.weighted(output))
+        if not response.linear.shape[0]:
+            return self.program.kernels[:0]
+        known = self.program.kernels @ response.basis
+        starts = start_directions(response, known)
+        lengths = response(starts).norm(dim=1)
+        directions = starts[lengths.topk(min(ASCENTS, len(starts))).indices]
+        best, where = torch.zeros_like(directions[:, 0]), directions
+        for step in range(STEPS):
+            values = response(directions)
+            lengths = values.norm(dim=1)
+            where = torch.where((lengths > best)[:, None], directions, where)
+            best = torch.maximum(lengths, best)
+            pull = unit(response.gradient(directions, unit(values)))
+            directions = unit(directions + 0.8 ** max(0, step - STEPS // 4) * pull)
+        order = best.argsort(descending=True)
+        order = order[best[order] > price * (1 + VIOLATED)]
+        return _distinct(where[order]) @ response.basis.T
+
+
+def _distinct(kernels: Tensor) -> Tensor:
+    """Of unit kernels, best first, those with no better one near."""
+    near = torch.cdist(kernels, kernels) < APART
+    return kernels[~near.tril(-1).any(1)]
