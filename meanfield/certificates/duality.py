@@ -38,6 +38,7 @@ from meanfield.certificates import concave
 from meanfield.convex.program import ConvexProgram
 from meanfield.convex.repopulation import ProgramPoint, joined, parted
 from meanfield.host import on_host
+from meanfield.losses import Loss
 from meanfield.network import ordinary, propagate
 from meanfield.penalties import largest, lengths
 from meanfield.precision import full_float32
@@ -319,3 +320,11 @@ def _least_total(total: Callable[[list[float]], float], count: int) -> float:
             offsets[index], found = concave.maximum(along, 1.0)
             best = min(best, -found)
     return best
+
+
+def largest_scale(loss: Loss) -> float:
+    """Up to which factor r is scaled: up to 1 it stays in the domain of any conjugate, which is convex and holds 0.
+
+    Where the domain has no end, 2 leaves room enough above an r that is nearly optimal.
+    """
+    return 2.0 if loss.supercoercive else 1.0

@@ -19,6 +19,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from meanfield import limits
 from meanfield.certificates.saturating import Saturating
 from meanfield.certificates.sphere.response import chunk
 
@@ -98,6 +99,7 @@ def largest(response: Response, tried: Tensor, deadline: float, tolerance: float
     uppers = middles.new_full((1,), math.inf)
     looked, closed, fresh = 0, 0.0, torch.arange(1)
     while True:
+        limits.look()
         uppers[fresh] = torch.minimum(uppers[fresh], _bounds(response, middles[fresh], halves[fresh]))
         looked += len(fresh)
         reached = response.ratios(middles[fresh])

@@ -1,6 +1,8 @@
-"""A proven lower bound of J over all measures for one ReLU layer, and output multipliers chosen for it.
+"""Proven lower bounds of J over all measures, and output multipliers chosen for them: one ReLU layer, or two layers of
+tanh, erf or hard tanh (`two_layers`).
 
-For multipliers r (N, K) in the domain of the loss conjugate and any upper bound U of max |q| over unit kernels,
+One ReLU layer: for multipliers r (N, K) in the domain of the loss conjugate and any upper bound U of max |q| over unit
+kernels,
 
     q_z(r) = sum_n r_n phi_z(n),   phi_z(n) = mean over positions of relu(<z, patch>),
 
@@ -31,10 +33,10 @@ from torch import Tensor
 
 from meanfield import limits, validation
 from meanfield.architecture import Architecture
-from meanfield.certificates import concave, sphere
+from meanfield.certificates import concave, sphere, two_layers
+from meanfield.certificates.duality import largest_scale
 from meanfield.certificates.relaxing import Partition
 from meanfield.certificates.sphere.response import reduced, start_directions, unit
-from meanfield.losses import Loss
 from meanfield.network import ParticleNetwork
 from meanfield.problem import Problem
 from meanfield.signatures import Nonnegative, checked
@@ -103,17 +105,20 @@ class ProvenBound:
 def no_method(problem: Problem) -> str:
     """Why `prove` has no method for a problem; empty where it has one."""
     arch, penalty = problem.architecture, problem.penalty
+    if penalty.uncertified is not None:
+        return "the penalty has a term that nothing is proven of"
+    if problem.ranks.count > 1:
+        return "the images are shared among processes"
+    if arch.depth > 1:
+        return two_layers.unfit(problem)
     conv = arch.layers[0]
     reasons = {
-        "there is no method for more than one layer": arch.depth > 1,
         f"there is a method for ReLU only, not for {conv.h.name}": conv.h.name != "relu",
         "there is no method for maximum pooling": conv.pooling == "max",
         "there is a method for the average readout only": arch.readout != "average",
         "there is no method with an input bound": penalty.input_bound is not None,
         "there is a method for power 2 only": penalty.power != 2,
         "without penalties on input and readout features cost nothing": penalty.input * penalty.readout == 0,
-        "the penalty has a term that nothing is proven of": penalty.uncertified is not None,
-        "the images are shared among processes": problem.ranks.count > 1,
     }
     return next((reason for reason, applies in reasons.items() if applies), "")
 
@@ -145,7 +150,8 @@ def prove(
         return ProvenBound(-math.inf, reason=reason)
     problem, network = problem.to(dtype=torch.float64), network.to(dtype=torch.float64)
     output = problem.loss.feasible(problem.count * output.to(problem.inputs), problem.targets) / problem.count
-    proof = _Proof(problem, network, seconds, callback, before)
+    make = _OneLayerProof if problem.architecture.depth == 1 else _TwoLayerProof
+    proof = make(problem, network, seconds, callback, before)
     try:
         proof.run(output)
     except (KeyboardInterrupt, limits.TimeUp):
@@ -160,7 +166,9 @@ def at_multipliers(
     """The proven bound at r = `output`, scaled: what `search_features` reports of it; {} where no method applies, or
     no time was given to one that needs it.
     """
-    if no_method(problem) or (seconds <= 0 and _entries(problem.architecture) > EXACT_ENTRIES):
+    if problem.architecture.depth > 1 or no_method(problem):
+        return {}
+    if seconds <= 0 and _entries(problem.architecture) > EXACT_ENTRIES:
         return {}
     features = Features.of(problem)
     start = None if network is None else features.kernels(network)
@@ -236,14 +244,6 @@ def _price(problem: Problem) -> float:
 def _entries(architecture: Architecture) -> int:
     conv = architecture.layers[0]
     return architecture.input_shape[0] * conv.offsets + conv.bias
-
-
-def largest_scale(loss: Loss) -> float:
-    """Up to which factor r is scaled: up to 1 it stays in the domain of any conjugate, which is convex and holds 0.
-
-    Where the domain has no end, 2 leaves room enough above an r that is nearly optimal.
-    """
-    return 2.0 if loss.supercoercive else 1.0
 
 
 def position_weights(arch: Architecture) -> Tensor:
@@ -398,7 +398,7 @@ def _relaxed(program: _Program, output: Tensor, passes: int, cells: int, deadlin
 
 
 class _Proof:
-    """The best bound so far, and what leads to the next."""
+    """The best bound so far."""
 
     def __init__(
         self,
@@ -408,18 +408,57 @@ class _Proof:
         callback: Callable[[dict[str, Any]], None] | None,
         before: ProvenBound | None,
     ):
-        self.problem, self.seconds, self.callback = problem, seconds, callback
-        self.features = Features.of(problem)
+        self.problem, self.network, self.seconds, self.callback = problem, network, seconds, callback
         self.value = float(problem.value(network))
         self.best = ProvenBound(-math.inf) if before is None else replace(before, share=before.value / self.value)
         self.began = time.perf_counter() - self.best.seconds
+
+    def elapsed(self) -> float:
+        return time.perf_counter() - self.began
+
+    def keep(self, value: float, kind: str, output: Tensor) -> None:
+        """Take a bound if it is the best, and say how far the proof is."""
+        if value > self.best.value:
+            curve = (*self.best.curve, (self.elapsed(), value))
+            self.best = replace(self.best, value=value, share=value / self.value, curve=curve, kind=kind, output=output)
+        if self.callback is not None:
+            figures = {"seconds": self.elapsed(), "bound": self.best.value, "share": self.best.share}
+            self.callback({"phase": "proof", **figures})
+
+
+class _TwoLayerProof(_Proof):
+    """Two saturating layers: a quick bound at r, then one at multipliers chosen for it."""
+
+    def run(self, output: Tensor) -> None:
+        if not self.best.curve:
+            self._bounded(output, FIRST * self.seconds, 0)
+        if self.elapsed() < self.seconds:
+            self._bounded(output, self.seconds - self.elapsed(), two_layers.STEPS)
+
+    def _bounded(self, output: Tensor, seconds: float, steps: int) -> None:
+        found = two_layers.prove(self.problem, output, self.network, seconds=seconds, steps=steps)
+        low, high = found.gain.lower, found.gain.upper
+        kind = f"two layers, the gain of a kernel between {low:.6g} and {high:.6g}"
+        self.keep(found.bound, kind, found.output)
+
+
+class _OneLayerProof(_Proof):
+    """One ReLU layer: bounds in turn with multipliers of a program that knows more and more features."""
+
+    def __init__(
+        self,
+        problem: Problem,
+        network: ParticleNetwork,
+        seconds: float,
+        callback: Callable[[dict[str, Any]], None] | None,
+        before: ProvenBound | None,
+    ):
+        super().__init__(problem, network, seconds, callback, before)
+        self.features = Features.of(problem)
         own = unit(self.features.kernels(network))
         lacked = own[:0] if self.best.kernels is None else self.best.kernels.to(own)
         self.own, self.ratio = len(own), 1.0
         self.program = _Program(problem, self.features, torch.cat([own, lacked]))
-
-    def elapsed(self) -> float:
-        return time.perf_counter() - self.began
 
     def run(self, output: Tensor) -> None:
         if self.best.curve:  # the bound at r is known
@@ -451,18 +490,7 @@ class _Proof:
             limits.look()
             found = _bound(self.problem, self.features, output, self.program.kernels, max(given, 0.1))
         self.ratio = found.maximum.upper / max(found.maximum.lower, np.finfo(float).tiny)
-        if found.value > self.best.value:
-            self.best = replace(
-                self.best,
-                value=found.value,
-                share=found.value / self.value,
-                curve=(*self.best.curve, (self.elapsed(), found.value)),
-                kind=found.kind,
-                output=found.output,
-            )
-        if self.callback is not None:
-            figures = {"seconds": self.elapsed(), "bound": self.best.value, "share": self.best.share}
-            self.callback({"phase": "proof", **figures})
+        self.keep(found.value, found.kind, found.output)
         return found.maximum
 
     def _next(self, output: Tensor, maximum: sphere.SphereMaximum) -> Tensor:

@@ -41,7 +41,7 @@ from meanfield.certificates.compositions import (
     with_tensors,
     zeros_like,
 )
-from meanfield.certificates.proving import largest_scale
+from meanfield.certificates.duality import largest_scale
 from meanfield.certificates.sphere.response import unit
 from meanfield.network import ParticleNetwork, along_axis
 from meanfield.problem import Problem

@@ -29,10 +29,10 @@ from torch import Tensor
 from meanfield import limits
 from meanfield.architecture import Architecture
 from meanfield.certificates import concave, gain
+from meanfield.certificates.duality import largest_scale
 from meanfield.certificates.gain import Gain, Response
 from meanfield.certificates.saturating import SATURATING, Saturating
 from meanfield.certificates.sphere.response import unit
-from meanfield.losses import Loss
 from meanfield.network import ParticleNetwork
 from meanfield.problem import Problem
 
@@ -41,7 +41,12 @@ COARSE = (250, 32, 24)  # of them, while mu and r are chosen
 LEAST_FLOW = 1e-6  # the first t above 0, relative to the last
 LEAST_RADIUS, RADIUS_STEP, RADII = 1e-3, 1.03, 500  # lengths of kernels between which B_i is bounded
 ASCENTS, ASCENT_STEPS, RATE = 256, 100, 0.1
-ROUNDS, STEP, DECAY = 2, 0.05, 0.02  # of the choice of r: the first step, relative to |r|, and what is left of it
+STEPS, ROUNDS, STEP, DECAY = (
+    300,
+    2,
+    0.05,
+    0.02,
+)  # of the choice of r: the first step, relative to |r|, and what is left of it
 PRICES = (1e-3, 30.0, 16)  # of mu: the least and the largest, over lambda_s, and how many are tried
 
 
@@ -62,21 +67,20 @@ class TwoLayerBound:
 def unfit(problem: Problem) -> str:
     """Why this problem has no such bound; "" where it has one."""
     arch, penalty = problem.architecture, problem.penalty
-    if arch.depth != 2:
-        return f"it is for two layers, and there are {arch.depth}"
-    if unknown := [layer.h.name for layer in arch.layers if layer.h.name not in SATURATING]:
-        return f"it is for {', '.join(SATURATING)}, and there is {unknown[0]}"
-    if any(layer.pooling == "max" for layer in arch.layers):
-        return "it is not for max pooling"
-    if arch.readout != "average":
-        return "it is for the average readout"
-    if arch.layers[1].bias:
-        return "biases of the second layer cost nothing"
-    if penalty.power != 2:
-        return "it is for power 2"
-    if min(penalty.source, penalty.readout, penalty.input) <= 0:
-        return "it needs all three penalties"
-    return ""
+    known = [layer.h.name in SATURATING for layer in arch.layers]
+    reasons = {
+        f"there is a method for two layers, and there are {arch.depth}": arch.depth != 2,
+        f"two layers have a method for {', '.join(SATURATING)} only": not all(known),
+        "there is no method for maximum pooling": any(layer.pooling == "max" for layer in arch.layers),
+        "there is a method for the average readout only": arch.readout != "average",
+        "biases of later layers cost nothing": any(layer.bias for layer in arch.layers[1:]),
+        "there is a method for power 2 only": penalty.power != 2,
+        "without penalties on source, readout and input features cost nothing": penalty.source
+        * penalty.readout
+        * penalty.input
+        == 0,
+    }
+    return next((reason for reason, applies in reasons.items() if applies), "")
 
 
 def prove(
@@ -86,7 +90,7 @@ def prove(
     *,
     seconds: float = 10.0,
     tolerance: float = 1e-2,
-    steps: int = 300,
+    steps: int = STEPS,
 ) -> TwoLayerBound:
     """The bound at multipliers chosen for it in `steps` steps from r = `output` (N, K), in float64.
 
@@ -252,7 +256,7 @@ class Dual:
         spread = reaches.new_zeros(len(groups), count)
         for row, few in zip(spread, groups):
             row.index_add_(0, few // len(features.read), features.read[few % len(features.read)])
-        most = _largest_scale(features.problem.loss) * output.norm(dim=1).sum() * features.read.sum()
+        most = largest_scale(features.problem.loss) * output.norm(dim=1).sum() * features.read.sum()
         end = float(features.problem.penalty.outer.conjugate(most, features.problem.penalty.readout))
         flows = torch.logspace(math.log10(LEAST_FLOW), 0, sizes[0] - 1, dtype=reaches.dtype).to(reaches) * end
         flows = torch.cat([flows.new_zeros(1), flows])
@@ -289,11 +293,7 @@ class Dual:
             conjugate = problem.loss.conjugate(len(output) * scale * output, problem.targets).mean()
             return float(-conjugate - self.mu - self.supremum(scale * largest, scale * most))
 
-        return concave.maximum(value, _largest_scale(problem.loss))
-
-
-def _largest_scale(loss: Loss) -> float:
-    return 2.0 if loss.supercoercive else 1.0
+        return concave.maximum(value, largest_scale(problem.loss))
 
 
 def _adjoints(arch: Architecture) -> tuple[Tensor, Tensor]:

@@ -89,7 +89,8 @@ def test_no_network_lies_below_the_bound_and_it_comes_near(loss, outputs, kernel
 @pytest.mark.parametrize(
     ("changed", "reason"),
     [
-        ({"layers": (mf.Conv(2, activation="relu"),) * 2}, "more than one layer"),
+        ({"layers": (mf.Conv(2, activation="relu"),) * 2}, "tanh, erf, hardtanh only"),
+        ({"layers": (mf.Conv(1, activation="tanh"),) * 3}, "for two layers, and there are 3"),
         ({"layers": (mf.Conv(2, activation="tanh"),)}, "not for tanh"),
         ({"readout": "flatten"}, "average readout only"),
         ({"penalty": mf.Penalty(input=0.0)}, "cost nothing"),
@@ -157,13 +158,26 @@ def test_solve_proves_on_top_of_its_time_and_goes_on_from_a_state(tmp_path):
     assert "proven" in again.message
 
 
-def test_two_layers_are_told_of_before_the_solve():
-    arch = mf.Architecture((1, 3, 4), (mf.Conv(2, activation="tanh"),) * 2)
-    problem = mf.Problem(arch, random_inputs(arch, 3, 0), normal((3, 1), 1))
-    with pytest.warns(UserWarning, match="nothing will be proven over all measures: there is no method for more than"):
+def test_two_layers_that_saturate_have_a_bound_too():
+    arch = mf.Architecture((1, 3, 4), (mf.Conv((1, 2), activation="tanh"),) * 2)
+    problem = mf.Problem(
+        arch, random_inputs(arch, 3, 0), normal((3, 1), 1), penalty=mf.Penalty(source=0.1, readout=0.1, input=0.1)
+    )
+    solution = mf.solve(problem, (4, 3), rounds=1, flow_steps=50, prove=2.0)
+    assert 0.2 < solution.proven.share <= 1
+    assert solution.proven.share == solution.lower_bound / solution.value
+    (first, _), (last, _) = solution.proven.curve[0], solution.proven.curve[-1]
+    assert 0 < first < last <= solution.proven.seconds
+
+
+def test_layers_without_a_method_are_told_of_before_the_solve():
+    arch = mf.Architecture((1, 3, 4), (mf.Conv(2, activation="relu"),) * 2)
+    penalty = mf.Penalty(input_bound=1.0, amplitude_bound=1.0)
+    problem = mf.Problem(arch, random_inputs(arch, 3, 0), normal((3, 1), 1), penalty=penalty)
+    with pytest.warns(UserWarning, match="nothing will be proven over all measures: two layers have a method for tanh"):
         solution = mf.solve(problem, (2, 2), rounds=1, flow_steps=2, prove=1.0)
     assert solution.lower_bound is None
-    assert "more than one layer" in solution.proven.reason
+    assert "tanh, erf, hardtanh only" in solution.proven.reason
 
 
 def test_the_command_proves_and_tells():
@@ -182,6 +196,6 @@ def test_the_command_proves_and_tells():
 def test_the_command_says_why_nothing_is_proven():
     ended = run(*tiny("--prove=1", "--quiet"))
     assert ended.exit_code == 0
-    assert ended.stderr == "warning: --prove proves nothing here: there is no method for more than one layer\n"
+    assert ended.stderr == "warning: --prove proves nothing here: there is a method for the average readout only\n"
     nothing = ProvenBound(-math.inf, reason="of no use").figures()
     assert page._proof({"solution": {"proven": nothing}})[0].items == ["Nothing: of no use."]

@@ -240,11 +240,11 @@ def test_beyond_its_last_flow_a_feature_gains_what_all_rows_give():
     ("change", "words"),
     [
         ({"layers": (mf.Conv(2, activation="tanh"),)}, "two layers, and there are 1"),
-        ({"layers": (mf.Conv(2, activation="tanh"), mf.Conv(2))}, "tanh, erf, hardtanh, and there is relu"),
-        ({"layers": (mf.Conv(1, activation="tanh", pooling="max"), PLAIN[1])}, "max pooling"),
-        ({"layers": (PLAIN[0], mf.Conv(2, activation="tanh", bias=True))}, "biases of the second layer cost nothing"),
+        ({"layers": (mf.Conv(2, activation="tanh"), mf.Conv(2))}, "tanh, erf, hardtanh only"),
+        ({"layers": (mf.Conv(1, activation="tanh", pooling="max"), PLAIN[1])}, "maximum pooling"),
+        ({"layers": (PLAIN[0], mf.Conv(2, activation="tanh", bias=True))}, "biases of later layers cost nothing"),
         ({"penalty": replace(PENALTY, power=3.0)}, "power 2"),
-        ({"penalty": replace(PENALTY, source=0.0)}, "all three penalties"),
+        ({"penalty": replace(PENALTY, source=0.0)}, "without penalties on source, readout and input"),
     ],
 )
 def test_where_there_is_no_bound(change, words):
