@@ -15,8 +15,8 @@ from functools import reduce
 import torch
 from torch import Tensor
 
-from meanfield.certificates.sphere import branching
-from meanfield.certificates.sphere.branching import Cones
+from meanfield.certificates.sphere.cones import Cones, cone_maxima
+from meanfield.certificates.sphere.pairs import Pairs
 from meanfield.certificates.sphere.response import Response, reduced
 
 CUTS = 64  # of one pass, those of the cells with the largest bounds
@@ -71,19 +71,8 @@ def _at(images: Response, output: Tensor) -> Response:
     return Response(images.rows, images.weights @ output, images.linear @ output, images.basis, images.rounding)
 
 
-@dataclass(frozen=True, eq=False)
-class _Pairs:
-    """q = linear z + sum flows (relu(left z) - relu(right z)): (r,), (p, r), (p, r), (p,)."""
-
-    linear: Tensor
-    left: Tensor
-    right: Tensor
-    flows: Tensor
-
-    @classmethod
-    def of(cls, response: Response) -> _Pairs:
-        found = branching._Relaxed.of(response)
-        return cls(found.single.linear[:, 0], found.left, found.right, found.flows)
+class _Pairs(Pairs):
+    """Pairs whose bounds have derivatives in the flows."""
 
     def bounded(self, cells: Cones) -> Cones:
         """With their bounds, and the axis along which mixed rows are widest to halve; in another order."""
@@ -122,7 +111,7 @@ class _Pairs:
         raised = torch.where(close, 0.0, offsets)
         linear = sign * self.linear + (rising * self.flows) @ left - (falling * self.flows) @ right
         linear = linear.scatter_add(1, axis, side * (raised @ self.flows)[:, None])
-        tops = branching._cone_maxima(linear, cells)[1]
+        tops = cone_maxima(linear, cells)[1]
         total = together @ lengths
         values, vectors = torch.linalg.eigh(torch.einsum("bp,pi,pj->bij", together / lengths, apart, apart))
         largest = values[:, -1].clamp_min(0)

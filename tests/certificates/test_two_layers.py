@@ -3,6 +3,7 @@
 import math
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -123,7 +124,7 @@ def test_an_interrupted_gain_holds(monkeypatch):
     monkeypatch.setattr(gain, "BATCH", 64)
     for stop in range(1, 12):
         clock = iter([0.0] * (stop - 1) + [1.0])
-        monkeypatch.setattr(gain.time, "perf_counter", lambda clock=clock: next(clock))
+        monkeypatch.setattr(gain, "time", SimpleNamespace(perf_counter=clock.__next__))
         found = gain.largest(response, tried[:1] * 0, 1.0, 1e-3)
         assert most <= found.upper < math.inf
 
