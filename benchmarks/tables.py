@@ -366,6 +366,26 @@ def unseen(found: dict[str, Any]) -> list[Table]:
     return [table]
 
 
+def proven(found: dict[str, Any]) -> list[Table]:
+    """How much of J is proven over all measures, at the first multipliers and in all."""
+    table = Table("layers", "kernel", "images", "penalties", "J", "gap", "at first", "proven", "seconds", "method")
+    for row in found["rows"]:
+        proof = row["proof"]
+        table.add_row(
+            str(row["layers"]),
+            row["kernel"],
+            f"{row['images']} of {row['side']}x{row['side']}",
+            ", ".join(f"{each:g}" for each in row["penalties"]),
+            _fixed(row["value"], 6),
+            _scientific(row["gap"]),
+            f"{proof['curve'][0][1] / row['value']:.2%}",
+            f"{proof['share']:.2%}",
+            _fixed(proof["seconds"], 0),
+            proof["kind"],
+        )
+    return [table]
+
+
 def _scientific(number: float | None) -> str:
     return "" if number is None else f"{number:.1e}"
 

@@ -48,6 +48,7 @@ SLOW = {
     "benchmarks/test_benchmarks.py::test_growth_command",
     "benchmarks/test_benchmarks.py::test_points_of_a_landscape_are_measured_and_an_absent_peer_is_told",
     "benchmarks/test_benchmarks.py::test_solve_command",
+    "benchmarks/test_benchmarks.py::test_proven_command",
     "benchmarks/test_benchmarks.py::test_unseen_command",
     "test_bring_your_own.py::test_the_program_is_solved_to_a_gap_of_a_millionth_and_as_cvxpy_solves_it[quantile-tanh]",
     "test_bring_your_own.py::test_the_program_is_solved_to_a_gap_of_a_millionth_and_as_cvxpy_solves_it[expectile-tanh]",

@@ -43,6 +43,8 @@ from meanfield.signatures import Nonnegative, checked
 
 EXACT_ENTRIES = 3  # of a kernel, up to which the maximum is exact and takes little time
 LEAST_SECONDS = 2.0  # of one bound
+SLICE, LEAST_SLICE = 1.0, 0.1  # seconds of branch and bound between two looks at the clock and at interrupts
+MOVED = 0.2  # of the time that multipliers have, up to which cells of the last ones are bounded anew
 FIRST = 1 / 12  # of the time is for the first bound of `prove`; each later one takes twice as long as all before it
 VIOLATED = 1e-6  # relative to the price: what a cut is added for
 CLOSED = 3e-7  # relative to the program's value: what the bound need not rise any more
@@ -226,6 +228,10 @@ class _Bounded:
 def _bound(problem: Problem, features: Features, output: Tensor, start: Tensor | None, seconds: float) -> _Bounded:
     """r scaled by at most the price over an upper bound of max |q|, to the best of it."""
     found = sphere.maximise(features.patches, features.weighted(output), max_seconds=seconds, start=start)
+    return _at(problem, output, found)
+
+
+def _at(problem: Problem, output: Tensor, found: sphere.SphereMaximum) -> _Bounded:
     limit = min(_price(problem) / found.upper if found.upper > 0 else math.inf, largest_scale(problem.loss))
     scale, value = concave.maximum(lambda s: _dual(problem, s * output), limit)
     kind = f"{found.method}, max |q| between {found.lower:.6g} and {found.upper:.6g}"
@@ -458,6 +464,7 @@ class _OneLayerProof(_Proof):
         own = unit(self.features.kernels(network))
         lacked = own[:0] if self.best.kernels is None else self.best.kernels.to(own)
         self.own, self.ratio = len(own), 1.0
+        self.search: sphere.Search | None = None
         self.program = _Program(problem, self.features, torch.cat([own, lacked]))
 
     def run(self, output: Tensor) -> None:
@@ -486,12 +493,35 @@ class _OneLayerProof(_Proof):
         slice_ = 2 * self.elapsed() if self.best.curve else FIRST * self.seconds
         # begun anew with less time than the last it would hardly be better; far from closed it is time that it lacks
         given = left if self.best.curve and (left < 3 * slice_ or self.ratio > WIDE) else min(left, slice_)
-        with limits.grace(given):
-            limits.look()
-            found = _bound(self.problem, self.features, output, self.program.kernels, max(given, 0.1))
-        self.ratio = found.maximum.upper / max(found.maximum.lower, np.finfo(float).tiny)
+        maximum = self._exact(output) or self._searched(output, max(given, LEAST_SLICE))
+        self.ratio = maximum.upper / max(maximum.lower, np.finfo(float).tiny)
+        return maximum
+
+    def _exact(self, output: Tensor) -> sphere.SphereMaximum | None:
+        """At once, where planes are few."""
+        limits.look()
+        if _entries(self.problem.architecture) > EXACT_ENTRIES:
+            return None
+        found = _bound(self.problem, self.features, output, self.program.kernels, LEAST_SECONDS)
         self.keep(found.value, found.kind, found.output)
         return found.maximum
+
+    def _searched(self, output: Tensor, seconds: float) -> sphere.SphereMaximum:
+        """By branch and bound, from the cells of the last multipliers where it pays; heard of every SLICE."""
+        end, known = self.elapsed() + seconds, self.program.kernels
+        given = self.features.patches, self.features.weighted(output)
+        if self.search is None or self.search.maximum.seconds > MOVED * seconds:
+            self.search = sphere.Search(*given, start=known)
+        else:
+            self.search = self.search.moved(*given, start=known)
+        while True:
+            before = self.search.maximum.cells
+            maximum = self.search.refine(max(min(SLICE, end - self.elapsed()), LEAST_SLICE))
+            found = _at(self.problem, output, maximum)
+            self.keep(found.value, found.kind, found.output)
+            if maximum.cells == before or self.elapsed() >= end:
+                return maximum
+            limits.look()
 
     def _next(self, output: Tensor, maximum: sphere.SphereMaximum) -> Tensor:
         """The multipliers of the program with the features that those of before undercharge."""

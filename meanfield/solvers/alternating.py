@@ -75,9 +75,10 @@ def solve(
     search missed features; J stands in its place, it ends no run, and the message warns of it.
 
     prove: seconds after the solve, on top of max_seconds, for a lower bound of J over all measures that is proven
-    (`certificates.prove`: one ReLU layer, average readout); it is in `Solution.proven`, the best one of the run in
-    `Solution.lower_bound`.  Where there is no method, a warning says why before the run starts.  A run that was stopped
-    by the user or for want of memory is not proven of; a stop of the proof keeps what is proven.
+    (`certificates.prove`: one ReLU layer, or two of tanh, erf or hardtanh, average readout); it is in
+    `Solution.proven`, the best one of the run in `Solution.lower_bound`.  Where there is no method, a warning says why
+    before the run starts.  A run that was stopped by the user or for want of memory is not proven of; a stop of the
+    proof keeps what is proven.
 
     flow_steps: steps of the first round's flow; later rounds take later_steps (default: half) at rates that decay by
     RATE_DECAY a round.  batch_size: images per step of the flows (default: all); J is always that of all.  A flow that

@@ -328,6 +328,15 @@ def test_unseen_command(tmp_path):
     assert "at the first multipliers" in ended.stdout
 
 
+def test_proven_command(tmp_path):
+    found, ended = measured("proven", "--quick", "--seconds", 1, out=tmp_path)
+    assert [row["layers"] for row in found["rows"]] == [1, 2]
+    for row in found["rows"]:
+        assert 0 < row["proof"]["share"] <= 1
+        assert row["proof"]["curve"][-1][1] == pytest.approx(row["proof"]["share"] * row["value"])
+    assert "two layers" in ended.stdout
+
+
 TWO_LAYERS = {
     "value": 0.1,
     "gap": 1e-9,

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -85,7 +86,7 @@ class Pairs:
     flows: Tensor
 
     @classmethod
-    def of(cls, response: Response) -> Pairs:
+    def of(cls, response: Response) -> Self:
         """Of a response with one output."""
         rows, weights, linear = response.rows, response.weights[:, 0], response.linear[:, 0]
         rise, fall, flows = _match(rows, weights)
