@@ -85,8 +85,10 @@ class Progress:
         text = f"J >= {row['bound']:.6g}, {row['share']:.2%} of J"
         if self.bar is not None and self.task is not None:
             self.bar.update(self.task, description="proof", completed=None, total=None, figures=text)
-        elif self.lines:
+        elif self.lines and (self.last.get("phase") != "proof" or time.perf_counter() - self.said > LINE_SECONDS):
+            self.said = time.perf_counter()
             print(f"proof: {text}, {row['seconds']:.0f} s", file=sys.stderr)
+        self.last = row
 
     def _measure(self, row: dict[str, Any]) -> None:
         """The pace of a flow, images per second, since the row before."""
