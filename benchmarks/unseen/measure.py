@@ -24,6 +24,7 @@ from benchmarks.problems import digits
 from meanfield import starts
 from meanfield.bench.options import WORK, Seed, at_least, option
 from meanfield.certificates import search, unseen
+from meanfield.certificates.duality import feasible
 from meanfield.convex.program import ConvexProgram
 from meanfield.solvers import flow, splitting
 
@@ -63,8 +64,7 @@ def one_problem(seed: int, count: int, steps: int) -> dict[str, Any]:
     program = ConvexProgram.freeze(problem, flow.solve(problem, network, steps=FLOW_STEPS).network)
     solved = splitting.solve(program, 1e-3, max_iterations=1000)
     assert solved.multipliers is not None
-    output = solved.multipliers.output
-    output = problem.loss.feasible(len(output) * output, problem.targets) / len(output)
+    output = feasible(problem, solved.multipliers.output)
     first, second = (_searched(problem, output, solved.network, seed, each, count, steps) for each in (0, 1))
     (one, found), (other, again) = first, second
     size, at = abs(found.bound), (found.scale, list(found.mu))

@@ -42,6 +42,7 @@ from meanfield.losses import Loss
 from meanfield.network import ordinary, propagate
 from meanfield.penalties import largest, lengths
 from meanfield.precision import full_float32
+from meanfield.problem import Problem
 from meanfield.signatures import checked
 from meanfield.validation import instance
 
@@ -199,8 +200,7 @@ class _PricedFeatures:
         """Dual value of the multipliers times `scale` >= 0; -inf where it overflows, which bounds nothing."""
         limits.look()
         problem = self.program.problem
-        count = problem.count
-        conjugate = float(problem.loss.conjugate(count * (scale * self.output), problem.targets).mean())
+        conjugate = float(mean_conjugate(problem, scale * self.output))
         if conjugate == torch.inf:
             return -torch.inf
         if self.bounded and self.amplitude is not None:
@@ -277,9 +277,8 @@ def _orthogonal(rows: Tensor, direction: Tensor) -> Tensor:
 def _repaired_output(program: ConvexProgram, output: Tensor) -> tuple[Tensor, Tensor]:
     """r in the domain of the conjugate and |q_j| (M_L,); without a readout penalty q = 0, if need be by r = 0."""
     problem, features = program.problem, program.readout_features
-    count = problem.count
     if problem.penalty.readout > 0:
-        output = problem.loss.feasible(count * output, problem.targets) / count
+        output = feasible(problem, output)
         return output, lengths(torch.einsum("nk,nj...->j...k", output, features))
     basis = _column_space(features.flatten(1))
     for _ in range(PROJECTIONS):
@@ -287,7 +286,7 @@ def _repaired_output(program: ConvexProgram, output: Tensor) -> tuple[Tensor, Te
         unseen = unseen - basis @ (basis.T @ unseen)  # once more: what rounding left of the first
         # entries that are rounding of others are zero: no sum that they are in vanishes up to its own rounding
         unseen = unseen.where(unseen.abs() > _rounding(features) * unseen.abs().amax(0), 0.0)
-        allowed = problem.loss.feasible(count * unseen, problem.targets) / count
+        allowed = feasible(problem, unseen)
         q = torch.einsum("nk,nj...->j...k", allowed, features)
         size = torch.einsum("nk,nj...->j...k", allowed.abs(), features.abs())
         q = q.where(q.abs() > _rounding(features) * size, 0.0)
@@ -320,6 +319,16 @@ def _least_total(total: Callable[[list[float]], float], count: int) -> float:
             offsets[index], found = concave.maximum(along, 1.0)
             best = min(best, -found)
     return best
+
+
+def feasible(problem: Problem, output: Tensor) -> Tensor:
+    """Output multipliers r (N, K), moved to where N r is in the domain of the loss conjugate."""
+    return problem.loss.feasible(problem.count * output, problem.targets) / problem.count
+
+
+def mean_conjugate(problem: Problem, output: Tensor) -> Tensor:
+    """(1/N) sum_n loss*(N r_n) at r = `output` (N, K)."""
+    return problem.loss.conjugate(problem.count * output, problem.targets).mean()
 
 
 def largest_scale(loss: Loss) -> float:

@@ -22,6 +22,7 @@ from torch import Tensor
 from meanfield import limits
 from meanfield.certificates.saturating import Saturating
 from meanfield.certificates.sphere.response import chunk
+from meanfield.penalties import Penalty
 
 BATCH = 1024  # boxes bounded at a time
 MAX_OPEN = 1_000_000
@@ -38,15 +39,19 @@ class Gain:
     boxes: int
 
 
+def price(penalty: Penalty, mu: float, lengths: Tensor) -> Tensor:
+    """c of kernels of these lengths."""
+    return penalty.outer.price(mu + penalty.input * lengths.square(), penalty.source)
+
+
 @dataclass(frozen=True, eq=False)
 class Response:
-    """Xi of a layer h, patches (n, d), weights (n, C); its price has the strengths `source` and `first`, and mu."""
+    """Xi of a layer h, patches (n, d), weights (n, C); its price has the strengths of `penalty`, of power 2, and mu."""
 
     h: Saturating
     patches: Tensor
     weights: Tensor
-    source: float
-    first: float
+    penalty: Penalty
     mu: float
 
     def __call__(self, kernels: Tensor) -> Tensor:
@@ -56,7 +61,7 @@ class Response:
 
     def price(self, lengths: Tensor) -> Tensor:
         """c of kernels of these lengths."""
-        return 2 * (self.source * (self.mu + self.first * lengths.square())).sqrt()
+        return price(self.penalty, self.mu, lengths)
 
     def ratios(self, kernels: Tensor) -> Tensor:
         """|Xi| / c, (b, d) -> (b,)."""
@@ -80,8 +85,8 @@ class Response:
 
     def radius(self, level: float) -> float:
         """Beyond it the price alone keeps the ratio below the level: |Xi| <= sum |weights_i|."""
-        most = (float(self.sizes.sum()) / (2 * level)) ** 2 / self.source - self.mu
-        return math.sqrt(max(most, 0.0) / self.first)
+        most = (float(self.sizes.sum()) / (2 * level)) ** 2 / self.penalty.source - self.mu
+        return math.sqrt(max(most, 0.0) / self.penalty.input)
 
 
 def largest(response: Response, tried: Tensor, deadline: float, tolerance: float) -> Gain:
@@ -170,12 +175,12 @@ def _least_level(
     response: Response, middles: Tensor, halves: Tensor, along: Tensor, flat: Tensor, crude: Tensor
 ) -> Tensor:
     """The least level up to `crude` that is seen not to be exceeded.  Every `high` on the way is such a level."""
-    price = response.price(middles.norm(dim=1))
-    slope = 4 * response.source * response.first * middles / price[:, None]
+    prices = response.price(middles.norm(dim=1))
+    slope = 4 * response.penalty.source * response.penalty.input * middles / prices[:, None]
     low, high = torch.zeros_like(crude), crude
     for _ in range(BISECTIONS):
         level = 0.5 * (low + high)
         most = flat + (halves * (along - level[:, None] * slope).abs()).sum(1)
-        holds = most <= level * price
+        holds = most <= level * prices
         low, high = torch.where(holds, low, level), torch.where(holds, level, high)
     return high

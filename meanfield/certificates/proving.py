@@ -22,7 +22,7 @@ import copy
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import InitVar, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -33,8 +33,8 @@ from torch import Tensor
 
 from meanfield import limits, validation
 from meanfield.architecture import Architecture
-from meanfield.certificates import concave, sphere, two_layers
-from meanfield.certificates.duality import largest_scale
+from meanfield.certificates import concave, sphere, two_layers, vectors
+from meanfield.certificates.duality import feasible, largest_scale, mean_conjugate
 from meanfield.certificates.relaxing import Partition
 from meanfield.certificates.sphere.response import reduced, start_directions, unit
 from meanfield.network import ParticleNetwork
@@ -151,7 +151,7 @@ def prove(
     if reason:
         return ProvenBound(-math.inf, reason=reason)
     problem, network = problem.to(dtype=torch.float64), network.to(dtype=torch.float64)
-    output = problem.loss.feasible(problem.count * output.to(problem.inputs), problem.targets) / problem.count
+    output = feasible(problem, output.to(problem.inputs))
     make = _OneLayerProof if problem.architecture.depth == 1 else _TwoLayerProof
     proof = make(problem, network, seconds, callback, before)
     try:
@@ -173,7 +173,7 @@ def at_multipliers(
     if seconds <= 0 and _entries(problem.architecture) > EXACT_ENTRIES:
         return {}
     features = Features.of(problem)
-    start = None if network is None else features.kernels(network)
+    start = None if network is None else vectors.kernels(network)
     found = _bound(problem, features, output, start, max(seconds, LEAST_SECONDS))
     return {"rigorous_bound": found.value, "rigorous_kind": found.kind}
 
@@ -187,12 +187,8 @@ class Features:
 
     @classmethod
     def of(cls, problem: Problem) -> Features:
-        arch = problem.architecture
-        conv = arch.layers[0]
-        patches = conv.patches(problem.inputs).flatten(0, 1) / arch.input_shape[0]
-        if conv.bias:
-            patches = torch.cat([patches, patches.new_ones(len(patches), 1)], 1)
-        return cls(patches, position_weights(arch).to(patches))
+        patches = vectors.patches(problem).flatten(0, 1)
+        return cls(patches, vectors.position_weights(problem.architecture).to(patches))
 
     def __call__(self, kernels: Tensor) -> Tensor:
         """phi (m, N) of kernels (m, d)."""
@@ -207,12 +203,6 @@ class Features:
     def weighted(self, output: Tensor) -> Tensor:
         """Weights (N P, K) of all patches in q at r = output (N, K)."""
         return (output[:, None] * self.weights[None, :, None]).flatten(0, 1)
-
-    @staticmethod
-    def kernels(network: ParticleNetwork) -> Tensor:
-        """The network's own, with their biases, (M, d)."""
-        own, bias = network.kernels[0].flatten(1), network.biases[0]
-        return own if bias is None else torch.cat([own, bias[:, None]], 1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -239,7 +229,7 @@ def _at(problem: Problem, output: Tensor, found: sphere.SphereMaximum) -> _Bound
 
 
 def _dual(problem: Problem, output: Tensor) -> float:
-    return -float(problem.loss.conjugate(problem.count * output, problem.targets).mean())
+    return -float(mean_conjugate(problem, output))
 
 
 def _price(problem: Problem) -> float:
@@ -250,14 +240,6 @@ def _price(problem: Problem) -> float:
 def _entries(architecture: Architecture) -> int:
     conv = architecture.layers[0]
     return architecture.input_shape[0] * conv.offsets + conv.bias
-
-
-def position_weights(arch: Architecture) -> Tensor:
-    """Weight of every position before pooling in the average readout, (P,)."""
-    height, width = arch.geometry[0].output
-    features = torch.zeros(1, 1, height, width, dtype=torch.float64, requires_grad=True)
-    pooled = arch.layers[0].pool(features)
-    return torch.autograd.grad(arch.readout_features(pooled).sum(), features)[0].flatten()
 
 
 @dataclass
@@ -403,19 +385,18 @@ def _relaxed(program: _Program, output: Tensor, passes: int, cells: int, deadlin
     return best[1]
 
 
+@dataclass
 class _Proof:
     """The best bound so far."""
 
-    def __init__(
-        self,
-        problem: Problem,
-        network: ParticleNetwork,
-        seconds: float,
-        callback: Callable[[dict[str, Any]], None] | None,
-        before: ProvenBound | None,
-    ):
-        self.problem, self.network, self.seconds, self.callback = problem, network, seconds, callback
-        self.value = float(problem.value(network))
+    problem: Problem
+    network: ParticleNetwork
+    seconds: float
+    callback: Callable[[dict[str, Any]], None] | None
+    before: InitVar[ProvenBound | None]
+
+    def __post_init__(self, before: ProvenBound | None) -> None:
+        self.value = float(self.problem.value(self.network))
         self.best = ProvenBound(-math.inf) if before is None else replace(before, share=before.value / self.value)
         self.began = time.perf_counter() - self.best.seconds
 
@@ -451,21 +432,14 @@ class _TwoLayerProof(_Proof):
 class _OneLayerProof(_Proof):
     """One ReLU layer: bounds in turn with multipliers of a program that knows more and more features."""
 
-    def __init__(
-        self,
-        problem: Problem,
-        network: ParticleNetwork,
-        seconds: float,
-        callback: Callable[[dict[str, Any]], None] | None,
-        before: ProvenBound | None,
-    ):
-        super().__init__(problem, network, seconds, callback, before)
-        self.features = Features.of(problem)
-        own = unit(self.features.kernels(network))
+    def __post_init__(self, before: ProvenBound | None) -> None:
+        super().__post_init__(before)
+        self.features = Features.of(self.problem)
+        own = unit(vectors.kernels(self.network))
         lacked = own[:0] if self.best.kernels is None else self.best.kernels.to(own)
         self.own, self.ratio = len(own), 1.0
         self.search: sphere.Search | None = None
-        self.program = _Program(problem, self.features, torch.cat([own, lacked]))
+        self.program = _Program(self.problem, self.features, torch.cat([own, lacked]))
 
     def run(self, output: Tensor) -> None:
         if self.best.curve:  # the bound at r is known

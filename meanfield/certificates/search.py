@@ -41,7 +41,7 @@ from meanfield.certificates.compositions import (
     with_tensors,
     zeros_like,
 )
-from meanfield.certificates.duality import largest_scale
+from meanfield.certificates.duality import feasible, largest_scale, mean_conjugate
 from meanfield.certificates.sphere.response import unit
 from meanfield.network import ParticleNetwork, along_axis
 from meanfield.problem import Problem
@@ -176,7 +176,7 @@ def search_features(
     reason = _no_bound(problem)
     if reason:
         return UnseenFeatures(-math.inf, 0, reason, seconds=time.perf_counter() - began)
-    output = problem.loss.feasible(len(output) * output, problem.targets) / len(output)
+    output = feasible(problem, output)
     search = _Search(problem, output, network, torch.Generator().manual_seed(seed), starts, steps)
     found = search.run(rounds, count)
     found = replace(found, **proving.at_multipliers(problem, output, network, rigorous_seconds))
@@ -299,7 +299,7 @@ class _Search:
     # ---- the bound on the pool
 
     def _conjugate(self, scale: float) -> float:
-        return float(self.problem.loss.conjugate(len(self.output) * scale * self.output, self.problem.targets).mean())
+        return float(mean_conjugate(self.problem, scale * self.output))
 
     def _scores(self, parts: Sequence[Compositions | OwnFeatures], scale: float, mu: Sequence[float]) -> Tensor:
         """r*_u(|q|) - gamma of all features of some parts, one after the other."""

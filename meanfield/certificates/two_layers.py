@@ -28,8 +28,8 @@ from torch import Tensor
 
 from meanfield import limits
 from meanfield.architecture import Architecture
-from meanfield.certificates import concave, gain
-from meanfield.certificates.duality import largest_scale
+from meanfield.certificates import concave, gain, vectors
+from meanfield.certificates.duality import feasible, largest_scale, mean_conjugate
 from meanfield.certificates.gain import Gain, Response
 from meanfield.certificates.saturating import SATURATING, Saturating
 from meanfield.certificates.sphere.response import unit
@@ -41,12 +41,8 @@ COARSE = (250, 32, 24)  # of them, while mu and r are chosen
 LEAST_FLOW = 1e-6  # the first t above 0, relative to the last
 LEAST_RADIUS, RADIUS_STEP, RADII = 1e-3, 1.03, 500  # lengths of kernels between which B_i is bounded
 ASCENTS, ASCENT_STEPS, RATE = 256, 100, 0.1
-STEPS, ROUNDS, STEP, DECAY = (
-    300,
-    2,
-    0.05,
-    0.02,
-)  # of the choice of r: the first step, relative to |r|, and what is left of it
+STEPS, ROUNDS = 300, 2  # of the choice of r
+STEP, DECAY = 0.05, 0.02  # the first step, relative to |r|, and what is left of it at the end
 PRICES = (1e-3, 30.0, 16)  # of mu: the least and the largest, over lambda_s, and how many are tried
 
 
@@ -75,10 +71,8 @@ def unfit(problem: Problem) -> str:
         "there is a method for the average readout only": arch.readout != "average",
         "biases of later layers cost nothing": any(layer.bias for layer in arch.layers[1:]),
         "there is a method for power 2 only": penalty.power != 2,
-        "without penalties on source, readout and input features cost nothing": penalty.source
-        * penalty.readout
-        * penalty.input
-        == 0,
+        "without penalties on source, readout and input features cost nothing": 0
+        in (penalty.source, penalty.readout, penalty.input),
     }
     return next((reason for reason, applies in reasons.items() if applies), "")
 
@@ -102,7 +96,7 @@ def prove(
         raise ValueError(f"no proven bound for two layers: {reason}")
     problem = problem.to(dtype=torch.float64)
     features = Features.of(problem)
-    output = _feasible(problem, output.to(problem.inputs))
+    output = feasible(problem, output.to(problem.inputs))
     output, mu = _start(features, output, network)
     for _ in range(ROUNDS if steps else 0):  # the second one with the kernels that matter now
         output = _chosen(features.dual(mu, output, COARSE), output, features.kernels(output, mu, network), steps)
@@ -110,10 +104,6 @@ def prove(
     found = gain.largest(features.response(output, mu), tried, time.perf_counter() + seconds, tolerance)
     scale, bound = features.dual(mu, output).best_scale(output, found.upper)
     return TwoLayerBound(bound, scale * output, mu, found, time.perf_counter() - began)
-
-
-def _feasible(problem: Problem, output: Tensor) -> Tensor:
-    return problem.loss.feasible(len(output) * output, problem.targets) / len(output)
 
 
 def _start(features: Features, output: Tensor, network: ParticleNetwork | None) -> tuple[Tensor, float]:
@@ -146,7 +136,7 @@ def _chosen(dual: Dual, output: Tensor, kernels: Tensor, steps: int) -> Tensor:
         optimiser.step()
         schedule.step()
         with torch.no_grad():
-            leaf.copy_(_feasible(dual.features.problem, leaf))
+            leaf.copy_(feasible(dual.features.problem, leaf))
     return best[1]
 
 
@@ -166,12 +156,9 @@ class Features:
 
     @classmethod
     def of(cls, problem: Problem) -> Features:
-        below = problem.architecture.layers[0]
-        patches = below.patches(problem.inputs) / problem.architecture.input_shape[0]
-        if below.bias:
-            patches = torch.cat([patches, torch.ones_like(patches[..., :1])], 2)
-        seen, read = (each.to(patches) for each in _adjoints(problem.architecture))
-        return cls(problem, patches, seen, read)
+        patches = vectors.patches(problem)
+        read = vectors.position_weights(problem.architecture)
+        return cls(problem, patches, _seen(problem.architecture).to(patches), read.to(patches))
 
     @property
     def _first(self) -> Saturating:
@@ -180,11 +167,11 @@ class Features:
     def response(self, output: Tensor, mu: float) -> Response:
         """Xi at these multipliers; equal patches are one, and those that are zero none."""
         weights = torch.einsum("nk,sq->nqks", output, self.seen).flatten(0, 1).flatten(1)
-        patches, penalty = self.patches.flatten(0, 1), self.problem.penalty
+        patches = self.patches.flatten(0, 1)
         alive = patches.any(1)
         rows, group = torch.unique(patches[alive], dim=0, return_inverse=True)
         merged = weights.new_zeros(len(rows), weights.shape[1]).index_add(0, group, weights[alive])
-        return Response(self._first, rows, merged, penalty.source, penalty.input, mu)
+        return Response(self._first, rows, merged, self.problem.penalty, mu)
 
     def read_of(self, kernels: Tensor, mu: float) -> Tensor:
         """What every image adds to Xi / c of kernels (b, d), at multipliers one: (b, N, S)."""
@@ -193,8 +180,7 @@ class Features:
 
     def price(self, mu: float, lengths: Tensor) -> Tensor:
         """c of kernels of these lengths."""
-        penalty = self.problem.penalty
-        return 2 * (penalty.source * (mu + penalty.input * lengths.square())).sqrt()
+        return gain.price(self.problem.penalty, mu, lengths)
 
     def reaches(self, mu: float) -> Tensor:
         """B_i, (N, P_2), between lengths of kernels in steps of RADIUS_STEP."""
@@ -219,9 +205,7 @@ class Features:
         drawn = torch.randn(ASCENTS, self.patches.shape[2], generator=generator, dtype=torch.float64)
         drawn = (unit(drawn) * torch.logspace(-1, 1.5, ASCENTS, dtype=torch.float64)[:, None]).to(self.patches)
         if network is not None:
-            own = network.kernels[0].flatten(1)
-            own = own if network.biases[0] is None else torch.cat([own, network.biases[0][:, None]], 1)
-            drawn = torch.cat([drawn, own.to(drawn)])
+            drawn = torch.cat([drawn, vectors.kernels(network).to(drawn)])
         leaf = drawn.clone().requires_grad_()
         optimiser = torch.optim.Adam([leaf], lr=RATE)
         for _ in range(ASCENT_STEPS):
@@ -280,33 +264,25 @@ class Dual:
 
     def value(self, output: Tensor, gain: Tensor | float) -> Tensor:
         """The bound at multipliers r = `output`, whose G is `gain`."""
-        problem, most = self.features.problem, (self.spread @ output.norm(dim=1)).sum()
-        conjugate = problem.loss.conjugate(len(output) * output, problem.targets).mean()
-        return -conjugate - self.mu - self.supremum(self.largest_q(output, gain), most)
+        return self._bound(output, self.largest_q(output, gain))
 
     def best_scale(self, output: Tensor, gain: float) -> tuple[float, float]:
         """The factor on r that gives the best bound, which is concave in it, and that bound."""
-        problem, largest = self.features.problem, self.largest_q(output, gain)
-        most = float((self.spread @ output.norm(dim=1)).sum())
+        largest, limit = self.largest_q(output, gain), largest_scale(self.features.problem.loss)
+        return concave.maximum(lambda scale: float(self._bound(scale * output, scale * largest)), limit)
 
-        def value(scale: float) -> float:
-            conjugate = problem.loss.conjugate(len(output) * scale * output, problem.targets).mean()
-            return float(-conjugate - self.mu - self.supremum(scale * largest, scale * most))
-
-        return concave.maximum(value, largest_scale(problem.loss))
+    def _bound(self, output: Tensor, largest: Tensor) -> Tensor:
+        most = (self.spread @ output.norm(dim=1)).sum()
+        return -mean_conjugate(self.features.problem, output) - self.mu - self.supremum(largest, most)
 
 
-def _adjoints(arch: Architecture) -> tuple[Tensor, Tensor]:
-    """`seen` and `read` of `Features`."""
+def _seen(arch: Architecture) -> Tensor:
+    """`seen` of `Features`."""
     below, above = arch.layers
     units = torch.eye(above.offsets, dtype=torch.float64).view(above.offsets, 1, *above.kernel)
 
     def through(values: Tensor) -> Tensor:
         return arch.readout_features(above.pool(above.convolve(below.pool(values), units))).flatten()
 
-    def read(values: Tensor) -> Tensor:
-        return arch.readout_features(above.pool(values)).flatten()
-
-    zeros = [torch.zeros(1, 1, *size.output, dtype=torch.float64) for size in arch.geometry]
-    seen, last = (torch.autograd.functional.jacobian(*pair) for pair in zip((through, read), zeros))
-    return seen.flatten(1), last.flatten()
+    zeros = torch.zeros(1, 1, *arch.geometry[0].output, dtype=torch.float64)
+    return torch.autograd.functional.jacobian(through, zeros).flatten(1)

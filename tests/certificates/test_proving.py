@@ -13,7 +13,7 @@ from strategies import normal, random_inputs, seeded
 
 import meanfield as mf
 from meanfield import limits, starts
-from meanfield.certificates import ProvenBound, prove, proving
+from meanfield.certificates import ProvenBound, prove, proving, vectors
 from meanfield.pages import plotting
 from meanfield.solvers import arrangements, flow
 from meanfield.studies.solve import page
@@ -130,7 +130,7 @@ def test_the_small_program_has_the_optimum_of_its_features():
     problem = one_layer_problem()
     solved = arrangements.solve(problem)
     features = proving.Features.of(problem)
-    own = features.kernels(solved.network)
+    own = vectors.kernels(solved.network)
     program = proving._Program(problem, features, own / own.norm(dim=1, keepdim=True))
     output = program.solve(0 * solved.multipliers.output + 1e-3)
     assert float((program.phi @ output).abs().max()) <= 2 * 2e-3 * (1 + 1e-6)

@@ -16,6 +16,7 @@ from meanfield.certificates.saturating import SATURATING
 
 H = list(SATURATING)
 PENALTY = mf.Penalty(source=1e-2, readout=2e-2, input=5e-3)
+PRICED = mf.Penalty(source=0.01, input=0.02)
 ROUGH = (  # everything that moves an index
     mf.Conv((2, 1), padding=(1, 0), stride=(1, 2), activation="tanh", bias=True, pooling="average", pool_size=(2, 1)),
     mf.Conv((1, 2), padding=1, activation="erf", pooling="average"),
@@ -92,7 +93,7 @@ def test_the_response_of_a_kernel_is_what_a_linear_second_layer_reads(layers):
 @pytest.mark.parametrize("dimension", [1, 2])
 def test_gain_holds_the_maximum(name, dimension):
     patches, weights = normal((12, dimension), 1), normal((12, 3), 2)
-    response = gain.Response(SATURATING[name], patches, weights, 0.01, 0.02, 0.03)
+    response = gain.Response(SATURATING[name], patches, weights, PRICED, 0.03)
     found = gain.largest(response, torch.zeros(1, dimension).double(), math.inf, 1e-3)
     line = torch.linspace(-40, 40, 4001 if dimension == 1 else 801, dtype=torch.float64)
     kernels = torch.cartesian_prod(*[line] * dimension).view(-1, dimension)
@@ -105,7 +106,9 @@ def test_gain_holds_the_maximum(name, dimension):
 
 @pytest.mark.parametrize("name", H)
 def test_boxes_bound_the_kernels_inside(name):
-    response = gain.Response(SATURATING[name], normal((9, 3), 1), normal((9, 2), 2), 0.01, 0.02, 0.03)
+    response = gain.Response(
+        SATURATING[name], normal((9, 3), 1), normal((9, 2), 2), mf.Penalty(source=0.01, input=0.02), 0.03
+    )
     for size in (0.01, 0.1, 1.0, 5.0):
         middles, halves = 3 * normal((200, 3), 3), size * normal((200, 3), 4).abs()
         inside = middles + halves * (
@@ -118,7 +121,9 @@ def test_boxes_bound_the_kernels_inside(name):
 
 def test_an_interrupted_gain_holds(monkeypatch):
     """Stopped after every batch: no kernel of a search has more than what was proven then."""
-    response = gain.Response(SATURATING["tanh"], normal((30, 4), 1), normal((30, 1), 2), 0.01, 0.02, 0.03)
+    response = gain.Response(
+        SATURATING["tanh"], normal((30, 4), 1), normal((30, 1), 2), mf.Penalty(source=0.01, input=0.02), 0.03
+    )
     tried = normal((500, 4), 3)
     most = max(float(response.ratios(size * tried).max()) for size in (1, 3, 10))
     monkeypatch.setattr(gain, "BATCH", 64)
@@ -131,7 +136,9 @@ def test_an_interrupted_gain_holds(monkeypatch):
 
 def test_no_kernel_is_out_of_sight():
     """Beyond the radius |Xi| <= sum |weights_i| is what the price times the level is; the box holds a half of it."""
-    response = gain.Response(SATURATING["erf"], normal((9, 3), 1), normal((9, 2), 2), 0.01, 0.02, 0.03)
+    response = gain.Response(
+        SATURATING["erf"], normal((9, 3), 1), normal((9, 2), 2), mf.Penalty(source=0.01, input=0.02), 0.03
+    )
     radius = response.radius(0.5)
     assert 0.5 * float(response.price(torch.tensor(radius).double())) == pytest.approx(float(response.sizes.sum()))
     middles, halves = gain._whole(response, 0.5)
