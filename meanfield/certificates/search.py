@@ -32,7 +32,7 @@ from torch import Tensor
 from meanfield import limits, validation
 from meanfield.activations import ACTIVATIONS, Activation
 from meanfield.architecture import Architecture
-from meanfield.certificates import concave, proving, unseen
+from meanfield.certificates import concave, proving, unseen, vectors
 from meanfield.certificates.compositions import (
     Compositions,
     OwnFeatures,
@@ -496,8 +496,7 @@ class _Search:
         """
         arch, penalty = self.problem.architecture, self.problem.penalty
         conv, steepest = arch.layers[0], arch.layers[0].h.derivative_bound or math.inf
-        rows = conv.patches(self.problem.inputs) / arch.input_shape[0]
-        lengths = (rows.square().sum(2) + conv.bias).sqrt().view(len(rows), 1, *arch.geometry[0].output)
+        lengths = vectors.patches(self.problem).norm(dim=2).unflatten(1, (1, *arch.geometry[0].output))
         read = arch.readout_features(conv.pool(lengths)).flatten(1).norm(dim=1)
         largest = steepest * float(self.output.norm(dim=1) @ read)
         return 2 * math.sqrt(penalty.input * penalty.readout) / largest if largest > 0 else math.inf

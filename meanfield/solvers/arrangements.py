@@ -26,7 +26,7 @@ from scipy import sparse
 from torch import Tensor
 
 from meanfield import certificates
-from meanfield.certificates import Multipliers, concave
+from meanfield.certificates import Multipliers, concave, vectors
 from meanfield.convex import patterns
 from meanfield.convex.patterns import Arrangement
 from meanfield.convex.program import ConvexProgram
@@ -233,9 +233,7 @@ def _patches(problem: Problem) -> Tensor:
     """
     arch = problem.architecture
     conv = arch.layers[0]
-    rows = conv.patches(problem.inputs) / arch.input_shape[0]
-    if conv.bias:
-        rows = torch.cat([rows, rows.new_ones(*rows.shape[:2], 1)], 2)
+    rows = vectors.patches(problem)
     if conv.pooling == "none":
         return rows
     geometry = arch.geometry[0]
