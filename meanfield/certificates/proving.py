@@ -36,7 +36,7 @@ from meanfield.architecture import Architecture
 from meanfield.certificates import concave, sphere, two_layers, vectors
 from meanfield.certificates.duality import feasible, largest_scale, mean_conjugate
 from meanfield.certificates.relaxing import Partition
-from meanfield.certificates.sphere.response import reduced, start_directions, unit
+from meanfield.certificates.sphere.response import reduced, start_directions, unit, uphill
 from meanfield.network import ParticleNetwork
 from meanfield.problem import Problem
 from meanfield.signatures import Nonnegative, checked
@@ -526,8 +526,7 @@ class _OneLayerProof(_Proof):
             lengths = values.norm(dim=1)
             where = torch.where((lengths > best)[:, None], directions, where)
             best = torch.maximum(lengths, best)
-            pull = unit(response.gradient(directions, unit(values)))
-            directions = unit(directions + 0.8 ** max(0, step - STEPS // 4) * pull)
+            directions = uphill(response, directions, values, 0.8 ** max(0, step - STEPS // 4))
         order = best.argsort(descending=True)
         order = order[best[order] > price * (1 + VIOLATED)]
         return _distinct(where[order]) @ response.basis.T

@@ -128,6 +128,11 @@ def start_directions(response: Response, starts: Tensor) -> Tensor:
     return unit(torch.cat([starts, eye, -eye, heaviest, -heaviest, drawn]))
 
 
+def uphill(response: Response, directions: Tensor, values: Tensor, step: float) -> Tensor:
+    """Directions (b, r), at which q is `values` (b, C), moved along the gradient of |q|."""
+    return unit(directions + step * unit(response.gradient(directions, unit(values))))
+
+
 def ascend(response: Response, directions: Tensor) -> tuple[float, Tensor]:
     """The largest |q| that is met from many directions: normalised gradients first, then steps that shrink."""
     best, where = -1.0, directions[0]
@@ -140,8 +145,7 @@ def ascend(response: Response, directions: Tensor) -> tuple[float, Tensor]:
         if step == 20:
             directions = directions[lengths.topk(min(len(directions), 64)).indices]
             values = response(directions)
-        pull = unit(response.gradient(directions, unit(values)))
-        directions = unit(directions + 0.8 ** max(0, step - 20) * pull)
+        directions = uphill(response, directions, values, 0.8 ** max(0, step - 20))
     return best, where
 
 
