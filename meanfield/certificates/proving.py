@@ -44,7 +44,7 @@ from meanfield.signatures import Nonnegative, checked
 EXACT_ENTRIES = 3  # of a kernel, up to which the maximum is exact and takes little time
 LEAST_SECONDS = 2.0  # of one bound
 SLICE, LEAST_SLICE = 1.0, 0.1  # seconds of branch and bound between two looks at the clock and at interrupts
-MOVED = 0.2  # of the time that multipliers have, up to which cells of the last ones are bounded anew
+MOVED = 1.0  # of the time that multipliers have, up to which cells of the last ones are bounded anew
 FIRST = 1 / 12  # of the time is for the first bound of `prove`; each later one takes twice as long as all before it
 VIOLATED = 1e-6  # relative to the price: what a cut is added for
 CLOSED = 3e-7  # relative to the program's value: what the bound need not rise any more
@@ -53,10 +53,11 @@ PASSES = 24  # of cuts between two bounds
 STEPS = 40  # of the ascents that look for cuts, from ASCENTS kernels
 ASCENTS = 256
 APART = 0.05  # between unit kernels that are added at once
-WIDE = 1.1  # times the largest response met: a bound above it is given all the time that is left
-OPEN = 2.0  # times the largest response met: bounds above it ask for multipliers of which more can be proven
-RELAXED_PASSES, RELAXED_CELLS = 16, 1000
-RELAXED_SHARE = 0.3  # of the time left
+OPEN = 1.1  # times the largest response met: bounds above it ask for multipliers of which more can be proven, or,
+# where there are none, for all the time that is left
+RELAXED_PASSES, RELAXED_CELLS = 24, 2000
+RELAXED_CLOSED = 2e-3  # relative to the value of the program with relaxed features: what need not be gained any more
+RELAXED_SHARE = 0.2  # of the time left
 STAY = 0.7  # of a step from the best multipliers towards those of the program
 MOST_ENTRIES = 1 << 24  # of the patches by images
 ITERATIONS = 100  # of L-BFGS-B
@@ -364,24 +365,24 @@ class _Program:
         return (weighted.flatten(1) @ cuts.flatten(1).T).numpy(force=True) / self.problem.count
 
 
-def _relaxed(program: _Program, output: Tensor, passes: int, cells: int, deadline: float) -> Tensor:
-    """Multipliers near the best on a partition: steps from the best so far towards those of the program with the
-    relaxed features of all passes.
+def _relaxed(program: _Program, output: Tensor, partition: Partition, deadline: float) -> Tensor:
+    """Multipliers near the best on a partition, from `output` on: steps from the best so far towards those of the
+    program with the relaxed features of all passes, whose value no multipliers exceed there.
     """
-    problem, price, features = program.problem, _price(program.problem), program.features
+    problem, price = program.problem, _price(program.problem)
     program, best = copy.copy(program), (-math.inf, output)
-    partition = Partition.refined(features.patches, features.weights, output, cells)
-    for _ in range(passes):
+    for _ in range(RELAXED_PASSES):
         limits.look()
         upper, relaxed = partition.bound(output)
         scale, value = concave.maximum(
             lambda s, r=output: _dual(problem, s * r), min(price / upper, largest_scale(problem.loss))
         )
         best = max(best, (value, scale * output), key=lambda each: each[0])
-        if time.perf_counter() > deadline:
-            break
         program.extend(relaxed)
-        output = STAY * best[1] + (1 - STAY) * program.solve(output)
+        towards = program.solve(output)
+        if time.perf_counter() > deadline or best[0] >= program.value * (1 - RELAXED_CLOSED):
+            break
+        output = STAY * best[1] + (1 - STAY) * towards
     return best[1]
 
 
@@ -451,22 +452,25 @@ class _OneLayerProof(_Proof):
             proposed = self._next(output, maximum)
             if self.best.value >= self.program.value * (1 - CLOSED):
                 break
-            output = self._provable(proposed, maximum)
+            output = self._provable(output) if self._smooths() else proposed
 
-    def _provable(self, output: Tensor, maximum: sphere.SphereMaximum) -> Tensor:
-        """The optimal multipliers, or where much is left open those of which more can be proven."""
-        large = len(output) * self.features.patches.shape[0] > MOST_ENTRIES
-        if maximum.upper <= OPEN * maximum.lower or output.shape[1] > 1 or large:
-            return output
+    def _smooths(self) -> bool:
+        """Whether much is left open and there are multipliers of which more can be proven."""
+        few = self.program.problem.count * self.features.patches.shape[0] <= MOST_ENTRIES
+        return self.search is not None and self.ratio > OPEN and self.problem.architecture.outputs == 1 and few
+
+    def _provable(self, output: Tensor) -> Tensor:
         deadline = time.perf_counter() + RELAXED_SHARE * (self.seconds - self.elapsed())
-        return _relaxed(self.program, output, RELAXED_PASSES, RELAXED_CELLS, deadline)
+        partition = Partition.of(self.features.patches, self.features.weights, self.search, RELAXED_CELLS)
+        return _relaxed(self.program, output, partition, deadline)
 
     def _bounded(self, output: Tensor) -> sphere.SphereMaximum:
         """Bound at some multipliers, and keep it if it is the best."""
         left = self.seconds - self.elapsed()
         slice_ = 2 * self.elapsed() if self.best.curve else FIRST * self.seconds
         # begun anew with less time than the last it would hardly be better; far from closed it is time that it lacks
-        given = left if self.best.curve and (left < 3 * slice_ or self.ratio > WIDE) else min(left, slice_)
+        last = left < 3 * slice_ or (self.ratio > OPEN and not self._smooths())
+        given = left if self.best.curve and last else min(left, slice_)
         maximum = self._exact(output) or self._searched(output, max(given, LEAST_SLICE))
         self.ratio = maximum.upper / max(maximum.lower, np.finfo(float).tiny)
         return maximum
