@@ -195,14 +195,14 @@ def test_a_search_survives_in_a_file_to_the_last_bit(tmp_path, outputs):
     """The one that goes on from the file looks at the same cells as the one that was never stopped."""
     weights, file = normal((60, outputs), 8), StateFile(tmp_path / "search.safetensors", {"run": 1})
     search = Search(A, weights)
-    kept = search.refine(60, tolerance=0.7)
+    kept = search.refine(60, tolerance=0.5)
     file.save(search.state())
     again = Search.restored(A, weights, file.load())
     same = again.maximum
     assert (same.lower, same.upper, same.cells, same.seconds) == (kept.lower, kept.upper, kept.cells, kept.seconds)
     assert again.curve == search.curve
     assert torch.equal(same.argmax, kept.argmax)
-    whole, resumed = (each.refine(60, tolerance=0.6) for each in (search, again))
+    whole, resumed = (each.refine(60, tolerance=0.4) for each in (search, again))
     assert (whole.lower, whole.upper, whole.cells) == (resumed.lower, resumed.upper, resumed.cells)
     assert torch.equal(search._branching.leaves.table(), again._branching.leaves.table())
     assert best_seen(A, weights) <= resumed.upper < kept.upper
