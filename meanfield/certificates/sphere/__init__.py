@@ -137,7 +137,9 @@ class Search:
             there = state["of"][name]
             if there["shape"] != here["shape"]:
                 shapes = tuple(there["shape"]), tuple(here["shape"])
-                raise Misuse("state", state["of"], f"is of another {name}, of shape {shapes[0]}; here it is {shapes[1]}")
+                raise Misuse(
+                    "state", state["of"], f"is of another {name}, of shape {shapes[0]}; here it is {shapes[1]}"
+                )
             if there != here:
                 raise Misuse("state", state["of"], f"is of another {name}, with other entries")
         return cls._of(A, W, Branching.restored(reduced(A, W, state["basis"]), state))

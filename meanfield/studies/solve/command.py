@@ -384,12 +384,15 @@ def _of_resume(error: Misuse) -> Misuse:
 
 
 def _state_files(state: Path | None) -> list[Path]:
-    """That of the alternation, and that of its flow; of those that are there."""
-    return [] if state is None else [each for each in (state, alternating.flow_state(state)) if each.exists()]
+    """Those of the alternation, of its flow and of its proof that are there."""
+    if state is None:
+        return []
+    files = state, alternating.flow_state(state), alternating.proof_state(state)
+    return [each for each in files if each.exists()]
 
 
 def remove_state(state: Path | None) -> None:
-    """With that of its flow."""
+    """With those of its flow and of its proof."""
     for each in _state_files(state):
         each.unlink(missing_ok=True)
 
