@@ -49,7 +49,7 @@ from meanfield.bench.task import (
 from meanfield.data import Dataset
 from meanfield.problem import Problem
 from meanfield.solvers import alternating, memory
-from meanfield.solvers.solution import ENDED_EARLY
+from meanfield.solvers.solution import ENDED_EARLY, Solution
 from meanfield.storage import networks, results
 from meanfield.studies.solve import page
 from meanfield.studies.solve.measure import heading, predictions, solution_figures
@@ -271,7 +271,7 @@ def command(options: Options) -> None:
                     raise
                 _ended(run, result, watch, "memory ran out", SHORT)
             result.publish(written)
-            if run.solution.status not in (*ENDED_EARLY, "max_rounds"):
+            if not _goes_on(run.solution, options.prove):
                 remove_state(state)
         else:
             figures = {**figures, "predictions": predictions(run)}
@@ -279,6 +279,13 @@ def command(options: Options) -> None:
         sys.stdout.write(storage.to_json(figures))
     elif not options.quiet:
         _summarise(figures, options)
+
+
+def _goes_on(solution: Solution, prove: float) -> bool:
+    """Whether more rounds, or a proof of more seconds than these, would add to it."""
+    proven = solution.proven
+    open_proof = proven is not None and not proven.reason and proven.seconds >= prove
+    return solution.status in (*ENDED_EARLY, "max_rounds") or open_proof
 
 
 def _for_report(options: Options, run: Run) -> float:
