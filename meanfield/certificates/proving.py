@@ -21,7 +21,7 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import InitVar, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -383,9 +383,9 @@ class _Program:
         return (weighted.flatten(1) @ cuts.flatten(1).T).numpy(force=True) / self.problem.count
 
 
-def _relaxed(program: _Program, output: Tensor, passes: int, cells: int, deadline: float) -> Tensor:
-    """Multipliers near the best on a partition: steps from the best so far towards those of the program with the
-    relaxed features of all passes.
+def _relaxed(program: _Program, output: Tensor, passes: int, cells: int, deadline: float) -> Iterator[Tensor]:
+    """Multipliers near the best on a partition, pass by pass: steps from the best so far towards those of the program
+    with the relaxed features of all passes.
     """
     problem, price, features = program.problem, _price(program.problem), program.features
     program, best = copy.copy(program), (-math.inf, output)
@@ -397,11 +397,11 @@ def _relaxed(program: _Program, output: Tensor, passes: int, cells: int, deadlin
             lambda s, r=output: _dual(problem, s * r), min(price / upper, largest_scale(problem.loss))
         )
         best = max(best, (value, scale * output), key=lambda each: each[0])
+        yield best[1]
         if time.perf_counter() > deadline:
-            break
+            return
         program.extend(relaxed)
         output = STAY * best[1] + (1 - STAY) * program.solve(output)
-    return best[1]
 
 
 @dataclass
@@ -436,6 +436,9 @@ class _Proof:
         if self.callback is not None:
             figures = {"seconds": self.elapsed(), "bound": self.best.value, "share": self.best.share}
             self.callback({"phase": "proof", **figures})
+        self.save_in_time()
+
+    def save_in_time(self) -> None:
         if time.perf_counter() - self.saved >= max(self.state_seconds, self.cost / SAVING):
             self.save()
 
@@ -484,24 +487,33 @@ class _Tree(NamedTuple):
     wide: bool
 
 
+class _Ahead(NamedTuple):
+    """Multipliers (N, K) for the next tree: the best of so many passes."""
+
+    output: Tensor
+    passes: int
+
+
 class _OneLayerProof(_Proof):
     """One ReLU layer: bounds in turn with multipliers of a program that knows more and more features."""
 
     tree: _Tree | None
+    ahead: _Ahead | None
 
     def __post_init__(self, before: ProvenBound | None) -> None:
         super().__post_init__(before)
         self.features = Features.of(self.problem)
         own = unit(vectors.kernels(self.network))
         lacked = own[:0] if self.best.kernels is None else self.best.kernels.to(own)
-        self.own, self.tree = len(own), None
+        self.own, self.tree, self.ahead = len(own), None, None
         self.program = _Program(self.problem, self.features, torch.cat([own, lacked]))
 
     def state(self) -> dict[str, Any]:
         tree = self.tree and {**self.tree._asdict(), "search": self.tree.search.state()}
-        return {**super().state(), "tree": tree}
+        return {**super().state(), "tree": tree, "ahead": self.ahead and self.ahead._asdict()}
 
     def restore(self, state: dict[str, Any]) -> None:
+        self.ahead = state["ahead"] and _Ahead(**state["ahead"])
         if (tree := state["tree"]) is None:
             return
         given = self.features.patches, self.features.weighted(tree["output"])
@@ -513,7 +525,11 @@ class _OneLayerProof(_Proof):
             raise validation.Misuse("state", str(self.file.path), remedy) from error
 
     def run(self, output: Tensor) -> None:
-        if self.tree is not None:
+        if self.elapsed() >= self.seconds:
+            return
+        if self.ahead is not None:
+            output = self._led(*self.ahead)
+        elif self.tree is not None:
             output = self.tree.output
         elif self.best.curve:  # the bound at r is known
             output = self.program.solve(output)
@@ -531,8 +547,17 @@ class _OneLayerProof(_Proof):
         large = len(output) * self.features.patches.shape[0] > MOST_ENTRIES
         if maximum.upper <= OPEN * maximum.lower or output.shape[1] > 1 or large:
             return output
+        return self._led(output, 0)
+
+    def _led(self, output: Tensor, passes: int) -> Tensor:
+        """By relaxed features, from multipliers that so many passes have led to."""
         deadline = time.perf_counter() + RELAXED_SHARE * (self.seconds - self.elapsed())
-        return _relaxed(self.program, output, RELAXED_PASSES, RELAXED_CELLS, deadline)
+        self.ahead = _Ahead(output, passes)
+        left = _relaxed(self.program, output, RELAXED_PASSES - passes, RELAXED_CELLS, deadline)
+        for done, best in enumerate(left, passes + 1):
+            self.ahead = _Ahead(best, done)
+            self.save_in_time()
+        return self.ahead.output
 
     def _bounded(self, output: Tensor) -> sphere.SphereMaximum:
         """Bound at some multipliers, and keep it if it is the best."""
@@ -557,7 +582,7 @@ class _OneLayerProof(_Proof):
     def _searched(self, output: Tensor) -> sphere.SphereMaximum:
         """By branch and bound, heard of every SLICE."""
         if self.tree is None or self.tree.output is not output:
-            self.tree = self._planted(output)
+            self.tree, self.ahead = self._planted(output), None
         search, end = self.tree.search, self.tree.began + self._given(self.tree.began, self.tree.wide)
         while True:
             before = search.maximum.cells

@@ -18,7 +18,9 @@ from strategies import normal, random_inputs, seeded
 
 import meanfield as mf
 from meanfield import limits, starts
-from meanfield.certificates import ProvenBound, prove, proving, sphere, vectors
+from meanfield.certificates import ProvenBound, prove, proving, sphere, two_layers, vectors
+from meanfield.certificates.gain import Gain
+from meanfield.certificates.two_layers import TwoLayerBound
 from meanfield.pages import plotting
 from meanfield.solvers import alternating, arrangements, flow
 from meanfield.storage import tensors
@@ -138,7 +140,7 @@ def test_a_stop_keeps_what_is_proven_and_a_later_call_goes_on():
 def wide_open():
     """Kernels of nine entries, whose branch and bound does not end in a second; network and multipliers."""
     arch = mf.Architecture((1, 5, 5), (mf.Conv(3, activation="relu"),), readout="average")
-    problem = mf.Problem(arch, random_inputs(arch, 20, 0), normal((20, 1), 1), penalty=mf.Penalty(input=0.01))
+    problem = mf.Problem(arch, random_inputs(arch, 8, 0), normal((8, 1), 1), penalty=mf.Penalty(input=0.01))
     return problem, *poor(problem)
 
 
@@ -193,6 +195,28 @@ def test_a_tree_that_was_stopped_proves_what_the_whole_one_does(tmp_path, monkey
     assert torch.equal(found["whole"][1], found["stopped"][1])
 
 
+def test_a_stop_among_relaxed_passes_keeps_where_they_have_led(tmp_path, monkeypatch):
+    for name, value in (("LEAST_SLICE", 0.01), ("FIRST", 1e-9), ("OPEN", 1.0)):
+        monkeypatch.setattr(proving, name, value)
+    problem, network, output = wide_open()
+    state, led = tmp_path / "proof.safetensors", []
+
+    def passes(program, output, passes, *_):
+        led.append((output, passes))
+        yield output * 1.1
+        if len(led) == 1:
+            raise KeyboardInterrupt
+        yield output * 1.2
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(proving, "_relaxed", passes)
+    for _ in range(3):
+        prove(problem, output, network, 100.0, state=state)
+    assert [count for _, count in led] == [proving.RELAXED_PASSES - done for done in (0, 1, 3)]
+    torch.testing.assert_close(led[1][0], 1.1 * led[0][0])
+    torch.testing.assert_close(led[2][0], 1.2 * led[1][0])
+
+
 def test_a_file_of_another_proof_or_a_damaged_one_is_refused(tmp_path):
     problem, network, output = wide_open()
     state = tmp_path / "proof.safetensors"
@@ -232,6 +256,28 @@ def test_writing_takes_a_small_share_of_the_time(cost, expected, monkeypatch):
     assert len(saves) == pytest.approx(expected, abs=1)
     assert saves[0] == pytest.approx(30, abs=1 + cost)
     assert len(saves) * cost <= 0.021 * clock[0]
+
+
+def test_of_two_layers_the_multipliers_are_kept(tmp_path, monkeypatch):
+    """A stop between the two bounds leaves the second; later ones are at the r that was chosen, without steps."""
+    arch = mf.Architecture((1, 3, 4), (mf.Conv((1, 2), activation="tanh"),) * 2)
+    problem = mf.Problem(arch, random_inputs(arch, 3, 0), normal((3, 1), 1))
+    network = starts.start(arch, (2, 2), problem.inputs, seeded(0))
+    output, calls, gain = 0.01 * normal((3, 1), 2), [], Gain(1.0, 2.0, torch.zeros(2), 1)
+
+    def bounded(problem, output, network, *, seconds, steps):
+        calls.append((output, steps))
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return TwoLayerBound(0.01 * len(calls), 1.1 * output, 1.0, gain, 0.0)
+
+    monkeypatch.setattr(two_layers, "prove", bounded)
+    state = tmp_path / "proof.safetensors"
+    bounds = [prove(problem, output, network, 100.0, state=state).value for _ in range(3)]
+    assert bounds == [0.01, 0.03, 0.04]
+    assert [steps for _, steps in calls] == [0, two_layers.STEPS, two_layers.STEPS, 0]
+    for (given, _), factor in zip(calls, (1, 1, 1, 1.1)):
+        torch.testing.assert_close(given, factor * calls[0][0])
 
 
 KILLED = """

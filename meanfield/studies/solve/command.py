@@ -203,6 +203,7 @@ def command(options: Options) -> None:
     measured of the same program where it is small, and otherwise of 16 images of two classes, averaged down to 4x4.
 
     --prove is for a lower bound that no network of any width can pass, after the solve; the report draws how it rose.
+    Where time ended it, --resume with more seconds goes on from its tree.
 
     --max-seconds is for the solve; measurements of the report that take longer than what it leaves, or a quarter more,
     are cut short or left out.

@@ -11,6 +11,8 @@ import torch
 from command_line import run, tiny
 
 from meanfield import load_network
+from meanfield.certificates import proving
+from meanfield.storage import tensors
 from meanfield.studies.solve import measure
 
 SAVING = (
@@ -80,6 +82,31 @@ def test_a_limit_leaves_what_a_later_run_goes_on_from(tmp_path, monkeypatch):
     assert run(*fewer, "--out", out, "--max-seconds", "0.001").exit_code == 0  # anew
     assert json.loads((out / "results.json").read_text())["rounds"] == []
     assert (out / "states.safetensors").exists()
+
+
+@pytest.mark.slow
+def test_a_larger_prove_goes_on_from_the_tree(tmp_path, monkeypatch):
+    """Of a solve that had ended too, while its proof is open; it leaves no state where nothing is left to prove."""
+    monkeypatch.setattr(measure, "TRAINED_WIDTHS", ())
+    monkeypatch.setattr(measure, "SAMPLED_WIDTHS", (4,))
+    monkeypatch.setattr(measure, "PEER_STEPS", 20)
+    monkeypatch.setattr(proving, "SLICE", 0.1)
+    out, kept = tmp_path / "out", tmp_path / "out" / "state.proof.safetensors"
+    options = (*tiny("--widths=6", "--activation=relu", "--tolerance=0.5", "--quiet"), "--resume", "--out", out)
+    proven, cells = [], []
+    for seconds in (0.2, 0.5):
+        assert run(*options, f"--prove={seconds}").exit_code == 0
+        solution = json.loads((out / "results.json").read_text())["solution"]
+        assert solution["status"] == "alternation_converged"
+        proven.append(solution["proven"])
+        cells.append(len(tensors.unpack(kept.read_bytes(), kept)[0]["state/tree/search/cells"]))
+    assert proven[1]["curve"][: len(proven[0]["curve"])] == proven[0]["curve"]
+    assert cells[1] > cells[0]
+    kept.write_bytes(b"torn")
+    torn = run(*options, "--prove=1")
+    assert (torn.exit_code, torn.stderr[:60]) == (2, f"error: --resume cannot go on from {kept}"[:60])
+    assert run(*options[:-3], "--out", out).exit_code == 0
+    assert not list(out.glob("state*"))
 
 
 def test_resume_needs_a_place():
