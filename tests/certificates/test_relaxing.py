@@ -45,7 +45,7 @@ def test_more_is_proven_on_the_partition_than_at_the_optimal_multipliers(partiti
     problem, features, _, _ = partitioned
     program = proving._Program(problem, features, unit(normal((400, 4), 4)))
     optimal = program.solve(0 * normal((6, 1), 0))
-    found = proving._relaxed(program, optimal, 12, 60, float("inf"))
+    *_, found = proving._relaxed(program, optimal, 12, 60, float("inf"))
     cuts = len(program.cuts)
     partition = relaxing.Partition.refined(features.patches, features.weights, optimal, 60)
     price = proving._price(problem)

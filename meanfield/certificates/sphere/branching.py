@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from meanfield.certificates.sphere.cones import Cones, cone_maxima
+from meanfield.certificates.sphere.dyadic import coded, decoded
 from meanfield.certificates.sphere.pairs import Above, Pairs
 from meanfield.certificates.sphere.response import Found, Response, ascend, chunk, improve, start_directions, unit
 
@@ -82,10 +83,11 @@ class Branching:
                     self._note(began)
 
     def state(self) -> dict[str, Any]:
-        """What `restored` goes on from, for a `storage.states.StateFile`."""
+        """What `restored` goes on from, for a `storage.states.StateFile`: for r = 9, 32 bytes a cell or 50."""
         return {
             "basis": self.response.basis,
-            "cells": self._table[: self._count],
+            "cells": coded(Cones.of_table(self._table[: self._count])),
+            "uppers": self._uppers(),
             "argmax": self.argmax,
             "figures": [self.lower, self._dropped, self.looked, self.seconds],
             "curve": [list(pair) for pair in self.curve],
@@ -97,7 +99,7 @@ class Branching:
         search = cls.__new__(cls)
         with _pool():
             search._begin(response)
-        search._table, search.argmax = state["cells"].clone(), state["argmax"]
+        search._table, search.argmax = decoded(state["cells"], state["uppers"]).table(), state["argmax"]
         search._count = len(search._table)
         search.lower, search._dropped, search.looked, search.seconds = state["figures"]
         search.curve = [(seconds, upper) for seconds, upper in state["curve"]]
