@@ -21,9 +21,10 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import InitVar, dataclass, field, replace
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -39,11 +40,15 @@ from meanfield.certificates.relaxing import Partition
 from meanfield.certificates.sphere.response import reduced, start_directions, unit, uphill
 from meanfield.network import ParticleNetwork
 from meanfield.problem import Problem
-from meanfield.signatures import Nonnegative, checked
+from meanfield.signatures import Nonnegative, Seconds, checked
+from meanfield.storage import states, tensors
+from meanfield.storage.states import StateFile
+from meanfield.validation import path
 
 EXACT_ENTRIES = 3  # of a kernel, up to which the maximum is exact and takes little time
 LEAST_SECONDS = 2.0  # of one bound
 SLICE, LEAST_SLICE = 1.0, 0.1  # seconds of branch and bound between two looks at the clock and at interrupts
+SAVING = 0.02  # of the time may go into writing the state
 MOVED = 1.0  # of the time that multipliers have, up to which cells of the last ones are bounded anew
 FIRST = 1 / 12  # of the time is for the first bound of `prove`; each later one takes twice as long as all before it
 VIOLATED = 1e-6  # relative to the price: what a cut is added for
@@ -136,6 +141,8 @@ def prove(
     callback: Callable[[dict[str, Any]], None] | None = None,
     *,
     before: ProvenBound | None = None,
+    state: Annotated[str | Path, path] | None = None,
+    state_seconds: Seconds = states.STATE_SECONDS,
 ) -> ProvenBound:
     """The best lower bound of J over all measures that `seconds` prove, from the multipliers r = `output` (N, K) on.
 
@@ -144,6 +151,11 @@ def prove(
     all that is left where the one before is far from closed.  It ends early where the bound reaches the program's
     value.  Ctrl-C and a limit of time (`limits.within`) end it with what is proven by then.  before: an earlier answer,
     to go on from; its seconds count.
+    state: file (.safetensors) to which what is proven and the tree of the branch and bound are written every
+    `state_seconds` seconds, less often where writing would take more than SAVING of the time, and at the end.  A call
+    with the same problem, multipliers and network goes on from there, whatever `before`, as if it had not ended: with
+    the same tree, and with as many more seconds as `seconds` is larger.  Of two layers r is kept, but no tree.  The
+    file stays, for the caller to remove; one that is damaged or of another proof is refused (ValueError).
     callback: hears {"phase": "proof", "seconds", "bound", "share"} after every bound.
     """
     problem.require_whole("prove")
@@ -151,16 +163,23 @@ def prove(
     reason = no_method(problem)
     if reason:
         return ProvenBound(-math.inf, reason=reason)
+    settings = {"work": "proof", "multipliers": tensors.digest([output])[: states.DIGITS]}
+    file = states.of_run(state, settings, problem, network)
+    kept = None if file is None else file.load(problem.inputs.device)
+    before = before if kept is None else ProvenBound.restored(kept["best"])
     problem, network = problem.to(dtype=torch.float64), network.to(dtype=torch.float64)
     output = feasible(problem, output.to(problem.inputs))
     make = _OneLayerProof if problem.architecture.depth == 1 else _TwoLayerProof
-    proof = make(problem, network, seconds, callback, before)
+    proof = make(problem, network, seconds, callback, file, state_seconds, before)
+    if kept is not None:
+        proof.restore(kept)
     try:
         proof.run(output)
     except (KeyboardInterrupt, limits.TimeUp):
         if not proof.best.curve:
             raise
-    return replace(proof.best, seconds=proof.elapsed())
+    proof.save()
+    return proof.answer()
 
 
 def at_multipliers(
@@ -365,44 +384,50 @@ class _Program:
         return (weighted.flatten(1) @ cuts.flatten(1).T).numpy(force=True) / self.problem.count
 
 
-def _relaxed(program: _Program, output: Tensor, partition: Partition, deadline: float) -> Tensor:
-    """Multipliers near the best on a partition, from `output` on: steps from the best so far towards those of the
-    program with the relaxed features of all passes, whose value no multipliers exceed there.
+def _relaxed(program: _Program, output: Tensor, partition: Partition, passes: int) -> Iterator[Tensor]:
+    """Multipliers near the best on a partition, pass by pass, from `output` on: steps from the best so far towards those
+    of the program with the relaxed features of all passes, whose value no multipliers exceed there.
     """
     problem, price = program.problem, _price(program.problem)
     program, best = copy.copy(program), (-math.inf, output)
-    for _ in range(RELAXED_PASSES):
+    for _ in range(passes):
         limits.look()
         upper, relaxed = partition.bound(output)
         scale, value = concave.maximum(
             lambda s, r=output: _dual(problem, s * r), min(price / upper, largest_scale(problem.loss))
         )
         best = max(best, (value, scale * output), key=lambda each: each[0])
+        yield best[1]
         program.extend(relaxed)
         towards = program.solve(output)
-        if time.perf_counter() > deadline or best[0] >= program.value * (1 - RELAXED_CLOSED):
-            break
+        if best[0] >= program.value * (1 - RELAXED_CLOSED):
+            return
         output = STAY * best[1] + (1 - STAY) * towards
-    return best[1]
 
 
 @dataclass
 class _Proof:
-    """The best bound so far."""
+    """The best bound so far, and the file that keeps it."""
 
     problem: Problem
     network: ParticleNetwork
     seconds: float
     callback: Callable[[dict[str, Any]], None] | None
+    file: StateFile | None
+    state_seconds: float
     before: InitVar[ProvenBound | None]
 
     def __post_init__(self, before: ProvenBound | None) -> None:
         self.value = float(self.problem.value(self.network))
         self.best = ProvenBound(-math.inf) if before is None else replace(before, share=before.value / self.value)
         self.began = time.perf_counter() - self.best.seconds
+        self.saved, self.cost = time.perf_counter(), 0.0
 
     def elapsed(self) -> float:
         return time.perf_counter() - self.began
+
+    def answer(self) -> ProvenBound:
+        return replace(self.best, seconds=self.elapsed())
 
     def keep(self, value: float, kind: str, output: Tensor) -> None:
         """Take a bound if it is the best, and say how far the proof is."""
@@ -412,16 +437,37 @@ class _Proof:
         if self.callback is not None:
             figures = {"seconds": self.elapsed(), "bound": self.best.value, "share": self.best.share}
             self.callback({"phase": "proof", **figures})
+        self.save_in_time()
+
+    def save_in_time(self) -> None:
+        if time.perf_counter() - self.saved >= max(self.state_seconds, self.cost / SAVING):
+            self.save()
+
+    def save(self) -> None:
+        if self.file is None:
+            return
+        began = time.perf_counter()
+        self.file.save(self.state())
+        self.saved = time.perf_counter()
+        self.cost = self.saved - began
+
+    def state(self) -> dict[str, Any]:
+        return {"best": self.answer().state()}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """What `state` knows beside the best bound."""
 
 
 class _TwoLayerProof(_Proof):
-    """Two saturating layers: a quick bound at r, then one at multipliers chosen for it."""
+    """Two saturating layers: a quick bound at r, then one at multipliers chosen for it; later ones at the best r."""
 
     def run(self, output: Tensor) -> None:
         if not self.best.curve:
             self._bounded(output, FIRST * self.seconds, 0)
+        chosen = len(self.best.curve) > 1
         if self.elapsed() < self.seconds:
-            self._bounded(output, self.seconds - self.elapsed(), two_layers.STEPS)
+            output = self.best.output if chosen and self.best.output is not None else output
+            self._bounded(output, self.seconds - self.elapsed(), 0 if chosen else two_layers.STEPS)
 
     def _bounded(self, output: Tensor, seconds: float, steps: int) -> None:
         found = two_layers.prove(self.problem, output, self.network, seconds=seconds, steps=steps)
@@ -430,20 +476,63 @@ class _TwoLayerProof(_Proof):
         self.keep(found.bound, kind, found.output)
 
 
+class _Tree(NamedTuple):
+    """A branch and bound at the multipliers output (N, K).
+
+    began: at which second of the proof; the first one at 0.  last: whether all the time left is given to it.
+    """
+
+    output: Tensor
+    search: sphere.Search
+    began: float
+    last: bool
+
+
+class _Ahead(NamedTuple):
+    """Multipliers (N, K) for the next tree: the best of so many passes."""
+
+    output: Tensor
+    passes: int
+
+
 class _OneLayerProof(_Proof):
     """One ReLU layer: bounds in turn with multipliers of a program that knows more and more features."""
+
+    tree: _Tree | None
+    ahead: _Ahead | None
 
     def __post_init__(self, before: ProvenBound | None) -> None:
         super().__post_init__(before)
         self.features = Features.of(self.problem)
         own = unit(vectors.kernels(self.network))
         lacked = own[:0] if self.best.kernels is None else self.best.kernels.to(own)
-        self.own, self.ratio = len(own), 1.0
-        self.search: sphere.Search | None = None
+        self.own, self.tree, self.ahead = len(own), None, None
         self.program = _Program(self.problem, self.features, torch.cat([own, lacked]))
 
+    def state(self) -> dict[str, Any]:
+        tree = self.tree and {**self.tree._asdict(), "search": self.tree.search.state()}
+        return {**super().state(), "tree": tree, "ahead": self.ahead and self.ahead._asdict()}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self.ahead = state["ahead"] and _Ahead(**state["ahead"])
+        if (tree := state["tree"]) is None:
+            return
+        given = self.features.patches, self.features.weighted(tree["output"])
+        try:
+            self.tree = _Tree(**{**tree, "search": sphere.Search.restored(*given, tree["search"])})
+        except validation.Misuse as error:
+            assert self.file is not None
+            remedy = f"cannot be used: its tree {error.remedy}; delete it to start anew"
+            raise validation.Misuse("state", str(self.file.path), remedy) from error
+
     def run(self, output: Tensor) -> None:
-        if self.best.curve:  # the bound at r is known
+        if self.elapsed() >= self.seconds:
+            return
+        if self.ahead is not None:
+            output = self._led(*self.ahead)
+        elif self.tree is not None:
+            output = self.tree.output
+        elif self.best.curve:  # the bound at r is known
             output = self.program.solve(output)
         while self.elapsed() < self.seconds:
             maximum = self._bounded(output)
@@ -452,28 +541,43 @@ class _OneLayerProof(_Proof):
             proposed = self._next(output, maximum)
             if self.best.value >= self.program.value * (1 - CLOSED):
                 break
-            output = self._provable(output) if self._smooths() else proposed
+            output = self._led(output, 0) if self.tree is not None and self._far() and self._smooths() else proposed
+
+    def _far(self) -> bool:
+        """Whether the tree is far from closed."""
+        assert self.tree is not None
+        known = self.tree.search.maximum
+        return known.upper > OPEN * known.lower
 
     def _smooths(self) -> bool:
-        """Whether much is left open and there are multipliers of which more can be proven."""
-        few = self.program.problem.count * self.features.patches.shape[0] <= MOST_ENTRIES
-        return self.search is not None and self.ratio > OPEN and self.problem.architecture.outputs == 1 and few
+        """Whether there are multipliers of which more can be proven."""
+        few = len(self.problem.inputs) * len(self.features.patches) <= MOST_ENTRIES
+        return self.problem.architecture.outputs == 1 and few
 
-    def _provable(self, output: Tensor) -> Tensor:
+    def _led(self, output: Tensor, passes: int) -> Tensor:
+        """By relaxed features of the tree, from multipliers that so many passes have led to."""
+        assert self.tree is not None
         deadline = time.perf_counter() + RELAXED_SHARE * (self.seconds - self.elapsed())
-        partition = Partition.of(self.features.patches, self.features.weights, self.search, RELAXED_CELLS)
-        return _relaxed(self.program, output, partition, deadline)
+        self.ahead = _Ahead(output, passes)
+        partition = Partition.of(self.features.patches, self.features.weights, self.tree.search, RELAXED_CELLS)
+        left = _relaxed(self.program, output, partition, RELAXED_PASSES - passes)
+        for done, best in enumerate(left, passes + 1):
+            self.ahead = _Ahead(best, done)
+            self.save_in_time()
+            if time.perf_counter() > deadline:
+                break
+        return self.ahead.output
 
     def _bounded(self, output: Tensor) -> sphere.SphereMaximum:
         """Bound at some multipliers, and keep it if it is the best."""
-        left = self.seconds - self.elapsed()
-        slice_ = 2 * self.elapsed() if self.best.curve else FIRST * self.seconds
+        return self._exact(output) or self._searched(output)
+
+    def _given(self, began: float, last: bool) -> float:
+        """Seconds for a tree."""
+        left, slice_ = self.seconds - began, 2 * began if began else FIRST * self.seconds
         # begun anew with less time than the last it would hardly be better; far from closed it is time that it lacks
-        last = left < 3 * slice_ or (self.ratio > OPEN and not self._smooths())
-        given = left if self.best.curve and last else min(left, slice_)
-        maximum = self._exact(output) or self._searched(output, max(given, LEAST_SLICE))
-        self.ratio = maximum.upper / max(maximum.lower, np.finfo(float).tiny)
-        return maximum
+        given = left if began and (left < 3 * slice_ or last) else min(left, slice_)
+        return max(given, LEAST_SLICE)
 
     def _exact(self, output: Tensor) -> sphere.SphereMaximum | None:
         """At once, where planes are few."""
@@ -484,22 +588,30 @@ class _OneLayerProof(_Proof):
         self.keep(found.value, found.kind, found.output)
         return found.maximum
 
-    def _searched(self, output: Tensor, seconds: float) -> sphere.SphereMaximum:
-        """By branch and bound, from the cells of the last multipliers where it pays; heard of every SLICE."""
-        end, known = self.elapsed() + seconds, self.program.kernels
-        given = self.features.patches, self.features.weighted(output)
-        if self.search is None or self.search.maximum.seconds > MOVED * seconds:
-            self.search = sphere.Search(*given, start=known)
-        else:
-            self.search = self.search.moved(*given, start=known)
+    def _searched(self, output: Tensor) -> sphere.SphereMaximum:
+        """By branch and bound, heard of every SLICE."""
+        if self.tree is None or self.tree.output is not output:
+            self.tree, self.ahead = self._planted(output), None
+        search, end = self.tree.search, self.tree.began + self._given(self.tree.began, self.tree.last)
         while True:
-            before = self.search.maximum.cells
-            maximum = self.search.refine(max(min(SLICE, end - self.elapsed()), LEAST_SLICE))
+            before = search.maximum.cells
+            maximum = search.refine(max(min(SLICE, end - self.elapsed()), LEAST_SLICE))
             found = _at(self.problem, output, maximum)
             self.keep(found.value, found.kind, found.output)
             if maximum.cells == before or self.elapsed() >= end:
                 return maximum
             limits.look()
+
+    def _planted(self, output: Tensor) -> _Tree:
+        """From the cells of the last multipliers where it pays."""
+        began = self.elapsed() if self.best.curve else 0.0
+        given, known = (self.features.patches, self.features.weighted(output)), self.program.kernels
+        if self.tree is None:
+            return _Tree(output, sphere.Search(*given, start=known), began, False)
+        last = self._far() and not self._smooths()
+        moved = self.tree.search.maximum.seconds <= MOVED * self._given(began, last)
+        search = self.tree.search.moved(*given, start=known) if moved else sphere.Search(*given, start=known)
+        return _Tree(output, search, began, last)
 
     def _next(self, output: Tensor, maximum: sphere.SphereMaximum) -> Tensor:
         """The multipliers of the program with the features that those of before undercharge."""

@@ -63,7 +63,7 @@ def solve(
     prove: Nonnegative = 0.0,
     max_memory: Gibibytes = math.inf,
     state: Annotated[str | Path, path] | None = None,
-    state_seconds: Seconds = flow.STATE_SECONDS,
+    state_seconds: Seconds = states.STATE_SECONDS,
     callback: Callable[[dict[str, Any]], None] | None = None,
 ) -> Solution:
     """Alternate flow and convex program from `network` until a flow ends within `tolerance` (relative to J) of optimal.
@@ -89,12 +89,13 @@ def solve(
     that would raise J is rejected, so J never rises.
 
     state: file (.safetensors) to which the state of the alternation is written after every flow and every program, with
-    one beside it (.flow.safetensors) that the flow writes every `state_seconds` seconds.  A call with the same
-    arguments, of which `rounds`, `max_seconds` and `prove` may be others, continues from there and ends, on the same
-    machine and as many threads, with the same bits as a run without a pause (seconds and what is proven in them
-    excepted); a program that was broken off is solved anew.  A run that has ended leaves the file, from which the
-    answer comes at once, for the caller to remove.  A file that is damaged or of other arguments or data is refused
-    (ValueError).
+    two beside it that are written every `state_seconds` seconds: by the flow (.flow.safetensors), and by the proof
+    (.proof.safetensors), with the tree of its branch and bound.  A call with the same arguments, of which `rounds`,
+    `max_seconds` and `prove` may be others, continues from there and ends, on the same machine and as many threads,
+    with the same bits as a run without a pause (seconds and what is proven in them excepted); a program that was broken
+    off is solved anew.  A larger `prove` goes on from the tree; another round is another network, and drops it.  A run
+    that has ended leaves the files, from which the answer comes at once, for the caller to remove.  A file that is
+    damaged or of other arguments or data is refused (ValueError).
 
     max_memory: what this process may hold, as in `limits.memory` (GiB, or "500MiB"; default: limits.FREE_SHARE of what
     is free on top of what it holds).  A run that will need more is refused before it starts, with what would fit.
@@ -156,6 +157,11 @@ def solve(
 def flow_state(state: Path) -> Path:
     """The file beside that of an alternation in which its flow keeps its own state."""
     return state.with_suffix(".flow.safetensors")
+
+
+def proof_state(state: Path) -> Path:
+    """That in which the proof of its last network keeps its own."""
+    return state.with_suffix(".proof.safetensors")
 
 
 class _Flowed(NamedTuple):
@@ -225,6 +231,8 @@ class _Run:
 
     def round(self, steps: int) -> str:
         """One flow and one convex program; returns the status that ended it early, or "done"."""
+        if self.file is not None and self.problem.ranks.own == 0:  # a tree is of one network and its multipliers
+            proof_state(self.file.path).unlink(missing_ok=True)
         if self.flowed is None and (ended := self._flow(steps)) in ENDED_EARLY:
             return ended
         program = self._program()
@@ -411,6 +419,8 @@ class _Run:
                     seconds,
                     self._relay("proof"),
                     before=self.proven,
+                    state=None if self.file is None else proof_state(self.file.path),
+                    state_seconds=self.state_seconds,
                 )
         except limits.STOPS as stop:  # before anything was proven: the answer is kept
             limits.status(stop)

@@ -39,7 +39,6 @@ from meanfield.validation import choice, path
 __all__ = ["DESCENTS", "Tangent", "advance", "metric_speed", "solve", "squared_distance", "velocity"]
 
 DESCENTS = ("preconditioned", "gradient")
-STATE_SECONDS = 30.0  # of work that a killed run may lose
 RECORD_SHARE = 0.2  # of the steps of minibatches, for records on all images
 OWN_TERM = "uncertified: the penalty has a term of the user's own, which nothing is proven of"
 GLIMPSE = 1.0  # seconds between two looks at where a run is
@@ -62,7 +61,7 @@ def solve(
     max_seconds: Seconds = math.inf,
     record_every: Count | None = None,
     state: Annotated[str | Path, path] | None = None,
-    state_seconds: Seconds = STATE_SECONDS,
+    state_seconds: Seconds = states.STATE_SECONDS,
     callback: Callable[[dict[str, Any]], None] | None = None,
 ) -> Solution:
     """Follow the particle gradient flow from `network`.

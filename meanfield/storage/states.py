@@ -21,6 +21,7 @@ from meanfield.validation import Misuse
 
 OURS = frozenset(ACTIVATIONS.values())
 KIND = "meanfield state 4"
+STATE_SECONDS = 30.0  # of work that a killed run may lose
 PLACE = "<tensor>"  # the only key of what stands for a tensor among plain values
 DIGITS = 16  # of a digest, hexadecimal: enough to tell data apart, few enough to be shown
 

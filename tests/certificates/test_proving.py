@@ -2,8 +2,13 @@
 
 import json
 import math
+import os
+import subprocess
+import sys
+import time
 from dataclasses import replace
 
+import kills
 import pytest
 import torch
 from command_line import run, tiny
@@ -13,10 +18,14 @@ from strategies import normal, random_inputs, seeded
 
 import meanfield as mf
 from meanfield import limits, starts
-from meanfield.certificates import ProvenBound, prove, proving, vectors
+from meanfield.certificates import ProvenBound, prove, proving, sphere, two_layers, vectors
+from meanfield.certificates.gain import Gain
+from meanfield.certificates.two_layers import TwoLayerBound
 from meanfield.pages import plotting
-from meanfield.solvers import arrangements, flow
+from meanfield.solvers import alternating, arrangements, flow
+from meanfield.storage import tensors
 from meanfield.studies.solve import page
+from meanfield.validation import Misuse
 
 
 def gradient(problem, network):
@@ -125,6 +134,183 @@ def test_a_stop_keeps_what_is_proven_and_a_later_call_goes_on():
     assert prove(problem, output, network, 0.0, before=kept).value == stopped.value
 
 
+# --- a tree that is kept ----------------------------------------------------------------------------------------------
+
+
+def wide_open():
+    """Kernels of nine entries, whose branch and bound does not end in a second; network and multipliers."""
+    arch = mf.Architecture((1, 5, 5), (mf.Conv(3, activation="relu"),), readout="average")
+    problem = mf.Problem(arch, random_inputs(arch, 8, 0), normal((8, 1), 1), penalty=mf.Penalty(input=0.01))
+    return problem, *poor(problem)
+
+
+def tree_of(path):
+    """Cells looked at and kept, multipliers of what is in a file."""
+    tree = tensors.unpack(path.read_bytes(), path)[0]
+    return tree["state/tree/search/cells"], tree["state/tree/output"]
+
+
+def test_a_stopped_proof_goes_on_from_its_tree(tmp_path, monkeypatch):
+    """No search begins: the cells of the file are halved further, at the same multipliers."""
+    monkeypatch.setattr(proving, "SLICE", 0.1)
+    problem, network, output = wide_open()
+    state = tmp_path / "proof.safetensors"
+    with limits.watched(interrupt_at(1)):
+        stopped = prove(problem, output, network, 30.0, state=state)
+    cells, multipliers = tree_of(state)
+    assert cells.dtype in (torch.int8, torch.int16)
+    monkeypatch.setattr(sphere.Search, "__init__", lambda *_, **__: pytest.fail("the search begins anew"))
+    with limits.watched(interrupt_at(1)):
+        resumed = prove(problem, output, network, 30.0, state=state)
+    assert resumed.curve[: len(stopped.curve)] == stopped.curve
+    assert resumed.value > stopped.value
+    more, same = tree_of(state)
+    assert len(more) > len(cells)
+    assert torch.equal(same, multipliers)
+    # the answer is there without any time, and before is not asked
+    again = prove(problem, output, network, 0.0, before=ProvenBound(-math.inf), state=state)
+    assert (again.value, again.curve) == (resumed.value, resumed.curve)
+
+
+def test_a_tree_that_was_stopped_proves_what_the_whole_one_does(tmp_path, monkeypatch):
+    """To the last bit, with slices that end at a bound in place of seconds; there is a look before the first one and
+    after every one.
+    """
+    problem, network, output = wide_open()
+    refine = sphere.Search.refine
+
+    def counted(search, seconds):
+        tolerance = 0.99 * search.maximum.upper / search.maximum.lower - 1
+        return refine(search, 60.0, tolerance=tolerance)
+
+    monkeypatch.setattr(sphere.Search, "refine", counted)
+    found = {}
+    for name, looks in (("whole", (4,)), ("stopped", (2, 1, 1))):
+        state = tmp_path / f"{name}.safetensors"
+        for look in looks:
+            with limits.watched(interrupt_at(look)):
+                proven = prove(problem, output, network, 1000.0, state=state)
+        found[name] = proven.value, tree_of(state)[0]
+    assert found["whole"][0] == found["stopped"][0]
+    assert torch.equal(found["whole"][1], found["stopped"][1])
+
+
+def test_a_stop_among_relaxed_passes_keeps_where_they_have_led(tmp_path, monkeypatch):
+    for name, value in (("LEAST_SLICE", 0.01), ("FIRST", 1e-9), ("OPEN", 1.0), ("PASSES", 1)):
+        monkeypatch.setattr(proving, name, value)
+    problem, network, output = wide_open()
+    state, led = tmp_path / "proof.safetensors", []
+
+    def passes(program, output, partition, passes):
+        led.append((output, passes))
+        yield output * 1.1
+        if len(led) == 1:
+            raise KeyboardInterrupt
+        yield output * 1.2
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(proving, "_relaxed", passes)
+    for _ in range(3):
+        prove(problem, output, network, 100.0, state=state)
+    assert [count for _, count in led] == [proving.RELAXED_PASSES - done for done in (0, 1, 3)]
+    torch.testing.assert_close(led[1][0], 1.1 * led[0][0])
+    torch.testing.assert_close(led[2][0], 1.2 * led[1][0])
+
+
+def test_a_file_of_another_proof_or_a_damaged_one_is_refused(tmp_path):
+    problem, network, output = wide_open()
+    state = tmp_path / "proof.safetensors"
+    prove(problem, output, network, 0.1, state=state)
+    with pytest.raises(Misuse, match="is of another run: its multipliers is"):
+        prove(problem, 2 * output, network, 0.1, state=state)
+    with pytest.raises(Misuse, match="is of another run: its widths"):
+        prove(problem, output, poor(problem, 3)[0], 0.1, state=state)
+    content = state.read_bytes()
+    state.write_bytes(content[:-100])
+    with pytest.raises(Misuse, match=r"perhaps truncated .*delete it to start anew"):
+        prove(problem, output, network, 0.1, state=state)
+    kept, body = tensors.unpack(content, state)
+    kept["state/tree/output"] *= 1.5  # whole, but no tree of these multipliers
+    state.write_bytes(tensors.pack(kept, body.pop("kind"), body))
+    with pytest.raises(Misuse, match="its tree is of another W, with other entries; delete it to start anew"):
+        prove(problem, output, network, 0.1, state=state)
+
+
+@pytest.mark.parametrize(("cost", "expected"), [(0.01, 33), (3.0, 6)])
+def test_writing_takes_a_small_share_of_the_time(cost, expected, monkeypatch):
+    """Of 1,000 seconds and a state every 30: as often as that, or on a slow disk 2% of the time."""
+    clock = [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
+    problem, network, output = wide_open()
+    saves = []
+
+    class Disk:
+        def save(self, state):
+            clock[0] += cost
+            saves.append(clock[0])
+
+    proof = proving._Proof(problem, network, 1000.0, None, Disk(), 30.0, None)
+    while clock[0] < 1000:
+        clock[0] += 1
+        proof.keep(1.0, "", output)
+    assert len(saves) == pytest.approx(expected, abs=1)
+    assert saves[0] == pytest.approx(30, abs=1 + cost)
+    assert len(saves) * cost <= 0.021 * clock[0]
+
+
+def test_of_two_layers_the_multipliers_are_kept(tmp_path, monkeypatch):
+    """A stop between the two bounds leaves the second; later ones are at the r that was chosen, without steps."""
+    arch = mf.Architecture((1, 3, 4), (mf.Conv((1, 2), activation="tanh"),) * 2)
+    problem = mf.Problem(arch, random_inputs(arch, 3, 0), normal((3, 1), 1))
+    network = starts.start(arch, (2, 2), problem.inputs, seeded(0))
+    output, calls, gain = 0.01 * normal((3, 1), 2), [], Gain(1.0, 2.0, torch.zeros(2), 1)
+
+    def bounded(problem, output, network, *, seconds, steps):
+        calls.append((output, steps))
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return TwoLayerBound(0.01 * len(calls), 1.1 * output, 1.0, gain, 0.0)
+
+    monkeypatch.setattr(two_layers, "prove", bounded)
+    state = tmp_path / "proof.safetensors"
+    bounds = [prove(problem, output, network, 100.0, state=state).value for _ in range(3)]
+    assert bounds == [0.01, 0.03, 0.04]
+    assert [steps for _, steps in calls] == [0, two_layers.STEPS, two_layers.STEPS, 0]
+    for (given, _), factor in zip(calls, (1, 1, 1, 1.1)):
+        torch.testing.assert_close(given, factor * calls[0][0])
+
+
+KILLED = """
+import meanfield as mf
+from certificates.test_proving import wide_open
+mf.solve(wide_open()[0], (4,), rounds=1, flow_steps=5, prove=600.0, state={state!r}, state_seconds=0.0)
+"""
+
+
+@pytest.mark.slow
+def test_a_killed_proof_goes_on_from_the_last_tree(tmp_path, monkeypatch):
+    state = tmp_path / "state.safetensors"
+    kept = alternating.proof_state(state)
+    environment = {**kills.environment(), "PYTHONPATH": f"{kills.ROOT}{os.pathsep}{kills.ROOT / 'tests'}"}
+    process = subprocess.Popen([sys.executable, "-c", KILLED.format(state=str(state))], env=environment)
+    kills.until(kept.exists, "nothing is kept")
+    process.kill()
+    process.wait()
+    cells = len(tree_of(kept)[0])
+    monkeypatch.setattr(proving, "FIRST", 1.0)  # all the time is for one tree
+    options = {"rounds": 1, "flow_steps": 5, "state": state}
+    resumed = mf.solve(wide_open()[0], (4,), prove=0.0, **options)
+    assert resumed.proven is None  # the alternation heard of nothing, and nothing more is asked for
+    first = mf.solve(wide_open()[0], (4,), prove=0.001, **options).proven
+    assert len(tree_of(kept)[0]) == cells
+    more = mf.solve(wide_open()[0], (4,), prove=first.seconds + 0.5, **options).proven
+    assert len(tree_of(kept)[0]) > cells
+    assert more.curve[: len(first.curve)] == first.curve
+
+
+# --- its parts -------------------------------------------------------------------------------------------------------
+
+
 def test_the_small_program_has_the_optimum_of_its_features():
     """Against the gap of the exact optimum's own features: residuals r, no feature above the price, D(r) = J."""
     problem = one_layer_problem()
@@ -156,6 +342,9 @@ def test_solve_proves_on_top_of_its_time_and_goes_on_from_a_state(tmp_path):
     assert again.lower_bound == pytest.approx(EXACT_ONE_LAYER, rel=1e-6)
     assert again.proven.share == again.lower_bound / again.value
     assert "proven" in again.message
+    assert alternating.proof_state(options["state"]).exists()
+    mf.solve(problem, (4,), **{**options, "rounds": 2})  # another network, of which no tree is
+    assert not alternating.proof_state(options["state"]).exists()
 
 
 def test_two_layers_that_saturate_have_a_bound_too():

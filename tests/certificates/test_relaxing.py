@@ -62,7 +62,7 @@ def test_more_is_proven_on_the_partition_than_at_the_optimal_multipliers(problem
     program = proving._Program(problem, features, unit(normal((400, 4), 4)))
     optimal = program.solve(0 * normal((6, 1), 0))
     partition = partition_at(features, optimal, 1)
-    found = proving._relaxed(program, optimal, partition, float("inf"))
+    *_, found = proving._relaxed(program, optimal, partition, 24)
     cuts = len(program.cuts)
     price = proving._price(problem)
 

@@ -21,6 +21,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -31,10 +32,12 @@ from meanfield.certificates.sphere.branching import Branching, maximise_branchin
 from meanfield.certificates.sphere.cones import Cones
 from meanfield.certificates.sphere.response import Found, Response, reduced
 from meanfield.signatures import Nonnegative, Positive, checked
-from meanfield.validation import finite, shaped
+from meanfield.storage.tensors import digest
+from meanfield.validation import Misuse, finite, shaped
 
 # Distance of row spaces, which enters the bound, up to which two are one.
 SAME_SPACE = 1e-12
+STATE = ("of", "basis", "cells", "uppers", "argmax", "figures", "curve")
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,8 +87,19 @@ class Search:
     def __init__(self, A: Tensor, W: Tensor, *, start: Tensor | None = None) -> None:
         """The arguments of `maximise`."""
         A, W, starts = _checked(A, W, start)
-        response = reduced(A.detach().double(), W.detach().double())
+        self._given = A.detach().double(), W.detach().double()
+        response = reduced(*self._given)
         self._branching = Branching(response, starts @ response.basis)
+
+    @classmethod
+    def _of(cls, A: Tensor, W: Tensor, branching: Branching) -> Search:
+        search = cls.__new__(cls)
+        search._given, search._branching = (A, W), branching
+        return search
+
+    @cached_property
+    def _names(self) -> dict[str, Any]:
+        return _named(*self._given)
 
     @property
     def maximum(self) -> SphereMaximum:
@@ -111,15 +125,31 @@ class Search:
 
     def state(self) -> dict[str, Any]:
         """Tensors and plain values from which `restored` goes on, for a `storage.states.StateFile`."""
-        return self._branching.state()
+        return {"of": self._names, **self._branching.state()}
 
     @classmethod
     def restored(cls, A: Tensor, W: Tensor, state: Mapping[str, Any]) -> Search:
-        """The search of `state`, for the same A and W."""
+        """The search of `state`, with the same bounds to the last bit, for the same A and W.
+
+        Raises ValueError for others, and for a state that lacks something.  That its cells hold all directions, and
+        that their bounds hold, is not looked at, which would take as long as finding them did: the checksum of a
+        `StateFile` tells what was damaged, nothing tells what was made up.
+        """
         A, W, _ = _checked(A, W, None)
-        search = cls.__new__(cls)
-        search._branching = Branching.restored(reduced(A.detach().double(), W.detach().double(), state["basis"]), state)
-        return search
+        A, W = A.detach().double(), W.detach().double()
+        lacking = [name for name in STATE if name not in state]
+        if lacking:
+            raise Misuse("state", sorted(state), f"is not that of a search: it lacks {', '.join(lacking)}")
+        for name, here in _named(A, W).items():
+            there = state["of"][name]
+            if there["shape"] != here["shape"]:
+                shapes = tuple(there["shape"]), tuple(here["shape"])
+                raise Misuse(
+                    "state", state["of"], f"is of another {name}, of shape {shapes[0]}; here it is {shapes[1]}"
+                )
+            if there != here:
+                raise Misuse("state", state["of"], f"is of another {name}, with other entries")
+        return cls._of(A, W, Branching.restored(reduced(A, W, state["basis"]), state))
 
     def moved(self, A: Tensor, W: Tensor, *, start: Tensor | None = None) -> Search:
         """A search for other weights of the same patches, which begins with this one's cells: bounding them anew takes
@@ -133,9 +163,12 @@ class Search:
         outputs = self._branching.response.linear.shape[1]
         if self._branching.leaves is None or apart > SAME_SPACE or outputs != W.shape[1] or not fresh.shape[1]:
             return Search(A, W, start=start)
-        search = Search.__new__(Search)
-        search._branching = Branching(reduced(A, W, basis), starts @ basis, self._branching.leaves)
-        return search
+        return Search._of(A, W, Branching(reduced(A, W, basis), starts @ basis, self._branching.leaves))
+
+
+def _named(A: Tensor, W: Tensor) -> dict[str, Any]:
+    """By which a state is told from that of others."""
+    return {name: {"shape": list(each.shape), "digest": digest([each])} for name, each in (("A", A), ("W", W))}
 
 
 def _maximum(response: Response, found: Found, seconds: float) -> SphereMaximum:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from meanfield import limits
 from meanfield.certificates.sphere.cones import Cones, cone_maxima
+from meanfield.certificates.sphere.dyadic import coded, decoded
 from meanfield.certificates.sphere.pairs import Above, Pairs
 from meanfield.certificates.sphere.response import Found, Response, ascend, chunk, improve, start_directions, unit
 
@@ -95,10 +96,11 @@ class Branching:
         return Cones.of_table(self._table[torch.cat([first, rest[drawn.to(rest.device)]])])
 
     def state(self) -> dict[str, Any]:
-        """What `restored` goes on from, for a `storage.states.StateFile`."""
+        """What `restored` goes on from, for a `storage.states.StateFile`: for r = 9, 32 bytes a cell or 50."""
         return {
             "basis": self.response.basis,
-            "cells": self._table[: self._count],
+            "cells": coded(Cones.of_table(self._table[: self._count])),
+            "uppers": self._uppers(),
             "argmax": self.argmax,
             "figures": [self.lower, self._dropped, self.looked, self.seconds],
             "curve": [list(pair) for pair in self.curve],
@@ -110,7 +112,7 @@ class Branching:
         search = cls.__new__(cls)
         with _pool():
             search._begin(response)
-        search._table, search.argmax = state["cells"].clone(), state["argmax"]
+        search._table, search.argmax = decoded(state["cells"], state["uppers"]).table(), state["argmax"]
         search._count = len(search._table)
         search.lower, search._dropped, search.looked, search.seconds = state["figures"]
         search.curve = [(seconds, upper) for seconds, upper in state["curve"]]

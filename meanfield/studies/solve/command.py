@@ -49,7 +49,7 @@ from meanfield.bench.task import (
 from meanfield.data import Dataset
 from meanfield.problem import Problem
 from meanfield.solvers import alternating, memory
-from meanfield.solvers.solution import ENDED_EARLY
+from meanfield.solvers.solution import ENDED_EARLY, Solution
 from meanfield.storage import networks, results
 from meanfield.studies.solve import page
 from meanfield.studies.solve.measure import heading, predictions, solution_figures
@@ -203,6 +203,7 @@ def command(options: Options) -> None:
     measured of the same program where it is small, and otherwise of 16 images of two classes, averaged down to 4x4.
 
     --prove is for a lower bound that no network of any width can pass, after the solve; the report draws how it rose.
+    Where time ended it, --resume with more seconds goes on from its tree.
 
     --max-seconds is for the solve; measurements of the report that take longer than what it leaves, or a quarter more,
     are cut short or left out.
@@ -271,7 +272,7 @@ def command(options: Options) -> None:
                     raise
                 _ended(run, result, watch, "memory ran out", SHORT)
             result.publish(written)
-            if run.solution.status not in (*ENDED_EARLY, "max_rounds"):
+            if not _goes_on(run.solution, options.prove):
                 remove_state(state)
         else:
             figures = {**figures, "predictions": predictions(run)}
@@ -279,6 +280,13 @@ def command(options: Options) -> None:
         sys.stdout.write(storage.to_json(figures))
     elif not options.quiet:
         _summarise(figures, options)
+
+
+def _goes_on(solution: Solution, prove: float) -> bool:
+    """Whether more rounds, or a proof of more seconds than these, would add to it."""
+    proven = solution.proven
+    open_proof = proven is not None and not proven.reason and proven.seconds >= prove
+    return solution.status in (*ENDED_EARLY, "max_rounds") or open_proof
 
 
 def _for_report(options: Options, run: Run) -> float:
@@ -384,12 +392,15 @@ def _of_resume(error: Misuse) -> Misuse:
 
 
 def _state_files(state: Path | None) -> list[Path]:
-    """That of the alternation, and that of its flow; of those that are there."""
-    return [] if state is None else [each for each in (state, alternating.flow_state(state)) if each.exists()]
+    """Those of the alternation, of its flow and of its proof that are there."""
+    if state is None:
+        return []
+    files = state, alternating.flow_state(state), alternating.proof_state(state)
+    return [each for each in files if each.exists()]
 
 
 def remove_state(state: Path | None) -> None:
-    """With that of its flow."""
+    """With those of its flow and of its proof."""
     for each in _state_files(state):
         each.unlink(missing_ok=True)
 

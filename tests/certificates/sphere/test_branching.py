@@ -14,6 +14,7 @@ from meanfield.certificates.sphere.cones import Cones
 from meanfield.certificates.sphere.pairs import Pairs
 from meanfield.certificates.sphere.response import reduced
 from meanfield.storage.states import StateFile
+from meanfield.validation import Misuse
 
 KINDS = ["general", "integer", "nearly integer", "nearly equal", "bytes", "of many lengths"]
 PRECISIONS = [torch.float64, torch.float32]
@@ -189,16 +190,39 @@ def test_a_search_goes_on_and_its_curve_falls():
     assert found[2].upper >= best_seen(A, W)
 
 
-def test_a_search_survives_in_a_file(tmp_path):
-    search = Search(A, W)
+@pytest.mark.parametrize("outputs", [1, 2])
+def test_a_search_survives_in_a_file_to_the_last_bit(tmp_path, outputs):
+    """The one that goes on from the file looks at the same cells as the one that was never stopped."""
+    weights, file = normal((60, outputs), 8), StateFile(tmp_path / "search.safetensors", {"run": 1})
+    search = Search(A, weights)
     kept = search.refine(60, tolerance=0.5)
-    StateFile(tmp_path / "search.safetensors", {"run": 1}).save(search.state())
-    again = Search.restored(A, W, StateFile(tmp_path / "search.safetensors", {"run": 1}).load())
+    file.save(search.state())
+    again = Search.restored(A, weights, file.load())
     same = again.maximum
     assert (same.lower, same.upper, same.cells, same.seconds) == (kept.lower, kept.upper, kept.cells, kept.seconds)
     assert again.curve == search.curve
-    torch.testing.assert_close(same.argmax, kept.argmax)
-    assert best_seen(A, W) <= again.refine(60, tolerance=0.4).upper < kept.upper
+    assert torch.equal(same.argmax, kept.argmax)
+    whole, resumed = (each.refine(60, tolerance=0.4) for each in (search, again))
+    assert (whole.lower, whole.upper, whole.cells) == (resumed.lower, resumed.upper, resumed.cells)
+    assert torch.equal(search._branching.leaves.table(), again._branching.leaves.table())
+    assert best_seen(A, weights) <= resumed.upper < kept.upper
+
+
+def test_a_state_of_another_problem_is_refused():
+    state = Search(A, W).state()
+    other = A.clone()
+    other[3, 2] *= 1 + 1e-15
+    for given, what in (
+        ((A[:, :5], W), r"is of another A, of shape \(60, 6\); here it is \(60, 5\)"),
+        ((other, W), "is of another A, with other entries"),
+        ((A, -W), "is of another W, with other entries"),
+        ((A, torch.cat([W, W], 1)), r"is of another W, of shape \(60, 1\); here it is \(60, 2\)"),
+    ):
+        with pytest.raises(Misuse, match=what):
+            Search.restored(*given, state)
+    del state["of"], state["uppers"]  # as states of older versions
+    with pytest.raises(Misuse, match="is not that of a search: it lacks of, uppers"):
+        Search.restored(A, W, state)
 
 
 def test_a_stop_in_a_step_leaves_a_search_that_goes_on(monkeypatch):

@@ -1,9 +1,11 @@
 """A solve that was broken off, and --resume."""
 
 import json
+import math
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import kills
 import pytest
@@ -11,7 +13,9 @@ import torch
 from command_line import run, tiny
 
 from meanfield import load_network
-from meanfield.studies.solve import measure
+from meanfield.certificates import ProvenBound, proving
+from meanfield.storage import tensors
+from meanfield.studies.solve import command, measure
 
 SAVING = (
     "import functools; from meanfield.solvers import alternating; "
@@ -80,6 +84,45 @@ def test_a_limit_leaves_what_a_later_run_goes_on_from(tmp_path, monkeypatch):
     assert run(*fewer, "--out", out, "--max-seconds", "0.001").exit_code == 0  # anew
     assert json.loads((out / "results.json").read_text())["rounds"] == []
     assert (out / "states.safetensors").exists()
+
+
+@pytest.mark.slow
+def test_a_larger_prove_goes_on_from_the_tree(tmp_path, monkeypatch):
+    """Of a solve that had ended, too, while its proof is open."""
+    monkeypatch.setattr(measure, "TRAINED_WIDTHS", ())
+    monkeypatch.setattr(measure, "SAMPLED_WIDTHS", (4,))
+    monkeypatch.setattr(measure, "PEER_STEPS", 20)
+    monkeypatch.setattr(proving, "FIRST", 1.0)  # all the time is for one tree
+    out, kept = tmp_path / "out", tmp_path / "out" / "state.proof.safetensors"
+    options = (*tiny("--widths=6", "--activation=relu", "--tolerance=0.5", "--quiet"), "--resume", "--out", out)
+    proven, cells, seconds = [], [], 0.2
+    for _ in range(2):
+        assert run(*options, f"--prove={seconds}").exit_code == 0
+        solution = json.loads((out / "results.json").read_text())["solution"]
+        assert solution["status"] == "alternation_converged"
+        proven.append(solution["proven"])
+        cells.append(len(tensors.unpack(kept.read_bytes(), kept)[0]["state/tree/search/cells"]))
+        seconds = proven[0]["seconds"] + 0.2
+    assert proven[1]["curve"][: len(proven[0]["curve"])] == proven[0]["curve"]
+    assert cells[1] > cells[0]
+    kept.write_bytes(b"torn")
+    torn = run(*options, "--prove=1")
+    assert torn.exit_code == 2
+    assert torn.stderr.startswith(f"error: --resume cannot go on from {kept}, which cannot be used: {kept} is not a")
+
+
+@pytest.mark.parametrize(
+    ("status", "proven", "kept"),
+    [
+        ("search_converged", None, False),
+        ("max_rounds", None, True),
+        ("search_converged", ProvenBound(0.5, seconds=10.2), True),  # time ended it
+        ("search_converged", ProvenBound(0.5, seconds=9.0), False),  # nothing was left to prove
+        ("search_converged", ProvenBound(-math.inf, reason="no method"), False),
+    ],
+)
+def test_a_state_is_left_where_there_is_something_to_go_on_with(status, proven, kept):
+    assert command._goes_on(SimpleNamespace(status=status, proven=proven), 10.0) == kept
 
 
 def test_resume_needs_a_place():
