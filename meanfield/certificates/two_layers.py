@@ -188,7 +188,7 @@ class Features:
         lengths = self.patches.norm(dim=2).unflatten(1, (1, *self.problem.architecture.geometry[0].output))
 
         def seen(radius: float) -> Tensor:
-            values = torch.where(lengths > 0, (self._first.slope * radius) * lengths, 0.0).clamp_max(1)
+            values = torch.where(lengths > 0, self._first.function(radius * lengths), 0.0)
             return above.patches(below.pool(values)).norm(dim=2)
 
         radii = [0.0, *(LEAST_RADIUS * RADIUS_STEP**step for step in range(RADII)), math.inf]
