@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import reduce
 from itertools import pairwise
@@ -41,9 +42,10 @@ COARSE = (250, 32, 24)  # of them, while mu and r are chosen
 LEAST_FLOW = 1e-6  # the first t above 0, relative to the last
 LEAST_RADIUS, RADIUS_STEP, RADII = 1e-3, 1.03, 500  # lengths of kernels between which B_i is bounded
 ASCENTS, ASCENT_STEPS, RATE = 256, 100, 0.1
-STEPS, ROUNDS = 300, 2  # of the choice of r
+STEPS, ROUNDS = 300, 3  # of the choice of r; mu is chosen anew before every round
 STEP, DECAY = 0.05, 0.02  # the first step, relative to |r|, and what is left of it at the end
-PRICES = (1e-3, 30.0, 16)  # of mu: the least and the largest, over lambda_s, and how many are tried
+PRICES = tuple(1e-3 * 2.0**step for step in range(16))  # mu that are tried first, over lambda_s
+NEAR = tuple(2 ** (step / 2) for step in range(-3, 4))  # and then, over the best so far
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,11 +87,12 @@ def prove(
     seconds: float = 10.0,
     tolerance: float = 1e-2,
     steps: int = STEPS,
+    mu: float | None = None,
 ) -> TwoLayerBound:
-    """The bound at multipliers chosen for it in `steps` steps from r = `output` (N, K), in float64.
+    """The bound at multipliers chosen for it in `steps` steps a round from r = `output` (N, K), in float64.
 
     seconds: for G, whose branch and bound ends earlier within `tolerance` of it; the bound holds either way.  network:
-    one whose kernels are tried first.  Raises ValueError where `unfit` says why there is no such bound.
+    one whose kernels are tried first.  mu: where the choice of mu begins, if it is known.  Raises ValueError where `unfit` says why there is no such bound.
     """
     began = time.perf_counter()
     if reason := unfit(problem):
@@ -97,8 +100,10 @@ def prove(
     problem = problem.to(dtype=torch.float64)
     features = Features.of(problem)
     output = feasible(problem, output.to(problem.inputs))
-    output, mu = _start(features, output, network)
-    for _ in range(ROUNDS if steps else 0):  # the second one with the kernels that matter now
+    if mu is None:
+        output, mu = _priced(features, output, network, [features.problem.penalty.source * each for each in PRICES])
+    for _ in range(ROUNDS if steps else 0):  # each with the kernels that matter now
+        output, mu = _priced(features, output, network, [mu * each for each in NEAR])
         output = _chosen(features.dual(mu, output, COARSE), output, features.kernels(output, mu, network), steps)
     tried = features.kernels(output, mu, network)
     found = gain.largest(features.response(output, mu), tried, time.perf_counter() + seconds, tolerance)
@@ -106,13 +111,13 @@ def prove(
     return TwoLayerBound(bound, scale * output, mu, found, time.perf_counter() - began)
 
 
-def _start(features: Features, output: Tensor, network: ParticleNetwork | None) -> tuple[Tensor, float]:
-    """The factor on r and the mu, among a few, that promise most."""
-    source = features.problem.penalty.source
-    least, most, count = PRICES
-    best = (-math.inf, output, source)
-    kernels = features.kernels(output, source, network)
-    for mu in (source * least * (most / least) ** (i / (count - 1)) for i in range(count)):
+def _priced(
+    features: Features, output: Tensor, network: ParticleNetwork | None, prices: Sequence[float]
+) -> tuple[Tensor, float]:
+    """The factor on r and the mu, among these, that promise most."""
+    best = (-math.inf, output, prices[0])
+    kernels = features.kernels(output, prices[len(prices) // 2], network)
+    for mu in prices:
         reached = float(features.response(output, mu).ratios(kernels).max())
         scale, bound = features.dual(mu, output, COARSE).best_scale(output, reached)
         best = max(best, (bound, scale * output, mu), key=lambda each: each[0])
