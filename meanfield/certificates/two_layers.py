@@ -37,9 +37,9 @@ from meanfield.certificates.sphere.response import unit
 from meanfield.network import ParticleNetwork
 from meanfield.problem import Problem
 
-FLOWS, SLOPES, GROUPS = 2000, 64, 48  # t at which S is tabulated, lines theta to choose from, groups of rows by B_i
+FLOWS, SLOPES, GROUPS = 1500, 96, 64  # t at which S is tabulated, lines theta to choose from, groups of rows by B_i
 COARSE = (250, 32, 24)  # of them, while mu and r are chosen
-LEAST_FLOW = 1e-6  # the first t above 0, relative to the last
+LEAST_FLOW = 1e-4  # the first t above 0, relative to the last
 LEAST_RADIUS, RADIUS_STEP, RADII = 1e-3, 1.03, 500  # lengths of kernels between which B_i is bounded
 ASCENTS, ASCENT_STEPS, RATE = 256, 100, 0.1
 STEPS, ROUNDS = 300, 3  # of the choice of r; mu is chosen anew before every round
@@ -249,7 +249,7 @@ class Dual:
         end = float(features.problem.penalty.outer.conjugate(most, features.problem.penalty.readout))
         flows = torch.logspace(math.log10(LEAST_FLOW), 0, sizes[0] - 1, dtype=reaches.dtype).to(reaches) * end
         flows = torch.cat([flows.new_zeros(1), flows])
-        slopes = h.slope * (1 - (1 - torch.linspace(0, 1, sizes[1] + 1, dtype=reaches.dtype).to(reaches)[1:]).square())
+        slopes = h.slope * torch.linspace(0, 1, sizes[1] + 1, dtype=reaches.dtype).to(reaches)[1:]
         apart = torch.cat([h.apart(slopes[:, None], few[:, None, None] * largest) for few in flows.split(64)])
         return cls(features, mu, flows, slopes, apart, spread)
 

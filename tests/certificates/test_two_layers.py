@@ -202,6 +202,7 @@ def test_the_bound_is_below_every_network_and_above_what_boundedness_alone_gives
     solved = mf.solve(problem, (8, 4), rounds=1, flow_steps=100)
     output = solved.multipliers.output
     given = two_layers.prove(problem, output, solved.network, seconds=0.5, steps=0)
+    assert two_layers.prove(problem, given.output, seconds=0.5, steps=0, mu=given.mu).mu == given.mu
     chosen = two_layers.prove(problem, output, solved.network, seconds=0.5, steps=60)
     assert problem.penalty.readout / (1 + 2 * problem.penalty.readout) < given.bound  # section 5, |f| <= 1
     assert given.bound < chosen.bound < solved.value
