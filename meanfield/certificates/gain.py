@@ -1,8 +1,8 @@
 """The largest response of one kernel of a saturating layer for its price, by branch and bound over boxes of kernels.
 
 Sought is G = max_z |Xi(z)| / c(z) of Xi(z) = weights^T h(patches z) and c(z) = 2 sqrt(lambda_s (mu + lambda_1 |z|^2)).
-On a box |z_k - m_k| <= e_k every row is near a line, h(x + d) = v + s d + eps, |eps| <= apart (`Saturating.chords`).  With
-Xi_0 = weights^T v of length l and direction u, J = d Xi / dz along those lines, J_u = J^T u, J_- what is across u, and
+On a box |z_k - m_k| <= e_k every row is near a line, h(x + d) = v + s d + eps, |eps| <= apart (`Saturating.chords`).
+With Xi_0 = weights^T v of length l and direction u, J = d Xi / dz along those lines, J_u = J^T u, J_- what is across u, and
 with the parts of the rows' lengths along and across u, rest_u = sum |<weights_i, u>| apart_i and rest_- alike,
 
     |Xi(z)| <= hypot(A, B) <= A + hypot(a, B) - a,   A = l + <J_u, z - m> + rest_u,   B = sum_k e_k |J_-k| + rest_-,
@@ -172,7 +172,9 @@ def _bound(response: Response, middles: Tensor, halves: Tensor) -> tuple[Tensor,
     flat = length + rest + torch.hypot(least, aside) - least + response.rounding
     most = torch.minimum(flat + moved, response.sizes.sum() + response.rounding)
     crude = most / response.price((middles.abs() - halves).clamp_min(0).norm(dim=1))
-    unknown = halves * ((response.sizes * apart / reach.clamp_min(torch.finfo(reach.dtype).tiny)) @ response.patches.abs())
+    unknown = halves * (
+        (response.sizes * apart / reach.clamp_min(torch.finfo(reach.dtype).tiny)) @ response.patches.abs()
+    )
     return _least_level(response, middles, halves, along, flat, crude), unknown.argmax(1)
 
 

@@ -424,9 +424,7 @@ class _TwoLayerProof(_Proof):
         if self.elapsed() < self.seconds:
             self._bounded(output, self.seconds - self.elapsed(), two_layers.STEPS, mu)
 
-    def _bounded(
-        self, output: Tensor, seconds: float, steps: int, mu: float | None = None
-    ) -> two_layers.TwoLayerBound:
+    def _bounded(self, output: Tensor, seconds: float, steps: int, mu: float | None = None) -> two_layers.TwoLayerBound:
         found = two_layers.prove(self.problem, output, self.network, seconds=seconds, steps=steps, mu=mu)
         low, high = found.gain.lower, found.gain.upper
         kind = f"two layers, the gain of a kernel between {low:.6g} and {high:.6g}"

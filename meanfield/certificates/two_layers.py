@@ -92,7 +92,8 @@ def prove(
     """The bound at multipliers chosen for it in `steps` steps a round from r = `output` (N, K), in float64.
 
     seconds: for G, whose branch and bound ends earlier within `tolerance` of it; the bound holds either way.  network:
-    one whose kernels are tried first.  mu: where the choice of mu begins, if it is known.  Raises ValueError where `unfit` says why there is no such bound.
+    one whose kernels are tried first.  mu: where the choice of mu begins, if it is known.  Raises ValueError where
+    `unfit` says why there is no such bound.
     """
     began = time.perf_counter()
     if reason := unfit(problem):
