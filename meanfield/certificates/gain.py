@@ -2,8 +2,8 @@
 
 Sought is G = max_z |Xi(z)| / c(z) of Xi(z) = weights^T h(patches z) and c(z) = 2 sqrt(lambda_s (mu + lambda_1 |z|^2)).
 On a box |z_k - m_k| <= e_k every row is near a line, h(x + d) = v + s d + eps, |eps| <= apart (`Saturating.chords`).
-With Xi_0 = weights^T v of length l and direction u, J = d Xi / dz along those lines, J_u = J^T u, J_- what is across u, and
-with the parts of the rows' lengths along and across u, rest_u = sum |<weights_i, u>| apart_i and rest_- alike,
+With Xi_0 = weights^T v of length l and direction u, J = d Xi / dz along those lines, J_u = J^T u, J_- what is across u,
+and with the parts of the rows' lengths along and across u, rest_u = sum |<weights_i, u>| apart_i and rest_- alike,
 
     |Xi(z)| <= hypot(A, B) <= A + hypot(a, B) - a,   A = l + <J_u, z - m> + rest_u,   B = sum_k e_k |J_-k| + rest_-,
 

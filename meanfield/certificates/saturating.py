@@ -29,15 +29,15 @@ class Saturating:
 
     def chords(self, x: Tensor, reach: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(v, s, apart) with |h(x + d) - v - s d| <= apart for |d| <= reach: lines parallel to the chords, between the
-        extremes of h(x + d) - s d.  Those are at an end or where h' is s: at touch(s) the most, at -touch(s) the least.
+        extremes of h(x + d) - s d.  It is the same at both ends, so that these are where h' is s or at the end before.
         """
         low, high = self.function(x - reach), self.function(x + reach)
         tiny = torch.finfo(x.dtype).tiny
         slopes = ((high - low) / (2 * reach).clamp_min(tiny)).clamp(tiny, self.slope)
         touch = self.touch(slopes)
         top, bottom = (torch.minimum(torch.maximum(at, x - reach), x + reach) for at in (touch, -touch))
-        most = torch.maximum(self.function(top) - slopes * (top - x), low + slopes * reach)
-        least = torch.minimum(self.function(bottom) - slopes * (bottom - x), high - slopes * reach)
+        most = self.function(top) - slopes * (top - x)
+        least = self.function(bottom) - slopes * (bottom - x)
         return 0.5 * (most + least), slopes, 0.5 * (most - least)
 
 
