@@ -89,6 +89,16 @@ def test_no_direction_lies_above_the_bound_of_its_cone(precision, near):
         assert float((values.amax(1) - cells.uppers).max()) <= response.rounding
 
 
+@pytest.mark.parametrize("outputs", [2, 3])
+def test_no_direction_lies_above_the_bound_of_its_cone_with_several_outputs(outputs):
+    """Few rows and large cones: outputs are long in other directions than at the middle, and chords are met."""
+    for seed in range(20):
+        response, cells = cells_of(normal((4, 3), seed), normal((4, outputs), seed + 100), seed % 3)
+        points = inside(cells, 100, seed)
+        values = response(points.flatten(0, 1)).norm(dim=1).unflatten(0, points.shape[:2])
+        assert float((values.amax(1) - cells.uppers).max()) <= response.rounding
+
+
 def twin(pairs, middle, half, sign, allowed):
     """Slope, offset and slack above sign q on one box, pair by pair, as the page of `pairs` says."""
     size = middle.norm()
