@@ -169,7 +169,8 @@ def search_features(
     problem.require_whole("search_features")
     problem.penalty.require_certifiable("a bound over all measures")
     steps = STEPS[problem.architecture.depth == 1] if steps is None else steps
-    validation.shaped(output, (len(problem.inputs), problem.architecture.outputs), "output")
+    shape = len(problem.inputs), problem.architecture.outputs
+    output = validation.finite(validation.shaped(output, shape, "output"), "output").detach()
     posed, problem = problem, problem.to(dtype=torch.float64)
     output = output.to(problem.inputs)
     network = None if network is None else network.to(dtype=torch.float64)

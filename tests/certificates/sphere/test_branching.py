@@ -273,6 +273,22 @@ def test_without_room_what_cannot_matter_is_dropped(monkeypatch):
     assert best_seen(A[:, :3], W) <= found.upper
 
 
+def test_a_search_begun_in_inference_mode_goes_on_outside():
+    with torch.inference_mode():
+        search = Search(A, W)
+        before = search.refine(60, tolerance=0.5)
+    start = normal((2, 6), 1).requires_grad_()
+    for other in (search, search.moved(A, W, start=start)):
+        found = other.refine(60, tolerance=0.4)
+        assert best_seen(A, W) <= found.upper < before.upper
+        assert not found.argmax.requires_grad
+
+
+def test_other_patches_have_as_many_entries():
+    with pytest.raises(ValueError, match=r"A has shape \(60, 5\); expected \(60, 6\)"):
+        Search(A, W).moved(A[:, :5], W)
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_search_in_a_line_or_a_point(rank):
     rows = normal((5, 1), 1) @ normal((1, 3), 2) * rank
