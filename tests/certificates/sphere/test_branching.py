@@ -271,6 +271,10 @@ def test_without_room_what_cannot_matter_is_dropped(monkeypatch):
     assert search._branching.leaves is None
     assert search.moved(A[:, :3], -W).maximum.upper >= found.lower
     assert best_seen(A[:, :3], W) <= found.upper
+    search = Search(A[:, :5], W)
+    coarse, dropped = search.refine(60, tolerance=0.1), search._branching._dropped
+    assert dropped > 1.05 * coarse.lower
+    assert search.refine(60).upper >= dropped  # whatever is dropped after it
 
 
 def test_a_search_begun_in_inference_mode_goes_on_outside():
