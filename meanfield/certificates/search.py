@@ -133,11 +133,12 @@ class UnseenFeatures:
         return text
 
     def _outlook(self) -> str:
-        return (
+        text = (
             f"{self.reached} of {self.fresh} fresh starts led to the best; estimated: as many again lower the bound "
-            f"with a chance of at most {self.unseen_chance:.0%}, with one of {unseen.LEVEL:.0%} by more than "
-            f"{self.unseen_lowering:.2g}"
+            f"with a chance of at most {unseen.percent(self.unseen_chance)}"
         )
+        few = math.isinf(self.unseen_lowering)
+        return text if few else f"{text}, with one of {unseen.LEVEL:.0%} by more than {self.unseen_lowering:.2g}"
 
 
 @checked

@@ -8,7 +8,7 @@ import torch
 from responses import best_seen, cancelling, crossing_planes, lengths, unit
 from strategies import normal, seeded
 
-from meanfield.certificates.sphere import Search, arrangement, branching, maximise
+from meanfield.certificates.sphere import Search, arrangement, branching, cones, maximise
 from meanfield.certificates.sphere.branching import Bounds, bounded_cones
 from meanfield.certificates.sphere.cones import Cones
 from meanfield.certificates.sphere.pairs import Pairs
@@ -143,6 +143,17 @@ def test_sums_over_pairs_are_what_a_loop_gives(precision, sign, near):
         assert float(above.offset[index]) == pytest.approx(float(offset), abs=20 * eps * total)
         assert float(above.slack[index]) == pytest.approx(slack, rel=12 * eps, abs=0)
         assert float(above.slack[index]) > exact + 10 * eps * total
+
+
+def test_the_bound_of_a_cone_needs_no_accuracy_of_the_root(monkeypatch):
+    cells = cells_of(normal((10, 4), 1), normal((10, 1), 2), 3)[1]
+    linear, root = normal((len(cells), 4), 3), cones._slice_root
+    best = (inside(cells, 100, 4) * linear[:, None]).sum(2).amax(1)
+    uppers, tops = cones.cone_maxima(linear, cells)
+    assert float((uppers - (linear * tops).sum(1))[best > 0].max()) < 1e-12
+    for factor in (0.0, 0.5, 0.99, 1.0, 1.01, 2.0):
+        monkeypatch.setattr(cones, "_slice_root", lambda *given, factor=factor: factor * root(*given))
+        assert float((best - cones.cone_maxima(linear, cells)[0]).max()) < 1e-12
 
 
 def test_what_pairs_say_is_the_response():
