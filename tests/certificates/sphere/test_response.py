@@ -32,7 +32,10 @@ def test_every_kernel_has_the_response_of_its_coordinates(count, dimension, rank
     eye = torch.eye(found.basis.shape[1], dtype=torch.float64)
     torch.testing.assert_close(found.basis.T @ found.basis, eye, rtol=0, atol=1e-12)
     missed = (found(directions @ found.basis) - whole(A, W, directions)).norm(dim=1) / directions.norm(dim=1)
-    assert float(missed.max()) <= found.rounding < 1e-9 * float((A.norm(dim=1) * W.norm(dim=1)).sum())
+    sizes = A.norm(dim=1) * W.norm(dim=1)
+    terms = int((sizes > 0).sum()) + 8 * found.basis.shape[1] ** 2 + 64
+    allowed = 8 * terms * torch.finfo(torch.float64).eps * outputs**0.5 * float(sizes.sum())
+    assert float(missed.max()) <= allowed <= found.rounding < 2 * allowed
 
 
 @given(st.integers(3, 8), st.integers(2, 5), seeds)
