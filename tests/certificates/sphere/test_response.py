@@ -35,7 +35,7 @@ def test_every_kernel_has_the_response_of_its_coordinates(count, dimension, rank
     sizes = A.norm(dim=1) * W.norm(dim=1)
     terms = int((sizes > 0).sum()) + 8 * found.basis.shape[1] ** 2 + 64
     allowed = 8 * terms * torch.finfo(torch.float64).eps * outputs**0.5 * float(sizes.sum())
-    assert float(missed.max()) <= allowed <= found.rounding < 2 * allowed
+    assert float(missed.max()) <= 0.999 * allowed < found.rounding < 2 * allowed
 
 
 @given(st.integers(3, 8), st.integers(2, 5), seeds)
