@@ -158,7 +158,8 @@ def prove(
     callback: hears {"phase": "proof", "seconds", "bound", "share"} after every bound.
     """
     problem.require_whole("prove")
-    validation.shaped(output, (len(problem.inputs), problem.architecture.outputs), "output")
+    shape = len(problem.inputs), problem.architecture.outputs
+    output = validation.finite(validation.shaped(output, shape, "output"), "output").detach()
     reason = no_method(problem)
     if reason:
         return ProvenBound(-math.inf, reason=reason)
@@ -248,7 +249,7 @@ def _at(problem: Problem, output: Tensor, found: sphere.SphereMaximum) -> _Bound
 
 
 def _dual(problem: Problem, output: Tensor) -> float:
-    return -float(mean_conjugate(problem, output))
+    return 0.0 - float(mean_conjugate(problem, output))  # 0 has no sign
 
 
 def _price(problem: Problem) -> float:
@@ -537,7 +538,7 @@ class _OneLayerProof(_Proof):
             output = self.tree.output
         elif self.best.curve:  # the bound at r is known
             output = self.program.solve(output)
-        while self.elapsed() < self.seconds:
+        while not self.best.curve or self.elapsed() < self.seconds:  # however little time there is, something is proven
             maximum = self._bounded(output)
             if self.elapsed() >= self.seconds:
                 break
