@@ -209,6 +209,8 @@ def finite(tensor: torch.Tensor, argument: str) -> torch.Tensor:
     """Refuse NaN and infinities, naming the first bad position, and tensors whose entries nothing here can read."""
     import torch
 
+    if tensor.is_complex():
+        raise ValueError(f"{argument} has the dtype {tensor.dtype}; give real entries")
     if tensor.layout != torch.strided or tensor.is_meta:
         kind = "has no entries (it is on the device 'meta')" if tensor.is_meta else f"has the layout {tensor.layout}"
         raise ValueError(f"{argument} {kind}; give a dense tensor with entries")

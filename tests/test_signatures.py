@@ -95,6 +95,14 @@ CALLS: dict[Callable[..., Any], dict[str, Any]] = {
     convexity.falsify: {"function": SQUARE, "feasible_sampler": lambda g: ROWS[0], "budget": 3},
     convexity.segments: {"function": SQUARE, "points": ROWS},
     sphere.maximise: {"A": ROWS, "W": ROWS[:, :1], "max_seconds": 0.1},
+    sphere.Search.__init__: {"self": object.__new__(sphere.Search), "A": ROWS, "W": ROWS[:, :1]},
+    sphere.Search(ROWS, ROWS[:, :1]).refine: {"max_seconds": 0.1},
+    certificates.prove: {
+        "problem": RELU,
+        "output": torch.zeros(5, 1).double(),
+        "network": ONE_LAYER,
+        "seconds": 0.0,
+    },
 }
 BAD_CALLS = [
     pytest.param(function, name, value, id=f"{function.__module__.split('.')[-1]}.{function.__name__}-{name}-{value!r}")

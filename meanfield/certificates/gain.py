@@ -1,12 +1,15 @@
 """The largest response of one kernel of a saturating layer for its price, by branch and bound over boxes of kernels.
 
 Sought is G = max_z |Xi(z)| / c(z) of Xi(z) = weights^T h(patches z) and c(z) = 2 sqrt(lambda_s (mu + lambda_1 |z|^2)).
-Around the middle m of a box |z_k - m_k| <= e_k, with J = dXi/dz there and u the direction of Xi(m),
+On a box |z_k - m_k| <= e_k every row is near a line, h(x + d) = v + s d + eps, |eps| <= apart (`Saturating.chords`).
+With Xi_0 = weights^T v of length l and direction u, J = d Xi / dz along those lines, J_u = J^T u, J_- what is across u,
+and with the parts of the rows' lengths along and across u, rest_u = sum |<weights_i, u>| apart_i and rest_- alike,
 
-    |Xi(z)| <= |Xi(m)| + <J^T u, z - m> + |J (z - m)|^2 / (2 |Xi(m)|) + rest,    c(z) >= c(m) + <c'(m), z - m>,
+    |Xi(z)| <= hypot(A, B) <= A + hypot(a, B) - a,   A = l + <J_u, z - m> + rest_u,   B = sum_k e_k |J_-k| + rest_-,
 
-rest the second-order remainder of h, row by row; c is convex.  A box has no ratio above a level G where the first less
-G times the second is nowhere positive.  At the maximum the terms of first order cancel: boxes there need not be small.
+a the least that A can be: hypot(A, B) - A falls as A rises.  The price has c(z) >= c(m) + <c'(m), z - m>: it is convex.
+A box has no ratio above a level where the first less the level times the second is nowhere positive.  At the maximum
+the terms of first order cancel: boxes there need not be small.
 """
 
 from __future__ import annotations
@@ -101,22 +104,23 @@ def largest(response: Response, tried: Tensor, deadline: float, tolerance: float
         return Gain(0.0, 0.0, argmax, 0)
     lower = max(lower, 1e-9 * float(response.sizes.sum() / response.price(response.sizes.new_zeros(()))))
     middles, halves = _whole(response, lower)
-    uppers = middles.new_full((1,), math.inf)
+    uppers, axes = middles.new_full((1,), math.inf), torch.zeros(1, dtype=torch.long, device=middles.device)
     looked, closed, fresh = 0, 0.0, torch.arange(1)
     while True:
         limits.look()
-        uppers[fresh] = torch.minimum(uppers[fresh], _bounds(response, middles[fresh], halves[fresh]))
+        found, axes[fresh] = _bounds(response, middles[fresh], halves[fresh])
+        uppers[fresh] = torch.minimum(uppers[fresh], found)
         looked += len(fresh)
         reached = response.ratios(middles[fresh])
         if float(reached.max()) > lower:
             lower, argmax = float(reached.max()), middles[fresh][int(reached.argmax())]
         alive = uppers > lower * (1 + tolerance)
         closed = max(closed, float(uppers.masked_fill(alive, 0.0).max()))
-        middles, halves, uppers = middles[alive], halves[alive], uppers[alive]
+        middles, halves, uppers, axes = middles[alive], halves[alive], uppers[alive], axes[alive]
         if not len(uppers) or time.perf_counter() >= deadline or len(uppers) > MAX_OPEN:
             break
         chosen = uppers.topk(min(len(uppers), BATCH)).indices
-        middles, halves, uppers = _halved(response, middles, halves, uppers, chosen)
+        middles, halves, uppers, axes = _halved(middles, halves, uppers, axes, chosen)
         fresh = torch.arange(len(uppers) - 2 * len(chosen), len(uppers), device=uppers.device)
     return Gain(lower, max(lower, closed, float(uppers.max()) if len(uppers) else 0.0), argmax, looked)
 
@@ -129,12 +133,9 @@ def _whole(response: Response, lower: float) -> tuple[Tensor, Tensor]:
     return middles, halves
 
 
-def _halved(
-    response: Response, middles: Tensor, halves: Tensor, uppers: Tensor, chosen: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The boxes that were not chosen, then both halves of those that were, cut where the rows vary most."""
-    reach = (response.sizes @ response.patches.square()).sqrt()
-    axis = (halves[chosen] * reach).argmax(1, keepdim=True)
+def _halved(middles: Tensor, halves: Tensor, uppers: Tensor, axes: Tensor, chosen: Tensor) -> tuple[Tensor, ...]:
+    """The boxes that were not chosen, then both halves of those that were, cut across their axes."""
+    axis = axes[chosen, None]
     half = halves[chosen].scatter(1, axis, 0.5 * halves[chosen].gather(1, axis))
     step = torch.zeros_like(half).scatter(1, axis, half.gather(1, axis))
     left = torch.ones(len(uppers), dtype=torch.bool, device=uppers.device).index_fill(0, chosen, False)
@@ -142,33 +143,39 @@ def _halved(
         torch.cat([middles[left], middles[chosen] - step, middles[chosen] + step]),
         torch.cat([halves[left], half, half]),
         torch.cat([uppers[left], uppers[chosen], uppers[chosen]]),
+        torch.cat([axes[left], axes[chosen], axes[chosen]]),
     )
 
 
-def _bounds(response: Response, middles: Tensor, halves: Tensor) -> Tensor:
-    """Upper bounds of the ratio on boxes (b, d)."""
+def _bounds(response: Response, middles: Tensor, halves: Tensor) -> tuple[Tensor, Tensor]:
+    """Upper bounds of the ratio on boxes (b, d), and the axis along which it is least known."""
     size = chunk(len(response.patches))
-    parts = zip(middles.split(size), halves.split(size))
-    return torch.cat([_bound(response, m, e) for m, e in parts])
+    parts = [_bound(response, m, e) for m, e in zip(middles.split(size), halves.split(size))]
+    bounds, axes = zip(*parts)
+    return torch.cat(bounds), torch.cat(axes)
 
 
-def _bound(response: Response, middles: Tensor, halves: Tensor) -> Tensor:
-    h = response.h
-    x, reach = middles @ response.patches.T, halves @ response.patches.abs().T
-    values, slopes = h.function(x), h.derivative(x)
+def _bound(response: Response, middles: Tensor, halves: Tensor) -> tuple[Tensor, Tensor]:
+    reach = halves @ response.patches.abs().T
+    values, slopes, apart = response.h.chords(middles @ response.patches.T, reach)
     xi = values @ response.weights
     jacobian = (slopes @ response.products).unflatten(1, (middles.shape[1], -1))  # (b, d, C)
-    least = (x.abs() - reach).clamp_min(0)  # of |x| on a row; h and its tangent differ by no more than either of these
-    bent = torch.where(reach > 0, 0.5 * h.bend(least) * reach.square(), 0.0)
-    rest = torch.minimum(bent, (h.derivative(least) + slopes) * reach) @ response.sizes
     length = xi.norm(dim=1)
-    along = (jacobian * (xi / length.clamp_min(torch.finfo(xi.dtype).tiny)[:, None])[:, None, :]).sum(2)
-    moved = (halves * jacobian.norm(dim=2)).sum(1)
-    nearest = (middles.abs() - halves).clamp_min(0).norm(dim=1)
-    most = torch.minimum(length + moved + rest, response.sizes.sum()) + response.rounding
-    crude = most / response.price(nearest)
-    flat = length + 0.5 * moved.square() / length + rest + response.rounding
-    return _least_level(response, middles, halves, along, flat, crude)
+    towards = xi / length.clamp_min(torch.finfo(xi.dtype).tiny)[:, None]
+    along = (jacobian * towards[:, None, :]).sum(2)
+    across = (jacobian - along[:, :, None] * towards[:, None, :]).norm(dim=2)
+    parts = (towards @ response.weights.T).abs()
+    rest = (parts * apart).sum(1)
+    aside = (halves * across).sum(1) + ((response.sizes.square() - parts.square()).clamp_min(0).sqrt() * apart).sum(1)
+    moved = (halves * along.abs()).sum(1)
+    least = length - moved - rest
+    flat = length + rest + torch.hypot(least, aside) - least + response.rounding
+    most = torch.minimum(flat + moved, response.sizes.sum() + response.rounding)
+    crude = most / response.price((middles.abs() - halves).clamp_min(0).norm(dim=1))
+    unknown = halves * (
+        (response.sizes * apart / reach.clamp_min(torch.finfo(reach.dtype).tiny)) @ response.patches.abs()
+    )
+    return _least_level(response, middles, halves, along, flat, crude), unknown.argmax(1)
 
 
 def _least_level(

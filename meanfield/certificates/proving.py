@@ -159,7 +159,8 @@ def prove(
     callback: hears {"phase": "proof", "seconds", "bound", "share"} after every bound.
     """
     problem.require_whole("prove")
-    validation.shaped(output, (len(problem.inputs), problem.architecture.outputs), "output")
+    shape = len(problem.inputs), problem.architecture.outputs
+    output = validation.finite(validation.shaped(output, shape, "output"), "output").detach()
     reason = no_method(problem)
     if reason:
         return ProvenBound(-math.inf, reason=reason)
@@ -249,7 +250,7 @@ def _at(problem: Problem, output: Tensor, found: sphere.SphereMaximum) -> _Bound
 
 
 def _dual(problem: Problem, output: Tensor) -> float:
-    return -float(mean_conjugate(problem, output))
+    return 0.0 - float(mean_conjugate(problem, output))  # 0 has no sign
 
 
 def _price(problem: Problem) -> float:
@@ -462,18 +463,22 @@ class _TwoLayerProof(_Proof):
     """Two saturating layers: a quick bound at r, then one at multipliers chosen for it; later ones at the best r."""
 
     def run(self, output: Tensor) -> None:
+        mu = None
         if not self.best.curve:
-            self._bounded(output, FIRST * self.seconds, 0)
+            first = self._bounded(output, FIRST * self.seconds, 0)
+            output, mu = first.output, first.mu
+        if self.elapsed() >= self.seconds:
+            return
         chosen = len(self.best.curve) > 1
-        if self.elapsed() < self.seconds:
-            output = self.best.output if chosen and self.best.output is not None else output
-            self._bounded(output, self.seconds - self.elapsed(), 0 if chosen else two_layers.STEPS)
+        output = self.best.output if chosen and self.best.output is not None else output
+        self._bounded(output, self.seconds - self.elapsed(), 0 if chosen else two_layers.STEPS, mu)
 
-    def _bounded(self, output: Tensor, seconds: float, steps: int) -> None:
-        found = two_layers.prove(self.problem, output, self.network, seconds=seconds, steps=steps)
+    def _bounded(self, output: Tensor, seconds: float, steps: int, mu: float | None = None) -> two_layers.TwoLayerBound:
+        found = two_layers.prove(self.problem, output, self.network, seconds=seconds, steps=steps, mu=mu)
         low, high = found.gain.lower, found.gain.upper
         kind = f"two layers, the gain of a kernel between {low:.6g} and {high:.6g}"
         self.keep(found.bound, kind, found.output)
+        return found
 
 
 class _Tree(NamedTuple):
@@ -534,7 +539,7 @@ class _OneLayerProof(_Proof):
             output = self.tree.output
         elif self.best.curve:  # the bound at r is known
             output = self.program.solve(output)
-        while self.elapsed() < self.seconds:
+        while not self.best.curve or self.elapsed() < self.seconds:  # however little time there is, something is proven
             maximum = self._bounded(output)
             if self.elapsed() >= self.seconds:
                 break

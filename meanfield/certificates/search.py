@@ -133,11 +133,12 @@ class UnseenFeatures:
         return text
 
     def _outlook(self) -> str:
-        return (
+        text = (
             f"{self.reached} of {self.fresh} fresh starts led to the best; estimated: as many again lower the bound "
-            f"with a chance of at most {self.unseen_chance:.0%}, with one of {unseen.LEVEL:.0%} by more than "
-            f"{self.unseen_lowering:.2g}"
+            f"with a chance of at most {unseen.percent(self.unseen_chance)}"
         )
+        few = math.isinf(self.unseen_lowering)
+        return text if few else f"{text}, with one of {unseen.LEVEL:.0%} by more than {self.unseen_lowering:.2g}"
 
 
 @checked
@@ -169,7 +170,8 @@ def search_features(
     problem.require_whole("search_features")
     problem.penalty.require_certifiable("a bound over all measures")
     steps = STEPS[problem.architecture.depth == 1] if steps is None else steps
-    validation.shaped(output, (len(problem.inputs), problem.architecture.outputs), "output")
+    shape = len(problem.inputs), problem.architecture.outputs
+    output = validation.finite(validation.shaped(output, shape, "output"), "output").detach()
     posed, problem = problem, problem.to(dtype=torch.float64)
     output = output.to(problem.inputs)
     network = None if network is None else network.to(dtype=torch.float64)

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import reduce
 from itertools import pairwise
@@ -36,14 +37,15 @@ from meanfield.certificates.sphere.response import unit
 from meanfield.network import ParticleNetwork
 from meanfield.problem import Problem
 
-FLOWS, SLOPES, GROUPS = 2000, 64, 48  # t at which S is tabulated, lines theta to choose from, groups of rows by B_i
+FLOWS, SLOPES, GROUPS = 1500, 96, 64  # t at which S is tabulated, lines theta to choose from, groups of rows by B_i
 COARSE = (250, 32, 24)  # of them, while mu and r are chosen
-LEAST_FLOW = 1e-6  # the first t above 0, relative to the last
+LEAST_FLOW = 1e-4  # the first t above 0, relative to the last
 LEAST_RADIUS, RADIUS_STEP, RADII = 1e-3, 1.03, 500  # lengths of kernels between which B_i is bounded
 ASCENTS, ASCENT_STEPS, RATE = 256, 100, 0.1
-STEPS, ROUNDS = 300, 2  # of the choice of r
+STEPS, ROUNDS = 300, 3  # of the choice of r; mu is chosen anew before every round
 STEP, DECAY = 0.05, 0.02  # the first step, relative to |r|, and what is left of it at the end
-PRICES = (1e-3, 30.0, 16)  # of mu: the least and the largest, over lambda_s, and how many are tried
+PRICES = tuple(1e-3 * 2.0**step for step in range(16))  # mu that are tried first, over lambda_s
+NEAR = tuple(2 ** (step / 2) for step in range(-3, 4))  # and then, over the best so far
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,11 +87,13 @@ def prove(
     seconds: float = 10.0,
     tolerance: float = 1e-2,
     steps: int = STEPS,
+    mu: float | None = None,
 ) -> TwoLayerBound:
-    """The bound at multipliers chosen for it in `steps` steps from r = `output` (N, K), in float64.
+    """The bound at multipliers chosen for it in `steps` steps a round from r = `output` (N, K), in float64.
 
     seconds: for G, whose branch and bound ends earlier within `tolerance` of it; the bound holds either way.  network:
-    one whose kernels are tried first.  Raises ValueError where `unfit` says why there is no such bound.
+    one whose kernels are tried first.  mu: where the choice of mu begins, if it is known.  Raises ValueError where
+    `unfit` says why there is no such bound.
     """
     began = time.perf_counter()
     if reason := unfit(problem):
@@ -97,8 +101,10 @@ def prove(
     problem = problem.to(dtype=torch.float64)
     features = Features.of(problem)
     output = feasible(problem, output.to(problem.inputs))
-    output, mu = _start(features, output, network)
-    for _ in range(ROUNDS if steps else 0):  # the second one with the kernels that matter now
+    if mu is None:
+        output, mu = _priced(features, output, network, [features.problem.penalty.source * each for each in PRICES])
+    for _ in range(ROUNDS if steps else 0):  # each with the kernels that matter now
+        output, mu = _priced(features, output, network, [mu * each for each in NEAR])
         output = _chosen(features.dual(mu, output, COARSE), output, features.kernels(output, mu, network), steps)
     tried = features.kernels(output, mu, network)
     found = gain.largest(features.response(output, mu), tried, time.perf_counter() + seconds, tolerance)
@@ -106,13 +112,13 @@ def prove(
     return TwoLayerBound(bound, scale * output, mu, found, time.perf_counter() - began)
 
 
-def _start(features: Features, output: Tensor, network: ParticleNetwork | None) -> tuple[Tensor, float]:
-    """The factor on r and the mu, among a few, that promise most."""
-    source = features.problem.penalty.source
-    least, most, count = PRICES
-    best = (-math.inf, output, source)
-    kernels = features.kernels(output, source, network)
-    for mu in (source * least * (most / least) ** (i / (count - 1)) for i in range(count)):
+def _priced(
+    features: Features, output: Tensor, network: ParticleNetwork | None, prices: Sequence[float]
+) -> tuple[Tensor, float]:
+    """The factor on r and the mu, among these, that promise most."""
+    best = (-math.inf, output, prices[0])
+    kernels = features.kernels(output, prices[len(prices) // 2], network)
+    for mu in prices:
         reached = float(features.response(output, mu).ratios(kernels).max())
         scale, bound = features.dual(mu, output, COARSE).best_scale(output, reached)
         best = max(best, (bound, scale * output, mu), key=lambda each: each[0])
@@ -188,7 +194,7 @@ class Features:
         lengths = self.patches.norm(dim=2).unflatten(1, (1, *self.problem.architecture.geometry[0].output))
 
         def seen(radius: float) -> Tensor:
-            values = torch.where(lengths > 0, (self._first.slope * radius) * lengths, 0.0).clamp_max(1)
+            values = torch.where(lengths > 0, self._first.function(radius * lengths), 0.0)
             return above.patches(below.pool(values)).norm(dim=2)
 
         radii = [0.0, *(LEAST_RADIUS * RADIUS_STEP**step for step in range(RADII)), math.inf]
@@ -244,7 +250,7 @@ class Dual:
         end = float(features.problem.penalty.outer.conjugate(most, features.problem.penalty.readout))
         flows = torch.logspace(math.log10(LEAST_FLOW), 0, sizes[0] - 1, dtype=reaches.dtype).to(reaches) * end
         flows = torch.cat([flows.new_zeros(1), flows])
-        slopes = h.slope * (1 - (1 - torch.linspace(0, 1, sizes[1] + 1, dtype=reaches.dtype).to(reaches)[1:]).square())
+        slopes = h.slope * torch.linspace(0, 1, sizes[1] + 1, dtype=reaches.dtype).to(reaches)[1:]
         apart = torch.cat([h.apart(slopes[:, None], few[:, None, None] * largest) for few in flows.split(64)])
         return cls(features, mu, flows, slopes, apart, spread)
 

@@ -25,6 +25,11 @@ def chance(count: int) -> float:
     return min(1.0, 2.0 ** (1 - count))
 
 
+def percent(share: float) -> str:
+    """A chance that is said to be at most so much, rounded up: never none."""
+    return f"{math.ceil(100 * share)}%"
+
+
 def lowering(shortfalls: Tensor) -> float:
     """The least t that as many starts again exceed with a chance of at most LEVEL; inf where there are too few."""
     return float(shortfalls.sort().values[NEEDED - 1]) if len(shortfalls) >= NEEDED else math.inf

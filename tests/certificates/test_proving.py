@@ -130,6 +130,12 @@ def test_a_stop_keeps_what_is_proven_and_a_later_call_goes_on():
     proven = prove(problem, output, network, 20.0, before=kept)
     assert proven.curve[0] == stopped.curve[0]
     assert proven.value == pytest.approx(EXACT_ONE_LAYER, rel=1e-6)
+    # however little time there is, there is a bound
+    at_once = prove(problem, output.clone().requires_grad_(), network, 0.0)
+    assert 0 < at_once.value <= EXACT_ONE_LAYER * (1 + 1e-9)
+    assert not at_once.output.requires_grad
+    with pytest.raises(ValueError, match=r"output\[0, 0\] is nan"):
+        prove(problem, math.nan * output, network, 1.0)
     # no time is left: the answer is the one that was given
     assert prove(problem, output, network, 0.0, before=kept).value == stopped.value
 

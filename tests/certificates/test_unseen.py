@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -119,6 +120,8 @@ def test_what_every_start_reaches_leaves_little_unseen():
     assert found.unseen_chance == 2.0 ** (1 - found.reached)
     assert found.unseen_lowering < 1e-6
     assert f"{found.reached} of 12 fresh starts led to the best" in found.summary()
+    assert "inf" not in replace(found, unseen_lowering=math.inf).summary()
+    assert "at most 1%" in replace(found, unseen_chance=1e-9).summary()
 
 
 # --- never above an attained J ----------------------------------------------------------------------------------------

@@ -66,7 +66,8 @@ def maximise(
     (1 + tolerance) lower up to rounding or `max_seconds` have passed (looked at between batches; the set-up is not
     interrupted).  The bounds hold at any time.
     start (k, d) or (d,): directions to try first.  The answer is in the units of W times those of A.
-    Raises TypeError for what is no tensor, ValueError for shapes that do not fit and entries that are not finite.
+    Raises TypeError for what is no tensor, ValueError for shapes that do not fit, entries that are not finite or
+    complex, and rows whose squares are not finite.
     """
     began = time.perf_counter()
     A, W, starts = _checked(A, W, start)
@@ -84,6 +85,7 @@ class Search:
     """
 
     @checked
+    @torch.inference_mode(False)  # the tree is changed in place, here and where the search goes on
     def __init__(self, A: Tensor, W: Tensor, *, start: Tensor | None = None) -> None:
         """The arguments of `maximise`."""
         A, W, starts = _checked(A, W, start)
@@ -110,6 +112,7 @@ class Search:
         return [(seconds, upper + self._branching.response.rounding) for seconds, upper in self._branching.curve]
 
     @checked
+    @torch.inference_mode(False)
     def refine(self, max_seconds: Positive, *, tolerance: Nonnegative = 1e-9) -> SphereMaximum:
         """Go on until upper <= (1 + tolerance) lower up to rounding or so many seconds have passed.  An interrupt
         leaves a search that goes on.
@@ -128,6 +131,7 @@ class Search:
         return {"of": self._names, **self._branching.state()}
 
     @classmethod
+    @torch.inference_mode(False)
     def restored(cls, A: Tensor, W: Tensor, state: Mapping[str, Any]) -> Search:
         """The search of `state`, with the same bounds to the last bit, for the same A and W.
 
@@ -151,6 +155,7 @@ class Search:
                 raise Misuse("state", state["of"], f"is of another {name}, with other entries")
         return cls._of(A, W, Branching.restored(reduced(A, W, state["basis"]), state))
 
+    @torch.inference_mode(False)
     def moved(self, A: Tensor, W: Tensor, *, start: Tensor | None = None) -> Search:
         """A search for other weights of the same patches, which begins with this one's cells: bounding them anew takes
         as long as bounding them did.  Where A and W have another row space, or cells were dropped for want of room, it
@@ -158,6 +163,7 @@ class Search:
         """
         A, W, starts = _checked(A, W, start)
         A, W, basis = A.detach().double(), W.detach().double(), self._branching.response.basis
+        shaped(A, (len(A), len(basis)), "A")
         fresh = reduced(A, W).basis
         apart = float((fresh - basis @ (basis.T @ fresh)).norm())
         outputs = self._branching.response.linear.shape[1]
@@ -202,9 +208,11 @@ def _checked(A: Tensor, W: Tensor, start: Tensor | None) -> tuple[Tensor, Tensor
         if tensor.ndim != 2 or tensor.shape[1] == 0:
             raise ValueError(f"{name} has shape {tuple(tensor.shape)}; expected {shape} with at least one column")
         finite(tensor, name)
+        if not bool(tensor.detach().double().norm(dim=1).isfinite().all()):
+            raise ValueError(f"{name} has rows whose squares exceed the largest number; scale it down")
     shaped(W, (A.shape[0], W.shape[1]), "W")
     if start is None:
         return A, W, A.new_zeros(0, A.shape[1], dtype=torch.float64)
     starts = start[None] if isinstance(start, Tensor) and start.ndim == 1 else start
     count = starts.shape[0] if isinstance(starts, Tensor) and starts.ndim == 2 else 1
-    return A, W, finite(shaped(starts, (count, A.shape[1]), "start"), "start").to(A.device, torch.float64)
+    return A, W, finite(shaped(starts, (count, A.shape[1]), "start"), "start").detach().to(A.device, torch.float64)

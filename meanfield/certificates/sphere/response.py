@@ -14,6 +14,8 @@ from torch import Tensor
 SAME_DIRECTION = 1e-12
 # Entries of one temporary tensor: small enough for a cache, large enough to keep calls few.
 CHUNK = 1 << 19
+# Squares of what is much smaller vanish: up to here nothing is told from 0, in the units of A, of W and of the answer.
+VANISHING = 1e-150
 ASCENT_STEPS = 120
 STARTS = 512
 
@@ -68,6 +70,7 @@ def reduced(A: Tensor, W: Tensor, basis: Tensor | None = None) -> Response:
     basis (d, r): orthonormal coordinates to take in place of those of the row space.
     """
     sizes = A.norm(dim=1) * W.norm(dim=1)
+    vanished = _vanished(A, W)
     A, W, sizes = A[sizes > 0], W[sizes > 0], sizes[sizes > 0]
     if basis is None:
         basis = _row_space(A / A.norm(dim=1, keepdim=True) * sizes[:, None])
@@ -78,7 +81,13 @@ def reduced(A: Tensor, W: Tensor, basis: Tensor | None = None) -> Response:
     rows, weights, linear, moved = _merge_parallel(rows, weights)
     terms = len(A) + 8 * basis.shape[1] ** 2 + 64  # roundings on the longest path from the data to a bound
     rounding = 8 * terms * torch.finfo(A.dtype).eps * float(sizes.sum()) * math.sqrt(W.shape[1])
-    return Response(rows, weights, linear, basis, rounding + 2 * (dropped + moved))
+    return Response(rows, weights, linear, basis, rounding + 2 * (dropped + moved) + vanished)
+
+
+def _vanished(A: Tensor, W: Tensor) -> float:
+    """More than q loses where squares of lengths vanish."""
+    alive = (A != 0).any(1) & (W != 0).any(1)
+    return VANISHING * float((1 + A.abs().amax(1) + W.abs().amax(1))[alive].sum())
 
 
 def _row_space(M: Tensor) -> Tensor:

@@ -121,7 +121,7 @@ class Options(Learning):
         float,
         option(
             "After the solve, and beyond --max-seconds, spend so many seconds on a lower bound over all measures that "
-            "is proven: for one ReLU layer, or two of tanh, erf or hardtanh, with average readout. 0: none.",
+            "is proven: for one ReLU layer, or two of tanh, erf or hardtanh, with --readout average. 0: none.",
             WORK,
         ),
         nonnegative,

@@ -11,7 +11,7 @@ import numpy as np
 from markupsafe import Markup
 
 from meanfield import storage
-from meanfield.certificates.unseen import LEVEL
+from meanfield.certificates.unseen import LEVEL, percent
 from meanfield.pages import html, plotting
 from meanfield.pages.html import Details, Figure, Note, Page, Results, Section, Table
 from meanfield.pages.words import by, capital, count, number, scientific
@@ -166,7 +166,7 @@ def _unproven(rows: list[Results]) -> list[list[str]]:
         return [["bound of the last search, refuted by J", number(last["refuted_bound"])]]
     named = f"best of {last['search_starts']:,} starts, not proven"
     found = [[named, number(last["search_bound"])]]
-    found.append(["chance that as many lower it, estimated", f"at most {last['unseen_chance']:.0%}"])
+    found.append(["chance that as many lower it, estimated", f"at most {percent(last['unseen_chance'])}"])
     if _given(last["unseen_lowering"]):
         found.append([f"with a chance of {LEVEL:.0%} by more than", scientific(last["unseen_lowering"])])
     return found

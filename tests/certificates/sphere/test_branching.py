@@ -8,7 +8,7 @@ import torch
 from responses import best_seen, cancelling, crossing_planes, lengths, unit
 from strategies import normal, seeded
 
-from meanfield.certificates.sphere import Search, arrangement, branching, maximise
+from meanfield.certificates.sphere import Search, arrangement, branching, cones, maximise
 from meanfield.certificates.sphere.branching import Bounds, bounded_cones
 from meanfield.certificates.sphere.cones import Cones
 from meanfield.certificates.sphere.pairs import Pairs
@@ -90,6 +90,16 @@ def test_no_direction_lies_above_the_bound_of_its_cone(precision, near):
         assert float((values.amax(1) - cells.uppers).max()) <= response.rounding
 
 
+@pytest.mark.parametrize("outputs", [2, 3])
+def test_no_direction_lies_above_the_bound_of_its_cone_with_several_outputs(outputs):
+    """Few rows and large cones: outputs are long in other directions than at the middle, and chords are met."""
+    for seed in range(20):
+        response, cells = cells_of(normal((4, 3), seed), normal((4, outputs), seed + 100), seed % 3)
+        points = inside(cells, 100, seed)
+        values = response(points.flatten(0, 1)).norm(dim=1).unflatten(0, points.shape[:2])
+        assert float((values.amax(1) - cells.uppers).max()) <= response.rounding
+
+
 def twin(pairs, middle, half, sign, allowed):
     """Slope, offset and slack above sign q on one box, pair by pair, as the page of `pairs` says."""
     size = middle.norm()
@@ -134,6 +144,17 @@ def test_sums_over_pairs_are_what_a_loop_gives(precision, sign, near):
         assert float(above.offset[index]) == pytest.approx(float(offset), abs=20 * eps * total)
         assert float(above.slack[index]) == pytest.approx(slack, rel=12 * eps, abs=0)
         assert float(above.slack[index]) > exact + 10 * eps * total
+
+
+def test_the_bound_of_a_cone_needs_no_accuracy_of_the_root(monkeypatch):
+    cells = cells_of(normal((10, 4), 1), normal((10, 1), 2), 3)[1]
+    linear, root = normal((len(cells), 4), 3), cones._slice_root
+    best = (inside(cells, 100, 4) * linear[:, None]).sum(2).amax(1)
+    uppers, tops = cones.cone_maxima(linear, cells)
+    assert float((uppers - (linear * tops).sum(1))[best > 0].max()) < 1e-12
+    for factor in (0.0, 0.5, 0.99, 1.0, 1.01, 2.0):
+        monkeypatch.setattr(cones, "_slice_root", lambda *given, factor=factor: factor * root(*given))
+        assert float((best - cones.cone_maxima(linear, cells)[0]).max()) < 1e-12
 
 
 def test_what_pairs_say_is_the_response():
@@ -285,6 +306,26 @@ def test_without_room_what_cannot_matter_is_dropped(monkeypatch):
     assert search._branching.leaves is None
     assert search.moved(A[:, :3], -W).maximum.upper >= found.lower
     assert best_seen(A[:, :3], W) <= found.upper
+    search = Search(A[:, :5], W)
+    coarse, dropped = search.refine(60, tolerance=0.1), search._branching._dropped
+    assert dropped > 1.05 * coarse.lower
+    assert search.refine(60).upper >= dropped  # whatever is dropped after it
+
+
+def test_a_search_begun_in_inference_mode_goes_on_outside():
+    with torch.inference_mode():
+        search = Search(A, W)
+        before = search.refine(60, tolerance=0.5)
+    start = normal((2, 6), 1).requires_grad_()
+    for other in (search, search.moved(A, W, start=start)):
+        found = other.refine(60, tolerance=0.4)
+        assert best_seen(A, W) <= found.upper < before.upper
+        assert not found.argmax.requires_grad
+
+
+def test_other_patches_have_as_many_entries():
+    with pytest.raises(ValueError, match=r"A has shape \(60, 5\); expected \(60, 6\)"):
+        Search(A, W).moved(A[:, :5], W)
 
 
 @pytest.mark.parametrize("rank", [0, 1])

@@ -346,6 +346,15 @@ def test_nothing_to_see(A, W):
     assert float(found.argmax.norm()) == 1
 
 
+@pytest.mark.parametrize("size", [1e-160, 1e-300, 1e-320])
+@pytest.mark.parametrize("outputs", [1, 2])
+def test_what_vanishes_when_it_is_squared_enters_the_bound(size, outputs, by_branching):
+    A, W = normal((4, 3), 60), normal((4, outputs), 61)
+    least = size * maximise(A, W).lower
+    for found in (maximise(size * A, W), maximise(A, size * W), by_branching(size * A, W)):
+        assert least <= found.upper < 1e-148
+
+
 def test_weights_that_cancel_exactly(by_branching):
     A, w = normal((5, 4), 61), normal((5, 1), 62)
     assert maximise(torch.cat([A, A]), torch.cat([w, -w])).upper < 1e-11
@@ -404,6 +413,8 @@ GOOD = {"A": normal((4, 3), 81), "W": normal((4, 1), 82)}
         ({"A": torch.ones(4, 0)}, ValueError, "at least one column"),
         ({"W": torch.ones(5, 1)}, ValueError, r"W has shape \(5, 1\); expected \(4, 1\)"),
         ({"W": torch.full((4, 1), math.nan)}, ValueError, "W.* is nan"),
+        ({"W": torch.ones(4, 1) * 1j}, ValueError, "W has the dtype torch.complex64; give real entries"),
+        ({"A": 1e200 * normal((4, 3), 1)}, ValueError, "A has rows whose squares exceed the largest number"),
         ({"start": torch.ones(2)}, ValueError, r"start has shape"),
         ({"start": "none"}, TypeError, "start must be"),
         ({"max_seconds": 0}, ValueError, "max_seconds"),

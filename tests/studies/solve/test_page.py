@@ -127,7 +127,7 @@ def test_the_bound_of_a_search_stands_beside_what_more_starts_would_do():
     row = {"search_bound": 0.25, "search_starts": 256, "unseen_chance": 0.125, "unseen_lowering": 0.0}
     told = dict(page._unproven([row | {"refuted_bound": None}]))
     assert told["best of 256 starts, not proven"] == "0.25"
-    assert told["chance that as many lower it, estimated"] == "at most 12%"
+    assert told["chance that as many lower it, estimated"] == "at most 13%"
     assert "with a chance of 5% by more than" in told
     few = page._unproven([row | {"refuted_bound": None, "unseen_lowering": None}])
     assert len(few) == 2
