@@ -37,6 +37,7 @@ from meanfield.architecture import Architecture
 from meanfield.certificates import concave, sphere, two_layers, vectors
 from meanfield.certificates.duality import feasible, largest_scale, mean_conjugate
 from meanfield.certificates.relaxing import Partition
+from meanfield.certificates.sphere.branching import alone
 from meanfield.certificates.sphere.response import reduced, start_directions, unit, uphill
 from meanfield.network import ParticleNetwork
 from meanfield.problem import Problem
@@ -58,9 +59,7 @@ PASSES = 24  # of cuts between two bounds
 STEPS = 40  # of the ascents that look for cuts, from ASCENTS kernels
 ASCENTS = 256
 APART = 0.05  # between unit kernels that are added at once
-OPEN = 1.1  # times the largest response met: bounds above it ask for multipliers of which more can be proven, or,
-# where there are none, for all the time that is left
-RELAXED_PASSES, RELAXED_CELLS = 24, 2000
+RELAXED_PASSES, RELAXED_CELLS = 12, 2000
 RELAXED_CLOSED = 2e-3  # relative to the value of the program with relaxed features: what need not be gained any more
 RELAXED_SHARE = 0.2  # of the time left
 STAY = 0.7  # of a step from the best multipliers towards those of the program
@@ -386,8 +385,8 @@ class _Program:
 
 
 def _relaxed(program: _Program, output: Tensor, partition: Partition, passes: int) -> Iterator[Tensor]:
-    """Multipliers near the best on a partition, pass by pass, from `output` on: steps from the best so far towards those
-    of the program with the relaxed features of all passes, whose value no multipliers exceed there.
+    """Multipliers near the best on a partition, pass by pass, from `output` on: steps from the best so far towards
+    those of the program with the relaxed features of all passes, whose value no multipliers exceed there.
     """
     problem, price = program.problem, _price(program.problem)
     program, best = copy.copy(program), (-math.inf, output)
@@ -484,12 +483,14 @@ class _TwoLayerProof(_Proof):
 class _Tree(NamedTuple):
     """A branch and bound at the multipliers output (N, K).
 
-    began: at which second of the proof; the first one at 0.  last: whether all the time left is given to it.
+    began: at which second of the proof; the first one at 0.  led: whether relaxed features have led to its multipliers.
+    last: whether all the time left is given to it.
     """
 
     output: Tensor
     search: sphere.Search
     began: float
+    led: bool
     last: bool
 
 
@@ -546,13 +547,15 @@ class _OneLayerProof(_Proof):
             proposed = self._next(output, maximum)
             if self.best.value >= self.program.value * (1 - CLOSED):
                 break
-            output = self._led(output, 0) if self.tree is not None and self._far() and self._smooths() else proposed
+            relaxes = self.tree is not None and self._smooths() and (self.tree.led or not self._closes(self.tree))
+            output = self._led(output, 0) if relaxes else proposed
 
-    def _far(self) -> bool:
-        """Whether the tree is far from closed."""
-        assert self.tree is not None
-        known = self.tree.search.maximum
-        return known.upper > OPEN * known.lower
+    def _closes(self, tree: _Tree) -> bool:
+        """Whether the time left closes a tree, at the rate at which the last doubling of its time lowered its bound."""
+        known, curve = tree.search.maximum, tree.search.curve
+        earlier = [upper for seconds, upper in curve if 2 * seconds <= known.seconds] or [curve[0][1]]
+        doublings = math.log2(1 + max(self.seconds - self.elapsed(), 0.0) / known.seconds)
+        return known.upper - doublings * (earlier[-1] - known.upper) <= known.lower
 
     def _smooths(self) -> bool:
         """Whether there are multipliers of which more can be proven."""
@@ -566,22 +569,23 @@ class _OneLayerProof(_Proof):
         self.ahead = _Ahead(output, passes)
         partition = Partition.of(self.features.patches, self.features.weights, self.tree.search, RELAXED_CELLS)
         left = _relaxed(self.program, output, partition, RELAXED_PASSES - passes)
-        for done, best in enumerate(left, passes + 1):
-            self.ahead = _Ahead(best, done)
-            self.save_in_time()
-            if time.perf_counter() > deadline:
-                break
+        with alone():
+            for done, best in enumerate(left, passes + 1):
+                self.ahead = _Ahead(best, done)
+                self.save_in_time()
+                if time.perf_counter() > deadline:
+                    break
         return self.ahead.output
 
     def _bounded(self, output: Tensor) -> sphere.SphereMaximum:
         """Bound at some multipliers, and keep it if it is the best."""
         return self._exact(output) or self._searched(output)
 
-    def _given(self, began: float, last: bool) -> float:
+    def _given(self, tree: _Tree) -> float:
         """Seconds for a tree."""
-        left, slice_ = self.seconds - began, 2 * began if began else FIRST * self.seconds
+        left, slice_ = self.seconds - tree.began, 2 * tree.began if tree.began else FIRST * self.seconds
         # begun anew with less time than the last it would hardly be better; far from closed it is time that it lacks
-        given = left if began and (left < 3 * slice_ or last) else min(left, slice_)
+        given = left if tree.began and (left < 4 * slice_ or tree.last) else min(left, slice_)
         return max(given, LEAST_SLICE)
 
     def _exact(self, output: Tensor) -> sphere.SphereMaximum | None:
@@ -597,7 +601,7 @@ class _OneLayerProof(_Proof):
         """By branch and bound, heard of every SLICE."""
         if self.tree is None or self.tree.output is not output:
             self.tree, self.ahead = self._planted(output), None
-        search, end = self.tree.search, self.tree.began + self._given(self.tree.began, self.tree.last)
+        search, end = self.tree.search, self.tree.began + self._given(self.tree)
         while True:
             before = search.maximum.cells
             maximum = search.refine(max(min(SLICE, end - self.elapsed()), LEAST_SLICE))
@@ -612,11 +616,11 @@ class _OneLayerProof(_Proof):
         began = self.elapsed() if self.best.curve else 0.0
         given, known = (self.features.patches, self.features.weighted(output)), self.program.kernels
         if self.tree is None:
-            return _Tree(output, sphere.Search(*given, start=known), began, False)
-        last = self._far() and not self._smooths()
-        moved = self.tree.search.maximum.seconds <= MOVED * self._given(began, last)
+            return _Tree(output, sphere.Search(*given, start=known), began, False, False)
+        last = not self._smooths() and not self._closes(self.tree)
+        moved = self.tree.search.maximum.seconds <= MOVED * max(self.seconds - began, 0.0)
         search = self.tree.search.moved(*given, start=known) if moved else sphere.Search(*given, start=known)
-        return _Tree(output, search, began, last)
+        return _Tree(output, search, began, self.ahead is not None, last)
 
     def _next(self, output: Tensor, maximum: sphere.SphereMaximum) -> Tensor:
         """The multipliers of the program with the features that those of before undercharge."""

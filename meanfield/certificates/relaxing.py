@@ -92,7 +92,7 @@ def _heights(pairs: Pairs, cells: Cones) -> tuple[Tensor, Tensor]:
 
 
 def _bent(directions: Tensor, weights: Tensor) -> Tensor:
-    """Derivatives of (K lambda_max(M))^(1/2) in the weights (b, p) of unit directions d (p, r), K = sum weights, M = sum
+    """Derivatives of (K lambda_max(M))^(1/2) in the weights (b, p) of unit directions d (p, r), K their sum and M that of
     weights d d^T.
     """
     total = weights.sum(1, keepdim=True)

@@ -121,9 +121,7 @@ class Search:
         return self.maximum
 
     def sample(self, count: int) -> tuple[Cones, Tensor]:
-        """So many cells that are open, those of the largest bounds among them, and the basis (d, r) of their
-        coordinates.
-        """
+        """So many cells, those of the largest bounds among them, and the basis (d, r) of their coordinates."""
         return self._branching.sample(count), self._branching.response.basis
 
     def state(self) -> dict[str, Any]:

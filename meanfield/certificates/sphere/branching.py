@@ -17,8 +17,8 @@ from meanfield.certificates.sphere.dyadic import coded, decoded
 from meanfield.certificates.sphere.pairs import Above, Pairs
 from meanfield.certificates.sphere.response import Found, Response, ascend, chunk, improve, start_directions, unit
 
-# Cells of a batch, between two looks at the clock; of one output that are bounded together; and entries of all rows over
-# all cells.  On a device calls take the time: more at once, up to where cusolver refuses so many eigenvalue problems.
+# Cells of a batch, between two looks at the clock; of one output that are bounded together; entries of all rows over all
+# cells.  On a device calls take the time: more at once, up to where cusolver refuses so many eigenvalue problems.
 BATCH, CHUNK, ENTRIES = 4096, 256, 1 << 24
 DEVICE_BATCH, DEVICE_CHUNK, DEVICE_ENTRIES = 16384, 16384, 1 << 30
 # Of the open cells, one of so many is halved, those of the largest bounds, before all are ordered anew.
@@ -88,9 +88,8 @@ class Branching:
                     self._note(began)
 
     def sample(self, count: int) -> Cones:
-        """So many open cells, where there are more: a quarter of them those of the largest bounds, the others drawn."""
+        """So many cells, where there are more: a quarter of them those of the largest bounds, the others drawn."""
         order = self._uppers().argsort(descending=True)
-        order = order[: max(1, int((self._uppers() > self._least(0.0)).sum()))]
         first, rest = order[: count // 4], order[count // 4 :]
         drawn = torch.randperm(len(rest), generator=torch.Generator().manual_seed(0))[: count - len(first)]
         return Cones.of_table(self._table[torch.cat([first, rest[drawn.to(rest.device)]])])
@@ -190,22 +189,28 @@ def bounded_cones(response: Response, halvings: int, gap: float = 0.0) -> Cones:
 def bounded(pairs: Pairs, cells: Cones) -> Cones:
     """Cells with their bounds in double precision."""
     with _pool() as pool:
-        uppers, scores, _ = _maxima(_above_one(pairs, cells, torch.float64, pool), cells)
+        uppers, scores, _ = _bound_one(pairs, cells, torch.float64, pool)
     return cells.bounded(uppers, scores.argmax(1))
 
 
 @contextmanager
-def _pool() -> Iterator[Executor]:
-    """As many threads as torch has, each of which runs alone: threads within an operation wait for each other after
-    every one, which on a machine that is shared can take a hundred times the work.
+def alone() -> Iterator[int]:
+    """Torch with one thread, and how many it had: threads within an operation wait for each other after every one, which
+    for small ones takes longer than they save, and on a machine that is shared can take a hundred times the work.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        with ThreadPoolExecutor(threads) as pool:
-            yield pool
+        yield threads
     finally:
         torch.set_num_threads(threads)
+
+
+@contextmanager
+def _pool() -> Iterator[Executor]:
+    """As many threads as torch has, each of which runs alone."""
+    with alone() as threads, ThreadPoolExecutor(threads) as pool:
+        yield pool
 
 
 class Bounds:
@@ -227,21 +232,26 @@ class Bounds:
             found = pool.map(lambda part: _bound_vector(self._response, cells[part]), places.split(size))
             uppers, scores, tops = (torch.cat(column) for column in zip(*found))
         else:
-            uppers, scores, tops = _maxima(_above_one(self._pairs, cells, self._pairs.precision(gap), pool), cells)
+            uppers, scores, tops = _bound_one(self._pairs, cells, self._pairs.precision(gap), pool)
         # a child lies in its parent: the parent's bound holds for it
         return cells.bounded(torch.minimum(uppers, cells.uppers), scores.argmax(1)), tops
 
 
-def _above_one(pairs: Pairs, cells: Cones, precision: torch.dtype, pool: Executor) -> Above:
-    """Cells of one sign share a chunk."""
+def _bound_one(pairs: Pairs, cells: Cones, precision: torch.dtype, pool: Executor) -> tuple[Tensor, Tensor, Tensor]:
+    """Cells of one sign share a chunk; several chunks share the smaller work that follows."""
     order = cells.signs.argsort(stable=True)
     below = int((cells.signs < 0).sum())
-    signed = ((-1.0, order[:below]), (1.0, order[below:]))
     size = CHUNK if order.device.type == "cpu" else DEVICE_CHUNK
-    parts = [(sign, part) for sign, places in signed if len(places) for part in places.split(size)]
-    found = pool.map(lambda each: pairs.above(cells[each[1]], each[0], precision), parts)
+
+    def bound(sign: float, part: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        chunks = [vars(pairs.above(cells[few], sign, precision)).values() for few in part.split(size)]
+        return _maxima(Above(*(torch.cat(column) for column in zip(*chunks))), cells[part])
+
+    signed = [(sign, places) for sign, places in ((-1.0, order[:below]), (1.0, order[below:])) if len(places)]
+    found = pool.map(lambda each: bound(*each), [(sign, few) for sign, all_ in signed for few in all_.split(4 * size)])
     back = order.argsort()
-    return Above(*(torch.cat(column)[back] for column in zip(*(vars(each).values() for each in found))))
+    uppers, scores, tops = (torch.cat(column)[back] for column in zip(*found))
+    return uppers, scores, tops
 
 
 def _bound_vector(response: Response, cells: Cones) -> tuple[Tensor, Tensor, Tensor]:
