@@ -532,7 +532,7 @@ class _OneLayerProof(_Proof):
             raise validation.Misuse("state", str(self.file.path), remedy) from error
 
     def run(self, output: Tensor) -> None:
-        if self.elapsed() >= self.seconds:
+        if self.best.curve and self.elapsed() >= self.seconds:
             return
         if self.ahead is not None:
             output = self._led(*self.ahead)

@@ -92,8 +92,8 @@ def _heights(pairs: Pairs, cells: Cones) -> tuple[Tensor, Tensor]:
 
 
 def _bent(directions: Tensor, weights: Tensor) -> Tensor:
-    """Derivatives of (K lambda_max(M))^(1/2) in the weights (b, p) of unit directions d (p, r), K their sum and M that of
-    weights d d^T.
+    """Derivatives of (K lambda_max(M))^(1/2) in the weights (b, p) of unit directions d (p, r); K is the sum of weights
+    and M that of weights d d^T.
     """
     total = weights.sum(1, keepdim=True)
     values, vectors = torch.linalg.eigh((weights[:, None, :] * directions.T) @ directions)

@@ -17,8 +17,8 @@ from meanfield.certificates.sphere.dyadic import coded, decoded
 from meanfield.certificates.sphere.pairs import Above, Pairs
 from meanfield.certificates.sphere.response import Found, Response, ascend, chunk, improve, start_directions, unit
 
-# Cells of a batch, between two looks at the clock; of one output that are bounded together; entries of all rows over all
-# cells.  On a device calls take the time: more at once, up to where cusolver refuses so many eigenvalue problems.
+# Cells of a batch, between two looks at the clock; those of one output that are bounded together; entries of all rows
+# over all cells.  On a device calls take the time: more at once, up to where cusolver refuses to find eigenvalues.
 BATCH, CHUNK, ENTRIES = 4096, 256, 1 << 24
 DEVICE_BATCH, DEVICE_CHUNK, DEVICE_ENTRIES = 16384, 16384, 1 << 30
 # Of the open cells, one of so many is halved, those of the largest bounds, before all are ordered anew.
@@ -195,8 +195,8 @@ def bounded(pairs: Pairs, cells: Cones) -> Cones:
 
 @contextmanager
 def alone() -> Iterator[int]:
-    """Torch with one thread, and how many it had: threads within an operation wait for each other after every one, which
-    for small ones takes longer than they save, and on a machine that is shared can take a hundred times the work.
+    """Torch with one thread, and how many it had: threads within an operation wait for each other after every one,
+    which for small ones takes longer than they save, and on a machine that is shared a hundred times the work.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
