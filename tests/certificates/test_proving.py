@@ -266,8 +266,9 @@ def test_writing_takes_a_small_share_of_the_time(cost, expected, monkeypatch):
 
 
 def test_of_two_layers_the_multipliers_are_kept(tmp_path, monkeypatch):
-    """A stop between the two bounds leaves the second, which begins where the first one ended, with its mu if that is at
-    hand; later ones are at the r that was chosen, without steps.
+    """A stop between the two bounds leaves the second; later ones are at the r that was chosen, without steps.
+
+    The second begins where the first one ended, with its mu where that is known.
     """
     arch = mf.Architecture((1, 3, 4), (mf.Conv((1, 2), activation="tanh"),) * 2)
     problem = mf.Problem(arch, random_inputs(arch, 3, 0), normal((3, 1), 1))
