@@ -37,6 +37,7 @@ from meanfield.architecture import Architecture
 from meanfield.certificates import concave, sphere, two_layers, vectors
 from meanfield.certificates.duality import feasible, largest_scale, mean_conjugate
 from meanfield.certificates.relaxing import Partition
+from meanfield.certificates.sphere.branching import alone
 from meanfield.certificates.sphere.response import reduced, start_directions, unit, uphill
 from meanfield.network import ParticleNetwork
 from meanfield.problem import Problem
@@ -49,7 +50,7 @@ EXACT_ENTRIES = 3  # of a kernel, up to which the maximum is exact and takes lit
 LEAST_SECONDS = 2.0  # of one bound
 SLICE, LEAST_SLICE = 1.0, 0.1  # seconds of branch and bound between two looks at the clock and at interrupts
 SAVING = 0.02  # of the time may go into writing the state
-MOVED = 0.2  # of the time that multipliers have, up to which cells of the last ones are bounded anew
+MOVED = 1.0  # of the time that multipliers have, up to which cells of the last ones are bounded anew
 FIRST = 1 / 12  # of the time is for the first bound of `prove`; each later one takes twice as long as all before it
 VIOLATED = 1e-6  # relative to the price: what a cut is added for
 CLOSED = 3e-7  # relative to the program's value: what the bound need not rise any more
@@ -58,10 +59,9 @@ PASSES = 24  # of cuts between two bounds
 STEPS = 40  # of the ascents that look for cuts, from ASCENTS kernels
 ASCENTS = 256
 APART = 0.05  # between unit kernels that are added at once
-WIDE = 1.1  # times the largest response met: a bound above it is given all the time that is left
-OPEN = 2.0  # times the largest response met: bounds above it ask for multipliers of which more can be proven
-RELAXED_PASSES, RELAXED_CELLS = 16, 1000
-RELAXED_SHARE = 0.3  # of the time left
+RELAXED_PASSES, RELAXED_CELLS = 12, 2000
+RELAXED_CLOSED = 2e-3  # relative to the value of the program with relaxed features: what need not be gained any more
+RELAXED_SHARE = 0.2  # of the time left
 STAY = 0.7  # of a step from the best multipliers towards those of the program
 MOST_ENTRIES = 1 << 24  # of the patches by images
 ITERATIONS = 100  # of L-BFGS-B
@@ -384,13 +384,12 @@ class _Program:
         return (weighted.flatten(1) @ cuts.flatten(1).T).numpy(force=True) / self.problem.count
 
 
-def _relaxed(program: _Program, output: Tensor, passes: int, cells: int, deadline: float) -> Iterator[Tensor]:
-    """Multipliers near the best on a partition, pass by pass: steps from the best so far towards those of the program
-    with the relaxed features of all passes.
+def _relaxed(program: _Program, output: Tensor, partition: Partition, passes: int) -> Iterator[Tensor]:
+    """Multipliers near the best on a partition, pass by pass, from `output` on: steps from the best so far towards
+    those of the program with the relaxed features of all passes, whose value no multipliers exceed there.
     """
-    problem, price, features = program.problem, _price(program.problem), program.features
+    problem, price = program.problem, _price(program.problem)
     program, best = copy.copy(program), (-math.inf, output)
-    partition = Partition.refined(features.patches, features.weights, output, cells)
     for _ in range(passes):
         limits.look()
         upper, relaxed = partition.bound(output)
@@ -399,10 +398,11 @@ def _relaxed(program: _Program, output: Tensor, passes: int, cells: int, deadlin
         )
         best = max(best, (value, scale * output), key=lambda each: each[0])
         yield best[1]
-        if time.perf_counter() > deadline:
-            return
         program.extend(relaxed)
-        output = STAY * best[1] + (1 - STAY) * program.solve(output)
+        towards = program.solve(output)
+        if best[0] >= program.value * (1 - RELAXED_CLOSED):
+            return
+        output = STAY * best[1] + (1 - STAY) * towards
 
 
 @dataclass
@@ -483,13 +483,15 @@ class _TwoLayerProof(_Proof):
 class _Tree(NamedTuple):
     """A branch and bound at the multipliers output (N, K).
 
-    began: at which second of the proof; the first one at 0.  wide: whether the one before was left far from closed.
+    began: at which second of the proof; the first one at 0.  led: whether relaxed features have led to its multipliers.
+    last: whether all the time left is given to it.
     """
 
     output: Tensor
     search: sphere.Search
     began: float
-    wide: bool
+    led: bool
+    last: bool
 
 
 class _Ahead(NamedTuple):
@@ -530,7 +532,7 @@ class _OneLayerProof(_Proof):
             raise validation.Misuse("state", str(self.file.path), remedy) from error
 
     def run(self, output: Tensor) -> None:
-        if self.elapsed() >= self.seconds:
+        if self.best.curve and self.elapsed() >= self.seconds:
             return
         if self.ahead is not None:
             output = self._led(*self.ahead)
@@ -545,34 +547,45 @@ class _OneLayerProof(_Proof):
             proposed = self._next(output, maximum)
             if self.best.value >= self.program.value * (1 - CLOSED):
                 break
-            output = self._provable(proposed, maximum)
+            relaxes = self.tree is not None and self._smooths() and (self.tree.led or not self._closes(self.tree))
+            output = self._led(output, 0) if relaxes else proposed
 
-    def _provable(self, output: Tensor, maximum: sphere.SphereMaximum) -> Tensor:
-        """The optimal multipliers, or where much is left open those of which more can be proven."""
-        large = len(output) * self.features.patches.shape[0] > MOST_ENTRIES
-        if maximum.upper <= OPEN * maximum.lower or output.shape[1] > 1 or large:
-            return output
-        return self._led(output, 0)
+    def _closes(self, tree: _Tree) -> bool:
+        """Whether the time left closes a tree, at the rate at which the last doubling of its time lowered its bound."""
+        known, curve = tree.search.maximum, tree.search.curve
+        earlier = [upper for seconds, upper in curve if 2 * seconds <= known.seconds] or [curve[0][1]]
+        doublings = math.log2(1 + max(self.seconds - self.elapsed(), 0.0) / known.seconds)
+        return known.upper - doublings * (earlier[-1] - known.upper) <= known.lower
+
+    def _smooths(self) -> bool:
+        """Whether there are multipliers of which more can be proven."""
+        few = len(self.problem.inputs) * len(self.features.patches) <= MOST_ENTRIES
+        return self.problem.architecture.outputs == 1 and few
 
     def _led(self, output: Tensor, passes: int) -> Tensor:
-        """By relaxed features, from multipliers that so many passes have led to."""
+        """By relaxed features of the tree, from multipliers that so many passes have led to."""
+        assert self.tree is not None
         deadline = time.perf_counter() + RELAXED_SHARE * (self.seconds - self.elapsed())
         self.ahead = _Ahead(output, passes)
-        left = _relaxed(self.program, output, RELAXED_PASSES - passes, RELAXED_CELLS, deadline)
-        for done, best in enumerate(left, passes + 1):
-            self.ahead = _Ahead(best, done)
-            self.save_in_time()
+        partition = Partition.of(self.features.patches, self.features.weights, self.tree.search, RELAXED_CELLS)
+        left = _relaxed(self.program, output, partition, RELAXED_PASSES - passes)
+        with alone():
+            for done, best in enumerate(left, passes + 1):
+                self.ahead = _Ahead(best, done)
+                self.save_in_time()
+                if time.perf_counter() > deadline:
+                    break
         return self.ahead.output
 
     def _bounded(self, output: Tensor) -> sphere.SphereMaximum:
         """Bound at some multipliers, and keep it if it is the best."""
         return self._exact(output) or self._searched(output)
 
-    def _given(self, began: float, wide: bool) -> float:
+    def _given(self, tree: _Tree) -> float:
         """Seconds for a tree."""
-        left, slice_ = self.seconds - began, 2 * began if began else FIRST * self.seconds
+        left, slice_ = self.seconds - tree.began, 2 * tree.began if tree.began else FIRST * self.seconds
         # begun anew with less time than the last it would hardly be better; far from closed it is time that it lacks
-        given = left if began and (left < 3 * slice_ or wide) else min(left, slice_)
+        given = left if tree.began and (left < 4 * slice_ or tree.last) else min(left, slice_)
         return max(given, LEAST_SLICE)
 
     def _exact(self, output: Tensor) -> sphere.SphereMaximum | None:
@@ -588,7 +601,7 @@ class _OneLayerProof(_Proof):
         """By branch and bound, heard of every SLICE."""
         if self.tree is None or self.tree.output is not output:
             self.tree, self.ahead = self._planted(output), None
-        search, end = self.tree.search, self.tree.began + self._given(self.tree.began, self.tree.wide)
+        search, end = self.tree.search, self.tree.began + self._given(self.tree)
         while True:
             before = search.maximum.cells
             maximum = search.refine(max(min(SLICE, end - self.elapsed()), LEAST_SLICE))
@@ -603,12 +616,11 @@ class _OneLayerProof(_Proof):
         began = self.elapsed() if self.best.curve else 0.0
         given, known = (self.features.patches, self.features.weighted(output)), self.program.kernels
         if self.tree is None:
-            return _Tree(output, sphere.Search(*given, start=known), began, False)
-        last = self.tree.search.maximum
-        wide = last.upper > WIDE * last.lower
-        moved = last.seconds <= MOVED * self._given(began, wide)
+            return _Tree(output, sphere.Search(*given, start=known), began, False, False)
+        last = not self._smooths() and not self._closes(self.tree)
+        moved = self.tree.search.maximum.seconds <= MOVED * max(self.seconds - began, 0.0)
         search = self.tree.search.moved(*given, start=known) if moved else sphere.Search(*given, start=known)
-        return _Tree(output, search, began, wide)
+        return _Tree(output, search, began, self.ahead is not None, last)
 
     def _next(self, output: Tensor, maximum: sphere.SphereMaximum) -> Tensor:
         """The multipliers of the program with the features that those of before undercharge."""

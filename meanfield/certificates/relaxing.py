@@ -3,138 +3,100 @@
 On a partition of the sphere the bound of max |q| is the largest over cells of U_c(r), and U_c(r) = <r, G_c> along the
 choices that the relaxation makes: G_c is what it takes a feature in that cell for.  The cuts <r, G_c> <= price of these
 relaxed features beside those of true ones lead to multipliers that are smoother over the images: rows of both signs
-cancel less, and the cancelling is what the relaxation loses.  Nothing is proven here: any r will do for a bound, and
-the better ones pay.
+cancel less, and the cancelling is what the relaxation loses.  How much smoother they had better be depends on how small
+cells can be made, so that the partition is a sample of the cells of a search that has gone some way.  Nothing is proven
+here: any r will do for a bound, and the better ones pay.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import reduce
+from typing import Self
 
 import torch
 from torch import Tensor
 
+from meanfield.certificates import sphere
+from meanfield.certificates.sphere.branching import bounded
 from meanfield.certificates.sphere.cones import Cones, cone_maxima
-from meanfield.certificates.sphere.pairs import Pairs
+from meanfield.certificates.sphere.pairs import LEAST_REACH, SHORTEST, TYPICAL_COSINE, Pairs
 from meanfield.certificates.sphere.response import Response, reduced
 
 CUTS = 64  # of one pass, those of the cells with the largest bounds
-CHUNK = 256  # cells at once
-# A pair is taken by its difference where that is below this share of its length: |cos| between typical directions.
-TYPICAL_COSINE = 0.15
 
 
 @dataclass(frozen=True, eq=False)
 class Partition:
-    """Cones that cover all directions, and the responses of single images (an output each) in their coordinates."""
+    """Cones of directions, and the responses of single images (an output each) in their coordinates."""
 
     images: Response
     cells: Cones
 
     @classmethod
-    def refined(cls, patches: Tensor, weights: Tensor, output: Tensor, cells: int) -> Partition:
-        """So many cones, smaller where the bound at r = `output` (N, 1) is large; patches (N P, d), weights (P,) of
-        positions.
-        """
-        single = torch.eye(len(output), dtype=patches.dtype, device=patches.device)
-        images = reduced(patches, (single[:, None] * weights[None, :, None]).flatten(0, 1))
-        response = _at(images, output)
-        pairs = _Pairs.of(response)
-        found = pairs.bounded(Cones.roots(response))
-        while len(found) < cells:
-            chosen = found.uppers.topk(max(1, len(found) // 4)).indices
-            left = torch.ones(len(found), dtype=torch.bool, device=chosen.device).index_fill(0, chosen, False)
-            found = found[left].join(pairs.bounded(found[chosen].halved()))
-        return cls(images, found)
+    def of(cls, patches: Tensor, weights: Tensor, search: sphere.Search, count: int) -> Self:
+        """So many cells of a search; patches (N P, d), weights (P,) of positions."""
+        single = torch.eye(len(patches) // len(weights), dtype=patches.dtype, device=patches.device)
+        outputs = (single[:, None] * weights[None, :, None]).flatten(0, 1)
+        cells, basis = search.sample(count)
+        return cls(reduced(patches, outputs, basis), cells.unbounded())
 
     def bound(self, output: Tensor) -> tuple[float, Tensor]:
-        """The bound of max |q| at r = `output` (N, 1), and the relaxed features G (CUTS, N, 1) of the largest cells:
-        the largest <G, r> is the bound.
+        """The bound of max |q| at r = `output` (N, 1) on these cells, and the relaxed features G (CUTS, N, 1) of those
+        where it is largest: the largest <G, r> is the bound.
         """
-        response = _at(self.images, output)
-        weights = response.weights.clone().requires_grad_()
-        paired = _Pairs.of(Response(response.rows, weights, response.linear, response.basis, response.rounding))
-        pairs = _Pairs(paired.linear.detach(), paired.left, paired.right, paired.flows.detach())
-        cells = pairs.bounded(self.cells)
-        top = cells[cells.uppers.topk(min(CUTS, len(cells))).indices]
-        top, tops, heights = pairs.heights(top)
+        images = self.images
+        weights = (images.weights @ output).requires_grad_()
+        response = Response(images.rows, weights, images.linear @ output, images.basis, images.rounding)
         # flows, and through turned rows the linear part, follow from the weights of the rows
-        values = heights @ paired.flows + top.signs * (tops @ paired.linear)
+        pairs = Pairs.of(response)
+        fixed = Pairs(pairs.linear.detach(), pairs.left, pairs.right, pairs.flows.detach())
+        cells = bounded(fixed, self.cells)
+        top = cells[cells.uppers.topk(min(CUTS, len(cells))).indices]
+        tops, heights = _heights(fixed, top)
+        values = heights @ pairs.flows + top.signs * (tops @ pairs.linear)
         eye = torch.eye(len(top), dtype=values.dtype, device=values.device)
         slopes = torch.autograd.grad(values, weights, eye, is_grads_batched=True)[0][..., 0]
-        features = slopes @ self.images.weights + (top.signs[:, None] * tops) @ self.images.linear
+        features = slopes @ images.weights + (top.signs[:, None] * tops) @ images.linear
         return float(cells.uppers.max()), features[..., None]
 
 
-def _at(images: Response, output: Tensor) -> Response:
-    return Response(images.rows, images.weights @ output, images.linear @ output, images.basis, images.rounding)
+def _heights(pairs: Pairs, cells: Cones) -> tuple[Tensor, Tensor]:
+    """Where the relaxations of `Pairs.above` are largest (b, r), and there the derivatives of the bounds in the flows
+    (b, p): the bound is heights flows + sign linear top.
+    """
+    left, right, apart, flows = pairs.left, pairs.right, pairs.left - pairs.right, pairs.flows
+    lengths = apart.norm(dim=1).clamp_min(SHORTEST)
+    positive = cells.signs[:, None] > 0
+    size = cells.middles.norm(dim=1, keepdim=True)
+
+    def of(directions: Tensor, rows: Tensor, others: Tensor) -> Tensor:
+        """Products with the row of each pair that counts positively, where `rows` does so for q and `others` for -q."""
+        return torch.where(positive, directions @ rows.T, directions @ others.T) / lengths
+
+    x, y = of(cells.middles / size, left, right), of(cells.middles / size, right, left)
+    reach = of(cells.halves / size, left.abs(), right.abs()) + LEAST_REACH
+    together = reach - y.abs() > TYPICAL_COSINE
+    chord = torch.maximum(x.abs(), reach)
+    rising = torch.where(together, 0.0, x / chord)
+    falling = torch.where(together, 0.0, y.sign())
+    raised = torch.where(together, 0.0, size * (chord - rising * x))
+    axis = cells.facets[:, None]
+    side = cells.middles.gather(1, axis)
+    slopes = torch.where(positive, rising, -falling) @ (flows[:, None] * left)
+    slopes += torch.where(positive, -falling, rising) @ (flows[:, None] * right)
+    linear = cells.signs[:, None] * (pairs.linear + 0.5 * flows @ apart) + 0.5 * slopes
+    tops = cone_maxima(linear.scatter_add(1, axis, 0.5 * side * (raised @ (flows * lengths))[:, None]), cells)[1]
+    bent = _bent(apart / lengths[:, None], together * (flows * lengths))
+    alone = rising * of(tops, left, right) - falling * of(tops, right, left) + raised * side * tops.gather(1, axis)
+    return tops, 0.5 * (cells.signs[:, None] * (tops @ apart.T) + lengths * (alone + together * bent))
 
 
-class _Pairs(Pairs):
-    """Pairs whose bounds have derivatives in the flows."""
-
-    def bounded(self, cells: Cones) -> Cones:
-        """With their bounds, and the axis along which mixed rows are widest to halve; in another order."""
-        parts = [(part, self._relax(part)) for part in _parts(cells)]
-        cells = reduce(Cones.join, (part for part, _ in parts))
-        uppers = torch.cat([found.uppers for _, found in parts])
-        splits = torch.cat([found.widths.argmax(1) for _, found in parts])
-        return Cones(cells.middles, cells.halves, cells.facets, cells.signs, uppers, splits)
-
-    def heights(self, cells: Cones) -> tuple[Cones, Tensor, Tensor]:
-        """Cells (in another order), where their relaxations are largest (b, r), and there the derivatives of the bounds
-        in the flows (b, p): the bound is heights flows + sign linear top.
-        """
-        parts = [(part, self._relax(part)) for part in _parts(cells)]
-        tops, heights = (torch.cat([getattr(found, name) for _, found in parts]) for name in ("tops", "heights"))
-        return reduce(Cones.join, (part for part, _ in parts)), tops, heights
-
-    def _relax(self, cells: Cones) -> _Relaxed:
-        """Cells of one sign: of each pair the chord above one row less a plane below the other, or their difference,
-        whose lengths add up to less than (K lambda_max(M))^(1/2) / 2 with K = sum flows |d|, M = sum flows d d^T / |d|.
-        """
-        sign = float(cells.signs[0])
-        left, right = (self.left, self.right) if sign > 0 else (self.right, self.left)
-        apart = left - right
-        lengths = apart.norm(dim=1).clamp_min(torch.finfo(apart.dtype).tiny)
-        x, y, reach = cells.middles @ left.T, cells.middles @ right.T, cells.halves @ left.abs().T
-        slopes = (0.5 + 0.5 * x / reach.clamp_min(torch.finfo(reach.dtype).tiny)).clamp(0, 1)
-        offsets = (reach - x).clamp_min(0) * slopes
-        alone = (slopes - 0.5) * x + offsets - 0.5 * y.abs()
-        close = (reach > x.abs()) & (alone > TYPICAL_COSINE * cells.middles.norm(dim=1, keepdim=True) * lengths)
-        together = close * self.flows
-        rising = torch.where(close, 0.5, slopes)
-        falling = torch.where(close, 0.5, (y > 0).to(y.dtype))
-        axis = cells.facets[:, None]
-        side = cells.middles.gather(1, axis)
-        raised = torch.where(close, 0.0, offsets)
-        linear = sign * self.linear + (rising * self.flows) @ left - (falling * self.flows) @ right
-        linear = linear.scatter_add(1, axis, side * (raised @ self.flows)[:, None])
-        tops = cone_maxima(linear, cells)[1]
-        total = together @ lengths
-        values, vectors = torch.linalg.eigh(torch.einsum("bp,pi,pj->bij", together / lengths, apart, apart))
-        largest = values[:, -1].clamp_min(0)
-        slack = 0.5 * (total * largest).sqrt()
-        along = (vectors[:, :, -1] @ apart.T).square() / lengths
-        small = torch.finfo(slack.dtype).tiny
-        bent = (largest[:, None] * lengths + total[:, None] * along) * (0.125 / slack.clamp_min(small))[:, None]
-        heights = rising * (tops @ left.T) - falling * (tops @ right.T) + raised * side * tops.gather(1, axis)
-        heights = heights + torch.where(close, bent, 0.0)
-        mixed = (reach > x.abs()) * torch.where(close, self.flows * lengths, self.flows)
-        widths = (mixed @ left.square()) * cells.halves.square() + cells.halves * small
-        return _Relaxed((linear * tops).sum(1) + slack, widths, tops, heights)
-
-
-@dataclass(frozen=True, eq=False)
-class _Relaxed:
-    uppers: Tensor
-    widths: Tensor
-    tops: Tensor
-    heights: Tensor
-
-
-def _parts(cells: Cones) -> list[Cones]:
-    """Cells of one sign each, not many at once."""
-    halves = [(cells.signs * sign > 0).nonzero()[:, 0] for sign in (1, -1)]
-    return [cells[part] for half in halves for part in half.split(CHUNK) if len(part)]
+def _bent(directions: Tensor, weights: Tensor) -> Tensor:
+    """Derivatives of (K lambda_max(M))^(1/2) in the weights (b, p) of unit directions d (p, r); K is the sum of weights
+    and M that of weights d d^T.
+    """
+    total = weights.sum(1, keepdim=True)
+    values, vectors = torch.linalg.eigh((weights[:, None, :] * directions.T) @ directions)
+    largest = values[:, -1:].clamp_min(0)
+    along = (vectors[:, :, -1] @ directions.T).square()
+    return (largest + total * along) / (2 * (total * largest).sqrt().clamp_min(torch.finfo(total.dtype).tiny))

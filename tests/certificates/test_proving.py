@@ -202,12 +202,13 @@ def test_a_tree_that_was_stopped_proves_what_the_whole_one_does(tmp_path, monkey
 
 
 def test_a_stop_among_relaxed_passes_keeps_where_they_have_led(tmp_path, monkeypatch):
-    for name, value in (("LEAST_SLICE", 0.01), ("FIRST", 1e-9), ("OPEN", 1.0), ("PASSES", 1)):
+    for name, value in (("LEAST_SLICE", 0.01), ("FIRST", 1e-9), ("PASSES", 1)):
         monkeypatch.setattr(proving, name, value)
+    monkeypatch.setattr(proving._OneLayerProof, "_closes", lambda *_: False)
     problem, network, output = wide_open()
     state, led = tmp_path / "proof.safetensors", []
 
-    def passes(program, output, passes, *_):
+    def passes(program, output, partition, passes):
         led.append((output, passes))
         yield output * 1.1
         if len(led) == 1:
@@ -265,14 +266,17 @@ def test_writing_takes_a_small_share_of_the_time(cost, expected, monkeypatch):
 
 
 def test_of_two_layers_the_multipliers_are_kept(tmp_path, monkeypatch):
-    """A stop between the two bounds leaves the second; later ones are at the r that was chosen, without steps."""
+    """A stop between the two bounds leaves the second; later ones are at the r that was chosen, without steps.
+
+    The second begins where the first one ended, with its mu where that is known.
+    """
     arch = mf.Architecture((1, 3, 4), (mf.Conv((1, 2), activation="tanh"),) * 2)
     problem = mf.Problem(arch, random_inputs(arch, 3, 0), normal((3, 1), 1))
     network = starts.start(arch, (2, 2), problem.inputs, seeded(0))
     output, calls, gain = 0.01 * normal((3, 1), 2), [], Gain(1.0, 2.0, torch.zeros(2), 1)
 
-    def bounded(problem, output, network, *, seconds, steps):
-        calls.append((output, steps))
+    def bounded(problem, output, network, *, seconds, steps, mu):
+        calls.append((output, steps, mu))
         if len(calls) == 2:
             raise KeyboardInterrupt
         return TwoLayerBound(0.01 * len(calls), 1.1 * output, 1.0, gain, 0.0)
@@ -281,8 +285,9 @@ def test_of_two_layers_the_multipliers_are_kept(tmp_path, monkeypatch):
     state = tmp_path / "proof.safetensors"
     bounds = [prove(problem, output, network, 100.0, state=state).value for _ in range(3)]
     assert bounds == [0.01, 0.03, 0.04]
-    assert [steps for _, steps in calls] == [0, two_layers.STEPS, two_layers.STEPS, 0]
-    for (given, _), factor in zip(calls, (1, 1, 1, 1.1)):
+    assert [steps for _, steps, _ in calls] == [0, two_layers.STEPS, two_layers.STEPS, 0]
+    assert [mu for _, _, mu in calls] == [None, 1.0, None, None]
+    for (given, _, _), factor in zip(calls, (1, 1.1, 1, 1.1)):
         torch.testing.assert_close(given, factor * calls[0][0])
 
 

@@ -2,25 +2,37 @@
 
 import pytest
 import torch
-from strategies import normal, random_inputs
+from strategies import normal, random_inputs, seeded
 
 import meanfield as mf
-from meanfield.certificates import proving, relaxing
+from meanfield.certificates import proving, relaxing, sphere
 from meanfield.certificates.sphere.response import unit
 
 
+def partition_at(features, output, refined):
+    """60 cells of a search at multipliers r, refined so often."""
+    search = sphere.Search(features.patches, features.weighted(output))
+    for _ in range(refined):
+        search.refine(1e-9)
+    return relaxing.Partition.of(features.patches, features.weights, search, 60)
+
+
 @pytest.fixture(scope="module")
-def partitioned():
+def problem():
     arch = mf.Architecture((1, 4, 4), (mf.Conv(2, activation="relu"),))
-    problem = mf.Problem(
-        arch, random_inputs(arch, 6, 0), normal((6, 1), 1), penalty=mf.Penalty(input=1e-2, readout=1e-2)
-    )
-    features, output = proving.Features.of(problem), normal((6, 1), 2)
-    return problem, features, output, relaxing.Partition.refined(features.patches, features.weights, output, 60)
+    penalty = mf.Penalty(input=1e-2, readout=1e-2)
+    return mf.Problem(arch, random_inputs(arch, 6, 0), normal((6, 1), 1), penalty=penalty)
 
 
-def test_relaxed_features_are_the_derivative_of_the_bound(partitioned):
-    _, _, output, partition = partitioned
+@pytest.fixture(scope="module")
+def features(problem):
+    return proving.Features.of(problem)
+
+
+@pytest.mark.parametrize("refined", [0, 1])
+def test_relaxed_features_are_the_derivative_of_the_bound(features, refined):
+    output = normal((6, 1), 2)
+    partition = partition_at(features, output, refined)
     upper, cuts = partition.bound(output)
     values = torch.tensordot(cuts, output, 2)
     assert float(values.max()) == pytest.approx(upper, rel=1e-9)
@@ -31,23 +43,27 @@ def test_relaxed_features_are_the_derivative_of_the_bound(partitioned):
         assert change / 2 == pytest.approx(float((steepest * step).sum()), rel=1e-4)
 
 
-def test_no_response_exceeds_the_bound_at_any_multipliers(partitioned):
-    """The cells hold all directions, and the relaxation lies above q: a cut that is lower would cut off the optimum."""
-    _, features, _, partition = partitioned
-    kernels = unit(normal((4000, 4), 3))
+def test_no_response_exceeds_the_bound_at_any_multipliers(features):
+    """The relaxation lies above q on each cell: a lower cut would cut off the optimum."""
+    search = sphere.Search(features.patches, features.weighted(normal((6, 1), 2)))
+    search.refine(1e-9)
+    partition = relaxing.Partition.of(features.patches, features.weights, search, 60)
+    cells, images = partition.cells, partition.images
+    places = 2 * torch.rand(len(cells), 200, 4, generator=seeded(3), dtype=torch.float64) - 1
+    inside = unit(cells.middles[:, None] + cells.halves[:, None] * places)
     for seed in range(5):
         output = normal((6, 1), 10 + seed)
-        assert float((features(kernels) @ output).abs().max()) <= partition.bound(output)[0] * (1 + 1e-9)
+        reached = cells.signs[:, None] * (images(inside.flatten(0, 1)) @ output).view(len(cells), -1)
+        assert float(reached.max()) <= partition.bound(output)[0] * (1 + 1e-9)
 
 
 @pytest.mark.slow
-def test_more_is_proven_on_the_partition_than_at_the_optimal_multipliers(partitioned):
-    problem, features, _, _ = partitioned
+def test_more_is_proven_on_the_partition_than_at_the_optimal_multipliers(problem, features):
     program = proving._Program(problem, features, unit(normal((400, 4), 4)))
     optimal = program.solve(0 * normal((6, 1), 0))
-    *_, found = proving._relaxed(program, optimal, 12, 60, float("inf"))
+    partition = partition_at(features, optimal, 1)
+    *_, found = proving._relaxed(program, optimal, partition, 24)
     cuts = len(program.cuts)
-    partition = relaxing.Partition.refined(features.patches, features.weights, optimal, 60)
     price = proving._price(problem)
 
     def proven(output):

@@ -29,6 +29,7 @@ from torch import Tensor
 
 from meanfield.certificates.sphere.arrangement import listable, maximise_arrangement, maximise_line
 from meanfield.certificates.sphere.branching import Branching, maximise_branching
+from meanfield.certificates.sphere.cones import Cones
 from meanfield.certificates.sphere.response import Found, Response, reduced
 from meanfield.signatures import Nonnegative, Positive, checked
 from meanfield.storage.tensors import digest
@@ -118,6 +119,10 @@ class Search:
         """
         self._branching.refine(time.perf_counter() + max_seconds, tolerance)
         return self.maximum
+
+    def sample(self, count: int) -> tuple[Cones, Tensor]:
+        """So many cells, those of the largest bounds among them, and the basis (d, r) of their coordinates."""
+        return self._branching.sample(count), self._branching.response.basis
 
     def state(self) -> dict[str, Any]:
         """Tensors and plain values from which `restored` goes on, for a `storage.states.StateFile`."""

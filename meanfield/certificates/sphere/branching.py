@@ -11,19 +11,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from meanfield import limits
 from meanfield.certificates.sphere.cones import Cones, cone_maxima
 from meanfield.certificates.sphere.dyadic import coded, decoded
 from meanfield.certificates.sphere.pairs import Above, Pairs
 from meanfield.certificates.sphere.response import Found, Response, ascend, chunk, improve, start_directions, unit
 
-BATCH_ENTRIES = 1 << 24  # of all rows over all cells of a batch: the time limit is looked at in between
-MAX_BATCH = 4096
-CHUNK = 256  # cells of one output that are bounded at once
+# Cells of a batch, between two looks at the clock; those of one output that are bounded together; entries of all rows
+# over all cells.  On a device calls take the time: more at once, up to where cusolver refuses to find eigenvalues.
+BATCH, CHUNK, ENTRIES = 4096, 256, 1 << 24
+DEVICE_BATCH, DEVICE_CHUNK, DEVICE_ENTRIES = 16384, 16384, 1 << 30
 # Of the open cells, one of so many is halved, those of the largest bounds, before all are ordered anew.
 ORDERED = 8
-# Cells kept: beyond, those that cannot matter are dropped, and the search stops with what it has proven where that
-# leaves no room (16 d + 32 bytes each, 530 MB for d = 9).
-MAX_CELLS = 3_000_000
+# Share of the memory that was available for cells, 16 d + 32 bytes each, which for a moment take three times as much.
+# Beyond, those that cannot matter are dropped, and the search stops with what it has proven where that leaves no room.
+MEMORY = 0.25
 TRIED = 64  # cells of a batch, of the largest bounds, at whose tops a larger response is looked for
 
 
@@ -49,7 +51,10 @@ class Branching:
 
     def _begin(self, response: Response) -> None:
         self.response, self._bounds = response, Bounds(response)
-        self._batch = max(64, min(MAX_BATCH, BATCH_ENTRIES // max(1, len(response.rows))))
+        device, rows = response.linear.device, max(1, len(response.rows))
+        batch, entries = (BATCH, ENTRIES) if device.type == "cpu" else (DEVICE_BATCH, DEVICE_ENTRIES)
+        self._batch = max(64, min(batch, entries // rows))
+        self._room = room(response)
         self.lower, self.argmax = 0.0, response.linear.new_zeros(len(response.linear))
         self._table, self._count = Cones.roots(response).table()[:0], 0
         self.looked, self.seconds, self._dropped = 0, 0.0, 0.0
@@ -69,7 +74,7 @@ class Branching:
 
     def refine(self, deadline: float, tolerance: float) -> None:
         """Halve the cells of the largest bounds until `time.perf_counter()` meets the deadline, or upper <= (1 +
-        tolerance) lower up to rounding, or MAX_CELLS are open.  An exception on the way leaves a search that goes on.
+        tolerance) lower up to rounding, or there is no room.  An exception on the way leaves a search that goes on.
         """
         with _pool() as pool:
             while time.perf_counter() < deadline and len(chosen := self._largest(tolerance)):
@@ -81,6 +86,13 @@ class Branching:
                             break
                 finally:
                     self._note(began)
+
+    def sample(self, count: int) -> Cones:
+        """So many cells, where there are more: a quarter of them those of the largest bounds, the others drawn."""
+        order = self._uppers().argsort(descending=True)
+        first, rest = order[: count // 4], order[count // 4 :]
+        drawn = torch.randperm(len(rest), generator=torch.Generator().manual_seed(0))[: count - len(first)]
+        return Cones.of_table(self._table[torch.cat([first, rest[drawn.to(rest.device)]])])
 
     def state(self) -> dict[str, Any]:
         """What `restored` goes on from, for a `storage.states.StateFile`: for r = 9, 32 bytes a cell or 50."""
@@ -116,12 +128,12 @@ class Branching:
         """The open cells to halve next, in the order of their bounds; none where there is no room."""
         uppers, least = self._uppers(), self._least(tolerance)
         size = int((uppers > least).sum())
-        if self._count + max(64, size // ORDERED) > MAX_CELLS:
+        if self._count + max(64, size // ORDERED) > self._room:
             kept = uppers > least
             self._dropped = max(self._dropped, float(uppers.masked_fill(kept, 0.0).max()))
             self._table[:size] = self._table[: self._count][kept]
             self._count, uppers = size, uppers[kept]
-        size = min(size, max(64, size // ORDERED), max(0, MAX_CELLS - self._count))
+        size = min(size, max(64, size // ORDERED), max(0, self._room - self._count))
         return uppers.topk(size).indices
 
     def _halve(self, chosen: Tensor, pool: Executor) -> None:
@@ -151,6 +163,12 @@ class Branching:
             self.curve.append((self.seconds, upper))
 
 
+def room(response: Response) -> int:
+    """Cells that memory has room for."""
+    table = Cones.roots(response).table()
+    return int(MEMORY * limits.available(table.device)) // (table.element_size() * table.shape[1])
+
+
 def maximise_branching(response: Response, starts: Tensor, deadline: float, tolerance: float) -> Found:
     """Best-first search in batches."""
     search = Branching(response, starts)
@@ -168,18 +186,31 @@ def bounded_cones(response: Response, halvings: int, gap: float = 0.0) -> Cones:
         return bounds(cells, gap, pool)[0]
 
 
+def bounded(pairs: Pairs, cells: Cones) -> Cones:
+    """Cells with their bounds in double precision."""
+    with _pool() as pool:
+        uppers, scores, _ = _bound_one(pairs, cells, torch.float64, pool)
+    return cells.bounded(uppers, scores.argmax(1))
+
+
 @contextmanager
-def _pool() -> Iterator[Executor]:
-    """As many threads as torch has, each of which runs alone: threads within an operation wait for each other after
-    every one, which on a machine that is shared can take a hundred times the work.
+def alone() -> Iterator[int]:
+    """Torch with one thread, and how many it had: threads within an operation wait for each other after every one,
+    which for small ones takes longer than they save, and on a machine that is shared a hundred times the work.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        with ThreadPoolExecutor(threads) as pool:
-            yield pool
+        yield threads
     finally:
         torch.set_num_threads(threads)
+
+
+@contextmanager
+def _pool() -> Iterator[Executor]:
+    """As many threads as torch has, each of which runs alone."""
+    with alone() as threads, ThreadPoolExecutor(threads) as pool:
+        yield pool
 
 
 class Bounds:
@@ -195,25 +226,32 @@ class Bounds:
         gap: a small share of it may be lost to rounding.
         """
         if self._pairs is None:
-            size = chunk(2 * self._response.weights.numel())
-            places = torch.arange(len(cells), device=cells.facets.device)
+            device = cells.facets.device
+            size = chunk(2 * self._response.weights.numel()) * (1 if device.type == "cpu" else DEVICE_CHUNK // CHUNK)
+            places = torch.arange(len(cells), device=device)
             found = pool.map(lambda part: _bound_vector(self._response, cells[part]), places.split(size))
             uppers, scores, tops = (torch.cat(column) for column in zip(*found))
         else:
-            uppers, scores, tops = _maxima(_above_one(self._pairs, cells, self._pairs.precision(gap), pool), cells)
+            uppers, scores, tops = _bound_one(self._pairs, cells, self._pairs.precision(gap), pool)
         # a child lies in its parent: the parent's bound holds for it
         return cells.bounded(torch.minimum(uppers, cells.uppers), scores.argmax(1)), tops
 
 
-def _above_one(pairs: Pairs, cells: Cones, precision: torch.dtype, pool: Executor) -> Above:
-    """Cells of one sign share a chunk."""
+def _bound_one(pairs: Pairs, cells: Cones, precision: torch.dtype, pool: Executor) -> tuple[Tensor, Tensor, Tensor]:
+    """Cells of one sign share a chunk; several chunks share the smaller work that follows."""
     order = cells.signs.argsort(stable=True)
     below = int((cells.signs < 0).sum())
-    signed = ((-1.0, order[:below]), (1.0, order[below:]))
-    parts = [(sign, part) for sign, places in signed if len(places) for part in places.split(CHUNK)]
-    found = pool.map(lambda each: pairs.above(cells[each[1]], each[0], precision), parts)
+    size = CHUNK if order.device.type == "cpu" else DEVICE_CHUNK
+
+    def bound(sign: float, part: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        chunks = [vars(pairs.above(cells[few], sign, precision)).values() for few in part.split(size)]
+        return _maxima(Above(*(torch.cat(column) for column in zip(*chunks))), cells[part])
+
+    signed = [(sign, places) for sign, places in ((-1.0, order[:below]), (1.0, order[below:])) if len(places)]
+    found = pool.map(lambda each: bound(*each), [(sign, few) for sign, all_ in signed for few in all_.split(4 * size)])
     back = order.argsort()
-    return Above(*(torch.cat(column)[back] for column in zip(*(vars(each).values() for each in found))))
+    uppers, scores, tops = (torch.cat(column)[back] for column in zip(*found))
+    return uppers, scores, tops
 
 
 def _bound_vector(response: Response, cells: Cones) -> tuple[Tensor, Tensor, Tensor]:

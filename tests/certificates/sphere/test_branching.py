@@ -298,7 +298,7 @@ def test_other_weights_begin_with_the_leaves():
 
 
 def test_without_room_what_cannot_matter_is_dropped(monkeypatch):
-    monkeypatch.setattr(branching, "MAX_CELLS", 200)
+    monkeypatch.setattr(branching, "room", lambda _: 200)
     search = Search(A[:, :3], W)
     found = search.refine(60)
     assert found.upper == pytest.approx(found.lower, rel=1e-6)

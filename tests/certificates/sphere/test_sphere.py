@@ -286,7 +286,7 @@ def test_more_time_does_not_loosen():
 
 
 def test_open_cells_are_limited(monkeypatch):
-    monkeypatch.setattr("meanfield.certificates.sphere.branching.MAX_CELLS", 100)
+    monkeypatch.setattr("meanfield.certificates.sphere.branching.room", lambda _: 100)
     found = check(normal((40, 7), 41), normal((40, 1), 42))
     assert found.cells < 1000
 
