@@ -10,18 +10,26 @@ here: any r will do for a bound, and the better ones pay.
 
 from __future__ import annotations
 
+import copy
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Self
 
 import torch
 from torch import Tensor
 
-from meanfield.certificates import sphere
+from meanfield import limits
+from meanfield.certificates import concave, sphere
+from meanfield.certificates.cuts import Program, dual, price_of
+from meanfield.certificates.duality import largest_scale
 from meanfield.certificates.sphere.branching import bounded
 from meanfield.certificates.sphere.cones import Cones, cone_maxima
 from meanfield.certificates.sphere.pairs import LEAST_REACH, SHORTEST, TYPICAL_COSINE, Pairs
 from meanfield.certificates.sphere.response import Response, reduced
 
+RELAXED_CLOSED = 2e-3  # relative to the value of the program with relaxed features: what need not be gained any more
+STAY = 0.7  # of a step from the best multipliers towards those of the program
 CUTS = 64  # of one pass, those of the cells with the largest bounds
 
 
@@ -58,6 +66,27 @@ class Partition:
         slopes = torch.autograd.grad(values, weights, eye, is_grads_batched=True)[0][..., 0]
         features = slopes @ images.weights + (top.signs[:, None] * tops) @ images.linear
         return float(cells.uppers.max()), features[..., None]
+
+
+def relaxed_passes(program: Program, output: Tensor, partition: Partition, passes: int) -> Iterator[Tensor]:
+    """Multipliers near the best on a partition, pass by pass, from `output` on: steps from the best so far towards
+    those of the program with the relaxed features of all passes, whose value no multipliers exceed there.
+    """
+    problem, price = program.problem, price_of(program.problem)
+    program, best = copy.copy(program), (-math.inf, output)
+    for _ in range(passes):
+        limits.look()
+        upper, relaxed = partition.bound(output)
+        scale, value = concave.maximum(
+            lambda s, r=output: dual(problem, s * r), min(price / upper, largest_scale(problem.loss))
+        )
+        best = max(best, (value, scale * output), key=lambda each: each[0])
+        yield best[1]
+        program.extend(relaxed)
+        towards = program.solve(output)
+        if best[0] >= program.value * (1 - RELAXED_CLOSED):
+            return
+        output = STAY * best[1] + (1 - STAY) * towards
 
 
 def _heights(pairs: Pairs, cells: Cones) -> tuple[Tensor, Tensor]:

@@ -32,6 +32,7 @@ from meanfield.architecture import Architecture
 from meanfield.certificates import concave, gain, vectors
 from meanfield.certificates.duality import feasible, largest_scale, mean_conjugate
 from meanfield.certificates.gain import Gain, Response
+from meanfield.certificates.proof import FIRST, Proof
 from meanfield.certificates.saturating import SATURATING, Saturating
 from meanfield.certificates.sphere.response import unit
 from meanfield.network import ParticleNetwork
@@ -292,3 +293,25 @@ def _seen(arch: Architecture) -> Tensor:
 
     zeros = torch.zeros(1, 1, *arch.geometry[0].output, dtype=torch.float64)
     return torch.autograd.functional.jacobian(through, zeros).flatten(1)
+
+
+class TwoLayerProof(Proof):
+    """Two saturating layers: a quick bound at r, then one at multipliers chosen for it; later ones at the best r."""
+
+    def run(self, output: Tensor) -> None:
+        mu = None
+        if not self.best.curve:
+            first = self._bounded(output, FIRST * self.seconds, 0)
+            output, mu = first.output, first.mu
+        if self.elapsed() >= self.seconds:
+            return
+        chosen = len(self.best.curve) > 1
+        output = self.best.output if chosen and self.best.output is not None else output
+        self._bounded(output, self.seconds - self.elapsed(), 0 if chosen else STEPS, mu)
+
+    def _bounded(self, output: Tensor, seconds: float, steps: int, mu: float | None = None) -> TwoLayerBound:
+        found = prove(self.problem, output, self.network, seconds=seconds, steps=steps, mu=mu)
+        low, high = found.gain.lower, found.gain.upper
+        kind = f"two layers, the gain of a kernel between {low:.6g} and {high:.6g}"
+        self.keep(found.bound, kind, found.output)
+        return found

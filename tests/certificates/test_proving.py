@@ -18,8 +18,9 @@ from strategies import normal, random_inputs, seeded
 
 import meanfield as mf
 from meanfield import limits, starts
-from meanfield.certificates import ProvenBound, prove, proving, sphere, two_layers, vectors
+from meanfield.certificates import ProvenBound, one_layer, prove, sphere, two_layers
 from meanfield.certificates.gain import Gain
+from meanfield.certificates.proof import Proof
 from meanfield.certificates.two_layers import TwoLayerBound
 from meanfield.pages import plotting
 from meanfield.solvers import alternating, arrangements, flow
@@ -158,7 +159,7 @@ def tree_of(path):
 
 def test_a_stopped_proof_goes_on_from_its_tree(tmp_path, monkeypatch):
     """No search begins: the cells of the file are halved further, at the same multipliers."""
-    monkeypatch.setattr(proving, "SLICE", 0.1)
+    monkeypatch.setattr(one_layer, "SLICE", 0.1)
     problem, network, output = wide_open()
     state = tmp_path / "proof.safetensors"
     with limits.watched(interrupt_at(1)):
@@ -203,8 +204,8 @@ def test_a_tree_that_was_stopped_proves_what_the_whole_one_does(tmp_path, monkey
 
 def test_a_stop_among_relaxed_passes_keeps_where_they_have_led(tmp_path, monkeypatch):
     for name, value in (("LEAST_SLICE", 0.01), ("FIRST", 1e-9), ("PASSES", 1)):
-        monkeypatch.setattr(proving, name, value)
-    monkeypatch.setattr(proving._OneLayerProof, "_closes", lambda *_: False)
+        monkeypatch.setattr(one_layer, name, value)
+    monkeypatch.setattr(one_layer.OneLayerProof, "_closes", lambda *_: False)
     problem, network, output = wide_open()
     state, led = tmp_path / "proof.safetensors", []
 
@@ -216,10 +217,10 @@ def test_a_stop_among_relaxed_passes_keeps_where_they_have_led(tmp_path, monkeyp
         yield output * 1.2
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(proving, "_relaxed", passes)
+    monkeypatch.setattr(one_layer, "relaxed_passes", passes)
     for _ in range(3):
         prove(problem, output, network, 100.0, state=state)
-    assert [count for _, count in led] == [proving.RELAXED_PASSES - done for done in (0, 1, 3)]
+    assert [count for _, count in led] == [one_layer.RELAXED_PASSES - done for done in (0, 1, 3)]
     torch.testing.assert_close(led[1][0], 1.1 * led[0][0])
     torch.testing.assert_close(led[2][0], 1.2 * led[1][0])
 
@@ -256,7 +257,7 @@ def test_writing_takes_a_small_share_of_the_time(cost, expected, monkeypatch):
             clock[0] += cost
             saves.append(clock[0])
 
-    proof = proving._Proof(problem, network, 1000.0, None, Disk(), 30.0, None)
+    proof = Proof(problem, network, 1000.0, None, Disk(), 30.0, None)
     while clock[0] < 1000:
         clock[0] += 1
         proof.keep(1.0, "", output)
@@ -308,7 +309,7 @@ def test_a_killed_proof_goes_on_from_the_last_tree(tmp_path, monkeypatch):
     process.kill()
     process.wait()
     cells = len(tree_of(kept)[0])
-    monkeypatch.setattr(proving, "FIRST", 1.0)  # all the time is for one tree
+    monkeypatch.setattr(one_layer, "FIRST", 1.0)  # all the time is for one tree
     options = {"rounds": 1, "flow_steps": 5, "state": state}
     resumed = mf.solve(wide_open()[0], (4,), prove=0.0, **options)
     assert resumed.proven is None  # the alternation heard of nothing, and nothing more is asked for
@@ -317,25 +318,6 @@ def test_a_killed_proof_goes_on_from_the_last_tree(tmp_path, monkeypatch):
     more = mf.solve(wide_open()[0], (4,), prove=first.seconds + 0.5, **options).proven
     assert len(tree_of(kept)[0]) > cells
     assert more.curve[: len(first.curve)] == first.curve
-
-
-# --- its parts -------------------------------------------------------------------------------------------------------
-
-
-def test_the_small_program_has_the_optimum_of_its_features():
-    """Against the gap of the exact optimum's own features: residuals r, no feature above the price, D(r) = J."""
-    problem = one_layer_problem()
-    solved = arrangements.solve(problem)
-    features = proving.Features.of(problem)
-    own = vectors.kernels(solved.network)
-    program = proving._Program(problem, features, own / own.norm(dim=1, keepdim=True))
-    output = program.solve(0 * solved.multipliers.output + 1e-3)
-    assert float((program.phi @ output).abs().max()) <= 2 * 2e-3 * (1 + 1e-6)
-    assert proving._dual(problem, output) == pytest.approx(EXACT_ONE_LAYER, rel=1e-6)
-    # phi is the network's response: F = sum_j p_j u_j |z_j| phi_j
-    network = solved.network
-    sizes = network.masses[0] * network.readout.flatten() * own.norm(dim=1)
-    torch.testing.assert_close((sizes @ program.phi)[:, None], network(problem.inputs))
 
 
 ONE_LAYER = ("--widths=6", "--activation=relu", "--kernel-size=2", "--prove=0.5")

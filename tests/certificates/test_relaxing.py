@@ -5,7 +5,8 @@ import torch
 from strategies import normal, random_inputs, seeded
 
 import meanfield as mf
-from meanfield.certificates import proving, relaxing, sphere
+from meanfield.certificates import concave, relaxing, sphere
+from meanfield.certificates.cuts import Features, Program, dual, price_of
 from meanfield.certificates.sphere.response import unit
 
 
@@ -26,7 +27,7 @@ def problem():
 
 @pytest.fixture(scope="module")
 def features(problem):
-    return proving.Features.of(problem)
+    return Features.of(problem)
 
 
 @pytest.mark.parametrize("refined", [0, 1])
@@ -59,16 +60,16 @@ def test_no_response_exceeds_the_bound_at_any_multipliers(features):
 
 @pytest.mark.slow
 def test_more_is_proven_on_the_partition_than_at_the_optimal_multipliers(problem, features):
-    program = proving._Program(problem, features, unit(normal((400, 4), 4)))
+    program = Program(problem, features, unit(normal((400, 4), 4)))
     optimal = program.solve(0 * normal((6, 1), 0))
     partition = partition_at(features, optimal, 1)
-    *_, found = proving._relaxed(program, optimal, partition, 24)
+    *_, found = relaxing.relaxed_passes(program, optimal, partition, 24)
     cuts = len(program.cuts)
-    price = proving._price(problem)
+    price = price_of(problem)
 
     def proven(output):
         limit = min(price / partition.bound(output)[0], 2.0)
-        return proving.concave.maximum(lambda s: proving._dual(problem, s * output), limit)[1]
+        return concave.maximum(lambda s: dual(problem, s * output), limit)[1]
 
     assert proven(found) > 1.02 * proven(optimal)
     assert len(program.cuts) == cuts  # the relaxed ones are not true ones

@@ -13,7 +13,7 @@ import torch
 from command_line import run, tiny
 
 from meanfield import load_network
-from meanfield.certificates import ProvenBound, proving
+from meanfield.certificates import ProvenBound, one_layer
 from meanfield.storage import tensors
 from meanfield.studies.solve import command, measure
 
@@ -92,7 +92,7 @@ def test_a_larger_prove_goes_on_from_the_tree(tmp_path, monkeypatch):
     monkeypatch.setattr(measure, "TRAINED_WIDTHS", ())
     monkeypatch.setattr(measure, "SAMPLED_WIDTHS", (4,))
     monkeypatch.setattr(measure, "PEER_STEPS", 20)
-    monkeypatch.setattr(proving, "FIRST", 1.0)  # all the time is for one tree
+    monkeypatch.setattr(one_layer, "FIRST", 1.0)  # all the time is for one tree
     out, kept = tmp_path / "out", tmp_path / "out" / "state.proof.safetensors"
     options = (*tiny("--widths=6", "--activation=relu", "--tolerance=0.5", "--quiet"), "--resume", "--out", out)
     proven, cells, seconds = [], [], 0.2
