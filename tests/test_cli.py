@@ -190,9 +190,9 @@ def test_warning_of_attainment_is_one_line():
 def test_help_states_every_default():
     text = run("solve", "--help").stdout
     options = re.findall(r"(?m)^│ (--[a-z-]+)", text)
-    assert len(options) == 35
-    bounds = {"--amplitude-bound", "--input-bound", "--max-seconds", "--max-memory"}
-    silent = {"--samples", "--split", "--readout-penalty", "--pair"} | bounds  # "Without it: ..."
+    assert len(options) == 36
+    bounds = {"--amplitude-bound", "--attained", "--input-bound", "--max-seconds", "--max-memory"}
+    silent = {"--samples", "--split", "--readout-penalty", "--attained", "--pair"} | bounds  # "Without it: ..."
     flags = {"--out", "--resume", "--overwrite", "--json", "--quiet"}
     assert text.count("[default:") == len(options) - len(silent | flags)
     assert text.count("Without") >= len(silent)

@@ -46,6 +46,7 @@ ASCENTS, ASCENT_STEPS, RATE = 256, 100, 0.1
 STEPS, ROUNDS = 300, 3  # of the choice of r; mu is chosen anew before every round
 STEP, DECAY = 0.05, 0.02  # the first step, relative to |r|, and what is left of it at the end
 PRICES = tuple(1e-3 * 2.0**step for step in range(16))  # mu that are tried first, over lambda_s
+GAIN_SHARE = 0.25  # of the time is for G at least
 NEAR = tuple(2 ** (step / 2) for step in range(-3, 4))  # and then, over the best so far
 
 
@@ -92,9 +93,9 @@ def prove(
 ) -> TwoLayerBound:
     """The bound at multipliers chosen for it in `steps` steps a round from r = `output` (N, K), in float64.
 
-    seconds: for G, whose branch and bound ends earlier within `tolerance` of it; the bound holds either way.  network:
-    one whose kernels are tried first.  mu: where the choice of mu begins, if it is known.  Raises ValueError where
-    `unfit` says why there is no such bound.
+    seconds: for all of it, and GAIN_SHARE of them at least for G, whose branch and bound ends earlier within
+    `tolerance` of it; the bound holds either way.  network: one whose kernels are tried first.  mu: where the choice of
+    mu begins, if it is known.  Raises ValueError where `unfit` says why there is no such bound.
     """
     began = time.perf_counter()
     if reason := unfit(problem):
@@ -108,7 +109,8 @@ def prove(
         output, mu = _priced(features, output, network, [mu * each for each in NEAR])
         output = _chosen(features.dual(mu, output, COARSE), output, features.kernels(output, mu, network), steps)
     tried = features.kernels(output, mu, network)
-    found = gain.largest(features.response(output, mu), tried, time.perf_counter() + seconds, tolerance)
+    deadline = max(began + seconds, time.perf_counter() + GAIN_SHARE * seconds)
+    found = gain.largest(features.response(output, mu), tried, deadline, tolerance)
     scale, bound = features.dual(mu, output).best_scale(output, found.upper)
     return TwoLayerBound(bound, scale * output, mu, found, time.perf_counter() - began)
 

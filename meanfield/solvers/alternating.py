@@ -21,7 +21,7 @@ from meanfield.certificates import ProvenBound, UnseenFeatures
 from meanfield.convex.program import ConvexProgram
 from meanfield.network import ParticleNetwork
 from meanfield.problem import Problem
-from meanfield.signatures import Count, Gibibytes, Natural, Nonnegative, Positive, Seconds, Seed, checked
+from meanfield.signatures import Count, Gibibytes, Natural, Nonnegative, Number, Positive, Seconds, Seed, checked
 from meanfield.solvers import flow, memory, splitting
 from meanfield.solvers.solution import ENDED_EARLY, Solution, message
 from meanfield.storage import states
@@ -58,6 +58,7 @@ def solve(
     program_iterations: Count = 4000,
     clones: Sequence[int] | None = None,
     grow: Natural = 0,
+    attained: Number | None = None,
     seed: Seed = 0,
     max_seconds: Seconds = math.inf,
     prove: Nonnegative = 0.0,
@@ -72,7 +73,8 @@ def solve(
     as candidates of zero mass for the next one (column generation).  Then the loop ends when J is within `tolerance` of
     the search's lower bound over all measures (best of its starts; the message says what is left otherwise), and
     `Solution.lower_bound` is set only where a bound is proven.  A bound above J is refuted by the network in hand: its
-    search missed features; J stands in its place, it ends no run, and the message warns of it.
+    search missed features; J stands in its place, it ends no run, and the message warns of it.  attained: the lowest J
+    that other runs of the same problem have reached, which refutes a bound above it too.
 
     prove: seconds after the solve, on top of max_seconds, for a lower bound of J over all measures that is proven
     (`certificates.prove`: one ReLU layer, or two of tanh, erf or hardtanh, average readout); it is in
@@ -91,11 +93,11 @@ def solve(
     state: file (.safetensors) to which the state of the alternation is written after every flow and every program, with
     two beside it that are written every `state_seconds` seconds: by the flow (.flow.safetensors), and by the proof
     (.proof.safetensors), with the tree of its branch and bound.  A call with the same arguments, of which `rounds`,
-    `max_seconds` and `prove` may be others, continues from there and ends, on the same machine and as many threads,
-    with the same bits as a run without a pause (seconds and what is proven in them excepted); a program that was broken
-    off is solved anew.  A larger `prove` goes on from the tree; another round is another network, and drops it.  A run
-    that has ended leaves the files, from which the answer comes at once, for the caller to remove.  A file that is
-    damaged or of other arguments or data is refused (ValueError).
+    `max_seconds`, `prove` and `attained` may be others, continues from there and ends, on the same machine and as many
+    threads, with the same bits as a run without a pause (seconds and what is proven in them excepted); a program that
+    was broken off is solved anew.  A larger `prove` goes on from the tree; another round is another network, and drops
+    it.  A run that has ended leaves the files, from which the answer comes at once, for the caller to remove.  A file
+    that is damaged or of other arguments or data is refused (ValueError).
 
     max_memory: what this process may hold, as in `limits.memory` (GiB, or "500MiB"; default: limits.FREE_SHARE of what
     is free on top of what it holds).  A run that will need more is refused before it starts, with what would fit.
@@ -136,6 +138,7 @@ def solve(
         program_iterations,
         clones,
         grow,
+        math.inf if attained is None else attained,
         seed,
         callback,
         file,
@@ -183,6 +186,7 @@ class _Run:
     program_iterations: int
     clones: Sequence[int] | None
     grow: int
+    attained: float
     seed: int
     callback: Callable[[dict[str, Any]], None] | None
     file: StateFile | None
@@ -375,7 +379,7 @@ class _Run:
                 starts=starts,
                 count=self.grow,
                 seed=self.seed + len(self.history),
-                attained=min(self.best.value, solved.value),
+                attained=min(self.attained, self.best.value, solved.value),
             )
             if solved.value - self.found.bound > self.tolerance * abs(solved.value):
                 break
@@ -402,7 +406,7 @@ class _Run:
         if not self.grow:
             return row
         found = UnseenFeatures(row["search_bound"], row["search_starts"], refuted=row["refuted_bound"])
-        found = found.below(self.best.value, self.problem, self.network.widths)
+        found = found.below(min(self.attained, self.best.value), self.problem, self.network.widths)
         return {**row, "search_bound": found.bound, "refuted_bound": found.refuted}
 
     def prove(self, seconds: float, status: str) -> None:
@@ -450,14 +454,14 @@ class _Run:
         if self.history:
             detail += f", last flow within {self.history[-1]['flow_gap']:.2g} of its program's dual value"
         if self.found is not None:
-            last = self.found.below(best.value, self.problem, self.network.widths)
+            last = self.found.below(min(self.attained, best.value), self.problem, self.network.widths)
             detail += f"; {last.summary()}"
             added, kept = sum(row["added"] for row in self.history), sum(len(row["kept"]) for row in self.history)
             detail += f"; {added} features were added, {kept} of them kept mass"
             above = [row["refuted_bound"] for row in history if row["refuted_bound"] is not None]
             if above:
                 detail += (
-                    f"; WARNING: {len(above)} of {len(history)} searches gave bounds above this value, up to "
+                    f"; WARNING: {len(above)} of {len(history)} searches gave bounds above a J that was reached, up to "
                     f"{max(above):.8g}: they missed features and bound nothing"
                 )
         if self.proven is not None:

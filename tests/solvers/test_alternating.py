@@ -229,20 +229,22 @@ def test_growth_takes_a_poor_support_to_the_exact_optimum_and_claims_only_what_i
     assert sum(len(row["kept"]) for row in solution.history) > 0
 
 
-def test_a_bound_above_the_value_raises_an_alarm_and_ends_no_run(monkeypatch):
-    """A search that missed everything: its bound is twice J."""
+@pytest.mark.parametrize("share", [1, 0.01])
+def test_a_bound_above_the_value_raises_an_alarm_and_ends_no_run(share, monkeypatch):
+    """A search that missed everything: its bound is twice J, or twice what another run has reached."""
     problem, network = tiny()
-    value = problem.value(network).item()
+    value = share * problem.value(network).item()
+    attained = None if share == 1 else value
     monkeypatch.setattr(search._Search, "run", lambda *_: UnseenFeatures(2 * value, 7))
-    solution = alternating.solve(problem, network, grow=2, **{**OPTIONS, "tolerance": 1e-2})
+    solution = alternating.solve(problem, network, grow=2, attained=attained, **{**OPTIONS, "tolerance": 1e-2})
     assert solution.status == "max_rounds"
     assert len(solution.history) == OPTIONS["rounds"]
     assert all(row["refuted_bound"] == 2 * value for row in solution.history)
-    assert all(solution.value == row["search_bound"] for row in solution.history)
+    assert all(row["search_bound"] == min(value, solution.value) for row in solution.history)
     assert "7 starts" in solution.message
     assert "refuted by J" in solution.message
     assert "for every network" not in solution.message
-    assert f"WARNING: 3 of 3 searches gave bounds above this value, up to {2 * value:.8g}" in solution.message
+    assert f"WARNING: 3 of 3 searches gave bounds above a J that was reached, up to {2 * value:.8g}" in solution.message
 
 
 def test_a_bound_that_a_later_round_goes_below_is_refuted_in_its_row(monkeypatch):

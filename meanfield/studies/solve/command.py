@@ -117,6 +117,15 @@ class Options(Learning):
         ),
         at_least(0),
     ] = 0
+    attained: Annotated[
+        float | None,
+        option(
+            "The lowest J that another run of the same problem has reached: it refutes a bound of a search above it. "
+            "Without it: the J of this run alone does.",
+            WORK,
+        ),
+        nonnegative,
+    ] = None
     prove: Annotated[
         float,
         option(
@@ -142,8 +151,8 @@ class Options(Learning):
         bool,
         flag(
             "Go on from where a solve with the same options in --out was broken off: by a kill, a signal or a limit, "
-            "of which --rounds, --prove and --max-seconds may have other values now. Without it, or where there is "
-            "nothing to go on from, a solve starts anew.",
+            "of which --rounds, --attained, --prove and --max-seconds may have other values now. Without it, or where "
+            "there is nothing to go on from, a solve starts anew.",
             OUTPUT,
         ),
     ] = False
@@ -368,6 +377,7 @@ def _solve(
             flow_steps=options.flow_steps,
             batch_size=options.batch_size if options.batch_size < len(training) else None,
             grow=options.grow,
+            attained=options.attained,
             max_seconds=options.max_seconds or math.inf,
             prove=options.prove,
             state=state,
