@@ -151,6 +151,17 @@ def wide_open():
     return problem, *poor(problem)
 
 
+@pytest.mark.parametrize("brightness", [1, 0])
+def test_where_nothing_responds_a_search_is_closed(brightness):
+    """r = 0 proves J >= 0 at once; images of zeros leave all features at zero, and J at the loss of F = 0."""
+    problem, network, output = wide_open()
+    problem = mf.Problem(problem.architecture, brightness * problem.inputs, problem.targets, penalty=problem.penalty)
+    proven = prove(problem, 0 * output, network, 0.3)
+    assert proven.curve[0][1] == 0
+    at_zero = float(problem.loss.value(0 * problem.targets, problem.targets).mean())
+    assert 0 <= proven.value < at_zero if brightness else proven.value == pytest.approx(at_zero)
+
+
 def tree_of(path):
     """Cells looked at and kept, multipliers of what is in a file."""
     tree = tensors.unpack(path.read_bytes(), path)[0]
