@@ -14,6 +14,7 @@ from meanfield.pages.plotting import BLUE, COLORS, GREEN, GREY, RED
 SMALLEST_GAP = 1e-9  # smaller ones are drawn here
 LOOKS = {"splitting": (BLUE, "o"), "CLARABEL": (RED, "s"), "SCS": (GREEN, "^")}  # colour, marker
 GAP_LABEL = "proven relative gap"
+DEPTHS = {1: "one ReLU layer", 2: "two tanh layers"}
 DASHES = ("-", "--", ":", "-.")
 FIRST_SECOND = 1.0  # at which the axis of a proof begins
 
@@ -138,17 +139,21 @@ def proven(found: dict[str, Any]) -> Figure:
 
 
 def _proven_panel(axes: Axes, rows: list[dict[str, Any]]) -> None:
-    """Colours tell kernels apart, and sizes of two layers; dashes data, or penalties of two layers."""
-    sizes = list(dict.fromkeys(_size(row) for row in rows))
-    kinds = list(dict.fromkeys(_kind(row) for row in rows))
+    """What is proven stays proven: lines go on after the dot that ends their proof.
+
+    Colours tell kernels apart, and sizes of two layers; dashes data, or penalties of two layers.
+    """
+    sizes, kinds = (list(dict.fromkeys(map(each, rows))) for each in (_size, _kind))
+    end = max(2 * FIRST_SECOND, *(row["seconds"] for row in rows))
     for row in rows:
-        seconds, shares = zip(*row["curve"], (row["seconds"], row["share"]))
-        look = {"color": COLORS[sizes.index(_size(row)) % len(COLORS)], "ls": DASHES[kinds.index(_kind(row)) % 4]}
-        axes.step(seconds, shares, where="post", label=f"{_size(row)}, {_kind(row)}", **look)
-    end = max(FIRST_SECOND * 2, *(row["seconds"] for row in rows))
+        size, kind = _size(row), _kind(row)
+        color, dashes = COLORS[sizes.index(size) % len(COLORS)], DASHES[kinds.index(kind) % len(DASHES)]
+        seconds, shares = zip(*row["curve"], (end, row["share"]))
+        axes.step(seconds, shares, where="post", color=color, ls=dashes, label=f"{size}, {kind}")
+        axes.plot(max(row["seconds"], FIRST_SECOND), row["share"], ".", color=color, clip_on=False)
     axes.axhline(1.0, color=GREY, lw=0.8)
-    axes.set(xscale="log", xlabel="seconds of the proof", title=f"{rows[0]['layers']} {rows[0]['activation']}")
-    axes.set_xlim(FIRST_SECOND, 1.05 * end)
+    axes.set(xscale="log", xlabel="seconds of the proof", title=DEPTHS[rows[0]["layers"]])
+    axes.set_xlim(FIRST_SECOND, end)
     _label_seconds(axes)
     axes.grid(alpha=0.3)
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=2, frameon=False, fontsize=8)
