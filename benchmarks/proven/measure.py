@@ -4,8 +4,8 @@ One ReLU layer: 100 images of two classes, digits of 8x8 pixels and MNIST averag
 Two tanh layers: digits 0 and 1 averaged to 4x4, or of 8x8, and weak or strong penalties.  Targets are -1 and 1, so that
 the network without particles has J = 1/2.  Every network grows by searches; the proof begins with its multipliers.
 
-Beside two layers stands what |f| <= 1 alone gives (docs/theory.md, section 5): no more than lambda_u / (1 + 2 lambda_u),
-whatever the multipliers.
+Beside two layers stands what |f| <= 1 alone gives (docs/theory.md, section 5): lambda_u / (1 + 2 lambda_u) at its best
+multipliers.
 """
 
 from __future__ import annotations
@@ -74,13 +74,15 @@ def _names(value: Any, argument: str) -> tuple[str, ...]:
 
 @dataclass(frozen=True, kw_only=True)
 class Options(BenchmarkOptions):
-    only: Annotated[
-        tuple[str, ...], listing(f"Cases, separated by commas: {', '.join(CASES)}.", WORK), _names
-    ] = tuple(CASES)
+    only: Annotated[tuple[str, ...], listing(f"Cases, separated by commas: {', '.join(CASES)}.", WORK), _names] = tuple(
+        CASES
+    )
     seconds: Annotated[int, option("Seconds of every proof.", WORK), at_least(1)] = 60
     device: Device = "cpu"
     page: Annotated[
-        Path | None, option("A page in Markdown in which the table of these figures is written anew.", OUTPUT), path
+        Path | None,
+        option("A page in Markdown whose table of these figures is written anew. Without it: none.", OUTPUT),
+        path,
     ] = None
     quick: Quick = False
 
@@ -91,7 +93,9 @@ def problem_of(case: Case, device: str = "cpu") -> mf.Problem:
     arch = mf.Architecture(chosen.input_shape, (conv,) * case.layers, readout="average")
     source, readout = case.penalties
     penalty = mf.Penalty(source=source if case.layers > 1 else 0.0, readout=readout, input=source)
-    return mf.Problem(arch, chosen.inputs.double(), chosen.targets("squared").double(), "squared", penalty).to(device=device)
+    return mf.Problem(arch, chosen.inputs.double(), chosen.targets("squared").double(), "squared", penalty).to(
+        device=device
+    )
 
 
 def trivial(problem: mf.Problem) -> float:
