@@ -373,7 +373,7 @@ def proven(found: dict[str, Any]) -> list[Table]:
     for row in found["rows"]:
         table.add_row(
             f"{row['layers']} {row['activation']}",
-            f"{row['images']} {row['data']} {spelled(row['classes'])} of {row['side']}x{row['side']}",
+            f"{row['images']} {row['data']} {' and '.join(map(str, row['classes']))} of {row['side']}x{row['side']}",
             row["kernel"],
             ", ".join(f"{each:g}" for each in row["penalties"]),
             _fixed(row["value"], 6),

