@@ -34,8 +34,8 @@ def run_benchmark(
     run: Callable[[Any, Report], Found],
     tables: Callable[[Found], Sequence[Table]],
     picture: Callable[[Found], Figure] | None = None,
-) -> None:
-    """Measure, show the tables, and write JSON and picture where the options say.
+) -> Found:
+    """Measure, show the tables, and write JSON and picture where the options say; the figures, as they are written.
 
     run(options, report): the figures.  tables, picture: of the figures with what made them and the machine.
     """
@@ -53,6 +53,7 @@ def run_benchmark(
                 target.publish(contents)
             for file in contents:
                 _plainly(shown, f"written: {target.directory / file}")
+    return found
 
 
 def destination(out: Path | None, name: str, *, overwrite: bool = False) -> AbstractContextManager[Result | None]:

@@ -1,4 +1,4 @@
-"""The benchmarks' pictures: proven gap against CPU time, and time per iteration against size."""
+"""The benchmarks' pictures: proven gap against CPU time, time per iteration against size, proven share against time."""
 
 from __future__ import annotations
 
@@ -9,11 +9,14 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from meanfield.pages.plotting import BLUE, GREEN, RED
+from meanfield.pages.plotting import BLUE, COLORS, GREEN, GREY, RED
 
 SMALLEST_GAP = 1e-9  # smaller ones are drawn here
 LOOKS = {"splitting": (BLUE, "o"), "CLARABEL": (RED, "s"), "SCS": (GREEN, "^")}  # colour, marker
 GAP_LABEL = "proven relative gap"
+DEPTHS = {1: "one ReLU layer", 2: "two tanh layers"}
+DASHES = ("-", "--", ":", "-.")
+FIRST_SECOND = 1.0  # at which the axis of a proof begins
 
 
 def solve(found: dict[str, Any]) -> Figure:
@@ -52,12 +55,16 @@ def _gap_panel(axes: Axes, case: dict[str, Any]) -> None:
 
 def _label_axes(axes: Axes) -> None:
     """Seconds as plain numbers, at 1, 2 and 5 of every decade; the gap that stands for smaller ones marked so."""
-    axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda seconds, _: f"{seconds:g}"))
-    axes.xaxis.set_minor_formatter(NullFormatter())
+    _label_seconds(axes)
     axes.yaxis.set_major_formatter(
         FuncFormatter(lambda gap, _: ("≤ " if gap < 1.01 * SMALLEST_GAP else "") + f"{gap:.0e}")
     )
+
+
+def _label_seconds(axes: Axes) -> None:
+    axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda seconds, _: f"{seconds:g}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
 
 
 def _draw_history(axes: Axes, runs: list[dict[str, Any]]) -> None:
@@ -118,6 +125,49 @@ _SIZE_LABELS = {
     "images": "images",
     "positions": "positions of an image",
 }
+
+
+def proven(found: dict[str, Any]) -> Figure:
+    """One panel per number of layers: the share of J that is proven against seconds, a staircase per case."""
+    depths = sorted({row["layers"] for row in found["rows"]})
+    figure, grid = _panels(len(depths))
+    for axes, depth in zip(grid, depths):
+        _proven_panel(axes, [row for row in found["rows"] if row["layers"] == depth])
+    grid[0].set_ylabel("share of J proven over all measures")
+    grid[0].set_ylim(0, 1.05)
+    return figure
+
+
+def _proven_panel(axes: Axes, rows: list[dict[str, Any]]) -> None:
+    """What is proven stays proven: lines go on after the dot that ends their proof.
+
+    Colours tell kernels apart, and sizes of two layers; dashes data, or penalties of two layers.
+    """
+    sizes, kinds = (list(dict.fromkeys(map(each, rows))) for each in (_size, _kind))
+    end = max(2 * FIRST_SECOND, *(row["seconds"] for row in rows))
+    for row in rows:
+        size, kind = _size(row), _kind(row)
+        color, dashes = COLORS[sizes.index(size) % len(COLORS)], DASHES[kinds.index(kind) % len(DASHES)]
+        seconds, shares = zip(*row["curve"], (end, row["share"]))
+        axes.step(seconds, shares, where="post", color=color, ls=dashes, label=f"{size}, {kind}")
+        axes.plot(max(row["seconds"], FIRST_SECOND), row["share"], ".", color=color, clip_on=False)
+    axes.axhline(1.0, color=GREY, lw=0.8)
+    axes.set(xscale="log", xlabel="seconds of the proof", title=DEPTHS[rows[0]["layers"]])
+    axes.set_xlim(FIRST_SECOND, end)
+    _label_seconds(axes)
+    axes.grid(alpha=0.3)
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=2, frameon=False, fontsize=8)
+
+
+def _size(row: dict[str, Any]) -> str:
+    size = f", {row['images']} of {row['side']}x{row['side']}" if row["layers"] > 1 else ""
+    return f"kernels {row['kernel']}{size}"
+
+
+def _kind(row: dict[str, Any]) -> str:
+    if row["layers"] == 1:
+        return f"{row['data']} {' and '.join(map(str, row['classes']))}"
+    return f"penalties {', '.join(f'{each:g}' for each in row['penalties'])}"
 
 
 def _panels(count: int) -> tuple[Figure, list[Axes]]:

@@ -367,23 +367,28 @@ def unseen(found: dict[str, Any]) -> list[Table]:
 
 
 def proven(found: dict[str, Any]) -> list[Table]:
-    """How much of J is proven over all measures, at the first multipliers and in all."""
-    table = Table("layers", "kernel", "images", "penalties", "J", "gap", "at first", "proven", "seconds", "method")
+    """How much of J is proven over all measures, at the first multipliers and in all; what is left out, and why."""
+    columns = ("layers", "images", "kernel", "penalties", "J", "gap", "at first", "proven", "seconds", "by |f| <= 1")
+    table = Table(*columns, "method", caption=escape("; ".join(map(_left_out, found["skipped"]))) or None)
     for row in found["rows"]:
-        proof = row["proof"]
         table.add_row(
-            str(row["layers"]),
+            f"{row['layers']} {row['activation']}",
+            f"{row['images']} {row['data']} {' and '.join(map(str, row['classes']))} of {row['side']}x{row['side']}",
             row["kernel"],
-            f"{row['images']} of {row['side']}x{row['side']}",
             ", ".join(f"{each:g}" for each in row["penalties"]),
             _fixed(row["value"], 6),
             _scientific(row["gap"]),
-            f"{proof['curve'][0][1] / row['value']:.2%}",
-            f"{proof['share']:.2%}",
-            _fixed(proof["seconds"], 0),
-            proof["kind"],
+            f"{row['curve'][0][1]:.2%}",
+            f"{row['share']:.2%}",
+            _fixed(row["seconds"], 0),
+            "" if row["trivial"] is None else f"{row['trivial']:.2%}",
+            row["kind"].partition(",")[0],
         )
     return [table]
+
+
+def _left_out(entry: dict[str, str]) -> str:
+    return f"{entry['cases']} left out: {entry['reason']}"
 
 
 def _scientific(number: float | None) -> str:

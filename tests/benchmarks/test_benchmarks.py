@@ -111,6 +111,7 @@ def test_help_states_every_option_and_its_default(name):
         (["growth", "--quick", "--large"], ["--large does not go with --quick"]),
         (["widths", "--dtype", "float16"], ["--dtype='float16'", "'float64'"]),
         (["peers", "--data", "digits", "--samples", "1797"], ["--samples=1797", "leaves no image"]),
+        (["proven", "--only", "digits10"], ["--only='digits10'", "'digits01'"]),
         (["grafting", "--device", "tpu"], ["--device='tpu'", "'cpu'"]),
     ],
 )
@@ -154,6 +155,7 @@ def test_ctrl_c_is_one_line_and_exit_code_130(tmp_path, monkeypatch):
         ["widths", "--width=4", "--jobs=1"],
         ["grafting", "--samples=9", "--threads=1"],
         ["landscape", "--repetitions=2", "--quick"],
+        ["proven", "--only=tanh,digits35", "--seconds=3"],
     ],
     ids=lambda words: words[0],
 )
@@ -329,11 +331,17 @@ def test_unseen_command(tmp_path):
 
 
 def test_proven_command(tmp_path):
-    found, ended = measured("proven", "--quick", "--seconds", 1, out=tmp_path)
-    assert [row["layers"] for row in found["rows"]] == [1, 2]
+    found, ended = measured("proven", "--quick", "--only", "digits35,tanh", out=tmp_path)
+    assert (tmp_path / "proven.png").read_bytes().startswith(b"\x89PNG")
+    assert [(row["layers"], row["classes"], row["side"]) for row in found["rows"]] == [(1, [3, 5], 8), (2, [0, 1], 4)]
     for row in found["rows"]:
-        assert 0 < row["proof"]["share"] <= 1
-        assert row["proof"]["curve"][-1][1] == pytest.approx(row["proof"]["share"] * row["value"])
+        assert 0 < row["share"] <= 1
+        assert row["value"] < 0.5  # no network without particles
+        assert row["curve"][-1][1] == pytest.approx(row["share"])
+        assert row["curve"][-1][0] <= row["seconds"]
+        assert (row["device"], row["threads"]) == ("cpu", torch.get_num_threads())
+    assert found["rows"][0]["trivial"] is None
+    assert 0 < found["rows"][1]["trivial"] < found["rows"][1]["share"]
     assert "two layers" in ended.stdout
 
 

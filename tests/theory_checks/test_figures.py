@@ -1,7 +1,7 @@
 """Every figure of docs/what_this_proves.md stands in a stored result of the claim that its paragraph names.
 
 A paragraph with figures begins with a comment,  <!-- claim, claim; given: 1, 2 -->.  What is given is no measurement:
-sizes, exponents, thresholds.  "benchmarks.unseen" names the figures of that benchmark.
+sizes, exponents, thresholds.  "benchmarks.unseen" and "benchmarks.proven" name the figures of those benchmarks.
 """
 
 import json
@@ -15,7 +15,11 @@ from theory_checks import catalogue
 DOCS = Path(__file__).parent.parent.parent / "docs"
 PAGE = (DOCS / "what_this_proves.md").read_text()
 RECORDS = {each["name"]: each for each in json.loads((DOCS / "theory_checks" / "results.json").read_text())["records"]}
-MEASURED = json.loads((DOCS / "unseen" / "unseen.json").read_text())
+UNSEEN, PROVEN = (json.loads((DOCS / name / f"{name}.json").read_text()) for name in ("unseen", "proven"))
+MEASURED = {
+    "benchmarks.unseen": [UNSEEN["figures"], UNSEEN["level"]],
+    "benchmarks.proven": [row | {"curve": row["curve"][:1]} for row in PROVEN["rows"]],
+}
 NUMBER = r"-?\d[\d,]*(?:\.\d+)?(?:e[-+]?\d+)?"
 NO_FIGURE = r"```.*?```|`[^`]*`|!?\[[^\]]*\]\([^)]*\)|\(p, W, U\)|section \d+|NeurIPS \d+"
 PARAGRAPHS = [paragraph for paragraph in re.split(r"\n\s*\n", PAGE) if paragraph.strip()]
@@ -43,9 +47,10 @@ def matches(token, value):
     )
 
 
-def stored(record):
-    if record is MEASURED:
-        return [float(token) for token in told(json.dumps([record["figures"], record["level"]]))]
+def stored(name):
+    if name in MEASURED:
+        return [float(token) for token in told(json.dumps(MEASURED[name]))]
+    record = RECORDS[name]
     parts = [record["evidence"], *record["controls"].values()]
     numbers = [float(part["statistic"]) for part in parts] + [float(record["threshold"])]
     return numbers + [float(number) for part in parts for number in told(part["text"])]
@@ -57,8 +62,7 @@ def unfounded(paragraph):
     names, _, given = head.partition("given: ")  # a size that is chosen, an exponent, a number of layers
     allowed = {each.strip() for each in given.split(",") if each.strip()}
     names = filter(None, names.removesuffix("; ").split(", "))
-    records = RECORDS | {"benchmarks.unseen": MEASURED}
-    values = [value for name in names for value in stored(records[name])]
+    values = [value for name in names for value in stored(name)]
     return [token for token in found if token not in allowed and not any(matches(token, v) for v in values)]
 
 
