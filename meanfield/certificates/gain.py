@@ -7,8 +7,8 @@ and with the parts of the rows' lengths along and across u, rest_u = sum |<weigh
 
     |Xi(z)| <= A + hypot(a, B) - a,   A = l + <J_u, z - m> + rest_u,   B = sum_k e_k |J_-k| + rest_-,
 
-a the least on the box of l + <J_u, z - m> - rest_u: the part x of Xi along u has a <= x <= A, the one across is no longer
-than B, and hypot(x, B) - x falls as x rises.  The price has c(z) >= c(m) + <c'(m), z - m>: it is convex.
+a the least on the box of l + <J_u, z - m> - rest_u: the part x of Xi along u has a <= x <= A, the one across is no
+longer than B, and hypot(x, B) - x falls as x rises.  The price has c(z) >= c(m) + <c'(m), z - m>: it is convex.
 A box has no ratio above a level where the first less the level times the second is nowhere positive.  At the maximum
 the terms of first order cancel: boxes there need not be small.
 """

@@ -148,6 +148,7 @@ def test_a_stop_keeps_what_is_proven_and_a_later_call_goes_on():
     kept = replace(kept, output=stopped.output)
     proven = prove(problem, output, network, 20.0, before=kept)
     assert proven.curve[0] == stopped.curve[0]
+    assert 0 < stopped.curve[0][0] <= stopped.seconds < proven.curve[1][0] <= proven.seconds
     assert proven.value == pytest.approx(EXACT_ONE_LAYER, rel=1e-6)
     # however little time there is, there is a bound
     at_once = prove(problem, output.clone().requires_grad_(), network, 0.0)
@@ -157,6 +158,9 @@ def test_a_stop_keeps_what_is_proven_and_a_later_call_goes_on():
         prove(problem, math.nan * output, network, 1.0)
     # no time is left: the answer is the one that was given
     assert prove(problem, output, network, 0.0, before=kept).value == stopped.value
+    other = poor(problem, 3)[0]
+    shared = prove(problem, output, other, 0.0, before=kept).share
+    assert shared == pytest.approx(stopped.value / float(problem.value(other)), rel=1e-12)
 
 
 @pytest.mark.parametrize("outputs", [1, 2])
@@ -297,6 +301,8 @@ def test_writing_takes_a_small_share_of_the_time(cost, expected, monkeypatch):
     assert len(saves) == pytest.approx(expected, abs=1)
     assert saves[0] == pytest.approx(30, abs=1 + cost)
     assert len(saves) * cost <= 0.021 * clock[0]
+    proof.keep(0.5, "worse", 2 * output)
+    assert (proof.best.value, proof.best.kind, proof.best.output is output) == (1.0, "", True)
 
 
 def test_of_two_layers_the_multipliers_are_kept(tmp_path, monkeypatch):
