@@ -44,13 +44,10 @@ class Features:
 
     def __call__(self, kernels: Tensor) -> Tensor:
         """phi (m, N) of kernels (m, d)."""
-        count = self.patches.shape[1]
         size = max(1, limits.block_bytes() // (8 * len(self.patches)))
-        rows = [
-            (self.patches @ part.T).clamp_min_(0).view(-1, len(self.weights), len(part)) for part in kernels.split(size)
-        ]
-        found = [torch.einsum("npm,p->mn", row, self.weights) for row in rows]
-        return torch.cat(found) if found else self.patches.new_zeros(0, len(self.patches) // count)
+        rows = [(self.patches @ part.T).clamp_min_(0) for part in kernels.split(size)]
+        split = [row.unflatten(0, (-1, len(self.weights))) for row in rows]
+        return torch.cat([torch.einsum("npm,p->mn", row, self.weights) for row in split])
 
     def weighted(self, output: Tensor) -> Tensor:
         """Weights (N P, K) of all patches in q at r = output (N, K)."""

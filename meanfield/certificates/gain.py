@@ -5,9 +5,10 @@ On a box |z_k - m_k| <= e_k every row is near a line, h(x + d) = v + s d + eps, 
 With Xi_0 = weights^T v of length l and direction u, J = d Xi / dz along those lines, J_u = J^T u, J_- what is across u,
 and with the parts of the rows' lengths along and across u, rest_u = sum |<weights_i, u>| apart_i and rest_- alike,
 
-    |Xi(z)| <= hypot(A, B) <= A + hypot(a, B) - a,   A = l + <J_u, z - m> + rest_u,   B = sum_k e_k |J_-k| + rest_-,
+    |Xi(z)| <= A + hypot(a, B) - a,   A = l + <J_u, z - m> + rest_u,   B = sum_k e_k |J_-k| + rest_-,
 
-a the least that A can be: hypot(A, B) - A falls as A rises.  The price has c(z) >= c(m) + <c'(m), z - m>: it is convex.
+a the least on the box of l + <J_u, z - m> - rest_u: the part x of Xi along u has a <= x <= A, the one across is no
+longer than B, and hypot(x, B) - x falls as x rises.  The price has c(z) >= c(m) + <c'(m), z - m>: it is convex.
 A box has no ratio above a level where the first less the level times the second is nowhere positive.  At the maximum
 the terms of first order cancel: boxes there need not be small.
 """
@@ -75,14 +76,26 @@ class Response:
         """Lengths of the rows of weights, (n,)."""
         return self.weights.norm(dim=1)
 
+    def across(self, parts: Tensor) -> Tensor:
+        """Lengths of the rows of weights without their parts (b, n) along unit vectors, rounded up: squares of nearly
+        equal size hide as much as the root of their rounding.
+        """
+        rounded = 8 * (self.weights.shape[1] + 8) * torch.finfo(parts.dtype).eps
+        return ((1 + rounded) * self.sizes.square() - parts.square()).clamp_min(0).sqrt()
+
     @cached_property
     def products(self) -> Tensor:
         """patches_ik weights_ic, (n, d C): h'(patches m) times this is J."""
         return (self.patches[:, :, None] * self.weights[:, None, :]).flatten(1)
 
+    @property
+    def rounded(self) -> float:
+        """Of what h is of, relative to the sum of its sizes: long kernels may cancel in it."""
+        return (2 * self.patches.shape[1] + 4) * torch.finfo(self.patches.dtype).eps
+
     @cached_property
     def rounding(self) -> float:
-        """Of |Xi| and of its bounds."""
+        """Of |Xi| and of its bounds, what h is of apart."""
         terms = len(self.patches) + 8 * self.patches.shape[1] + 64
         return 8 * terms * torch.finfo(self.weights.dtype).eps * float(self.sizes.sum())
 
@@ -156,8 +169,10 @@ def _bounds(response: Response, middles: Tensor, halves: Tensor) -> tuple[Tensor
 
 
 def _bound(response: Response, middles: Tensor, halves: Tensor) -> tuple[Tensor, Tensor]:
-    reach = halves @ response.patches.abs().T
+    rounded = response.rounded * ((middles.abs() + halves) @ response.patches.abs().T)
+    reach = halves @ response.patches.abs().T + rounded
     values, slopes, apart = response.h.chords(middles @ response.patches.T, reach)
+    apart = apart + slopes * rounded
     xi = values @ response.weights
     jacobian = (slopes @ response.products).unflatten(1, (middles.shape[1], -1))  # (b, d, C)
     length = xi.norm(dim=1)
@@ -166,7 +181,7 @@ def _bound(response: Response, middles: Tensor, halves: Tensor) -> tuple[Tensor,
     across = (jacobian - along[:, :, None] * towards[:, None, :]).norm(dim=2)
     parts = (towards @ response.weights.T).abs()
     rest = (parts * apart).sum(1)
-    aside = (halves * across).sum(1) + ((response.sizes.square() - parts.square()).clamp_min(0).sqrt() * apart).sum(1)
+    aside = (halves * across).sum(1) + (response.across(parts) * apart).sum(1)
     moved = (halves * along.abs()).sum(1)
     least = length - moved - rest
     flat = length + rest + torch.hypot(least, aside) - least + response.rounding

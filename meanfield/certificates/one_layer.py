@@ -234,12 +234,13 @@ class OneLayerProof(Proof):
     def _next(self, output: Tensor, maximum: sphere.SphereMaximum) -> Tensor:
         """The multipliers of the program with the features that those of before undercharge."""
         self.program.add(maximum.argmax[None])
-        for _ in range(PASSES):
-            output = self.program.solve(output)
-            found = self._undercharged(output)
-            if not len(found) or self.elapsed() >= self.seconds:
-                break
-            self.program.add(found)
+        with alone():
+            for _ in range(PASSES):
+                output = self.program.solve(output)
+                found = self._undercharged(output)
+                if not len(found) or self.elapsed() >= self.seconds:
+                    break
+                self.program.add(found)
         self.best = replace(self.best, kernels=self.program.kernels[self.own :])
         return output
 

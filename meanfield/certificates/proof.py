@@ -73,9 +73,13 @@ class Proof:
 
     def __post_init__(self, before: ProvenBound | None) -> None:
         self.value = float(self.problem.value(self.network))
-        self.best = ProvenBound(-math.inf) if before is None else replace(before, share=before.value / self.value)
+        self.best = ProvenBound(-math.inf) if before is None else replace(before, share=self._share(before.value))
         self.began = time.perf_counter() - self.best.seconds
         self.saved, self.cost = time.perf_counter(), 0.0
+
+    def _share(self, value: float) -> float:
+        """Of J; all of it where J is 0, as of a network of nothing."""
+        return value / self.value if self.value > 0 else float(value >= 0)
 
     def elapsed(self) -> float:
         return time.perf_counter() - self.began
@@ -87,7 +91,7 @@ class Proof:
         """Take a bound if it is the best, and say how far the proof is."""
         if value > self.best.value:
             curve = (*self.best.curve, (self.elapsed(), value))
-            self.best = replace(self.best, value=value, share=value / self.value, curve=curve, kind=kind, output=output)
+            self.best = replace(self.best, value=value, share=self._share(value), curve=curve, kind=kind, output=output)
         if self.callback is not None:
             figures = {"seconds": self.elapsed(), "bound": self.best.value, "share": self.best.share}
             self.callback({"phase": "proof", **figures})

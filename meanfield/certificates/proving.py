@@ -14,6 +14,7 @@ from torch import Tensor
 
 from meanfield import limits, validation
 from meanfield.certificates import one_layer, two_layers, vectors
+from meanfield.certificates.cuts import Features
 from meanfield.certificates.duality import feasible
 from meanfield.certificates.one_layer import OneLayerProof
 from meanfield.certificates.proof import ProvenBound
@@ -51,7 +52,8 @@ def prove(
 
     network: its features are the first of the small program, its J that of the share.  The first bound is at r; then
     features that r undercharges, the next r, its bound, in turn, each bound with twice the time that has gone, or with
-    all that is left where the one before is far from closed.  It ends early where the bound reaches the program's
+    all that is left where that is less than twice as much again.  Where the time that is left would not close a tree,
+    the next r follows from its own cells (`relaxing`; one output).  It ends early where the bound reaches the program's
     value.  Ctrl-C and a limit of time (`limits.within`) end it with what is proven by then.  before: an earlier answer,
     to go on from; its seconds count.
     state: file (.safetensors) to which what is proven and the tree of the branch and bound are written every
@@ -96,7 +98,7 @@ def at_multipliers(
         return {}
     if seconds <= 0 and one_layer.entries(problem.architecture) > one_layer.EXACT_ENTRIES:
         return {}
-    features = one_layer.Features.of(problem)
+    features = Features.of(problem)
     start = None if network is None else vectors.kernels(network)
     found = one_layer.bound(problem, features, output, start, max(seconds, one_layer.LEAST_SECONDS))
     return {"rigorous_bound": found.value, "rigorous_kind": found.kind}

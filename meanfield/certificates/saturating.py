@@ -41,9 +41,14 @@ class Saturating:
         return 0.5 * (most + least), slopes, 0.5 * (most - least)
 
 
+def _tanh_touch(theta: Tensor) -> Tensor:
+    """artanh(sqrt(1 - theta)), to the same digits where theta is less than the rounding of 1."""
+    return (1 + (1 - theta).sqrt()).log() - 0.5 * theta.log()
+
+
 ERF = 2 / math.sqrt(math.pi)
 SATURATING = {
-    "tanh": Saturating(torch.tanh, 1.0, lambda theta: (1 - theta).sqrt().atanh()),
+    "tanh": Saturating(torch.tanh, 1.0, _tanh_touch),
     "erf": Saturating(torch.erf, ERF, lambda theta: (-(theta / ERF).log()).clamp_min(0).sqrt()),
     "hardtanh": Saturating(torch.nn.functional.hardtanh, 1.0, torch.ones_like),
 }

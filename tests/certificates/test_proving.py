@@ -19,6 +19,7 @@ from strategies import normal, random_inputs, seeded
 import meanfield as mf
 from meanfield import limits, starts
 from meanfield.certificates import ProvenBound, one_layer, prove, sphere, two_layers
+from meanfield.certificates.cuts import Features, dual, price_of
 from meanfield.certificates.gain import Gain
 from meanfield.certificates.proof import Proof
 from meanfield.certificates.two_layers import TwoLayerBound
@@ -76,6 +77,23 @@ def test_a_poor_network_is_led_to_the_optimum():
     assert proven.kernels.norm(dim=1) == pytest.approx(1.0)
 
 
+def test_the_bound_of_trees_is_that_of_the_multipliers_returned(monkeypatch):
+    """Four entries: a tree for each of several multipliers, nearly to its end."""
+    refine = sphere.Search.refine
+    monkeypatch.setattr(sphere.Search, "refine", lambda search, seconds: refine(search, seconds, tolerance=1e-2))
+    monkeypatch.setattr(one_layer, "CLOSED", 3e-2)
+    problem = of_loss("squared", 1, 2, False)
+    network, output = poor(problem)
+    proven = prove(problem, output, network, 20.0)
+    assert proven.kind.startswith("branch and bound")
+    assert len(proven.curve) > 1
+    assert proven.value == pytest.approx(dual(problem, proven.output), rel=1e-12)
+    features = Features.of(problem)
+    largest = sphere.maximise(features.patches, features.weighted(proven.output), tolerance=1e-2)
+    assert largest.lower <= price_of(problem) * (1 + 1e-12)
+    assert largest.upper >= 0.98 * price_of(problem)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("loss", "outputs", "kernel", "bias", "share"),
@@ -130,6 +148,7 @@ def test_a_stop_keeps_what_is_proven_and_a_later_call_goes_on():
     kept = replace(kept, output=stopped.output)
     proven = prove(problem, output, network, 20.0, before=kept)
     assert proven.curve[0] == stopped.curve[0]
+    assert 0 < stopped.curve[0][0] <= stopped.seconds < proven.curve[1][0] <= proven.seconds
     assert proven.value == pytest.approx(EXACT_ONE_LAYER, rel=1e-6)
     # however little time there is, there is a bound
     at_once = prove(problem, output.clone().requires_grad_(), network, 0.0)
@@ -139,6 +158,24 @@ def test_a_stop_keeps_what_is_proven_and_a_later_call_goes_on():
         prove(problem, math.nan * output, network, 1.0)
     # no time is left: the answer is the one that was given
     assert prove(problem, output, network, 0.0, before=kept).value == stopped.value
+    other = poor(problem, 3)[0]
+    shared = prove(problem, output, other, 0.0, before=kept).share
+    assert shared == pytest.approx(stopped.value / float(problem.value(other)), rel=1e-12)
+
+
+@pytest.mark.parametrize("outputs", [1, 2])
+def test_black_images_and_a_network_of_nothing(outputs):
+    """Nothing is seen: r is the residual of 0.  Where there is nothing to say either, J is 0, and all of it proven."""
+    arch = mf.Architecture((1, 5, 5), (mf.Conv(3, activation="relu"),), outputs=outputs)
+    targets = normal((8, outputs), 1)
+    images, penalty = torch.zeros(8, 1, 5, 5, dtype=torch.float64), mf.Penalty(input=0.01)
+    problem, idle = (mf.Problem(arch, images, each, penalty=penalty) for each in (targets, 0 * targets))
+    network = starts.start(arch, (4,), random_inputs(arch, 8, 0), seeded(0))
+    proven = prove(problem, 0.01 * normal((8, outputs), 2), network, 5.0)
+    assert proven.value == pytest.approx(float(problem.loss.value(0 * targets, targets).mean()), rel=1e-6)
+    silent = replace(network, readout=0 * network.readout, kernels=tuple(0 * each for each in network.kernels))
+    proven = prove(idle, 0 * targets, silent, 1.0)
+    assert (proven.value, proven.share) == (0.0, 1.0)
 
 
 # --- a tree that is kept ----------------------------------------------------------------------------------------------
@@ -275,6 +312,8 @@ def test_writing_takes_a_small_share_of_the_time(cost, expected, monkeypatch):
     assert len(saves) == pytest.approx(expected, abs=1)
     assert saves[0] == pytest.approx(30, abs=1 + cost)
     assert len(saves) * cost <= 0.021 * clock[0]
+    proof.keep(0.5, "worse", 2 * output)
+    assert (proof.best.value, proof.best.kind, proof.best.output is output) == (1.0, "", True)
 
 
 def test_of_two_layers_the_multipliers_are_kept(tmp_path, monkeypatch):

@@ -3,6 +3,7 @@
 import math
 import time
 from dataclasses import replace
+from fractions import Fraction
 from types import SimpleNamespace
 
 import pytest
@@ -59,6 +60,8 @@ def test_chords_hold_h_and_no_line_of_their_slope_is_nearer(name):
     assert bool((away.abs() <= apart + 1e-14).all())
     for nearest in (away.amax(1), -away.amin(1)):  # at both sides: a smaller distance or another value would not do
         torch.testing.assert_close(nearest, apart[:, 0], atol=1e-3, rtol=1e-2)
+    far = torch.tensor([1e15, 1e16, 1e17, 1e200], dtype=torch.float64)  # the slope is below the rounding of 1
+    assert h.chords(0 * far, far)[2].tolist() == pytest.approx([1.0] * 4, rel=1e-12)
     touched = torch.tensor([0.1, 0.5, 0.99], dtype=torch.float64) * h.slope
     if name != "hardtanh":
         at = h.touch(touched)
@@ -117,6 +120,26 @@ def test_boxes_bound_the_kernels_inside(name):
         corners = middles + halves * normal((64, 200, 3), 5).sign()
         most = response.ratios(torch.cat([inside, corners]).flatten(0, 1)).view(128, 200).amax(0)
         assert bool((most <= gain._bounds(response, middles, halves)[0]).all())
+
+
+def test_what_squares_hide_is_not_lost():
+    """A row nearly along u, whose part across is less than the root of the rounding of its size."""
+    weights = torch.tensor([[1.0, 1e-9]], dtype=torch.float64)
+    response = gain.Response(SATURATING["tanh"], normal((1, 2), 1), weights, PRICED, 0.03)
+    across = response.across((torch.eye(2).double() @ weights.T).abs())
+    assert bool((across[:, 0] >= torch.tensor([1e-9, 1.0])).all())
+    assert float(across.max()) < 1 + 1e-12
+
+
+def test_what_long_kernels_cancel_is_rounded():
+    """At a point, against the exact product of its kernel and the patch."""
+    patch, weight = normal((1, 3), 1), torch.ones(1, 1, dtype=torch.float64)
+    response = gain.Response(SATURATING["tanh"], patch, weight, PRICED, 0.03)
+    drawn = normal((100, 3), 2)
+    kernels = 1e13 * (drawn - (drawn @ patch.T) / patch.square().sum() * patch)
+    exact = [float(sum(Fraction(a) * Fraction(b) for a, b in zip(z, patch[0].tolist()))) for z in kernels.tolist()]
+    ratios = torch.tensor(exact, dtype=torch.float64).tanh().abs() / response.price(kernels.norm(dim=1))
+    assert bool((gain._bounds(response, kernels, 0 * kernels)[0] >= ratios).all())
 
 
 def test_an_interrupted_gain_holds(monkeypatch):

@@ -41,6 +41,7 @@ class Branching:
         with _pool() as pool:
             self._begin(response)
             if not len(self.argmax):
+                self._note(began)
                 return
             self.lower, self.argmax = ascend(response, start_directions(response, starts))
             roots = Cones.roots(response) if leaves is None else leaves.unbounded()
