@@ -160,8 +160,6 @@ class OneLayerProof(Proof):
     def _closes(self, tree: _Tree) -> bool:
         """Whether the time left closes a tree, at the rate at which the last doubling of its time lowered its bound."""
         known, curve = tree.search.maximum, tree.search.curve
-        if not curve:  # no row responds to anything
-            return True
         earlier = [upper for seconds, upper in curve if 2 * seconds <= known.seconds] or [curve[0][1]]
         doublings = math.log2(1 + max(self.seconds - self.elapsed(), 0.0) / known.seconds)
         return known.upper - doublings * (earlier[-1] - known.upper) <= known.lower
