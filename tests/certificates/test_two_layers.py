@@ -122,6 +122,26 @@ def test_boxes_bound_the_kernels_inside(name):
         assert bool((most <= gain._bounds(response, middles, halves)[0]).all())
 
 
+def test_where_the_part_along_is_least_the_part_across_counts_most():
+    """(z_1, 100 z_2) for |z|: along (1, 0) at the middle, and largest for its price where z_1 is least and z_2 not."""
+    weights = torch.tensor([[1.0, 0.0], [0.0, 100.0]], dtype=torch.float64)
+    response = gain.Response(SATURATING["hardtanh"], torch.eye(2).double(), weights, PRICED, 1e-9)
+    middle, half = torch.tensor([[[0.5, 0.0]], [[0.4, 0.01]]], dtype=torch.float64)
+    corner = float(response.ratios(middle + half * torch.tensor([-1.0, 1.0])))
+    assert corner <= float(gain._bounds(response, middle, half)[0]) <= 1.02 * corner
+
+
+def test_it_is_what_is_proven_of_the_gain_that_counts(monkeypatch):
+    """Not what was met: an upper bound that is far from it makes the bound worse, a lower one changes nothing."""
+    monkeypatch.setattr(two_layers, "ASCENT_STEPS", 1)
+    problem, bounds = problem_of((mf.Conv((1, 2), activation="tanh"),) * 2, count=1), []
+    for lower, upper in ((1.0, 1.0), (0.1, 1.0), (0.1, 0.1)):
+        found = gain.Gain(lower, upper, torch.zeros(2), 1)
+        monkeypatch.setattr(gain, "largest", lambda *_, found=found: found)
+        bounds.append(two_layers.prove(problem, -problem.targets / 2, steps=0, mu=1e-3).bound)
+    assert bounds[0] == bounds[1] < bounds[2]
+
+
 def test_what_squares_hide_is_not_lost():
     """A row nearly along u, whose part across is less than the root of the rounding of its size."""
     weights = torch.tensor([[1.0, 1e-9]], dtype=torch.float64)

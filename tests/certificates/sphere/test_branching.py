@@ -294,7 +294,11 @@ def test_other_weights_begin_with_the_leaves():
         assert search.moved(A, weights).maximum.upper >= best_seen(A, weights)
     flat = A * torch.tensor([1.0, 1, 1, 1, 1, 0])
     assert Search(flat, W).moved(A, W).maximum.upper >= best_seen(A, W)  # in another row space anew
-    assert search.moved(A, torch.cat([W, far], 1)).maximum.upper >= best_seen(A, torch.cat([W, far], 1))
+    both = torch.cat([W, far], 1)
+    assert search.moved(A, both).maximum.upper >= best_seen(A, both)
+    back = Search(A, both).moved(A, W)  # cells of several outputs have no signs
+    assert set(back._branching.leaves.signs.tolist()) == {1.0, -1.0}
+    assert Search.restored(A, near, moved.state()).maximum.upper == moved.maximum.upper
 
 
 def test_without_room_what_cannot_matter_is_dropped(monkeypatch):
