@@ -12,7 +12,7 @@ def command(options: Options) -> None:
     """How much of J is proven over all measures, by size and against time.
 
     One ReLU layer with kernels of 4 to 9 entries, on digits and on MNIST (with the extra meanfield[data]), then two
-    tanh layers with small kernels: each is solved, then proven. About forty minutes with a minute for each proof.
+    tanh layers with small kernels: each is solved, then proven. About half an hour with a minute for each proof.
     """
     if options.page is not None:
         page.read(options.page)

@@ -58,7 +58,6 @@ CASES: dict[str, list[Case]] = {
             ((2, 2), 12, 2, STRONG),
             ((2, 2), 12, 2, WEAK),
             ((2, 2), 48, 2, STRONG),
-            ((2, 2), 100, 2, STRONG),
             ((2, 2), 12, 1, STRONG),
         )
     ],
