@@ -141,7 +141,7 @@ def proven(found: dict[str, Any]) -> Figure:
 def _proven_panel(axes: Axes, rows: list[dict[str, Any]]) -> None:
     """What is proven stays proven: lines go on after the dot that ends their proof.
 
-    Colours tell kernels apart, and sizes of two layers; dashes data, or penalties of two layers.
+    Colours tell kernels apart, and the images of two layers; dashes data, or the penalties of two layers.
     """
     sizes, kinds = (list(dict.fromkeys(map(each, rows))) for each in (_size, _kind))
     end = max(2 * FIRST_SECOND, *(row["seconds"] for row in rows))
@@ -156,18 +156,18 @@ def _proven_panel(axes: Axes, rows: list[dict[str, Any]]) -> None:
     axes.set_xlim(FIRST_SECOND, end)
     _label_seconds(axes)
     axes.grid(alpha=0.3)
-    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=2, frameon=False, fontsize=8)
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=2, frameon=False, fontsize=8, columnspacing=1.2)
 
 
 def _size(row: dict[str, Any]) -> str:
     size = f", {row['images']} of {row['side']}x{row['side']}" if row["layers"] > 1 else ""
-    return f"kernels {row['kernel']}{size}"
+    return f"{row['kernel']}{size}"
 
 
 def _kind(row: dict[str, Any]) -> str:
     if row["layers"] == 1:
-        return f"{row['data']} {' and '.join(map(str, row['classes']))}"
-    return f"penalties {', '.join(f'{each:g}' for each in row['penalties'])}"
+        return f"{row['data']} {', '.join(map(str, row['classes']))}"
+    return f"at {', '.join(f'{each:g}' for each in row['penalties'])}"
 
 
 def _panels(count: int) -> tuple[Figure, list[Axes]]:

@@ -34,6 +34,7 @@ SLOW = {
         f"theory_checks/test_theory_checks.py::test_a_claim_holds_and_its_controls_are_rejected[{claim}]"
         for claim in CLAIMS
     ),
+    "certificates/test_duality.py::test_duality_of_two_layers",
     "certificates/test_duality.py::test_weak_duality_at_all_scales",
     "certificates/test_duality.py::test_dual_value_with_a_bound_matches_the_explicit_sums",
     "certificates/test_two_layers.py::test_the_bound_is_below_every_network_and_above_what_boundedness_alone_gives",
@@ -42,6 +43,7 @@ SLOW = {
     "certificates/test_proving.py::test_two_layers_that_saturate_have_a_bound_too",
     "certificates/sphere/test_sphere.py::test_no_direction_exceeds_the_listed_maximum[nearly equal-3]",
     "certificates/sphere/test_sphere.py::test_rows_that_nearly_cancel[9]",
+    "certificates/sphere/test_sphere.py::test_routes_agree[3]",
     "benchmarks/test_benchmarks.py::test_optima_command",
     "grafting/test_graft.py::test_inputs_are_not_kept",
     "theory_checks/test_theory_checks.py::test_ctrl_c_ends_with_130_and_says_how_to_go_on",
