@@ -74,6 +74,17 @@ def one_of(value: Any, argument: str, options: Iterable[str]) -> str:
     raise Misuse(argument, value, f"is unknown: choose one of {', '.join(map(repr, options))}{hint}")
 
 
+def choices(options: Collection[str]) -> Rule:
+    """One of the options at least, as a tuple."""
+
+    def rule(value: Any, argument: str) -> tuple[str, ...]:
+        if not isinstance(value, tuple) or not value:
+            raise Misuse(argument, value, f"must name one at least of {', '.join(options)}")
+        return tuple(one_of(each, argument, options) for each in value)
+
+    return rule
+
+
 def choice(options: Collection[str]) -> Rule:
     """One of the options that there are when the rule is asked: tables grow by what users register."""
     return partial(one_of, options=options)

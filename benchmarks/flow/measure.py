@@ -26,7 +26,7 @@ from meanfield import starts, validation
 from meanfield.bench.options import DTYPES, MODEL, WORK, Samples, Seed, at_least, listing, option
 from meanfield.losses import accuracy
 from meanfield.solvers import descents, velocities
-from meanfield.validation import Misuse, one_of
+from meanfield.validation import choices
 
 CONTENDERS = ("flow", "plain")
 SPEED_REQUIRED, MEMORY_ALLOWED = 0.7, 2.0
@@ -37,12 +37,6 @@ PLAIN_RATE = 3e-3
 
 def _two(value: Any, argument: str) -> tuple[int, ...]:
     return validation.widths(value, plain.DEPTH, argument)
-
-
-def _dtypes(value: Any, argument: str) -> tuple[str, ...]:
-    if not isinstance(value, tuple) or not value:
-        raise Misuse(argument, value, "must name one dtype at least")
-    return tuple(one_of(each, argument, DTYPES) for each in value)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +52,7 @@ class Options(BenchmarkOptions):
             f"What to measure in: {', '.join(DTYPES)} or both, separated by a comma; accuracies in the first.",
             WORK,
         ),
-        _dtypes,
+        choices(DTYPES),
     ] = ("float32", "float64")
     repetitions: Annotated[int, option("Timed blocks of each contender.", WORK), at_least(1)] = 15
     block: Annotated[int, option("Steps in a timed block.", WORK), at_least(1)] = 4

