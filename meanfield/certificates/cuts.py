@@ -19,8 +19,8 @@ from scipy.optimize import minimize, nnls
 from torch import Tensor
 
 from meanfield import limits
-from meanfield.certificates import vectors
-from meanfield.certificates.duality import mean_conjugate
+from meanfield.certificates import concave, vectors
+from meanfield.certificates.duality import largest_scale, mean_conjugate, price_of, scale_limit
 from meanfield.problem import Problem
 
 VIOLATED = 1e-6  # relative to the price: what a cut is added for
@@ -58,9 +58,10 @@ def dual(problem: Problem, output: Tensor) -> float:
     return 0.0 - float(mean_conjugate(problem, output))  # 0 has no sign
 
 
-def price_of(problem: Problem) -> float:
-    """What a unit kernel of unit readout costs at the best masses and scales."""
-    return 2 * math.sqrt(problem.penalty.input * problem.penalty.readout)
+def best_scale(problem: Problem, output: Tensor, upper: float) -> tuple[float, float]:
+    """The factor on r = `output` (N, K) that proves most where no unit kernel has |q| above `upper`, and the bound."""
+    limit = min(scale_limit(problem, upper), largest_scale(problem.loss))
+    return concave.maximum(lambda s: dual(problem, s * output), limit)
 
 
 @dataclass

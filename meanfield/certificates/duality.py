@@ -337,3 +337,13 @@ def largest_scale(loss: Loss) -> float:
     Where the domain has no end, 2 leaves room enough above an r that is nearly optimal.
     """
     return 2.0 if loss.supercoercive else 1.0
+
+
+def price_of(problem: Problem) -> float:
+    """What a unit kernel of unit readout costs in one homogeneous layer, at the best masses and scales."""
+    return 2 * math.sqrt(problem.penalty.input * problem.penalty.readout)
+
+
+def scale_limit(problem: Problem, largest: float) -> float:
+    """The scale of r up to which no unit kernel gains more than it costs, where none has |q| above `largest`."""
+    return price_of(problem) / largest if largest > 0 else math.inf

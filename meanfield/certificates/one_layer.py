@@ -22,9 +22,9 @@ from torch import Tensor
 
 from meanfield import limits, validation
 from meanfield.architecture import Architecture
-from meanfield.certificates import concave, sphere, vectors
-from meanfield.certificates.cuts import VIOLATED, Features, Program, dual, price_of
-from meanfield.certificates.duality import largest_scale
+from meanfield.certificates import sphere, vectors
+from meanfield.certificates.cuts import VIOLATED, Features, Program, best_scale
+from meanfield.certificates.duality import price_of
 from meanfield.certificates.proof import FIRST, Proof, ProvenBound
 from meanfield.certificates.relaxing import Partition, relaxed_passes
 from meanfield.certificates.sphere.branching import alone
@@ -34,7 +34,6 @@ from meanfield.problem import Problem
 EXACT_ENTRIES = 3  # of a kernel, up to which the maximum is exact and takes little time
 LEAST_SECONDS = 2.0  # of one bound
 SLICE, LEAST_SLICE = 1.0, 0.1  # seconds of branch and bound between two looks at the clock and at interrupts
-MOVED = 1.0  # of the time that is left, up to which cells of the last multipliers are bounded anew
 CLOSED = 3e-7  # relative to the program's value: what the bound need not rise any more
 PASSES = 24  # of the program between two bounds
 STEPS = 40  # of the ascents that look for cuts, from ASCENTS kernels
@@ -76,8 +75,7 @@ def bound(problem: Problem, features: Features, output: Tensor, start: Tensor | 
 
 
 def _at(problem: Problem, output: Tensor, found: sphere.SphereMaximum) -> Bounded:
-    limit = min(price_of(problem) / found.upper if found.upper > 0 else math.inf, largest_scale(problem.loss))
-    scale, value = concave.maximum(lambda s: dual(problem, s * output), limit)
+    scale, value = best_scale(problem, output, found.upper)
     kind = f"{found.method}, max |q| between {found.lower:.6g} and {found.upper:.6g}"
     return Bounded(value, kind, scale * output, found)
 
@@ -174,7 +172,7 @@ class OneLayerProof(Proof):
         assert self.tree is not None
         deadline = time.perf_counter() + RELAXED_SHARE * (self.seconds - self.elapsed())
         self.ahead = _Ahead(output, passes)
-        partition = Partition.of(self.features.patches, self.features.weights, self.tree.search, RELAXED_CELLS)
+        partition = Partition.of(self.features, self.tree.search, RELAXED_CELLS)
         left = relaxed_passes(self.program, output, partition, RELAXED_PASSES - passes)
         with alone():
             for done, best in enumerate(left, passes + 1):
@@ -225,7 +223,7 @@ class OneLayerProof(Proof):
         if self.tree is None:
             return _Tree(output, sphere.Search(*given, start=known), began, False, False)
         last = not self._smooths() and not self._closes(self.tree)
-        moved = self.tree.search.maximum.seconds <= MOVED * max(self.seconds - began, 0.0)
+        moved = self.tree.search.maximum.seconds <= max(self.seconds - began, 0.0)  # else bounding anew takes it all
         search = self.tree.search.moved(*given, start=known) if moved else sphere.Search(*given, start=known)
         return _Tree(output, search, began, self.ahead is not None, last)
 

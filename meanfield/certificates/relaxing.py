@@ -20,9 +20,8 @@ import torch
 from torch import Tensor
 
 from meanfield import limits
-from meanfield.certificates import concave, sphere
-from meanfield.certificates.cuts import Program, dual, price_of
-from meanfield.certificates.duality import largest_scale
+from meanfield.certificates import sphere
+from meanfield.certificates.cuts import Features, Program, best_scale
 from meanfield.certificates.sphere.branching import bounded
 from meanfield.certificates.sphere.cones import Cones, cone_maxima
 from meanfield.certificates.sphere.pairs import LEAST_REACH, SHORTEST, TYPICAL_COSINE, Pairs
@@ -41,12 +40,12 @@ class Partition:
     cells: Cones
 
     @classmethod
-    def of(cls, patches: Tensor, weights: Tensor, search: sphere.Search, count: int) -> Self:
-        """So many cells of a search; patches (N P, d), weights (P,) of positions."""
+    def of(cls, features: Features, search: sphere.Search, count: int) -> Self:
+        """So many cells of a search."""
+        patches, weights = features.patches, features.weights
         single = torch.eye(len(patches) // len(weights), dtype=patches.dtype, device=patches.device)
-        outputs = (single[:, None] * weights[None, :, None]).flatten(0, 1)
         cells, basis = search.sample(count)
-        return cls(reduced(patches, outputs, basis), cells.unbounded())
+        return cls(reduced(patches, features.weighted(single), basis), cells.unbounded())
 
     def bound(self, output: Tensor) -> tuple[float, Tensor]:
         """The bound of max |q| at r = `output` (N, 1) on these cells, and the relaxed features G (CUTS, N, 1) of those
@@ -72,14 +71,11 @@ def relaxed_passes(program: Program, output: Tensor, partition: Partition, passe
     """Multipliers near the best on a partition, pass by pass, from `output` on: steps from the best so far towards
     those of the program with the relaxed features of all passes, whose value no multipliers exceed there.
     """
-    problem, price = program.problem, price_of(program.problem)
     program, best = copy.copy(program), (-math.inf, output)
     for _ in range(passes):
         limits.look()
         upper, relaxed = partition.bound(output)
-        scale, value = concave.maximum(
-            lambda s, r=output: dual(problem, s * r), min(price / upper, largest_scale(problem.loss))
-        )
+        scale, value = best_scale(program.problem, output, upper)
         best = max(best, (value, scale * output), key=lambda each: each[0])
         yield best[1]
         program.extend(relaxed)

@@ -41,7 +41,7 @@ from meanfield.certificates.compositions import (
     with_tensors,
     zeros_like,
 )
-from meanfield.certificates.duality import feasible, largest_scale, mean_conjugate
+from meanfield.certificates.duality import feasible, largest_scale, mean_conjugate, price_of, scale_limit
 from meanfield.certificates.sphere.response import unit
 from meanfield.network import ParticleNetwork, along_axis
 from meanfield.problem import Problem
@@ -337,8 +337,8 @@ class _Search:
 
     def _limits(self, responses: Tensor) -> Tensor:
         """Largest scales of r for which unit kernels of these responses |q|^2 gain no more than they cost."""
-        price = 2 * math.sqrt(self.problem.penalty.input * self.problem.penalty.readout)
-        largest = (price / responses.sqrt()).nan_to_num(nan=math.inf)  # 0 / 0: no price, but no gain either
+        # 0 / 0: no price, but no gain either
+        largest = (price_of(self.problem) / responses.sqrt()).nan_to_num(nan=math.inf)
         return largest.clamp_max(self.scale_limit)
 
     def _best_multipliers(self, scale: float, mu: Sequence[float]) -> tuple[float, list[float], float]:
@@ -496,12 +496,12 @@ class _Search:
         """The scale of r up to which, of an h with |h(g)| <= |h(0)| + D |g| and nothing else known, longer kernels gain
         at most what they cost: D sum_n |r_n| |pool |x_n||, over the positions that the readout sees, bounds |q| / |w|.
         """
-        arch, penalty = self.problem.architecture, self.problem.penalty
+        arch = self.problem.architecture
         conv, steepest = arch.layers[0], arch.layers[0].h.derivative_bound or math.inf
         lengths = vectors.patches(self.problem).norm(dim=2).unflatten(1, (1, *arch.geometry[0].output))
         read = arch.readout_features(conv.pool(lengths)).flatten(1).norm(dim=1)
         largest = steepest * float(self.output.norm(dim=1) @ read)
-        return 2 * math.sqrt(penalty.input * penalty.readout) / largest if largest > 0 else math.inf
+        return scale_limit(self.problem, largest)
 
     def _recession_limit(self, activation: Activation) -> float:
         """The scale of r beyond which ever longer kernels gain more than they cost: that of the activation far away."""

@@ -6,7 +6,8 @@ from strategies import normal, random_inputs, seeded
 
 import meanfield as mf
 from meanfield.certificates import concave, relaxing, sphere
-from meanfield.certificates.cuts import Features, Program, dual, price_of
+from meanfield.certificates.cuts import Features, Program, dual
+from meanfield.certificates.duality import price_of
 from meanfield.certificates.sphere.response import unit
 
 
@@ -15,7 +16,7 @@ def partition_at(features, output, refined):
     search = sphere.Search(features.patches, features.weighted(output))
     for _ in range(refined):
         search.refine(1e-9)
-    return relaxing.Partition.of(features.patches, features.weights, search, 60)
+    return relaxing.Partition.of(features, search, 60)
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +49,7 @@ def test_no_response_exceeds_the_bound_at_any_multipliers(features):
     """The relaxation lies above q on each cell: a lower cut would cut off the optimum."""
     search = sphere.Search(features.patches, features.weighted(normal((6, 1), 2)))
     search.refine(1e-9)
-    partition = relaxing.Partition.of(features.patches, features.weights, search, 60)
+    partition = relaxing.Partition.of(features, search, 60)
     cells, images = partition.cells, partition.images
     places = 2 * torch.rand(len(cells), 200, 4, generator=seeded(3), dtype=torch.float64) - 1
     inside = unit(cells.middles[:, None] + cells.halves[:, None] * places)

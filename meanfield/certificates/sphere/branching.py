@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,16 +18,28 @@ from meanfield.certificates.sphere.dyadic import coded, decoded
 from meanfield.certificates.sphere.pairs import Above, Pairs
 from meanfield.certificates.sphere.response import Found, Response, ascend, chunk, improve, start_directions, unit
 
-# Cells of a batch, between two looks at the clock; those of one output that are bounded together; entries of all rows
-# over all cells.  On a device calls take the time: more at once, up to where cusolver refuses to find eigenvalues.
-BATCH, CHUNK, ENTRIES = 4096, 256, 1 << 24
-DEVICE_BATCH, DEVICE_CHUNK, DEVICE_ENTRIES = 16384, 16384, 1 << 30
 # Of the open cells, one of so many is halved, those of the largest bounds, before all are ordered anew.
 ORDERED = 8
 # Share of the memory that was available for cells, 16 d + 32 bytes each, which for a moment take three times as much.
 # Beyond, those that cannot matter are dropped, and the search stops with what it has proven where that leaves no room.
 MEMORY = 0.25
 TRIED = 64  # cells of a batch, of the largest bounds, at whose tops a larger response is looked for
+
+
+@dataclass(frozen=True)
+class Load:
+    """How much is done at once: cells of a batch, between two looks at the clock; those of one output that are bounded
+    together; entries of all rows over all cells of a batch.
+    """
+
+    batch: int
+    chunk: int
+    entries: int
+
+    @classmethod
+    def on(cls, device: torch.device) -> Load:
+        """On a device calls take the time: more at once, up to where cusolver refuses to find eigenvalues."""
+        return cls(4096, 256, 1 << 24) if device.type == "cpu" else cls(16384, 16384, 1 << 30)
 
 
 class Branching:
@@ -52,9 +65,8 @@ class Branching:
 
     def _begin(self, response: Response) -> None:
         self.response, self._bounds = response, Bounds(response)
-        device, rows = response.linear.device, max(1, len(response.rows))
-        batch, entries = (BATCH, ENTRIES) if device.type == "cpu" else (DEVICE_BATCH, DEVICE_ENTRIES)
-        self._batch = max(64, min(batch, entries // rows))
+        load = Load.on(response.linear.device)
+        self._batch = max(64, min(load.batch, load.entries // max(1, len(response.rows))))
         self._room = room(response)
         self.lower, self.argmax = 0.0, response.linear.new_zeros(len(response.linear))
         self._table, self._count = Cones.roots(response).table()[:0], 0
@@ -228,7 +240,8 @@ class Bounds:
         """
         if self._pairs is None:
             device = cells.facets.device
-            size = chunk(2 * self._response.weights.numel()) * (1 if device.type == "cpu" else DEVICE_CHUNK // CHUNK)
+            larger = Load.on(device).entries // Load.on(torch.device("cpu")).entries
+            size = chunk(2 * self._response.weights.numel()) * larger
             places = torch.arange(len(cells), device=device)
             found = pool.map(lambda part: _bound_vector(self._response, cells[part]), places.split(size))
             uppers, scores, tops = (torch.cat(column) for column in zip(*found))
@@ -242,7 +255,7 @@ def _bound_one(pairs: Pairs, cells: Cones, precision: torch.dtype, pool: Executo
     """Cells of one sign share a chunk; several chunks share the smaller work that follows."""
     order = cells.signs.argsort(stable=True)
     below = int((cells.signs < 0).sum())
-    size = CHUNK if order.device.type == "cpu" else DEVICE_CHUNK
+    size = Load.on(order.device).chunk
 
     def bound(sign: float, part: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         chunks = [vars(pairs.above(cells[few], sign, precision)).values() for few in part.split(size)]
